@@ -1,0 +1,1 @@
+"""Stage one: run a teacher once and keep its features in a Zarr store."""

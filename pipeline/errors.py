@@ -1,0 +1,25 @@
+"""Errors a user can act on; the command line prints them as one sentence, exit 2."""
+
+
+class PipelineError(Exception):
+    """Base of every error that is the input's fault, not the program's."""
+
+
+class SpecError(PipelineError, ValueError):
+    """A spec or configuration is wrong; the message names the key."""
+
+
+class DataError(PipelineError, ValueError):
+    """A dataset is unreadable or inconsistent; the message names file and sample."""
+
+
+class CheckpointError(PipelineError, ValueError):
+    """A model file lacks something or belongs to another model."""
+
+
+class StoreError(PipelineError, RuntimeError):
+    """A store cannot be used as asked; the message names the way out."""
+
+
+class DamagedStoreError(StoreError):
+    """Bytes on disk are not the bytes that were written."""
