@@ -1,0 +1,15 @@
+# Stage one: `snakemake --cores 8 cache_X` for every cache_specs/X.yaml.
+# Both stages on the embedded example: `snakemake --cores 2 demo`.
+from snakemake.utils import min_version
+
+min_version("9.0")
+
+
+rule all:
+    default_target: True
+    input:
+        "results/demo/report/report.html",
+
+
+include: "pipeline/rules/cache.smk"
+include: "pipeline/rules/demo.smk"

@@ -1,0 +1,1 @@
+"""Stage two: train students against a store of teacher features."""

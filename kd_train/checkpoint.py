@@ -1,0 +1,38 @@
+"""Everything needed to continue a run bit for bit, written atomically."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeline.errors import CheckpointError
+from pipeline.files import write_atomically
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write tensors and plain values to ``path``; a kill leaves the old file."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    write_atomically(path, buffer.getvalue())
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """State saved by :func:`save_checkpoint`; no code in the file is run.
+
+    Raises
+    ------
+    CheckpointError
+        The file is missing, damaged, or holds more than tensors and plain values.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path} does not exist, so there is nothing to resume; leave out --resume."
+        ) from None
+    except Exception:
+        # torch raises many classes for torn and for hostile files alike.
+        raise CheckpointError(
+            f"{path} is damaged or not a checkpoint of kd-train; start the run anew."
+        ) from None

@@ -1,0 +1,132 @@
+"""``TrainConfig``: the closed, documented configuration of one training run."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field as Key
+from pydantic import field_validator
+
+from pipeline.documents import (
+    ClosedModel,
+    apply_overrides,
+    nearest,
+    read_yaml,
+    validate,
+)
+from pipeline.errors import SpecError
+
+STRATEGIES = ("none", "n2n", "e2n", "e2e", "v2v", "vanilla1", "vanilla2")
+
+
+class StudentConfig(ClosedModel):
+    """Which network learns."""
+
+    preset: str = Key("painn-small", description="a name of `kd-train --help`")
+    hyperparameters: dict[str, Any] = Key(
+        default_factory=dict, description="changes to the preset"
+    )
+
+
+class OptimizerConfig(ClosedModel):
+    """AdamW over student and adapters."""
+
+    lr: float = Key(1e-3, gt=0)
+    weight_decay: float = Key(2e-6, ge=0)
+    amsgrad: bool = True
+    eps: float = Key(1e-7, gt=0)
+    clip_norm: float | None = Key(10.0, gt=0, description="of all gradients together")
+
+
+class ScheduleConfig(ClosedModel):
+    """Linear warm-up, then the learning rate falls."""
+
+    kind: Literal["constant", "exponential", "cosine"] = Key(
+        "exponential",
+        description="exponential: decay_rate^(step / decay_steps); cosine: to 0",
+    )
+    warmup_steps: int = Key(3750, ge=0)
+    decay_rate: float = Key(0.01, gt=0, le=1)
+    decay_steps: int = Key(4_000_000, ge=1)
+
+
+class LossConfig(ClosedModel):
+    """L0 = energy_weight * MAE(E) + force_weight * mean over free atoms of |dF|."""
+
+    energy_weight: float = Key(1.0, ge=0)
+    force_weight: float = Key(100.0, ge=0)
+
+
+class DistillConfig(ClosedModel):
+    """Weights of the distillation terms (the paper's lambda, Table 6, COLL)."""
+
+    n2n: float = Key(100.0, ge=0)
+    e2n: float = Key(10.0, ge=0)
+    e2e: float = Key(10.0, ge=0)
+    v2v: float = Key(10000.0, ge=0)
+    vanilla1: float = Key(1.0, ge=0)
+    vanilla2: float = Key(100.0, ge=0)
+
+
+class TrainConfig(ClosedModel):
+    """Everything that decides a run beside the store."""
+
+    strategy: str = Key("none", description="one of the strategies, or several with +")
+    student: StudentConfig = StudentConfig()
+    seed: int = Key(0, ge=0)
+    steps: int = Key(10_000, ge=1)
+    batch_size: int = Key(32, ge=1, description="samples in a step")
+    train_split: str = "train"
+    val_split: str = "val"
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    loss: LossConfig = LossConfig()
+    distill: DistillConfig = DistillConfig()
+    ema_decay: float = Key(0.999, ge=0, lt=1)
+    eval_every: int = Key(1000, ge=1, description="steps between validations")
+    export: Literal["best", "last"] = Key(
+        "best",
+        description="which weights student.safetensors holds, by validation loss",
+    )
+
+    @field_validator("strategy")
+    @classmethod
+    def _known_strategies(cls, value: str) -> str:
+        for name in value.split("+"):
+            if name not in STRATEGIES:
+                raise ValueError(f"unknown strategy{nearest(name, STRATEGIES)}")
+        names = value.split("+")
+        if len(set(names)) < len(names) or ("none" in names and len(names) > 1):
+            raise ValueError(
+                "strategies may be joined with + once each, none only alone"
+            )
+        return value
+
+    @property
+    def strategies(self) -> tuple[str, ...]:
+        """Names of the distillation terms; empty for a baseline."""
+        return () if self.strategy == "none" else tuple(self.strategy.split("+"))
+
+
+def load_config(
+    path: Path | None, flags: dict[str, Any], overrides: Iterable[str]
+) -> TrainConfig:
+    """Configuration from defaults, then the file, then flags, then ``--set``.
+
+    Raises
+    ------
+    SpecError
+        A key is unknown, or a value is of the wrong kind or out of range.
+    """
+    document = {} if path is None else read_yaml(path)
+    for dotted, value in flags.items():
+        if value is not None:
+            *parents, last = dotted.split(".")
+            target = document
+            for key in parents:
+                target = target.setdefault(key, {})
+                if not isinstance(target, dict):
+                    raise SpecError(f"{path}: {key!r} must hold keys.")
+            target[last] = value
+    apply_overrides(document, overrides)
+    return validate(TrainConfig, document, str(path or "configuration"))

@@ -1,0 +1,98 @@
+"""Metrics and predictions of a model, or of the stored teacher, on a split."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from kd_train.config import LossConfig
+from kd_train.data import CachedSamples, ordered_batches, prefetch
+from kd_train.losses import energy_mae, force_l2
+from kd_train.metrics import MetricSums
+from pipeline.fields import FIELDS
+from pipeline.models.normalizer import Normalizer
+from pipeline.store.reader import SplitReader
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics, the supervised loss L0, and predictions in eV and eV/Å."""
+
+    metrics: dict[str, float]
+    loss: float
+    predictions: dict[str, npt.NDArray[Any]]
+
+
+def evaluate(
+    model: nn.Module,
+    samples: CachedSamples,
+    normalizer: Normalizer,
+    weights: LossConfig,
+    batch_size: int,
+    device: torch.device,
+) -> Evaluation:
+    """Run ``model`` over the split in storage order, leaving its mode as it was."""
+    was_training = model.training
+    model.eval()
+    sums = MetricSums()
+    kept: dict[str, list[Tensor]] = {}
+    total, seen = 0.0, 0
+    with torch.no_grad():
+        for batch in prefetch(samples.batch, ordered_batches(len(samples), batch_size)):
+            batch = batch.to(device)
+            output = model(batch)
+            target = normalizer.normalize_energy(
+                batch.energy, batch.atomic_numbers, batch.batch
+            ).to(output.energy.dtype)
+            forces_target = normalizer.normalize_forces(batch.forces)
+            loss = weights.energy_weight * energy_mae(output.energy, target)
+            loss += weights.force_weight * force_l2(
+                output.forces, forces_target, batch.fixed
+            )
+            total += float(loss) * batch.num_graphs
+            seen += batch.num_graphs
+            energy = normalizer.denormalize_energy(
+                output.energy, batch.atomic_numbers, batch.batch
+            )
+            forces = normalizer.denormalize_forces(output.forces)
+            sums.add(
+                energy, forces, batch.energy, batch.forces, batch.batch, batch.fixed
+            )
+            results = {
+                "energy": energy,
+                "forces": forces,
+                "energy_label": batch.energy,
+                "forces_label": batch.forces,
+                "fixed": batch.fixed,
+            }
+            for name, tensor in results.items():
+                kept.setdefault(name, []).append(tensor.detach().cpu())
+    model.train(was_training)
+    predictions = {name: torch.cat(parts).numpy() for name, parts in kept.items()}
+    predictions["n_atoms"] = samples.split.n_atoms
+    return Evaluation(sums.result(), total / max(seen, 1), predictions)
+
+
+def teacher_metrics(split: SplitReader) -> dict[str, float] | None:
+    """Metrics of the stored teacher predictions; None where the store has none."""
+    names = ("teacher_energy", "teacher_forces", "energy", "forces", "fixed")
+    paths = {name: FIELDS[name].path for name in names}
+    if paths["teacher_energy"] not in split.arrays:
+        return None
+    sums = MetricSums()
+    for positions in ordered_batches(len(split), 1024):
+        arrays = split.read(positions, tuple(paths.values()))
+        values = {name: torch.from_numpy(arrays[path]) for name, path in paths.items()}
+        batch = np.repeat(np.arange(len(positions)), split.n_atoms[positions])
+        sums.add(
+            values["teacher_energy"],
+            values["teacher_forces"],
+            values["energy"],
+            values["forces"],
+            torch.from_numpy(batch),
+            values["fixed"].bool(),
+        )
+    return sums.result()

@@ -1,0 +1,273 @@
+"""The training loop, top to bottom: one store, one student, one run folder."""
+
+import io
+import json
+import logging
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+import yaml
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch_geometric.data import Data
+
+from kd_train.checkpoint import read_checkpoint, save_checkpoint
+from kd_train.config import TrainConfig
+from kd_train.data import CachedSamples, prefetch, training_batches
+from kd_train.evaluate import Evaluation, evaluate, teacher_metrics
+from kd_train.losses import energy_mae, force_l2
+from kd_train.records import (
+    Window,
+    progress_bar,
+    require_same_run,
+    short,
+    write_rows,
+)
+from kd_train.schedule import learning_rate
+from kd_train.setup import Learner, make_learner
+from pipeline.errors import PipelineError, SpecError
+from pipeline.files import write_atomically
+from pipeline.models.checkpoint import load_checkpoint, save_model
+from pipeline.models.network import Network
+from pipeline.store.reader import FeatureStore
+
+log = logging.getLogger("kd_train")
+
+
+@dataclass
+class Progress:
+    """Where a run stands; saved in every checkpoint."""
+
+    step: int = 0
+    best_loss: float = float("inf")
+    seconds: float = 0.0
+
+
+class Run:
+    """One training run: builds everything, then trains, validates and saves."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        store: FeatureStore,
+        folder: Path,
+        device: torch.device,
+    ) -> None:
+        self.config = config
+        self.store = store
+        self.folder = folder
+        self.device = device
+        self.learner: Learner = make_learner(config, store)
+        self.modules = nn.ModuleDict(
+            {"student": self.learner.student, "adapters": self.learner.adapters}
+        ).to(device)
+        self.average: AveragedModel = AveragedModel(
+            self.modules, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)
+        )
+        options = config.optimizer
+        self.optimizer = torch.optim.AdamW(
+            [p for p in self.modules.parameters() if p.requires_grad],
+            lr=options.lr,
+            weight_decay=options.weight_decay,
+            amsgrad=options.amsgrad,
+            eps=options.eps,
+            fused=True,
+        )
+        self.train_samples = self._samples(config.train_split, self.learner.fields)
+        self.val_samples = self._samples(config.val_split, ())
+        self.progress = Progress()
+        self.rows: list[dict[str, Any]] = []
+
+    def train(self, *, resume: bool) -> dict[str, Any]:
+        """Train to the configured step and return the final metrics of the run.
+
+        Raises
+        ------
+        SpecError
+            The run to be resumed had another configuration or store.
+        DataError, DamagedStoreError
+            A sample cannot be used; names it.
+        """
+        if resume:
+            self._restore()
+        self._write_header()
+        config, progress = self.config, self.progress
+        split = self.train_samples.split
+        batches = training_batches(
+            [split.block_positions(block) for block in range(split.n_blocks)],
+            config.batch_size,
+            seed=config.seed,
+            first_step=progress.step,
+            steps=config.steps,
+        )
+        window = Window()
+        started = time.monotonic() - progress.seconds
+        self.modules.train()
+        with progress_bar(config, progress.step) as bar:
+            for batch in prefetch(self.train_samples.batch, batches):
+                losses = self.step(batch.to(self.device))
+                window.add(losses, batch.num_graphs)
+                progress.step += 1
+                bar.update(batch.num_graphs)
+                if progress.step % config.eval_every == 0:
+                    progress.seconds = time.monotonic() - started
+                    self._validate(window)
+                    window = Window()
+        if not self.rows or self.rows[-1]["step"] < progress.step:
+            progress.seconds = time.monotonic() - started
+            self._validate(window)
+        return self._finish()
+
+    def step(self, batch: Data) -> dict[str, Tensor]:
+        """One optimiser step on ``batch``; returns the loss and its terms, detached."""
+        rate = learning_rate(self.config, self.progress.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        losses = self.losses(batch)
+        losses["loss"].backward()
+        if self.config.optimizer.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(
+                self.modules.parameters(), self.config.optimizer.clip_norm
+            )
+        self.optimizer.step()
+        self.average.update_parameters(self.modules)
+        return {name: value.detach() for name, value in losses.items()}
+
+    @property
+    def averaged_student(self) -> Network:
+        """The student with its moving-average weights."""
+        modules = cast(nn.ModuleDict, self.average.module)
+        return cast(Network, modules["student"])
+
+    def losses(self, batch: Data) -> dict[str, Tensor]:
+        """L0, every distillation term unweighted, and their weighted sum ``loss``."""
+        weights, normalizer = self.config.loss, self.learner.normalizer
+        output = self.learner.student(batch)
+        energy = normalizer.normalize_energy(
+            batch.energy, batch.atomic_numbers, batch.batch
+        ).to(output.energy.dtype)
+        forces = normalizer.normalize_forces(batch.forces)
+        l0 = weights.energy_weight * energy_mae(output.energy, energy)
+        l0 = l0 + weights.force_weight * force_l2(output.forces, forces, batch.fixed)
+        terms = {s.name: s.loss(output, batch) for s in self.learner.strategies}
+        total = l0
+        for name, term in terms.items():
+            total = total + getattr(self.config.distill, name) * term
+        return {"loss": total, "l0": l0, **terms}
+
+    def _samples(self, split: str, fields: tuple[str, ...]) -> CachedSamples:
+        if split not in self.store.splits:
+            known = ", ".join(self.store.splits)
+            raise SpecError(f"The store has no split {split!r} (known: {known}).")
+        student = self.learner.student
+        return CachedSamples(
+            self.store.splits[split], student.graph_rule, student.elements, fields
+        )
+
+    def _validate(self, window: Window) -> None:
+        progress = self.progress
+        means = window.means()
+        if not math.isfinite(means["train_loss"]):
+            raise PipelineError(
+                f"{self.folder}: the loss is no longer a finite number by step "
+                f"{progress.step}; lower optimizer.lr and start again."
+            )
+        result = self._evaluate(self.averaged_student)
+        row = {
+            "step": progress.step,
+            "seconds": round(progress.seconds, 2),
+            "lr": learning_rate(self.config, progress.step - 1),
+            "samples_per_second": round(window.rate(), 1),
+            **means,
+            "val_loss": result.loss,
+            **{f"val_{name}": value for name, value in result.metrics.items()},
+        }
+        self.rows.append(row)
+        log.info("%s", ", ".join(f"{k} {short(v)}" for k, v in row.items()))
+        if result.loss < progress.best_loss or self.config.export == "last":
+            progress.best_loss = result.loss
+            self._export()
+        write_rows(self.folder / "metrics.csv", self.rows)
+        save_checkpoint(self.folder / "last.pt", self._state())
+
+    def _evaluate(self, student: nn.Module) -> Evaluation:
+        return evaluate(
+            student,
+            self.val_samples,
+            self.learner.normalizer,
+            self.config.loss,
+            2 * self.config.batch_size,
+            self.device,
+        )
+
+    def _export(self) -> None:
+        """Averaged weights of the plain student, without adapters."""
+        save_model(
+            self.folder / "student.safetensors",
+            self.learner.model_name,
+            self.averaged_student,
+            self.learner.normalizer,
+            {**self.header(), "step": self.progress.step},
+        )
+
+    def _finish(self) -> dict[str, Any]:
+        """Evaluate the exported student and write the run's results."""
+        student = load_checkpoint(self.folder / "student.safetensors").model
+        result = self._evaluate(student.to(self.device))
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, allow_pickle=False, **result.predictions)
+        write_atomically(self.folder / "predictions.npz", buffer.getvalue())
+        summary = {
+            "student": self.config.student.preset,
+            "strategy": self.config.strategy,
+            "seed": self.config.seed,
+            "steps": self.progress.step,
+            "seconds": self.progress.seconds,
+            "parameters": sum(p.numel() for p in student.parameters()),
+            "fingerprint": self.store.fingerprint,
+            "val_split": self.config.val_split,
+            "metrics": result.metrics,
+            "teacher_metrics": teacher_metrics(self.val_samples.split),
+        }
+        text = json.dumps(summary, indent=2, sort_keys=True)
+        write_atomically(self.folder / "metrics.json", text.encode() + b"\n")
+        return summary
+
+    def header(self) -> dict[str, Any]:
+        """Resolved configuration and what it is applied to."""
+        return {
+            "config": self.config.model_dump(),
+            "hyperparameters": self.learner.student.hyperparameters,
+            "fingerprint": self.store.fingerprint,
+            "initial_weights": self.learner.initial_digest,
+        }
+
+    def _write_header(self) -> None:
+        text = yaml.safe_dump(self.header(), sort_keys=False)
+        write_atomically(self.folder / "config.yaml", text.encode())
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "header": self.header(),
+            "progress": vars(self.progress),
+            "rows": self.rows,
+            "modules": self.modules.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+
+    def _restore(self) -> None:
+        state = read_checkpoint(self.folder / "last.pt")
+        require_same_run(state["header"], self.header(), self.folder)
+        self.modules.load_state_dict(state["modules"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.progress = Progress(**state["progress"])
+        self.rows = state["rows"]
+        log.info("resumed %s at step %d", self.folder, self.progress.step)

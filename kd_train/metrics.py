@@ -1,0 +1,69 @@
+"""OC20's four metrics as sums and counts, so that batches and ranks add up exactly."""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch_geometric.utils import scatter
+
+ENERGY_THRESHOLD = 0.02  # eV
+FORCE_THRESHOLD = 0.03  # eV/Å, largest component
+
+
+@dataclass
+class MetricSums:
+    """Sums over samples and free atoms seen so far.
+
+    Samples without a reference energy or with missing forces are left out of the
+    metrics that need them.
+    """
+
+    sums: dict[str, float] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def add(
+        self,
+        energy: Tensor,
+        forces: Tensor,
+        energy_label: Tensor,
+        force_label: Tensor,
+        batch: Tensor,
+        fixed: Tensor,
+    ) -> None:
+        """Take in a batch: energies (B,) in eV, forces (N, 3) in eV/Å."""
+        energy_error = (energy - energy_label).abs()
+        known = energy_label.isfinite()
+        self._put("energy_mae", energy_error[known])
+        usable = ~fixed & force_label.isfinite().all(dim=1)
+        force_error = (forces - force_label).abs().double()
+        self._put("forces_mae", force_error[usable].flatten())
+        cosine = torch.cosine_similarity(forces, force_label, dim=1, eps=1e-8)
+        self._put("forces_cos", cosine[usable])
+        worst = torch.where(usable[:, None], force_error, 0).amax(dim=1)
+        size = len(energy)
+        largest = scatter(worst, batch, dim=0, dim_size=size, reduce="max")
+        free = scatter(usable.long(), batch, dim=0, dim_size=size)
+        within = (energy_error < ENERGY_THRESHOLD) & (largest < FORCE_THRESHOLD)
+        self._put("efwt", within[known & (free > 0)].double())
+
+    def _put(self, name: str, values: Tensor) -> None:
+        self.sums[name] = self.sums.get(name, 0.0) + float(values.double().sum())
+        self.counts[name] = self.counts.get(name, 0) + values.numel()
+
+    def result(self) -> dict[str, float]:
+        """energy_mae (meV), forces_mae (meV/Å), forces_cos, efwt (%); NaN if unseen."""
+        factor = {"energy_mae": 1e3, "forces_mae": 1e3, "efwt": 100.0}
+        return {
+            name: factor.get(name, 1.0) * total / self.counts[name]
+            if self.counts[name]
+            else float("nan")
+            for name, total in self.sums.items()
+        }
+
+
+def gap_closed(student: float, distilled: float, teacher: float) -> float:
+    """Percent of the way from plain student to teacher that distillation went.
+
+    Negative: moved away. Meaningful only while teacher and student differ.
+    """
+    return 100.0 * (distilled - student) / (teacher - student)

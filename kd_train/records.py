@@ -1,0 +1,87 @@
+"""Numbers of a run as it goes: window means, CSV rows, progress bar, comparison."""
+
+import csv
+import io
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from kd_train.config import TrainConfig
+from pipeline.errors import SpecError
+from pipeline.files import write_atomically
+
+
+class Window:
+    """Means and rate since the last validation; sums stay on the device."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._steps = 0
+        self._samples = 0
+        self._started = time.monotonic()
+
+    def add(self, losses: dict[str, Tensor], samples: int) -> None:
+        """Take in one step's losses (scalars) and its number of samples."""
+        for name, value in losses.items():
+            known = self._sums.get(name)
+            self._sums[name] = value.clone() if known is None else known + value
+        self._steps += 1
+        self._samples += samples
+
+    def means(self) -> dict[str, float]:
+        """Mean of every loss, under ``train_NAME``."""
+        return {f"train_{k}": float(v) / self._steps for k, v in self._sums.items()}
+
+    def rate(self) -> float:
+        """Samples per second since the window was opened."""
+        return self._samples / (time.monotonic() - self._started)
+
+
+def require_same_run(
+    saved: dict[str, Any], current: dict[str, Any], folder: Path
+) -> None:
+    """Refuse to continue a run whose store or configuration was another one."""
+    if saved["fingerprint"] != current["fingerprint"]:
+        raise SpecError(
+            f"{folder} was trained on a store with fingerprint "
+            f"{saved['fingerprint'][:12]}…, this store has "
+            f"{current['fingerprint'][:12]}…; use the same store or another --out."
+        )
+    if saved["config"] == current["config"]:
+        return
+    for key, value in current["config"].items():
+        if saved["config"].get(key) != value:
+            before = saved["config"].get(key)
+            raise SpecError(
+                f"{folder} was started with {key} = {before!r}, now it is {value!r}; "
+                "resume with the same configuration or use another --out."
+            )
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Replace the CSV file at ``path`` by ``rows``, atomically."""
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(path, buffer.getvalue().encode())
+
+
+def progress_bar(config: TrainConfig, done: int) -> "tqdm[Any]":
+    """Bar in samples with rate and ETA; lines where there is no terminal."""
+    return tqdm(
+        total=config.steps * config.batch_size,
+        initial=done * config.batch_size,
+        unit="sample",
+        desc=f"{config.student.preset} {config.strategy} seed {config.seed}",
+        mininterval=0.5 if sys.stderr.isatty() else 15.0,
+    )
+
+
+def short(value: object) -> str:
+    """``value`` for a log line, numbers to four digits."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

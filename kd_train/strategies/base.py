@@ -1,0 +1,73 @@
+"""A strategy: the fields it reads from the store, its adapter, its loss."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch_geometric.data import Data
+
+from kd_train.config import LossConfig
+from pipeline.errors import SpecError
+from pipeline.fields import FIELDS, PREDICTION_FIELDS
+from pipeline.models.normalizer import Normalizer
+from pipeline.models.output import ModelOutput
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What strategies may depend on: widths of both sides, units, loss weights."""
+
+    student_name: str
+    student_widths: Mapping[str, int]
+    teacher_widths: Mapping[str, int]
+    normalizer: Normalizer
+    loss: LossConfig
+    seed: int
+
+
+class Strategy(ABC):
+    """One distillation term; ``adapter`` holds its trainable parameters, if any."""
+
+    name: str
+    fields: tuple[str, ...]
+    student_field: str | None = None
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self._check()
+        self.adapter: nn.Module | None = self.build_adapter()
+
+    def build_adapter(self) -> nn.Module | None:
+        """The map from student to teacher width; None where nothing is projected."""
+        return None
+
+    @abstractmethod
+    def loss(self, output: ModelOutput, batch: Data) -> Tensor:
+        """Scalar loss of one batch; the store's fields are attributes of ``batch``."""
+
+    def _check(self) -> None:
+        for field in self.fields:
+            if field not in self.setting.teacher_widths:
+                raise SpecError(
+                    f"Strategy {self.name!r} needs the field {field!r}, which this "
+                    f"store lacks; {_remedy(field)} and build the store again."
+                )
+        own = self.student_field
+        if own is not None and own not in self.setting.student_widths:
+            raise SpecError(
+                f"Strategy {self.name!r} needs {own!r} of the student, which "
+                f"{self.setting.student_name!r} does not have; choose another student "
+                "or strategy."
+            )
+
+
+def _remedy(field: str) -> str:
+    if field in PREDICTION_FIELDS:
+        return "add a teacher: section to the spec"
+    return f"add the line '{FIELDS[field].name}: {{}}' under features: of the spec"
+
+
+def mean_square(difference: Tensor) -> Tensor:
+    """Plain mean over atoms, axes and channels of the batch, fixed atoms included."""
+    return difference.square().mean()

@@ -1,0 +1,30 @@
+"""Node to node: projected student node features against the teacher's."""
+
+from torch import Tensor, nn
+from torch_geometric.data import Data
+
+from kd_train.adapters import linear_adapter
+from kd_train.strategies.base import Strategy, mean_square
+from pipeline.models.output import ModelOutput
+
+
+class NodeToNode(Strategy):
+    """Mean over N·C of ‖M(node_s) − node_t‖² (arXiv:2306.14818, section 3)."""
+
+    name = "n2n"
+    fields = ("node_features",)
+    student_field = "node_features"
+
+    def build_adapter(self) -> nn.Module:
+        """Linear with bias, student node width to the width of the stored field."""
+        return linear_adapter(
+            self.setting.student_widths["node_features"],
+            self.setting.teacher_widths[self.fields[0]],
+            bias=True,
+            seed=self.setting.seed,
+        )
+
+    def loss(self, output: ModelOutput, batch: Data) -> Tensor:
+        """Feature error of the batch."""
+        assert self.adapter is not None
+        return mean_square(self.adapter(output.node_features) - batch[self.fields[0]])

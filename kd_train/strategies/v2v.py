@@ -1,0 +1,30 @@
+"""Vector to vector: equivariant student states against the teacher's."""
+
+from torch import Tensor, nn
+from torch_geometric.data import Data
+
+from kd_train.adapters import linear_adapter
+from kd_train.strategies.base import Strategy, mean_square
+from pipeline.models.output import ModelOutput
+
+
+class VectorToVector(Strategy):
+    """Mean over N·3·C of ‖M(vector_s) − vector_t‖² (arXiv:2306.14818, Eq. 6)."""
+
+    name = "v2v"
+    fields = ("vector_features",)
+    student_field = "vector_features"
+
+    def build_adapter(self) -> nn.Module:
+        """Linear without bias on the channel axis, which keeps equivariance."""
+        return linear_adapter(
+            self.setting.student_widths["vector_features"],
+            self.setting.teacher_widths["vector_features"],
+            bias=False,
+            seed=self.setting.seed,
+        )
+
+    def loss(self, output: ModelOutput, batch: Data) -> Tensor:
+        """Feature error of the batch."""
+        assert self.adapter is not None
+        return mean_square(self.adapter(output.vector_features) - batch.vector_features)

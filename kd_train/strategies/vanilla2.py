@@ -1,0 +1,19 @@
+"""Vanilla 2: the teacher's energy of every atom."""
+
+from torch import Tensor
+from torch_geometric.data import Data
+
+from kd_train.strategies.base import Strategy
+from pipeline.models.output import ModelOutput
+
+
+class Vanilla2(Strategy):
+    """Mean over atoms of |e_s − e_t| (Eq. 8), on the normalised scale."""
+
+    name = "vanilla2"
+    fields = ("per_atom_energy",)
+
+    def loss(self, output: ModelOutput, batch: Data) -> Tensor:
+        """Per-atom energy error of the batch."""
+        target = batch.per_atom_energy / self.setting.normalizer.energy_std
+        return (output.per_atom_energy - target).abs().mean()

@@ -1,0 +1,150 @@
+"""``kd-cache``: build, inspect and verify stores. Heavy imports happen in commands."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+from tqdm import tqdm
+
+from pipeline.commands import log_to_file, one_sentence_errors
+
+CHECK_FAILED = 1
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Cache the features of a trained teacher in a Zarr store."""
+
+
+def _block_range(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    first, colon, last = text.partition(":")
+    if not (colon and first.isdigit() and last.isdigit() and int(first) < int(last)):
+        raise click.BadParameter(f"--blocks {text!r} must look like 0:8.")
+    return int(first), int(last)
+
+
+@main.command()
+@click.argument("spec", type=click.Path(path_type=Path))
+@click.option("--out", help="Where the store goes; overrides store.path.")
+@click.option(
+    "--device", default=None, help="cpu, cuda, cuda:1; default: a GPU if any."
+)
+@click.option(
+    "--workers", default=0, show_default=True, help="Processes; 0 = this one."
+)
+@click.option("--blocks", help="Half-open range A:B of blocks, for array jobs.")
+@click.option("--set", "overrides", multiple=True, help="key.subkey=value of the spec.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of torch.")
+@click.option(
+    "--receipt",
+    type=click.Path(path_type=Path),
+    help="Written once the store is sealed: what a workflow engine waits for.",
+)
+@one_sentence_errors
+def build(
+    spec: Path,
+    out: str | None,
+    device: str | None,
+    workers: int,
+    blocks: str | None,
+    overrides: tuple[str, ...],
+    threads: int | None,
+    receipt: Path | None,
+) -> None:
+    """Build the store of SPEC, or continue it; a finished store is left alone."""
+    from pipeline.spec import load_spec
+
+    if out is not None:
+        overrides = (*overrides, f"store.path={Path(out).resolve()}")
+    chosen = load_spec(spec, overrides)
+    block_range = _block_range(blocks)
+
+    import torch
+
+    from pipeline.build import build_store
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    store = Path(chosen.store.path)
+    log_to_file("pipeline", store.with_name(store.name + ".log"))
+    with _progress() as report:
+        sealed = build_store(
+            chosen, device=device, workers=workers, blocks=block_range, report=report
+        )
+    if not sealed:
+        click.echo(f"{store}: the blocks asked for are done, others are still missing.")
+        return
+    click.echo(f"{store}: complete and sealed.")
+    if receipt is not None:
+        _write_receipt(receipt, store)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on a terminal, a line every ten seconds elsewhere; with rate and ETA."""
+    interval = 0.2 if sys.stderr.isatty() else 10.0
+    with tqdm(unit="sample", desc="cache", mininterval=interval) as bar:
+
+        def report(split: str, samples: int, blocks_left: int) -> None:
+            bar.set_postfix_str(f"{split}, {blocks_left} blocks left", refresh=False)
+            bar.update(samples)
+
+        yield report
+
+
+def _write_receipt(receipt: Path, store: Path) -> None:
+    from pipeline.files import write_atomically
+    from pipeline.inspect import describe_store
+
+    text = json.dumps(describe_store(store), indent=2, sort_keys=True)
+    write_atomically(receipt, text.encode() + b"\n")
+
+
+@main.command()
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+@one_sentence_errors
+def info(store: Path, as_json: bool) -> None:
+    """Say what is inside STORE."""
+    from pipeline.inspect import describe_store, render_description
+
+    description = describe_store(store)
+    if as_json:
+        click.echo(json.dumps(description, indent=2, sort_keys=True))
+    else:
+        click.echo(render_description(description))
+
+
+@main.command()
+@click.argument("store", type=click.Path(path_type=Path))
+@click.option("--repair", is_flag=True, help="Discard damaged blocks for `build`.")
+@one_sentence_errors
+def verify(store: Path, repair: bool) -> None:
+    """Check every byte of STORE; exit 1 when something is damaged."""
+    from pipeline.store.verify import verify_store
+
+    problems = verify_store(store)
+    for problem in problems:
+        click.echo(f"{problem}", err=True)
+    if not problems:
+        click.echo(f"{store}: everything checked, nothing damaged.")
+        return
+    if repair:
+        from pipeline.inspect import discard_damaged
+
+        click.echo(discard_damaged(store, problems), err=True)
+    sys.exit(CHECK_FAILED)
+
+
+@main.command()
+def schema() -> None:
+    """Print the JSON schema of spec files."""
+    from pipeline.spec import CacheSpec
+
+    click.echo(json.dumps(CacheSpec.model_json_schema(), indent=2, sort_keys=True))

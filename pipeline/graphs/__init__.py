@@ -1,0 +1,1 @@
+"""From structures to graphs: neighbour lists and batches; knows no model."""

@@ -1,0 +1,1 @@
+"""The networks, their normalisers and checkpoints; one model per file."""

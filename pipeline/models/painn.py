@@ -1,0 +1,236 @@
+"""PaiNN in the variant of the Open Catalyst Project."""
+
+import math
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch_geometric.data import Data
+from torch_geometric.utils import scatter
+
+from pipeline.errors import SpecError
+from pipeline.graphs.neighbors import GraphRule
+from pipeline.models.layers import (
+    AtomEmbedding,
+    RadialBasis,
+    ScaledSiLU,
+    ScaleFactor,
+    edge_vectors,
+    envelope_exponent,
+    reset_linear,
+    vector_norm,
+    with_position_gradient,
+)
+from pipeline.models.messages import EdgeTensors, sum_messages
+from pipeline.models.network import Network
+from pipeline.models.output import ModelOutput
+
+
+@dataclass(frozen=True)
+class PaiNNOptions:
+    """Hyperparameters under the names that released checkpoints use; cutoff in Å."""
+
+    hidden_channels: int = 512
+    num_layers: int = 6
+    num_rbf: int = 128
+    cutoff: float = 12.0
+    max_neighbors: int = 50
+    rbf: dict[str, Any] = field(default_factory=lambda: {"name": "gaussian"})
+    envelope: dict[str, Any] = field(
+        default_factory=lambda: {"name": "polynomial", "exponent": 5}
+    )
+    regress_forces: bool = True
+    direct_forces: bool = True
+    use_pbc: bool = True
+    num_elements: int = 83
+
+
+class PaiNN(Network):
+    """Equivariant message passing with scalar and vector states (arXiv:2102.03150).
+
+    Computes what the released OCP checkpoints compute, which deviates from the paper:
+    Gaussian basis, layer norm, scaled SiLU, 1/sqrt(2) residuals, stored scale factors,
+    direct forces from gated equivariant blocks. One deviation from the released code:
+    with ``direct_forces=False`` forces are ``-dE/dx``; the released code takes the
+    gradient of the sum of all node features instead.
+
+    States: ``x`` (N, H) and ``vec`` (N, 3, H); directions point from target to source.
+    """
+
+    def __init__(self, **hyperparameters: Any) -> None:
+        super().__init__()
+        options = PaiNNOptions(**hyperparameters)
+        if options.rbf.get("name") != "gaussian":
+            raise SpecError(f"Basis {options.rbf} is not supported; use gaussian.")
+        self.options = options
+        self.hyperparameters = asdict(options)
+        self.graph_rule = GraphRule(
+            options.cutoff,
+            options.max_neighbors,
+            symmetric=True,
+            periodic=options.use_pbc,
+        )
+        width = options.hidden_channels
+        self.widths = {"node_features": width, "vector_features": width}
+        self.elements = range(1, options.num_elements + 1)
+        self._build(width)
+        reset_linear(self)
+
+    def _build(self, width: int) -> None:
+        """Create the layers; their names and order are those of checkpoints."""
+        options = self.options
+        self.atom_emb = AtomEmbedding(options.num_elements, width)
+        self.radial_basis = RadialBasis(
+            options.num_rbf, options.cutoff, envelope_exponent(options.envelope)
+        )
+        layers = range(options.num_layers)
+        self.message_layers = nn.ModuleList(
+            PaiNNMessage(width, options.num_rbf) for _ in layers
+        )
+        self.update_layers = nn.ModuleList(PaiNNUpdate(width) for _ in layers)
+        for i in layers:
+            self.add_module(f"upd_out_scalar_scale_{i}", ScaleFactor())
+        self.out_energy = nn.Sequential(
+            nn.Linear(width, width // 2), ScaledSiLU(), nn.Linear(width // 2, 1)
+        )
+        if options.regress_forces and options.direct_forces:
+            self.out_forces = PaiNNForces(width)
+
+    def forward(self, batch: Data) -> ModelOutput:
+        """Predictions and the states after the last update, in network units."""
+        forces: Tensor | None = None
+        if not self.options.regress_forces or self.options.direct_forces:
+            energy, per_atom, x, vec = self._energy(batch, batch.positions)
+            if self.options.regress_forces:
+                forces = self.out_forces(x, vec)
+        else:
+            (energy, per_atom, x, vec), forces = with_position_gradient(
+                lambda positions: self._energy(batch, positions),
+                batch.positions,
+                create_graph=self.training,
+            )
+        return ModelOutput(energy, forces, per_atom, x, vec)
+
+    def _energy(self, batch: Data, positions: Tensor) -> tuple[Tensor, ...]:
+        """Energies (B,) and per atom (N,), final scalar and vector states."""
+        edge_vec = edge_vectors(batch, positions)
+        edge_dist = vector_norm(edge_vec)
+        rbf = self.radial_basis(edge_dist)  # (E, K)
+        edges = EdgeTensors(
+            source=batch.edge_index[0],
+            target=batch.edge_index[1],
+            basis=torch.cat((rbf, torch.ones_like(rbf[:, :1])), dim=1),
+            direction=edge_vec / edge_dist[:, None],
+        )
+        x = self.atom_emb(batch.atomic_numbers)
+        vec: Tensor | None = None
+        for i, (message, update) in enumerate(
+            zip(self.message_layers, self.update_layers, strict=True)
+        ):
+            x, vec = message(x, vec, edges)
+            x, vec = update(x, vec)
+            x = self.get_submodule(f"upd_out_scalar_scale_{i}")(x)
+        assert vec is not None  # there is at least one layer
+        per_atom = self.out_energy(x).squeeze(1)
+        energy = scatter(per_atom, batch.batch, dim=0, dim_size=batch.num_graphs)
+        return energy, per_atom, x, vec
+
+
+class PaiNNMessage(nn.Module):
+    """Adds the filtered states of the neighbours to scalars and vectors."""
+
+    def __init__(self, width: int, num_rbf: int) -> None:
+        super().__init__()
+        self.x_proj = nn.Sequential(
+            nn.Linear(width, width), ScaledSiLU(), nn.Linear(width, 3 * width)
+        )
+        self.rbf_proj = nn.Linear(num_rbf, 3 * width)
+        self.x_layernorm = nn.LayerNorm(width)
+
+    def forward(
+        self, x: Tensor, vec: Tensor | None, edges: EdgeTensors
+    ) -> tuple[Tensor, Tensor]:
+        """New states of all atoms; ``vec`` is None while all vectors are zero."""
+        hidden = self.x_proj[1](self.x_proj[0](self.x_layernorm(x)))
+        out_weight, out_bias = self.x_proj[2].parameters()
+        filters = self.rbf_proj
+        # While all vectors are zero, so is all that the middle third would multiply.
+        middle = 0.0 if vec is None else 1.0
+        unscaled = (1.0, middle, 1.0)
+        width = x.shape[1]
+        scaled = (1.0, middle / math.sqrt(3 * width), 1 / math.sqrt(width))
+        y = linear(hidden, _thirds(out_weight, unscaled), _thirds(out_bias, unscaled))
+        weight = torch.cat((filters.weight, filters.bias[:, None]), dim=1)
+        dx, dvec = sum_messages(y, vec, _thirds(weight, scaled), edges)
+        return (x + dx) * (1 / math.sqrt(2)), dvec if vec is None else vec + dvec
+
+
+def _thirds(rows: Tensor, factors: tuple[float, float, float]) -> Tensor:
+    """Multiply each third of the 3H rows by its factor and leave out those of zero."""
+    if factors == (1.0, 1.0, 1.0):
+        return rows
+    thirds = zip(rows.chunk(3), factors, strict=True)
+    return torch.cat([third * factor for third, factor in thirds if factor])
+
+
+class PaiNNUpdate(nn.Module):
+    """Mixes scalars and vectors of each atom."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.vec_proj = nn.Linear(width, 2 * width, bias=False)
+        self.xvec_proj = nn.Sequential(
+            nn.Linear(2 * width, width), ScaledSiLU(), nn.Linear(width, 3 * width)
+        )
+
+    def forward(self, x: Tensor, vec: Tensor) -> tuple[Tensor, Tensor]:
+        """New states of all atoms; the scale factor comes after."""
+        width = x.shape[1]
+        v1, v2 = self.vec_proj(vec).split(width, dim=2)  # (N, 3, H)
+        dot = (v1 * v2).sum(dim=1) * (1 / math.sqrt(width))  # (N, H)
+        norm = torch.sqrt(v2.square().sum(dim=1) + 1e-8)
+        p, q, r = self.xvec_proj(torch.cat((x, norm), dim=1)).split(width, dim=1)
+        return x + (p + q * dot) * (1 / math.sqrt(2)), vec + r[:, None] * v1
+
+
+class PaiNNForces(nn.Module):
+    """Two gated equivariant blocks that turn the final states into forces (N, 3)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.output_network = nn.ModuleList(
+            (
+                GatedEquivariantBlock(width, width // 2),
+                GatedEquivariantBlock(width // 2, 1),
+            )
+        )
+
+    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
+        """Forces (N, 3) in network units."""
+        for block in self.output_network:
+            x, vec = block(x, vec)
+        return vec.squeeze(2)
+
+
+class GatedEquivariantBlock(nn.Module):
+    """Maps (N, I), (N, 3, I) to (N, O), (N, 3, O); the gate is not activated."""
+
+    def __init__(self, width: int, out_width: int) -> None:
+        super().__init__()
+        self.out_width = out_width
+        self.vec1_proj = nn.Linear(width, width, bias=False)
+        self.vec2_proj = nn.Linear(width, out_width, bias=False)
+        self.update_net = nn.Sequential(
+            nn.Linear(2 * width, width), ScaledSiLU(), nn.Linear(width, 2 * out_width)
+        )
+        self.activation = ScaledSiLU()
+
+    def forward(self, x: Tensor, vec: Tensor) -> tuple[Tensor, Tensor]:
+        """Scalars (N, O) and vectors (N, 3, O)."""
+        norm = vector_norm(self.vec1_proj(vec))  # (N, I)
+        x, gate = self.update_net(torch.cat((x, norm), dim=1)).split(
+            self.out_width, dim=1
+        )
+        return self.activation(x), gate[:, None] * self.vec2_proj(vec)

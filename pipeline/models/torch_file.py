@@ -1,0 +1,72 @@
+"""Reads ``.pt`` files without running anything that is in them."""
+
+import re
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline.errors import CheckpointError
+
+
+class _NumberType:
+    """Stands in for ``numpy.dtype`` while unpickling; keeps only the type's code."""
+
+    def __init__(self, code: str, *_: object) -> None:
+        self.code = code
+
+    def __setstate__(self, state: object) -> None:
+        """Ignore layout and byte order; what is read is little-endian."""
+
+
+def _number(kind: _NumberType, content: bytes) -> float | int | bool:
+    """Return the Python number that a pickled numpy scalar stands for."""
+    dtype = np.dtype(kind.code)
+    if dtype.kind not in "biuf":
+        raise UnpicklingError(f"a numpy scalar of type {kind.code!r}")
+    return np.frombuffer(content, dtype.newbyteorder("<"), count=1)[0].item()
+
+
+# Released files keep numpy numbers among their metrics.
+_HARMLESS: list[Any] = [
+    (_NumberType, "numpy.dtype"),
+    (_number, "numpy.core.multiarray.scalar"),
+    (_number, "numpy._core.multiarray.scalar"),
+]
+
+
+def _named(error: UnpicklingError) -> str:
+    """Return the forbidden name in torch's message, in brackets, if there is one."""
+    found = re.search(r"GLOBAL ([\w.]+)", str(error))
+    return f" ({found.group(1)})" if found else ""
+
+
+def read_torch_file(path: Path) -> dict[Any, Any]:
+    """Mapping stored in a ``.pt`` file, tensors on the CPU.
+
+    Only tensors, plain containers and numbers are admitted; a file with anything else,
+    or damaged, is refused with :class:`CheckpointError`.
+    """
+    try:
+        with torch.serialization.safe_globals(_HARMLESS):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"There is no file {path}.") from error
+    except UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} is refused: it is damaged or holds more than tensors and plain "
+            f"values{_named(error)}, which could run code when loaded; fetch it again "
+            "or save it with tensors and plain values only."
+        ) from error
+    except Exception as error:  # damaged archives fail in many ways inside torch
+        raise CheckpointError(
+            f"{path} is not a readable torch file ({type(error).__name__}); it may be "
+            "incomplete, so fetch it again."
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(
+            f"{path} holds a {type(content).__name__} instead of a mapping of names."
+        )
+    return content

@@ -1,0 +1,40 @@
+# The embedded example: cache, plain and distilled students of one seed, comparison.
+# `--config quick=true` makes a short form for checks.
+QUICK = str(config.get("quick", "false")).lower() == "true"
+STRATEGIES = (
+    ["none", "v2v"] if QUICK else ["none", "n2n", "v2v", "vanilla1", "vanilla2"]
+)
+STEPS = 150 if QUICK else 1500
+RUNS = expand("results/demo/{strategy}-s0-{steps}", strategy=STRATEGIES, steps=STEPS)
+
+
+rule demo_student:
+    input:
+        receipt="results/caches/demo.json",
+        config="cache_specs/demo/student.yaml",
+    output:
+        metrics="results/demo/{strategy}-s{seed}-{steps}/metrics.json",
+    log:
+        "results/demo/{strategy}-s{seed}-{steps}.log",
+    threads: 1
+    params:
+        store="caches/demo.zarr",
+        student="painn-small-demo",
+    shell:
+        "kd-train --cache {params.store} --strategy {wildcards.strategy} "
+        "--student {params.student} --config {input.config} --seed {wildcards.seed} "
+        "--steps {wildcards.steps} --threads {threads} --out $(dirname {output.metrics}) "
+        "--auto-resume > {log} 2>&1"
+
+
+rule demo:
+    input:
+        expand("{run}/metrics.json", run=RUNS),
+    output:
+        report="results/demo/report/report.html",
+    log:
+        "results/demo/report.log",
+    params:
+        runs=RUNS,
+    shell:
+        "kd-report {params.runs} --out $(dirname {output.report}) 2>&1 | tee {log}"

@@ -1,0 +1,1 @@
+"""The Zarr store of teacher features: planned once, written by blocks, sealed, read."""

@@ -1,0 +1,298 @@
+"""Creation of a planned store: all metadata and index arrays, no shard yet."""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zarr
+from filelock import FileLock, Timeout
+from zarr.codecs import BytesCodec, Crc32cCodec
+
+from pipeline.errors import DataError, SpecError, StoreError
+from pipeline.files import sync_folder
+from pipeline.store.index import (
+    COMMIT,
+    DIGESTS,
+    FORMAT_VERSION,
+    INDEX_DTYPES,
+    ROOT_KEY,
+    SPLIT_KEY,
+    SPLITS_KEY,
+    ArrayInfo,
+    Level,
+    index_chunk,
+)
+from pipeline.store.layout import BlockPlan, inner_rows
+from pipeline.store.ledger import digests_size, protected_files
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_RESERVED = {DIGESTS}
+
+
+@dataclass(frozen=True)
+class ArrayPlan:
+    """An array to be made: ``shape`` is what follows the node or sample axis."""
+
+    path: str
+    level: Level
+    shape: tuple[int, ...]
+    dtype: str
+    attributes: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class SplitPlan:
+    """A split to be made; ids and checksums (n,) uint64 are in storage order."""
+
+    name: str
+    sample_ids: Sequence[str]
+    checksums: npt.NDArray[np.uint64]
+    blocks: BlockPlan
+    arrays: tuple[ArrayPlan, ...]
+
+
+def create_store(
+    path: Path, splits: Sequence[SplitPlan], attributes: dict[str, Any]
+) -> None:
+    """Write the whole planned store, unsealed and without blocks, at ``path``.
+
+    A kill leaves nothing at ``path`` or the complete plan. ``attributes`` join the
+    root attribute ``kd_cache``, where the reader finds its ``fingerprint``.
+    """
+    for split in splits:
+        _check_split(split)
+    _check_root(splits, attributes)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _creation_lock(path, timeout=-1):
+        if path.exists():
+            raise StoreError(
+                f"{path} exists already; continue it with `kd-cache build SPEC` or "
+                "choose another place."
+            )
+        _build_and_rename(path, splits, attributes)
+
+
+def remove_leftovers(path: Path) -> None:
+    """Clear what a killed `create_store` left beside ``path``, if none is at work."""
+    if _lock_file(path).exists():
+        with suppress(Timeout), _creation_lock(path, timeout=0):
+            pass
+
+
+@contextmanager
+def _creation_lock(path: Path, timeout: float) -> Iterator[None]:
+    lock_file = _lock_file(path)
+    with FileLock(lock_file, timeout=timeout):
+        for orphan in path.parent.glob(f".{path.name}.*.partial"):
+            shutil.rmtree(orphan)
+        try:
+            yield
+        finally:
+            # Removed while held: a waiting process sees that it is gone and retries.
+            lock_file.unlink()
+
+
+def _lock_file(path: Path) -> Path:
+    return path.parent / f".{path.name}.lock"
+
+
+def _build_and_rename(
+    path: Path, splits: Sequence[SplitPlan], attributes: dict[str, Any]
+) -> None:
+    made = tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".partial")
+    temporary = Path(made)
+    try:
+        temporary.chmod(0o755)
+        _write_hierarchy(temporary, splits, attributes)
+        _sync_tree(temporary)
+        temporary.rename(path)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    sync_folder(path.parent)
+
+
+def _write_hierarchy(
+    folder: Path, splits: Sequence[SplitPlan], attributes: dict[str, Any]
+) -> None:
+    header = {"format_version": FORMAT_VERSION, "complete": False, **attributes}
+    names = [split.name for split in splits]
+    root = zarr.create_group(
+        folder, zarr_format=3, attributes={ROOT_KEY: header, SPLITS_KEY: names}
+    )
+    files = protected_files(
+        (s.name, [a.path for a in s.arrays], s.blocks.n_samples, s.blocks.n_blocks)
+        for s in splits
+    )
+    size = digests_size(files)
+    _create_plain(root, DIGESTS, (size,), (size,), "uint8", ("byte",), {})
+    for split in splits:
+        _write_split(root, split)
+
+
+def _write_split(root: zarr.Group, split: SplitPlan) -> None:
+    blocks = split.blocks
+    plan = {
+        "n_samples": blocks.n_samples,
+        "n_atoms": int(blocks.n_atoms.sum(dtype=np.int64)),
+        "n_blocks": blocks.n_blocks,
+        "rows_per_block": blocks.rows_per_block,
+        "samples_per_block": blocks.samples_per_block,
+        "arrays": [{"path": a.path, "level": a.level} for a in split.arrays],
+    }
+    group = root.create_group(split.name, attributes={SPLIT_KEY: plan})
+    columns = {
+        "sample_id": np.array(split.sample_ids, dtype=np.dtypes.StringDType()),
+        "start": blocks.start,
+        "n_atoms": blocks.n_atoms,
+        "sample_row": blocks.sample_row,
+        "checksum": split.checksums,
+    }
+    n_samples = blocks.n_samples
+    for name, dtype in INDEX_DTYPES.items():
+        chunk = (index_chunk(n_samples),)
+        axes = ("position",)
+        array = _create_plain(
+            group, f"index/{name}", (n_samples,), chunk, dtype, axes, {}
+        )
+        array[:] = columns[name]
+    shape = (blocks.n_blocks, len(split.arrays), 2)
+    axes3 = ("block", "array", "word")
+    paths = {"arrays": [a.path for a in split.arrays]}
+    _create_plain(group, COMMIT, shape, (1, *shape[1:]), "uint64", axes3, paths)
+    for array_plan in split.arrays:
+        _create_sharded(group, array_plan, blocks)
+
+
+def _create_sharded(group: zarr.Group, plan: ArrayPlan, blocks: BlockPlan) -> None:
+    rows = blocks.rows(plan.level)
+    info = ArrayInfo(plan.path, plan.level, np.dtype(plan.dtype), plan.shape)
+    group.create_array(
+        name=plan.path,
+        shape=(blocks.n_blocks * rows, *plan.shape),
+        shards=(rows, *plan.shape),
+        chunks=(inner_rows(rows), *plan.shape),
+        dtype=plan.dtype,
+        fill_value=info.fill,
+        serializer=BytesCodec(endian="little"),
+        compressors=Crc32cCodec(),
+        attributes=plan.attributes,
+        dimension_names=_axis_names(plan),
+    )
+
+
+def _axis_names(plan: ArrayPlan) -> tuple[str | None, ...]:
+    names: tuple[str | None, ...] = (None,) * len(plan.shape)
+    if plan.shape == (3, 3):
+        names = ("vector", "xyz")
+    elif len(plan.shape) == 2:
+        names = ("xyz", "channel")
+    elif len(plan.shape) == 1:
+        names = ("xyz",) if plan.shape == (3,) else ("channel",)
+    return ("atom" if plan.level == "node" else "sample", *names)
+
+
+def _create_plain(
+    group: zarr.Group,
+    name: str,
+    shape: tuple[int, ...],
+    chunks: tuple[int, ...],
+    dtype: str,
+    axes: tuple[str, ...],
+    attributes: dict[str, Any],
+) -> zarr.Array:
+    return group.create_array(
+        name=name,
+        shape=shape,
+        chunks=chunks,
+        dtype=dtype,
+        fill_value="" if dtype == "string" else 0,
+        compressors=Crc32cCodec(),
+        attributes=attributes,
+        dimension_names=axes,
+        config={"write_empty_chunks": True},
+    )
+
+
+def _sync_tree(folder: Path) -> None:
+    for parent, _, files in os.walk(folder):
+        for name in files:
+            descriptor = os.open(Path(parent) / name, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        sync_folder(Path(parent))
+
+
+def _check_root(splits: Sequence[SplitPlan], attributes: dict[str, Any]) -> None:
+    if not splits:
+        raise SpecError("A store needs at least one split; add one under `splits:`.")
+    repeated = [n for n, times in Counter(s.name for s in splits).items() if times > 1]
+    if repeated:
+        raise SpecError(f"Split {repeated[0]!r} is planned twice; rename one of them.")
+    clash = sorted({"format_version", "complete"} & attributes.keys())
+    if clash:
+        raise SpecError(f"Attribute {clash[0]!r} is set by the store itself; drop it.")
+    try:
+        json.dumps(attributes, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise SpecError(
+            f"The store's attributes are not plain JSON: {error}."
+        ) from None
+
+
+def _check_split(split: SplitPlan) -> None:
+    if not _NAME.fullmatch(split.name) or split.name in _RESERVED:
+        raise SpecError(
+            f"Split name {split.name!r} cannot be a folder of the store; use letters, "
+            f"digits, '_', '-' and '.', and not {DIGESTS!r}."
+        )
+    n_samples = split.blocks.n_samples
+    if not len(split.sample_ids) == len(split.checksums) == n_samples:
+        raise DataError(
+            f"Split {split.name!r} plans {n_samples} samples but has "
+            f"{len(split.sample_ids)} ids and {len(split.checksums)} checksums; give "
+            "one of each per sample."
+        )
+    if len(set(split.sample_ids)) < n_samples:
+        ((name, times),) = Counter(split.sample_ids).most_common(1)
+        raise DataError(
+            f"Sample id {name!r} occurs {times} times in split {split.name!r}; ids "
+            "must be unique, so rename or remove the copies."
+        )
+    _check_arrays(split)
+
+
+def _check_arrays(split: SplitPlan) -> None:
+    paths = [array.path for array in split.arrays]
+    if not paths:
+        raise SpecError(f"Split {split.name!r} has no arrays; plan at least one.")
+    for array in split.arrays:
+        parts = array.path.split("/")
+        usable = all(_NAME.fullmatch(part) for part in parts) and parts[0] != "index"
+        if not usable or paths.count(array.path) > 1:
+            raise SpecError(
+                f"Array path {array.path!r} of split {split.name!r} is repeated, "
+                "reserved or no valid name; choose another."
+            )
+        supported = (
+            np.dtype(array.dtype).kind in "fiu" and min(array.shape, default=1) > 0
+        )
+        if array.level not in ("node", "sample") or not supported:
+            raise SpecError(
+                f"Array {array.path!r} of split {split.name!r} has level "
+                f"{array.level!r}, dtype {array.dtype!r} and shape {array.shape}; use "
+                "node or sample, a number type and sizes above 0."
+            )

@@ -1,0 +1,181 @@
+"""Full check of a store: every file, every checksum, every invariant of the plan."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.errors import DamagedStoreError
+from pipeline.store.index import (
+    ROOT_KEY,
+    SPLITS_KEY,
+    ArrayInfo,
+    SplitIndex,
+    read_root,
+    read_split,
+)
+from pipeline.store.layout import place_samples
+from pipeline.store.ledger import (
+    Record,
+    changed_files,
+    read_digests,
+    read_record,
+    shard_hash,
+)
+from pipeline.store.reader import name_samples
+from pipeline.store.shard import Bytes, damaged_chunks, decode_shard, index_is_intact
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something wrong with a store; ``message`` is a sentence that names the file.
+
+    ``split`` and ``block`` are set where writing that block again repairs it.
+    """
+
+    file: Path
+    message: str
+    split: str | None = None
+    block: int | None = None
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def verify_store(path: Path | str) -> list[Problem]:
+    """All problems of the store at ``path``; an empty list means it is sound.
+
+    Raises
+    ------
+    StoreError
+        When there is no store at ``path`` or its format is newer than this program's.
+    """
+    path = Path(path)
+    try:
+        root = read_root(path)
+    except DamagedStoreError as error:
+        return [Problem(path, str(error))]
+    problems = list(_metadata_problems(path, root[ROOT_KEY]["complete"]))
+    for name in root[SPLITS_KEY]:
+        problems.extend(_split_problems(path, name))
+    return problems
+
+
+def _problem(
+    file: Path, what: str, split: str | None = None, block: int | None = None
+) -> Problem:
+    return Problem(file, f"{file} {what}.", split, block)
+
+
+def _metadata_problems(path: Path, sealed: bool) -> Iterator[Problem]:
+    if not sealed:
+        yield _problem(path, "is not sealed; finish it with `kd-cache build SPEC`")
+        return
+    try:
+        digests = read_digests(path)
+    except DamagedStoreError as error:
+        yield Problem(path, str(error))
+        return
+    for name in changed_files(path, digests):
+        split, _, rest = name.partition("/")
+        what = "is not what was sealed"
+        if rest.startswith("index/commit/c/"):
+            yield _problem(path / name, what, split, int(rest.split("/")[3]))
+        else:
+            yield _problem(path / name, what)
+
+
+def _split_problems(path: Path, name: str) -> Iterator[Problem]:
+    try:
+        split = read_split(path, name)
+    except DamagedStoreError as error:
+        yield Problem(path / name, str(error))
+        return
+    folder = path / name / "index"
+    broken = _index_faults(split)
+    for fault in broken:
+        yield _problem(folder, fault)
+    if broken:
+        return
+    for block in range(split.n_blocks):
+        record = read_record(split, block)
+        if record is None:
+            yield _problem(folder / "commit", f"lacks block {block}", name, block)
+            continue
+        yield from _block_problems(split, block, record)
+
+
+def _index_faults(split: SplitIndex) -> list[str]:
+    faults = []
+    counts = split.n_atoms.astype(np.int64)
+    if len(np.unique(split.sample_ids)) < len(counts):
+        faults.append("has repeated sample ids")
+    if counts.min(initial=1) < 1:
+        faults.append("has a sample without atoms")
+    bounds = split.block_bounds
+    if bounds[0] != 0 or bounds[-1] != len(counts) or np.any(np.diff(bounds) < 1):
+        return [*faults, "has samples outside the blocks or empty blocks"]
+    start, sample_row, sample_rows = place_samples(counts, bounds, split.rows_per_block)
+    if not np.array_equal(start, split.start):
+        faults.append("has sample starts that do not follow from the atom counts")
+    ends = (start + counts - 1) // split.rows_per_block
+    if np.any(ends != start // split.rows_per_block):
+        faults.append("has a sample that crosses a block")
+    if sample_rows != split.samples_per_block or np.any(sample_row != split.sample_row):
+        faults.append("has sample rows that do not follow from the blocks")
+    return faults
+
+
+def _block_problems(split: SplitIndex, block: int, record: Record) -> Iterator[Problem]:
+    for info, expected in zip(split.arrays.values(), record.tolist(), strict=True):
+        file = split.shard_file(info.path, block)
+        if not file.is_file():
+            yield _problem(file, "is missing", split.name, block)
+            continue
+        shard = np.fromfile(file, np.uint8)
+        for what in _shard_faults(split, block, info, shard, tuple(expected)):
+            yield _problem(file, what, split.name, block)
+
+
+def _shard_faults(
+    split: SplitIndex,
+    block: int,
+    info: ArrayInfo,
+    shard: Bytes,
+    expected: tuple[int, ...],
+) -> Iterator[str]:
+    layout = split.layout(info.path)
+    if len(shard) != layout.n_bytes:
+        yield f"has {len(shard)} bytes instead of {layout.n_bytes}"
+        return
+    if shard_hash(shard) != expected:
+        yield "does not match its commit record"
+    if not index_is_intact(shard, layout):
+        yield "has a damaged shard index"
+    broken = damaged_chunks(shard, layout)
+    for chunk in broken:
+        first = block * layout.rows + chunk * layout.inner_rows
+        ids = split.samples_at(info.level, first, first + layout.inner_rows)
+        yield f"has a damaged inner chunk {chunk} ({name_samples(ids, split.name)})"
+    if not broken:
+        yield from _value_faults(split, block, info, shard)
+
+
+def _value_faults(
+    split: SplitIndex, block: int, info: ArrayInfo, shard: Bytes
+) -> Iterator[str]:
+    rows = decode_shard(shard, split.layout(info.path), info.dtype, info.shape)
+    valid = split.valid_rows(info.level, block)
+    tail = rows[valid:]
+    is_fill = np.isnan(tail) if info.dtype.kind == "f" else tail == 0
+    if not is_fill.all():
+        yield "has values in rows that belong to no sample"
+    if info.dtype.kind != "f":
+        return
+    bad = np.isinf(rows[:valid]) if info.may_be_nan else ~np.isfinite(rows[:valid])
+    if bad.any():
+        first = int(bad.reshape(valid, -1).any(axis=1).argmax())
+        row = block * split.rows(info.level) + first
+        ids = split.samples_at(info.level, row, row + 1)
+        yield f"has NaN or infinite values ({name_samples(ids, split.name)})"

@@ -1,0 +1,330 @@
+"""Writes a planned store block by block and seals it; the only module that changes one.
+
+Several writers may work at once on different blocks. A block counts once its commit
+record is on disk, which is written after all of its shards.
+"""
+
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from filelock import FileLock, Timeout
+
+from pipeline.errors import DamagedStoreError, DataError, StoreError
+from pipeline.files import sync_folder, write_atomically
+from pipeline.store.index import (
+    METADATA,
+    ROOT_KEY,
+    SPLITS_KEY,
+    ArrayInfo,
+    SplitIndex,
+    commit_key,
+    read_json,
+    read_root,
+    read_split,
+)
+from pipeline.store.ledger import (
+    digests_file,
+    encode_digests,
+    encode_record,
+    is_committed,
+    protected_files,
+    shard_hash,
+)
+from pipeline.store.plan import (
+    ArrayPlan,
+    SplitPlan,
+    create_store,
+    remove_leftovers,
+)
+from pipeline.store.reader import unsealed_message
+from pipeline.store.shard import encode_shard
+
+__all__ = ["ArrayPlan", "SplitPlan", "StoreWriter", "create_store"]
+
+_LOCKS = ".locks"
+_SEAL = "seal"
+
+
+class StoreWriter:
+    """An existing store opened for writing; leftovers of killed writers are removed."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        root = read_root(self.path)
+        self.splits: dict[str, SplitIndex] = {
+            name: read_split(self.path, name) for name in root[SPLITS_KEY]
+        }
+        self._claimed: set[tuple[str, int]] = set()
+        self._sweep()
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """The root attribute ``kd_cache`` as it is on disk now."""
+        return dict(read_root(self.path)[ROOT_KEY])
+
+    @property
+    def sealed(self) -> bool:
+        """Whether the store is complete and closed to writing."""
+        return bool(self.attributes["complete"])
+
+    def pending_blocks(self, split: str, verify: bool = False) -> list[int]:
+        """Blocks that are still to be written, in ascending order.
+
+        A committed block counts as done when its shards exist with their full size;
+        with ``verify`` their bytes must also match the commit record, and a block that
+        does not match is discarded (which opens a sealed store again).
+        """
+        index = self._split(split)
+        pending = []
+        for block in range(index.n_blocks):
+            if not is_committed(index, block, verify):
+                pending.append(block)
+                if verify and is_committed(index, block):
+                    self.discard_block(split, block)
+        return pending
+
+    @contextmanager
+    def claim_block(self, split: str, block: int) -> Iterator[bool]:
+        """Keep a block to this writer; yields whether it still has to be written.
+
+        Raises
+        ------
+        StoreError
+            When another writer holds the block or the store is sealed.
+        """
+        index = self._split(split)
+        index.block_positions(block)
+        self._refuse_if_sealed()
+        with self._lock(f"{split}.{block}") as held:
+            if not held:
+                raise StoreError(
+                    f"Block {block} of split {split!r} of {self.path} is being written "
+                    "by another process; wait for it or build other blocks."
+                )
+            self._claimed.add((split, block))
+            try:
+                yield not is_committed(index, block)
+            finally:
+                self._claimed.discard((split, block))
+
+    def write_block(
+        self, split: str, block: int, arrays: Mapping[str, npt.NDArray[Any]]
+    ) -> None:
+        """Write all shards of a block, then its commit record; durable on return.
+
+        ``arrays`` gives for every array of the split the rows of the block's samples
+        in storage order: (atoms of the block, *shape) or (samples of it, *shape).
+        """
+        if (split, block) not in self._claimed:
+            with self.claim_block(split, block):
+                self.write_block(split, block, arrays)
+            return
+        self._refuse_if_sealed()
+        index = self._split(split)
+        if arrays.keys() != index.arrays.keys():
+            wrong = sorted(arrays.keys() ^ index.arrays.keys())
+            raise StoreError(
+                f"Block {block} of split {split!r} needs exactly the planned arrays; "
+                f"missing or unplanned: {', '.join(wrong)}."
+            )
+        rows = {
+            path: _checked_rows(index, block, info, arrays[path])
+            for path, info in index.arrays.items()
+        }
+        record = self.path / split / commit_key(block)
+        if record.exists():
+            # Shards are about to change, so the old record must not vouch for them.
+            record.unlink()
+            sync_folder(record.parent)
+        hashes = []
+        for path, info in index.arrays.items():
+            padded = _padded(index, info, rows.pop(path))
+            shard = encode_shard(padded)
+            _write_durably(index.shard_file(path, block), shard, self.path)
+            hashes.append(shard_hash(shard))
+        _write_durably(record, encode_record(hashes), self.path)
+
+    def discard_block(self, split: str, block: int) -> None:
+        """Forget a block, so that the next build writes it again; unseals the store."""
+        index = self._split(split)
+        index.block_positions(block)
+        if self.sealed:
+            write_atomically(self.path / METADATA, self._root_bytes(complete=False))
+        digests_file(self.path).unlink(missing_ok=True)
+        record = self.path / split / commit_key(block)
+        if record.exists():
+            record.unlink()
+            sync_folder(record.parent)
+
+    def seal(self) -> None:
+        """Mark the store complete after checking every shard against its record."""
+        if self.sealed:
+            return
+        for index in self.splits.values():
+            self._check_committed(index)
+        files = protected_files(
+            (s.name, s.arrays, len(s.start), s.n_blocks) for s in self.splits.values()
+        )
+        root = self._root_bytes(complete=True)
+
+        def content_of(name: str) -> bytes:
+            return root if name == METADATA else (self.path / name).read_bytes()
+
+        with self._lock(_SEAL) as held:
+            if not held:
+                raise StoreError(f"{self.path} is being sealed by another process.")
+            digests = encode_digests(files, content_of)
+            _write_durably(digests_file(self.path), digests, self.path)
+            write_atomically(self.path / METADATA, root)
+            shutil.rmtree(self.path / _LOCKS, ignore_errors=True)
+
+    def _check_committed(self, index: SplitIndex) -> None:
+        if any(not is_committed(index, block) for block in range(index.n_blocks)):
+            raise StoreError(unsealed_message(self.path, self.splits.values()))
+        for block in range(index.n_blocks):
+            if not is_committed(index, block, verify=True):
+                self.discard_block(index.name, block)
+                raise DamagedStoreError(
+                    f"Block {block} of split {index.name!r} of {self.path} changed "
+                    "after it was written and was discarded; write it again with "
+                    "`kd-cache build SPEC`."
+                )
+
+    def _split(self, name: str) -> SplitIndex:
+        if name not in self.splits:
+            known = ", ".join(self.splits)
+            raise StoreError(f"{self.path} has no split {name!r}; it has {known}.")
+        return self.splits[name]
+
+    def _refuse_if_sealed(self) -> None:
+        if self.sealed:
+            raise StoreError(
+                f"{self.path} is sealed; to change a block run `kd-cache verify "
+                f"{self.path} --repair` or build another store."
+            )
+
+    def _root_bytes(self, complete: bool) -> bytes:
+        document = read_json(self.path / METADATA)
+        document["attributes"][ROOT_KEY]["complete"] = complete
+        return json.dumps(document, indent=2).encode()
+
+    @contextmanager
+    def _lock(self, name: str) -> Iterator[bool]:
+        folder = self.path / _LOCKS
+        folder.mkdir(exist_ok=True)
+        lock = FileLock(folder / f"{name}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            yield False
+            return
+        try:
+            yield True
+        finally:
+            lock.release()
+
+    def _sweep(self) -> None:
+        """Remove half-written files, except those of blocks that someone holds."""
+        remove_leftovers(self.path)
+        for orphan in self.path.rglob("*.partial"):
+            with self._lock(self._owner(orphan)) as held:
+                if held:
+                    orphan.unlink(missing_ok=True)
+        if self.sealed:
+            shutil.rmtree(self.path / _LOCKS, ignore_errors=True)
+
+    def _owner(self, orphan: Path) -> str:
+        """Name of the lock under which this half-written file was made."""
+        split, *parts = orphan.relative_to(self.path).parts
+        if split not in self.splits or "c" not in parts:
+            return _SEAL
+        key = parts[parts.index("c") + 1]
+        # A one-axis array keeps `c/7` and its `c/.7.x.partial` in one folder.
+        return f"{split}.{key.lstrip('.').split('.')[0]}"
+
+
+def _checked_rows(
+    index: SplitIndex, block: int, info: ArrayInfo, rows: npt.NDArray[Any]
+) -> npt.NDArray[Any]:
+    """``rows`` in the planned dtype, or an error that names the first bad sample."""
+    expected = (index.valid_rows(info.level, block), *info.shape)
+    where = f"{info.path!r} of block {block} of split {index.name!r}"
+    if rows.shape != expected:
+        raise StoreError(f"{where} has shape {rows.shape}, planned is {expected}.")
+    if info.dtype.kind != "f":
+        return _checked_integers(index, block, info, rows)
+    if rows.dtype.kind != "f":
+        raise StoreError(f"{where} has dtype {rows.dtype}, planned is {info.dtype}.")
+    bad = ~np.isfinite(rows)
+    if info.may_be_nan:
+        bad &= ~np.isnan(rows)
+    if bad.any():
+        raise DataError(
+            f"{_blame(index, block, info, bad)} has a NaN or infinite value in "
+            f"{info.path!r}; check this structure or leave it out."
+        )
+    limit = np.finfo(info.dtype).max
+    if rows.dtype.itemsize > info.dtype.itemsize:
+        large = np.abs(rows) > limit
+        if large.any():
+            raise DataError(
+                f"{_blame(index, block, info, large)} has a value above {limit:g} in "
+                f"{info.path!r}, too large for {info.dtype.name}; set `dtype: "
+                f"{'float32' if info.dtype.itemsize == 2 else 'float64'}` for that "
+                "field in the spec."
+            )
+    return rows.astype(info.dtype, copy=False)
+
+
+def _checked_integers(
+    index: SplitIndex, block: int, info: ArrayInfo, rows: npt.NDArray[Any]
+) -> npt.NDArray[Any]:
+    cast = rows.astype(info.dtype, copy=False) if rows.dtype.kind in "biu" else None
+    if cast is None:
+        raise StoreError(
+            f"{info.path!r} of block {block} of split {index.name!r} has dtype "
+            f"{rows.dtype}, planned is {info.dtype}."
+        )
+    changed = cast != rows
+    if changed.any():
+        raise DataError(
+            f"{_blame(index, block, info, changed)} has a value in {info.path!r} that "
+            f"does not fit {info.dtype.name}; correct it in the dataset."
+        )
+    return cast
+
+
+def _blame(
+    index: SplitIndex, block: int, info: ArrayInfo, bad: npt.NDArray[np.bool_]
+) -> str:
+    first = int(bad.reshape(len(bad), -1).any(axis=1).argmax())
+    row = block * index.rows(info.level) + first
+    (sample,) = index.samples_at(info.level, row, row + 1)
+    return f"Sample {sample!r} of split {index.name!r}"
+
+
+def _padded(
+    index: SplitIndex, info: ArrayInfo, rows: npt.NDArray[Any]
+) -> npt.NDArray[Any]:
+    padded = np.empty((index.rows(info.level), *info.shape), info.dtype)
+    padded[: len(rows)] = rows
+    padded[len(rows) :] = info.fill
+    return padded
+
+
+def _write_durably(file: Path, content: bytes, root: Path) -> None:
+    """Write atomically, and make the folders created on the way durable too."""
+    created = []
+    folder = file.parent
+    while folder != root and not folder.exists():
+        created.append(folder)
+        folder = folder.parent
+    write_atomically(file, content)
+    for folder in created:
+        sync_folder(folder.parent)
