@@ -17,6 +17,9 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     write_atomically(path, buffer.getvalue())
 
 
+STATE = frozenset({"header", "progress", "rows", "modules", "average", "optimizer"})
+
+
 def read_checkpoint(path: Path) -> dict[str, Any]:
     """State saved by :func:`save_checkpoint`; no code in the file is run.
 
@@ -26,7 +29,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         The file is missing, damaged, or holds more than tensors and plain values.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if set(state) != STATE:
+            raise ValueError("other keys")
     except FileNotFoundError:
         raise CheckpointError(
             f"{path} does not exist, so there is nothing to resume; leave out --resume."
@@ -36,3 +41,4 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} is damaged or not a checkpoint of kd-train; start the run anew."
         ) from None
+    return dict(state)

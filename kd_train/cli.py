@@ -6,7 +6,7 @@ from pathlib import Path
 import click
 
 from kd_train.config import STRATEGIES, load_config
-from pipeline.commands import log_to_file, one_sentence_errors
+from pipeline.commands import chosen_device, log_to_file, one_sentence_errors
 from pipeline.errors import SpecError
 
 
@@ -57,7 +57,7 @@ def main(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = chosen_device(device)
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     name = f"{chosen.student.preset}-{chosen.strategy}-s{chosen.seed}-{stamp}"
     folder = out or Path("runs") / name
@@ -69,7 +69,9 @@ def main(
     folder.mkdir(parents=True, exist_ok=True)
     log_to_file("kd_train", folder / "train.log")
     summary = run.train(resume=resume)
-    metrics = ", ".join(f"{k} {v:.4g}" for k, v in summary["metrics"].items())
+    metrics = ", ".join(
+        f"{k} {v:.4g}" for k, v in summary["metrics"].items() if v is not None
+    )
     click.echo(f"{folder}: {metrics}")
 
 

@@ -13,10 +13,9 @@ import numpy.typing as npt
 import torch
 from torch_geometric.data import Data
 
-from pipeline.errors import DataError
 from pipeline.fields import FIELDS, LABEL_FIELDS, STRUCTURE_FIELDS
 from pipeline.graphs.batch import collate
-from pipeline.graphs.neighbors import Edges, GraphRule, neighbor_edges
+from pipeline.graphs.neighbors import Edges, GraphRule, sample_edges
 from pipeline.models.elements import check_elements
 from pipeline.store.reader import SplitReader
 from pipeline.structure import Structure
@@ -105,14 +104,8 @@ class CachedSamples:
     def _edges_of(self, position: int, structure: Structure) -> Edges:
         edges = self._edges.get(position)
         if edges is None:
-            edges = neighbor_edges(structure, self.rule)
-            if len(edges) == 0:
-                raise DataError(
-                    f"Sample {self.split.sample_ids[position]!r} of split "
-                    f"{self.split.name!r} has no neighbours within "
-                    f"{self.rule.cutoff} Å; remove it from the dataset and build the "
-                    "store again."
-                )
+            sample_id = str(self.split.sample_ids[position])
+            edges = sample_edges(sample_id, structure, self.rule)
             size = edges.edge_index.nbytes + edges.cell_offsets.nbytes
             if self._edge_bytes + size <= EDGE_CACHE_BYTES:
                 self._edges[position] = edges

@@ -26,6 +26,7 @@ from kd_train.records import (
     progress_bar,
     require_same_run,
     short,
+    without_nan,
     write_rows,
 )
 from kd_train.schedule import learning_rate
@@ -232,8 +233,8 @@ class Run:
             "parameters": sum(p.numel() for p in student.parameters()),
             "fingerprint": self.store.fingerprint,
             "val_split": self.config.val_split,
-            "metrics": result.metrics,
-            "teacher_metrics": teacher_metrics(self.val_samples.split),
+            "metrics": without_nan(result.metrics),
+            "teacher_metrics": without_nan(teacher_metrics(self.val_samples.split)),
         }
         text = json.dumps(summary, indent=2, sort_keys=True)
         write_atomically(self.folder / "metrics.json", text.encode() + b"\n")

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 import sys
 import time
 from pathlib import Path
@@ -85,3 +86,10 @@ def progress_bar(config: TrainConfig, done: int) -> "tqdm[Any]":
 def short(value: object) -> str:
     """``value`` for a log line, numbers to four digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def without_nan(metrics: dict[str, float] | None) -> dict[str, float | None] | None:
+    """``metrics`` with None for what no sample had labels for; JSON knows no NaN."""
+    if metrics is None:
+        return None
+    return {k: v if math.isfinite(v) else None for k, v in metrics.items()}

@@ -9,11 +9,11 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import ConfigDict
+from pydantic import BeforeValidator, ConfigDict
 
 from kd_train.config import STRATEGIES
 from pipeline.documents import ClosedModel, read_yaml, validate
@@ -27,16 +27,19 @@ _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, NotImplementedError)
 class _Open(ClosedModel):
     """Part of a run folder's documents; keys that a report does not need may follow."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=True)
+
+
+Metric = Annotated[float, BeforeValidator(lambda x: math.nan if x is None else x)]
 
 
 class Metrics(_Open):
     """meV, meV/Å, cosine, %; NaN where the split has no such labels."""
 
-    energy_mae: float
-    forces_mae: float
-    forces_cos: float
-    efwt: float
+    energy_mae: Metric
+    forces_mae: Metric
+    forces_cos: Metric
+    efwt: Metric
 
 
 class Summary(_Open):

@@ -160,6 +160,7 @@ def _fill_with_dask(
             threads_per_worker=1,
             processes=True,
             dashboard_address=None,
+            silence_logs=logging.CRITICAL,
         ) as cluster,
         Client(cluster) as client,
     ):
@@ -304,7 +305,10 @@ def _content_digest(dataset: Dataset) -> str:
     for index in range(len(dataset)):
         sample = dataset[index]
         digest.update(sample.sample_id.encode() + b"\0")
-        digest.update(sample.structure.checksum.to_bytes(8, "little"))
+        structure = sample.structure
+        digest.update(structure.checksum.to_bytes(8, "little"))
+        for part in (structure.pbc, structure.tags, structure.fixed):
+            digest.update(part.tobytes())
         digest.update(np.float64(sample.energy).tobytes())
         digest.update(np.ascontiguousarray(sample.forces).tobytes())
     return digest.hexdigest()

@@ -9,7 +9,7 @@ from pathlib import Path
 import click
 from tqdm import tqdm
 
-from pipeline.commands import log_to_file, one_sentence_errors
+from pipeline.commands import chosen_device, log_to_file, one_sentence_errors
 
 CHECK_FAILED = 1
 
@@ -35,7 +35,11 @@ def _block_range(text: str | None) -> tuple[int, int] | None:
     "--device", default=None, help="cpu, cuda, cuda:1; default: a GPU if any."
 )
 @click.option(
-    "--workers", default=0, show_default=True, help="Processes; 0 = this one."
+    "--workers",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Processes to fill blocks with; 0: this one.",
 )
 @click.option("--blocks", help="Half-open range A:B of blocks, for array jobs.")
 @click.option("--set", "overrides", multiple=True, help="key.subkey=value of the spec.")
@@ -70,12 +74,12 @@ def build(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    place = str(chosen_device(device))
     store = Path(chosen.store.path)
     log_to_file("pipeline", store.with_name(store.name + ".log"))
     with _progress() as report:
         sealed = build_store(
-            chosen, device=device, workers=workers, blocks=block_range, report=report
+            chosen, device=place, workers=workers, blocks=block_range, report=report
         )
     if not sealed:
         click.echo(f"{store}: the blocks asked for are done, others are still missing.")

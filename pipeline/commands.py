@@ -5,11 +5,14 @@ import sys
 from collections.abc import Callable
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, SpecError
+
+if TYPE_CHECKING:
+    import torch
 
 BAD_INPUT = 2
 
@@ -22,12 +25,19 @@ def one_sentence_errors(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except PipelineError as error:
-            text = str(error)
-            sentence = text[:1].upper() + text[1:].rstrip(".") + "."
-            click.echo(f"Error: {sentence}", err=True)
-            sys.exit(BAD_INPUT)
+            _refuse(str(error))
+        except OSError as error:
+            # A full disk, a missing right, a file where a folder should be.
+            _refuse(f"{error.filename or 'The system'}: {error.strerror or error}")
 
     return wrapped
+
+
+def _refuse(text: str) -> None:
+    first = text.split(maxsplit=1)[0]
+    start = text[:1].upper() if first.isalpha() else text[:1]
+    click.echo(f"Error: {start}{text[1:].rstrip('.')}.", err=True)
+    sys.exit(BAD_INPUT)
 
 
 def log_to_file(name: str, path: Path) -> None:
@@ -38,3 +48,19 @@ def log_to_file(name: str, path: Path) -> None:
     logger = logging.getLogger(name)
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
+
+
+def chosen_device(name: str | None) -> "torch.device":
+    """Device ``name``, or a GPU where there is one; refuses what is not there."""
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise SpecError(
+            f"--device {name!r} cannot be used on this machine; try cpu or cuda."
+        ) from None
+    return device

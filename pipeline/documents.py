@@ -5,7 +5,8 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -18,7 +19,7 @@ _VARIABLE = re.compile(r"\$\{(\w+)\}|\$(\w+)")
 class ClosedModel(BaseModel):
     """A document part that refuses unknown keys and cannot change once read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 Document = TypeVar("Document", bound=ClosedModel)
@@ -30,6 +31,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         loaded = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise SpecError(f"{path} does not exist.") from None
+    except OSError as error:
+        raise SpecError(f"{path} cannot be read: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         raise SpecError(f"{path} is not valid YAML: {reason}.") from None
@@ -77,11 +80,11 @@ def validate(model: type[Document], data: Mapping[str, Any], where: str) -> Docu
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """``; did you mean ...`` or the list of choices, to end an error sentence with."""
+    """The nearest of ``known``, or all of them, to end an error sentence with."""
     choices = sorted(known)
     close = difflib.get_close_matches(word, choices, n=1)
     if close:
-        return f"; did you mean {close[0]!r}?"[:-1]
+        return f", the nearest known one is {close[0]!r}"
     return f" (known: {', '.join(choices)})" if choices else ""
 
 
@@ -110,22 +113,21 @@ def _known_keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
     """Keys allowed at ``location``, following nested models and mappings of models."""
     current: Any = model
     for part in location:
-        if isinstance(current, type) and issubclass(current, BaseModel):
-            if part not in current.model_fields:
-                return []
-            current = current.model_fields[part].annotation
-        current = _inner_model(current)
-    if isinstance(current, type) and issubclass(current, BaseModel):
-        return list(current.model_fields)
-    return []
+        if _is_model(current):
+            field = current.model_fields.get(part)
+            current = None if field is None else _without_none(field.annotation)
+        elif get_origin(current) is dict:
+            current = get_args(current)[1]
+    return list(current.model_fields) if _is_model(current) else []
 
 
-def _inner_model(annotation: Any) -> Any:
-    """The model inside ``Model | None`` or ``dict[str, Model]``; else unchanged."""
-    if isinstance(annotation, type):
+def _is_model(annotation: Any) -> bool:
+    plain = isinstance(annotation, type) and get_origin(annotation) is None
+    return plain and issubclass(annotation, BaseModel)
+
+
+def _without_none(annotation: Any) -> Any:
+    """``X`` of ``X | None``; anything else unchanged."""
+    if get_origin(annotation) is not UnionType:
         return annotation
-    for argument in reversed(getattr(annotation, "__args__", ())):
-        inner = _inner_model(argument)
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            return inner
-    return annotation
+    return next(a for a in get_args(annotation) if a is not type(None))

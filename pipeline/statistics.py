@@ -16,7 +16,7 @@ def label_statistics(dataset: Dataset, reference_energies: str) -> Normalizer:
     (smallest norm where compositions do not determine them); what they leave has mean
     ``energy_mean``. Energies and forces share one scale, the root mean square force
     component in eV/Å over free atoms, so that forces stay the gradient of the energy.
-    Samples without labels are left out; without any labels the scale is 1.
+    Samples without labels are left out; without any force to measure the scale is 1.
     """
     samples = [dataset[i] for i in range(len(dataset))]
     labelled = [s for s in samples if np.isfinite(s.energy)]
@@ -31,7 +31,7 @@ def label_statistics(dataset: Dataset, reference_energies: str) -> Normalizer:
     forces = [s.forces[~s.structure.fixed].astype(np.float64) for s in samples]
     components = np.concatenate(forces).ravel() if forces else np.zeros(0)
     components = components[np.isfinite(components)]
-    scale = float(np.sqrt((components**2).mean())) if components.size else 1.0
+    scale = float(np.sqrt((components**2).mean())) if components.any() else 1.0
     return Normalizer(mean, scale, scale, tuple(references.tolist()))
 
 

@@ -9,11 +9,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.errors import CheckpointError, DataError, SpecError
+from pipeline.errors import CheckpointError, SpecError
 from pipeline.fields import FIELDS, PREDICTION_FIELDS
 from pipeline.files import sha256_of
 from pipeline.graphs.batch import collate
-from pipeline.graphs.neighbors import Edges, neighbor_edges
+from pipeline.graphs.neighbors import Edges, sample_edges
 from pipeline.models.checkpoint import LoadedModel, load_checkpoint
 from pipeline.models.elements import check_elements
 from pipeline.spec import TeacherSpec
@@ -121,13 +121,7 @@ class Teacher:
         model = self.loaded.model
         numbers = sample.structure.atomic_numbers
         check_elements(numbers, model.elements, [sample.sample_id] * len(numbers))
-        edges = neighbor_edges(sample.structure, model.graph_rule)
-        if len(edges) == 0:
-            raise DataError(
-                f"Sample {sample.sample_id!r} has no neighbours within "
-                f"{model.graph_rule.cutoff} Å; remove it from the dataset."
-            )
-        return edges
+        return sample_edges(sample.sample_id, sample.structure, model.graph_rule)
 
 
 def width_shape(name: str, width: int) -> tuple[int, ...]:

@@ -3,6 +3,7 @@
 import gzip
 import io
 import lzma
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,13 +11,14 @@ import ase.io
 import numpy as np
 import numpy.typing as npt
 from ase import Atoms
-from ase.constraints import FixAtoms
+from ase.constraints import FixAtoms, FixCartesian
 
 from pipeline.datasets.base import Dataset
 from pipeline.errors import DataError
 from pipeline.structure import Sample, Structure
 
 MOLECULE_TAG = 2
+_SAMPLE_ID = re.compile(r"""(?:^|\s)sample_id=(?:"([^"]+)"|([^\s"]+))""")
 
 
 class ExtxyzDataset(Dataset):
@@ -31,9 +33,9 @@ class ExtxyzDataset(Dataset):
         self, path: str, chosen: slice = slice(None), limit: int | None = None
     ) -> None:
         self.path = path
-        frames = _read_frames(Path(path))
+        frames, headers = _read_frames(Path(path))
         numbers = range(len(frames))[chosen][:limit]
-        self._samples = [_sample(frames[i], i, path) for i in numbers]
+        self._samples = [_sample(frames[i], headers[i], i, path) for i in numbers]
         self._ids = [sample.sample_id for sample in self._samples]
 
     def __len__(self) -> int:
@@ -53,15 +55,17 @@ class ExtxyzDataset(Dataset):
         return np.array([len(s.structure) for s in self._samples], np.int32)
 
 
-def _read_frames(path: Path) -> list[Atoms]:
+def _read_frames(path: Path) -> tuple[list[Atoms], list[str]]:
+    """All frames of a file, and the header line of each."""
     try:
         raw = path.read_bytes()
         if path.suffix == ".gz":
             raw = gzip.decompress(raw)
         elif path.suffix == ".xz":
             raw = lzma.decompress(raw)
-        text = io.StringIO(raw.decode())
-        return list(ase.io.iread(text, ":", format="extxyz"))
+        text = raw.decode()
+        headers = _header_lines(text)
+        return list(ase.io.iread(io.StringIO(text), ":", format="extxyz")), headers
     except FileNotFoundError:
         raise DataError(f"{path} does not exist.") from None
     except Exception as error:
@@ -73,8 +77,24 @@ def _read_frames(path: Path) -> list[Atoms]:
         ) from None
 
 
-def _sample(atoms: Atoms, number: int, path: str) -> Sample:
-    sample_id = _sample_id(atoms, number)
+def _header_lines(text: str) -> list[str]:
+    """Second line of every frame.
+
+    A gap between frames is an error, since ASE's parser takes it for the end.
+    """
+    lines = text.rstrip().splitlines()
+    headers = []
+    start = 0
+    while start < len(lines):
+        if not lines[start].strip():
+            raise ValueError(f"there is a gap between frames at line {start + 1}")
+        headers.append(lines[start + 1])
+        start += int(lines[start]) + 2
+    return headers
+
+
+def _sample(atoms: Atoms, header: str, number: int, path: str) -> Sample:
+    sample_id = _sample_id(atoms, header, number)
     structure = Structure(
         atomic_numbers=atoms.numbers.astype(np.uint8),
         positions=np.ascontiguousarray(atoms.positions, np.float64),
@@ -95,9 +115,10 @@ def _sample(atoms: Atoms, number: int, path: str) -> Sample:
     return Sample(sample_id, structure, energy, forces)
 
 
-def _sample_id(atoms: Atoms, number: int) -> str:
-    if "sample_id" in atoms.info:
-        return str(atoms.info["sample_id"])
+def _sample_id(atoms: Atoms, header: str, number: int) -> str:
+    # From the text: ASE would turn the id 007 into the number 7.
+    if match := _SAMPLE_ID.search(header):
+        return match.group(1) or match.group(2)
     if "sid" in atoms.info and "fid" in atoms.info:
         return f"{atoms.info['sid']}_{atoms.info['fid']}"
     return str(number)
@@ -115,6 +136,7 @@ def _fixed(atoms: Atoms) -> npt.NDArray[np.bool_]:
     fixed = np.zeros(len(atoms), np.bool_)
     # ASE turns a move_mask column into this constraint.
     for constraint in atoms.constraints:
-        if isinstance(constraint, FixAtoms):
+        whole = isinstance(constraint, FixCartesian) and all(constraint.mask)
+        if whole or isinstance(constraint, FixAtoms):
             fixed[constraint.index] = True
     return fixed

@@ -70,6 +70,26 @@ def neighbor_edges(structure: Structure, rule: GraphRule) -> Edges:
     return Edges(np.stack((source[order], target[order])), shift[order])
 
 
+def sample_edges(sample_id: str, structure: Structure, rule: GraphRule) -> Edges:
+    """:func:`neighbor_edges` of a sample that must have some.
+
+    Raises
+    ------
+    DataError
+        The sample has no neighbours, or a cell that cannot be; names it.
+    """
+    try:
+        edges = neighbor_edges(structure, rule)
+    except DataError as error:
+        raise DataError(f"Sample {sample_id!r}: {error}") from None
+    if len(edges) == 0:
+        raise DataError(
+            f"Sample {sample_id!r} has no neighbours within {rule.cutoff} Å; remove it "
+            "from the dataset and build the store again."
+        )
+    return edges
+
+
 def _pairs_within(
     structure: Structure, rule: GraphRule
 ) -> tuple[_Ints, _Ints, _Ints, _Floats]:

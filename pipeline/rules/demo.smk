@@ -2,7 +2,9 @@
 # `--config quick=true` makes a short form for checks.
 QUICK = str(config.get("quick", "false")).lower() == "true"
 STRATEGIES = (
-    ["none", "v2v"] if QUICK else ["none", "n2n", "v2v", "vanilla1", "vanilla2"]
+    ["none", "v2v+vanilla2"]
+    if QUICK
+    else ["none", "n2n", "v2v", "vanilla1", "vanilla2", "v2v+vanilla2"]
 )
 STEPS = 150 if QUICK else 1500
 RUNS = expand("results/demo/{strategy}-s0-{steps}", strategy=STRATEGIES, steps=STEPS)
