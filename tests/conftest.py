@@ -1,0 +1,102 @@
+"""Fixtures that tests of both packages share; building them takes about a second.
+
+What they build with is imported inside them, so that tests that use none start fast.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+from tests.frames import collision_frames, write_frames
+
+if TYPE_CHECKING:
+    from pipeline.store.reader import FeatureStore
+
+torch.set_num_threads(1)
+
+N_TRAIN = 160
+N_VAL = 24
+
+
+@pytest.fixture(autouse=True)
+def _closed_logs() -> Iterator[None]:
+    """Close the log files that the command lines attach to our loggers."""
+    yield
+    for name in ("pipeline", "kd_train"):
+        logger = logging.getLogger(name)
+        for handler in list(logger.handlers):
+            if isinstance(handler, logging.FileHandler):
+                logger.removeHandler(handler)
+                handler.close()
+        logger.setLevel(logging.NOTSET)
+
+
+@pytest.fixture
+def collisions(tmp_path: Path) -> Callable[..., Path]:
+    """``collisions(n, first=0, split="train")``: a file of n frames of the demo set."""
+
+    def make(count: int, first: int = 0, split: str = "train") -> Path:
+        path = tmp_path / f"{split}_{first}_{count}.extxyz"
+        return write_frames(path, collision_frames(count, first, split))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def datasets(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Files of the splits ``train`` and ``val`` of the shared stores."""
+    folder = tmp_path_factory.mktemp("datasets")
+    return {
+        "train": write_frames(folder / "train.extxyz", collision_frames(N_TRAIN)),
+        "val": write_frames(
+            folder / "val.extxyz.xz", collision_frames(N_VAL, split="val")
+        ),
+    }
+
+
+@pytest.fixture(scope="session")
+def teacher_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained PaiNN, 16 channels, with a normaliser of distinct numbers."""
+    from tests.stores import save_teacher
+
+    return save_teacher(tmp_path_factory.mktemp("teacher") / "teacher.safetensors")
+
+
+@pytest.fixture(scope="session")
+def small_spec(
+    tmp_path_factory: pytest.TempPathFactory,
+    datasets: dict[str, Path],
+    teacher_file: Path,
+) -> Path:
+    """Spec of ``small_store``."""
+    from tests.stores import spec_document, write_spec
+
+    folder = tmp_path_factory.mktemp("small")
+    document = spec_document(datasets, folder / "small.zarr", teacher_file)
+    return write_spec(folder / "small.yaml", document)
+
+
+@pytest.fixture(scope="session")
+def small_store(small_spec: Path) -> "FeatureStore":
+    """Sealed store with float32 features in both splits; several blocks in train."""
+    from tests.stores import build
+
+    store = build(small_spec)
+    assert store.splits["train"].n_blocks >= 3
+    return store
+
+
+@pytest.fixture(scope="session")
+def labels_store(
+    tmp_path_factory: pytest.TempPathFactory, datasets: dict[str, Path]
+) -> "FeatureStore":
+    """Sealed store of the same samples without a teacher."""
+    from tests.stores import build, spec_document, write_spec
+
+    folder = tmp_path_factory.mktemp("labels")
+    document = spec_document(datasets, folder / "labels.zarr")
+    return build(write_spec(folder / "labels.yaml", document))

@@ -1,0 +1,162 @@
+"""Neighbour lists against exhaustive search, matscipy and the written rules."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from pipeline.errors import DataError
+from pipeline.graphs.neighbors import GraphRule, neighbor_edges
+
+UNLIMITED = 10**6
+
+
+def as_tuples(edges):
+    """Edges as (target, source, shift) tuples, in their order."""
+    source, target = edges.edge_index.tolist()
+    shifts = map(tuple, edges.cell_offsets.tolist())
+    return list(zip(target, source, shifts, strict=True))
+
+
+def exhaustive(structure, cutoff):
+    """Distances by (target, source, shift), trying every shift that could matter."""
+    positions, cell = structure.positions, structure.cell
+    ranges = [range(1)] * 3
+    if structure.pbc.any():
+        heights = 1 / np.linalg.norm(np.linalg.inv(cell), axis=0)
+        fractions = positions @ np.linalg.inv(cell)
+        reach = np.ceil(np.ptp(fractions, axis=0) + cutoff / heights).astype(int)
+        ranges = [
+            range(-r, r + 1) if periodic else range(1)
+            for r, periodic in zip(reach, structure.pbc, strict=True)
+        ]
+    found = {}
+    for shift in itertools.product(*ranges):
+        for i, j in itertools.product(range(len(positions)), repeat=2):
+            vector = positions[j] + np.array(shift) @ cell - positions[i]
+            distance = float(np.sqrt(vector @ vector))
+            if 0.01 < distance <= cutoff:
+                found[i, j, shift] = distance
+    return found
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_same_edges_as_exhaustive_search(random_structure, seed):
+    structure = random_structure(seed)
+    cutoff = 2.0 + seed % 5
+    edges = neighbor_edges(structure, GraphRule(cutoff, UNLIMITED, symmetric=False))
+    assert as_tuples(edges) == sorted(exhaustive(structure, cutoff))
+
+
+@pytest.mark.parametrize("seed", range(30, 50))
+def test_same_edges_as_matscipy(random_structure, seed):
+    neighbours = pytest.importorskip("matscipy.neighbours")
+    structure = random_structure(seed)
+    edges = neighbor_edges(structure, GraphRule(6.0, UNLIMITED, symmetric=False))
+    i, j, shift = neighbours.neighbour_list(
+        "ijS",
+        positions=structure.positions,
+        cell=structure.cell,
+        pbc=structure.pbc,
+        cutoff=6.0,
+    )
+    expected = zip(i.tolist(), j.tolist(), map(tuple, shift.tolist()), strict=True)
+    assert as_tuples(edges) == sorted(expected)
+
+
+def test_cell_smaller_than_cutoff_sees_its_own_images(make_structure):
+    lonely = make_structure([[0.3, 0.2, 0.1]], 2.0 * np.eye(3), [True] * 3)
+    edges = neighbor_edges(lonely, GraphRule(4.0, UNLIMITED, symmetric=False))
+    # Integer points within radius 2 of the origin, the origin left out.
+    assert len(edges) == 32
+
+
+@pytest.mark.parametrize(
+    ("distance", "seen"),
+    [(2.0, True), (np.nextafter(2.0, 3.0), False), (0.02, True), (0.005, False)],
+)
+def test_cutoff_is_inclusive_and_coinciding_atoms_are_blind(
+    make_structure, distance, seen
+):
+    pair = make_structure([[0, 0, 0], [distance, 0, 0]])
+    edges = neighbor_edges(pair, GraphRule(2.0, UNLIMITED, symmetric=False))
+    assert len(edges) == (2 if seen else 0)
+
+
+def test_periodic_flags_can_be_ignored(make_structure):
+    crystal = make_structure([[0, 0, 0], [1, 0, 0]], 2.0 * np.eye(3), [True] * 3)
+    rule = GraphRule(1.5, UNLIMITED, symmetric=False, periodic=False)
+    assert as_tuples(neighbor_edges(crystal, rule)) == [
+        (0, 1, (0, 0, 0)),
+        (1, 0, (0, 0, 0)),
+    ]
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_single_atom_has_no_edges(make_structure, symmetric):
+    edges = neighbor_edges(make_structure([[0, 0, 0]]), GraphRule(5.0, 10, symmetric))
+    assert edges.edge_index.shape == (2, 0)
+    assert edges.cell_offsets.shape == (0, 3)
+    assert edges.edge_index.dtype == edges.cell_offsets.dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    ("positions", "pbc"), [([[0, 0, 0]], True), ([[np.nan, 0, 0]], False)]
+)
+def test_impossible_structures_are_refused(make_structure, positions, pbc):
+    structure = make_structure(positions, pbc=[pbc] * 3)
+    with pytest.raises(DataError, match="The neighbours of a structure of 1 atoms"):
+        neighbor_edges(structure, GraphRule(5.0, 10, symmetric=False))
+
+
+def ideal_crystal(make_structure, turn, offset=0.0):
+    """Perfect simple cubic 2 x 2 x 2 cell, turned and moved as a whole."""
+    grid = np.array(list(itertools.product(range(2), repeat=3)), float)
+    return make_structure(2.55 * grid @ turn + offset, 5.1 * turn, [True] * 3)
+
+
+@pytest.mark.parametrize("limit", [4, 6, 10, 15])
+def test_ties_at_the_limit_go_by_source_then_shift(make_structure, limit):
+    crystal = ideal_crystal(make_structure, np.eye(3))
+    ranked = {}
+    for (i, j, shift), distance in exhaustive(crystal, 5.0).items():
+        ranked.setdefault(i, []).append((round(distance, 6), j, shift))
+    expected = sorted(
+        (i, j, shift)
+        for i, candidates in ranked.items()
+        for _, j, shift in sorted(candidates)[:limit]
+    )
+    edges = neighbor_edges(crystal, GraphRule(5.0, limit, symmetric=False))
+    assert as_tuples(edges) == expected
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_ties_do_not_depend_on_rounding(make_structure, symmetric):
+    rule = GraphRule(6.0, 8, symmetric)
+    expected = as_tuples(neighbor_edges(ideal_crystal(make_structure, np.eye(3)), rule))
+    rng = np.random.default_rng(0)
+    for offset in rng.uniform(-50, 50, (20, 3)):
+        turn, _ = np.linalg.qr(rng.normal(size=(3, 3)))
+        moved = ideal_crystal(make_structure, turn, offset)
+        assert as_tuples(neighbor_edges(moved, rule)) == expected
+
+
+@pytest.mark.parametrize("limit", [3, UNLIMITED])
+@pytest.mark.parametrize("seed", range(10))
+def test_symmetric_graph_mirrors_the_upward_edges(random_structure, seed, limit):
+    structure = random_structure(seed)
+    directed = neighbor_edges(structure, GraphRule(5.0, limit, symmetric=False))
+    zero = (0, 0, 0)
+    upward = {
+        (i, j, n) for i, j, n in as_tuples(directed) if j < i or (j == i and n < zero)
+    }
+    mirrors = {(j, i, (-a, -b, -c)) for i, j, (a, b, c) in upward}
+    edges = neighbor_edges(structure, GraphRule(5.0, limit, symmetric=True))
+    assert as_tuples(edges) == sorted(upward | mirrors)
+
+
+def test_limit_keeps_the_nearest(make_structure):
+    line = make_structure([[x, 0, 0] for x in (0.0, 1.0, 2.1, 3.3, 4.6)])
+    edges = neighbor_edges(line, GraphRule(10.0, 2, symmetric=False))
+    sources = {i: [j for k, j, _ in as_tuples(edges) if k == i] for i in range(5)}
+    assert sources == {0: [1, 2], 1: [0, 2], 2: [1, 3], 3: [2, 4], 4: [2, 3]}

@@ -1,0 +1,182 @@
+"""A run that was stopped ends as if it had not been, or refuses to go on."""
+
+import json
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch_geometric.data import Data
+
+from kd_train.checkpoint import read_checkpoint, save_checkpoint
+from kd_train.loop import Run
+from pipeline.errors import CheckpointError, SpecError
+from pipeline.store.reader import FeatureStore
+from tests.kd_train.runs import TIMINGS, distilling, make_run, metric_rows
+from tests.stores import train_config
+
+
+class _Killed(Exception):
+    pass
+
+
+def _interrupt(run: Run, at_step: int) -> None:
+    """Train ``run`` until step ``at_step`` begins, then stop as a kill would."""
+    step = run.step
+
+    def stopping(batch: Data) -> dict[str, Tensor]:
+        if run.progress.step == at_step:
+            raise _Killed
+        return step(batch)
+
+    run.step = stopping  # type: ignore[method-assign]
+    with pytest.raises(_Killed):
+        run.train(resume=run.progress.step > 0)
+
+
+def _assert_same(left: Any, right: Any, where: str = "state") -> None:
+    assert type(left) is type(right), where
+    if isinstance(left, Tensor):
+        assert torch.equal(left, right), where
+    elif isinstance(left, dict):
+        assert left.keys() == right.keys(), where
+        for key in left.keys() - {*TIMINGS}:
+            _assert_same(left[key], right[key], f"{where}.{key}")
+    elif isinstance(left, list):
+        assert len(left) == len(right), where
+        for number, (a, b) in enumerate(zip(left, right, strict=True)):
+            _assert_same(a, b, f"{where}[{number}]")
+    else:
+        assert left == right, where
+
+
+@pytest.mark.parametrize("stop", [6, 8])
+def test_interrupted_run_ends_as_if_it_had_not_been(
+    stop: int, small_store: FeatureStore, tmp_path: Path
+) -> None:
+    config = distilling()
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    make_run(small_store, straight, config).train(resume=False)
+    _interrupt(make_run(small_store, stopped, config), stop)
+    assert read_checkpoint(stopped / "last.pt")["progress"]["step"] == 6
+    make_run(small_store, stopped, config).train(resume=True)
+    for name in ("student.safetensors", "config.yaml"):
+        assert (straight / name).read_bytes() == (stopped / name).read_bytes()
+    states = [read_checkpoint(folder / "last.pt") for folder in (straight, stopped)]
+    _assert_same(*states)
+    assert states[0]["progress"]["step"] == 12
+    assert metric_rows(straight) == metric_rows(stopped)
+    summaries = [
+        json.loads((folder / "metrics.json").read_text())
+        for folder in (straight, stopped)
+    ]
+    _assert_same(*summaries)
+
+
+def test_resuming_a_finished_run_changes_nothing(
+    small_store: FeatureStore, tmp_path: Path
+) -> None:
+    config = train_config(steps=4, eval_every=3)
+    make_run(small_store, tmp_path, config).train(resume=False)
+    names = ("metrics.csv", "student.safetensors", "last.pt", "config.yaml")
+    before = {name: (tmp_path / name).read_bytes() for name in names}
+    make_run(small_store, tmp_path, config).train(resume=True)
+    assert metric_rows(tmp_path)[-1]["step"] == "4"
+    assert len(metric_rows(tmp_path)) == 2
+    for name, content in before.items():
+        assert (tmp_path / name).read_bytes() == content, name
+
+
+def test_resume_refuses_another_store(
+    finished: Path, labels_store: FeatureStore, tmp_path: Path
+) -> None:
+    config = train_config(steps=3)
+    make_run(labels_store, tmp_path, config).train(resume=False)
+    state = read_checkpoint(tmp_path / "last.pt")
+    state["header"]["fingerprint"] = "0123456789abcdef" * 4
+    save_checkpoint(tmp_path / "last.pt", state)
+    with pytest.raises(SpecError, match="fingerprint 0123456789ab") as error:
+        make_run(labels_store, tmp_path, config).train(resume=True)
+    assert labels_store.fingerprint[:12] in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"seed": 5}, ["seed = 0", "5"]),
+        ({"batch_size": 9}, ["batch_size = 16", "9"]),
+        ({"distill": {"n2n": 3.0}}, ["distill", "3.0"]),
+    ],
+)
+def test_resume_refuses_a_changed_configuration(
+    change: dict[str, Any], words: list[str], finished: Path, small_store: FeatureStore
+) -> None:
+    config = distilling(eval_every=5, **change)
+    before = (finished / "config.yaml").read_bytes()
+    with pytest.raises(SpecError) as error:
+        make_run(small_store, finished, config).train(resume=True)
+    assert all(word in str(error.value) for word in words)
+    assert (finished / "config.yaml").read_bytes() == before
+
+
+class _Hostile:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = trace
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (self.trace,))
+
+
+def _damaged_checkpoints(folder: Path, sound: bytes) -> dict[str, bytes]:
+    trace = folder / "executed"
+    torch.save({"header": _Hostile(trace)}, folder / "hostile.pt")
+    torch.save({"other": 1}, folder / "foreign.pt")
+    torch.save([1, 2], folder / "list.pt")
+    return {
+        "truncated": sound[: len(sound) // 2],
+        "empty": b"",
+        "garbage": b"\x00not a checkpoint" * 50,
+        "pickle": pickle.dumps(_Hostile(trace)),
+        "hostile": (folder / "hostile.pt").read_bytes(),
+        "foreign": (folder / "foreign.pt").read_bytes(),
+        "list": (folder / "list.pt").read_bytes(),
+    }
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["truncated", "empty", "garbage", "pickle", "hostile", "foreign", "list"],
+)
+def test_damaged_checkpoint_is_refused_and_not_executed(
+    kind: str, finished: Path, small_store: FeatureStore, tmp_path: Path
+) -> None:
+    sound = (finished / "last.pt").read_bytes()
+    content = _damaged_checkpoints(tmp_path, sound)[kind]
+    (tmp_path / "last.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"last\.pt is damaged"):
+        make_run(small_store, tmp_path, distilling(eval_every=5)).train(resume=True)
+    assert not (tmp_path / "executed").exists()
+
+
+def test_nothing_to_resume_is_an_error(
+    small_store: FeatureStore, tmp_path: Path
+) -> None:
+    with pytest.raises(CheckpointError, match="nothing to resume"):
+        make_run(small_store, tmp_path).train(resume=True)
+
+
+def test_same_seed_gives_the_same_run_and_another_seed_another(
+    small_store: FeatureStore, tmp_path: Path
+) -> None:
+    folders = [tmp_path / name for name in ("a", "b", "c")]
+    for folder, seed in zip(folders, (1, 1, 2), strict=True):
+        make_run(small_store, folder, distilling(steps=3, seed=seed)).train(
+            resume=False
+        )
+    first, again, other = (metric_rows(folder) for folder in folders)
+    assert first == again
+    assert first != other

@@ -1,0 +1,121 @@
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.graphs.batch import collate
+from pipeline.graphs.neighbors import GraphRule, neighbor_edges
+from pipeline.models.zoo import build_model
+from pipeline.structure import Structure
+
+# Small sizes of each variant; the limit does not bind in the structures below.
+VARIANTS = {
+    "painn": (
+        "painn",
+        {"hidden_channels": 16, "num_layers": 3, "num_rbf": 12, "cutoff": 4.0},
+    ),
+    "painn-gradient": (
+        "painn",
+        {
+            "hidden_channels": 16,
+            "num_layers": 2,
+            "num_rbf": 12,
+            "cutoff": 4.0,
+            "direct_forces": False,
+        },
+    ),
+    "schnet": (
+        "schnet",
+        {
+            "hidden_channels": 16,
+            "num_filters": 12,
+            "num_interactions": 2,
+            "num_gaussians": 10,
+            "cutoff": 4.0,
+        },
+    ),
+}
+
+
+def structure_of(positions, numbers, cell=None, pbc=(False, False, False)):
+    n = len(numbers)
+    return Structure(
+        np.asarray(numbers, np.uint8),
+        np.asarray(positions, float).reshape(n, 3),
+        np.zeros((3, 3)) if cell is None else np.asarray(cell, float),
+        np.asarray(pbc, bool),
+        np.full(n, 2, np.int8),
+        np.zeros(n, bool),
+    )
+
+
+@pytest.fixture
+def molecules():
+    """A molecule, a slab-like cell and a bulk cell smaller than the cutoff."""
+    rng = np.random.default_rng(5)
+    grid = np.array([[x, y, z] for x in (0, 1) for y in (0, 1) for z in (0, 1)])
+    molecule = 1.5 * grid[:6] + rng.uniform(-0.2, 0.2, (6, 3))
+    slab = 2.2 * grid[:5] + rng.uniform(-0.2, 0.2, (5, 3))
+    cell = [[4.4, 0, 0], [0.7, 4.5, 0], [0, 0, 30]]
+    bulk = [[0.1, 0, 0], [1.6, 1.7, 1.5]]
+    return [
+        structure_of(molecule, [6, 1, 8, 1, 7, 6]),
+        structure_of(slab, [29, 29, 29, 6, 8], cell, [True, True, False]),
+        structure_of(bulk, [55, 17], 3.2 * np.eye(3) + 0.1, [True] * 3),
+    ]
+
+
+@pytest.fixture
+def atom():
+    """One atom without neighbours."""
+    return structure_of([[0.3, 0.2, 0.1]], [8])
+
+
+@pytest.fixture
+def batch_of():
+    """Batch of structures with edges of a rule, in double precision unless told."""
+
+    def make(structures: Sequence[Structure], rule: GraphRule, dtype=torch.float64):
+        return collate(structures, [neighbor_edges(s, rule) for s in structures], dtype)
+
+    return make
+
+
+@pytest.fixture
+def make_model():
+    """Model of a variant in double precision, the same for every call.
+
+    Biases and scale factors are drawn too: at their initial values they hide mistakes.
+    """
+
+    def make(variant: str):
+        torch.manual_seed(3)
+        name, hyperparameters = VARIANTS[variant]
+        model = build_model(name, hyperparameters).double()
+        with torch.no_grad():
+            for key, value in model.named_parameters():
+                if value.ndim <= 1:
+                    value.add_(0.3 * torch.randn_like(value))
+                if key.endswith("scale_factor"):
+                    value.abs_()
+        return model.eval()
+
+    return make
+
+
+@pytest.fixture(params=list(VARIANTS))
+def variant(request):
+    return request.param
+
+
+@pytest.fixture
+def parity_folder():
+    """Folder of the reference outputs; tests that need it are skipped without."""
+    beside = Path(__file__).resolve().parents[3] / "shared" / "parity"
+    folder = Path(os.environ.get("KD_PARITY", beside))
+    if not (folder / "painn.io.npz").is_file():
+        pytest.skip("needs the reference outputs; set KD_PARITY to their folder")
+    return folder

@@ -1,0 +1,109 @@
+"""Building by name, initial weights, known sizes."""
+
+import math
+
+import pytest
+import torch
+
+from pipeline.errors import DataError, SpecError
+from pipeline.models.elements import check_elements
+from pipeline.models.zoo import MODELS, PRESETS, build_model
+
+# Trainable parameters as published for these sizes, with 128 radial functions.
+PUBLISHED = {
+    "painn-big": 5_334_531,
+    "painn-small": 1_029_635,
+    "schnet": 455_809,
+    "painn-big-oc20": 20_073_475,
+    "painn-small-oc20": 3_689_475,
+    "schnet-oc20": 9_088_513,
+}
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_presets_have_the_published_sizes(preset):
+    with torch.device("meta"):
+        model = build_model(*PRESETS[preset])
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert trainable == PUBLISHED[preset]
+
+
+def test_painn_has_one_fixed_scale_factor_per_layer():
+    model = build_model("painn", {"hidden_channels": 8, "num_layers": 3})
+    fixed = {n: p for n, p in model.named_parameters() if not p.requires_grad}
+    assert list(fixed) == [f"upd_out_scalar_scale_{i}.scale_factor" for i in range(3)]
+    assert all(p.shape == () and p == 1 for p in fixed.values())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_initial_weights_are_xavier_and_biases_zero(name):
+    torch.manual_seed(0)
+    model = build_model(name, {"hidden_channels": 64})
+    for layer in model.modules():
+        if isinstance(layer, torch.nn.Linear):
+            bound = math.sqrt(6 / (layer.in_features + layer.out_features))
+            weight = layer.weight.detach()
+            assert weight.abs().max() <= bound
+            if weight.numel() > 1000:
+                assert weight.abs().max() > 0.98 * bound
+                assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
+            assert layer.bias is None or not layer.bias.any()
+
+
+def test_initial_embeddings():
+    torch.manual_seed(0)
+    painn = build_model("painn", {}).atom_emb.embeddings.weight.detach()
+    assert painn.shape == (83, 512)
+    assert painn.abs().max().item() == pytest.approx(3**0.5, rel=1e-2)
+    assert painn.std().item() == pytest.approx(1, rel=1e-2)
+    schnet = build_model("schnet", {"hidden_channels": 512}).embedding.weight.detach()
+    assert schnet.shape == (100, 512)
+    assert schnet.std().item() == pytest.approx(1, rel=1e-2)
+    assert schnet.abs().max() > 3.5
+
+
+@pytest.mark.parametrize(
+    ("name", "hyperparameters", "message"),
+    [
+        ("gemnet", {}, "No model is called 'gemnet'; known are painn, schnet"),
+        ("painn", {"hidden_chanels": 8}, "nearest known one is 'hidden_channels'"),
+        ("schnet", {"num_rbf": 8}, "schnet has no hyperparameter 'num_rbf'"),
+        ("painn", {"hidden_channels": "8"}, "painn.hidden_channels is '8'"),
+        ("painn", {"hidden_channels": 8.5}, "positive int is needed"),
+        ("painn", {"hidden_channels": True}, "positive int is needed"),
+        ("painn", {"num_layers": 0}, "painn.num_layers is 0"),
+        ("painn", {"num_layers": 10**9}, "painn.num_layers is 1000000000"),
+        ("painn", {"cutoff": -1}, "positive float is needed"),
+        ("painn", {"cutoff": float("nan")}, "positive float is needed"),
+        ("painn", {"direct_forces": 1}, "bool is needed"),
+        ("painn", {"rbf": {"name": "bernstein"}}, "use gaussian"),
+        ("painn", {"envelope": {"name": "exponential"}}, "is not supported"),
+        ("painn", {"num_rbf": 1}, "at least 2 functions"),
+        ("schnet", {"readout": "max"}, "is not add, sum or mean"),
+    ],
+)
+def test_wrong_hyperparameters_are_named(name, hyperparameters, message):
+    with pytest.raises(SpecError, match=message):
+        build_model(name, hyperparameters)
+
+
+def test_whole_numbers_serve_as_lengths():
+    assert build_model("schnet", {"cutoff": 6}).graph_rule.cutoff == 6
+
+
+def test_first_unknown_element_is_named_with_its_sample():
+    painn = build_model("painn", {"hidden_channels": 8})
+    check_elements([1, 83], painn.elements)
+    with pytest.raises(DataError, match=r"Sample 'c' holds .* atomic number 92"):
+        check_elements([1, 6, 92, 94], painn.elements, list("abcd"))
+    with pytest.raises(DataError, match=r"Sample holds .* atomic number 0"):
+        check_elements([0, 1], build_model("schnet", {}).elements)
+
+
+@pytest.mark.parametrize(("name", "last"), [("painn", 83), ("schnet", 99)])
+def test_every_listed_element_has_a_row(name, last):
+    model = build_model(name, {"hidden_channels": 8})
+    assert (min(model.elements), max(model.elements)) == (1, last)
+    numbers = torch.tensor(list(model.elements))
+    rows = model.atom_emb(numbers) if name == "painn" else model.embedding(numbers)
+    assert len(rows.unique(dim=0)) == last

@@ -1,0 +1,189 @@
+"""A small store with every kind of array, and its content computed independently.
+
+Run as a program it builds the store in a process that can be killed:
+``python toy_store.py kill FOLDER SEED`` and ``python toy_store.py points FOLDER``.
+"""
+
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.store.layout import BlockPlan, plan_blocks
+from pipeline.store.writer import ArrayPlan, SplitPlan, StoreWriter, create_store
+
+STRUCTURES = (
+    ArrayPlan("structures/atomic_numbers", "node", (), "uint8", {"unit": "1"}),
+    ArrayPlan("structures/positions", "node", (3,), "float64", {"unit": "Å"}),
+    ArrayPlan("structures/tags", "node", (), "int8"),
+    ArrayPlan("structures/cell", "sample", (3, 3), "float64"),
+    ArrayPlan("labels/energy", "sample", (), "float64", {"unit": "eV"}),
+    ArrayPlan("labels/forces", "node", (3,), "float32"),
+)
+FEATURES = (
+    ArrayPlan("teacher/per_atom_energy", "node", (), "float32"),
+    ArrayPlan("features/node_features", "node", (5,), "float16"),
+    ArrayPlan("features/vector_features", "node", (3, 4), "float16"),
+)
+# Name: atoms per sample, rows per block, arrays. "train" has two inner chunks a shard,
+# "tiny" so many samples per block that the sample axis has two as well.
+SHAPES = {
+    "train": (np.random.default_rng(0).integers(1, 90, 150), 2048),
+    "val": (np.random.default_rng(1).integers(5, 60, 25), 300),
+    "tiny": (np.ones(2600, np.int64), 2048),
+}
+ARRAYS = {"train": STRUCTURES + FEATURES, "val": STRUCTURES, "tiny": FEATURES[:1]}
+ARRAYS["tiny"] += (STRUCTURES[4],)
+
+
+def value_of(split: str, sample: int, array: ArrayPlan) -> np.ndarray:
+    """Content of one array for the sample with this dataset index."""
+    rng = np.random.default_rng([len(split), sample, len(array.path)])
+    rows = (int(SHAPES[split][0][sample]),) if array.level == "node" else ()
+    if array.dtype == "uint8":
+        return rng.integers(1, 100, (*rows, *array.shape)).astype(np.uint8)
+    if array.dtype == "int8":
+        return rng.integers(-128, 128, (*rows, *array.shape)).astype(np.int8)
+    values = rng.standard_normal((*rows, *array.shape)).astype(array.dtype)
+    if array.path == "labels/energy" and sample % 7 == 0:
+        values = np.array(np.nan)
+    return values
+
+
+def identifier(split: str, sample: int) -> str:
+    return f"{split}_{sample}" if sample % 3 else f"{split}_é{sample}"
+
+
+def plan(split: str) -> SplitPlan:
+    counts, rows_per_block = SHAPES[split]
+    blocks = plan_blocks(counts, rows_per_block, seed=3)
+    ids = [identifier(split, sample) for sample in blocks.order]
+    checksums = (blocks.order.astype(np.uint64) + 1) * np.uint64(0x9E3779B97F4A7C15)
+    return SplitPlan(split, ids, checksums, blocks, ARRAYS[split])
+
+
+def block_rows(
+    split: str, blocks: BlockPlan, block: int, arrays: tuple[ArrayPlan, ...]
+) -> dict[str, np.ndarray]:
+    """What a builder hands to ``write_block``."""
+    members = blocks.order[blocks.block_bounds[block] : blocks.block_bounds[block + 1]]
+    join = {"node": np.concatenate, "sample": np.stack}
+    return {
+        array.path: join[array.level]([value_of(split, int(s), array) for s in members])
+        for array in arrays
+    }
+
+
+def build(path: Path, splits: tuple[str, ...] = tuple(SHAPES)) -> None:
+    """Create the store or continue it, as any builder would."""
+    plans = [plan(split) for split in splits]
+    if not path.exists():
+        create_store(path, plans, {"fingerprint": "f" * 64, "provenance": {"a": 1}})
+    writer = StoreWriter(path)
+    for item in plans:
+        for block in writer.pending_blocks(item.name):
+            with writer.claim_block(item.name, block) as pending:
+                if pending:
+                    rows = block_rows(item.name, item.blocks, block, item.arrays)
+                    writer.write_block(item.name, block, rows)
+    writer.seal()
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below ``folder``, hidden ones too."""
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+def _forked_build(path: Path, points: bool, kill_at: int | None = None) -> int:
+    child = os.fork()
+    if child:
+        return child
+    if kill_at is not None:
+        _die_at_sync(kill_at)
+    build(path, ("val",) if points else ("train", "val"))
+    os._exit(0)
+
+
+def _die_at_sync(number: int) -> None:
+    """SIGKILL this process instead of its ``number``-th fsync."""
+    passed = 0
+    fsync = os.fsync
+
+    def counting(descriptor: int) -> None:
+        nonlocal passed
+        passed += 1
+        if passed == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(descriptor)
+
+    os.fsync = counting
+
+
+def _wait(child: int) -> bool:
+    """Whether the child finished; False when it was killed."""
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code not in (0, -signal.SIGKILL):
+        sys.exit(f"the builder failed with {code}")
+    return code == 0
+
+
+def _compare(folder: Path, truth: dict[str, bytes]) -> None:
+    left = contents(folder)
+    if left != truth:
+        different = {name for name in left | truth if left.get(name) != truth.get(name)}
+        sys.exit(f"differs from an uninterrupted build: {sorted(different)}")
+
+
+def kill_at_random(folder: Path, seed: int) -> None:
+    """Kill builders at random moments until 12 were; every end result is compared."""
+    begin = time.monotonic()
+    _wait(_forked_build(folder / "reference" / "toy.zarr", points=False))
+    duration = time.monotonic() - begin
+    truth = contents(folder / "reference")
+    rng = random.Random(seed)
+    killed = 0
+    while killed < 12:
+        shutil.rmtree(folder / "victim", ignore_errors=True)
+        finished = False
+        while not finished:
+            child = _forked_build(folder / "victim" / "toy.zarr", points=False)
+            if killed < 12:
+                time.sleep(rng.uniform(0, 0.5 * duration))
+                os.kill(child, signal.SIGKILL)
+            finished = _wait(child)
+            killed += not finished
+        _compare(folder / "victim", truth)
+    print(f"{killed} kills")
+
+
+def kill_at_points(folder: Path) -> None:
+    """Kill a builder at chosen points of its work, resume, compare; many points."""
+    _wait(_forked_build(folder / "reference" / "toy.zarr", points=True))
+    truth = contents(folder / "reference")
+    killed = 0
+    number = 1
+    while True:
+        path = folder / f"victim{number}" / "toy.zarr"
+        if _wait(_forked_build(path, True, number)):
+            break
+        killed += 1
+        _wait(_forked_build(path, points=True))
+        _compare(path.parent, truth)
+        number += 1 + number // 3
+    print(f"{killed} kills")
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "kill":
+        kill_at_random(Path(sys.argv[2]), int(sys.argv[3]))
+    else:
+        kill_at_points(Path(sys.argv[2]))
