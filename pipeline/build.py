@@ -159,7 +159,7 @@ def _fill_with_dask(
             n_workers=workers,
             threads_per_worker=1,
             processes=True,
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",  # any free port
             silence_logs=logging.CRITICAL,
         ) as cluster,
         Client(cluster) as client,

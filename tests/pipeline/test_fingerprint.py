@@ -76,3 +76,26 @@ def test_every_part_of_a_structure_is_in_the_fingerprint(
         return _fingerprint(write_spec(tmp_path / "s.yaml", document))
 
     assert fingerprint(columns, flags) != fingerprint({}, "T T F"), name
+
+
+@pytest.mark.parametrize("part", ["energy", "forces"])
+def test_labels_that_change_places_change_the_fingerprint(
+    part: str, tmp_path: Path
+) -> None:
+    """Statistics over the labels stay as they are, so the labels themselves count."""
+
+    def fingerprint(order: tuple[int, int]) -> str:
+        frames = []
+        for number, other in enumerate(order):
+            label = {"energy": number, "forces": number} | {part: other}
+            forces = [[1.0 + label["forces"], 0.0, 0.0], [0.0, 2.0, 0.0]]
+            places = [[0, 0, 0], [1, 0, 0]]
+            energy = -5.0 - label["energy"]
+            frames.append(
+                frame(f"s{number}", ["H", "O"], places, energy=energy, forces=forces)
+            )
+        data = write_frames(tmp_path / "d.extxyz", frames)
+        document = spec_document({"train": data}, tmp_path / "s.zarr")
+        return _fingerprint(write_spec(tmp_path / "s.yaml", document))
+
+    assert fingerprint((0, 1)) != fingerprint((1, 0))
