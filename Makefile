@@ -14,7 +14,7 @@ export PYTHONUNBUFFERED = 1
 # QUICK=1: fewer strategies and steps, to see that everything works.
 demo: .venv/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 snakemake --cores $(CORES) demo \
-	  --config quick=$(if $(QUICK),true,false) --quiet rules progress
+	  --config quick=$(if $(QUICK),true,false) --quiet rules
 
 test: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
