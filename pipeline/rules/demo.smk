@@ -6,7 +6,7 @@ STRATEGIES = (
     if QUICK
     else ["none", "n2n", "v2v", "vanilla1", "vanilla2", "v2v+vanilla2"]
 )
-STEPS = 150 if QUICK else 1500
+STEPS = 600 if QUICK else 1500
 RUNS = expand("results/demo/{strategy}-s0-{steps}", strategy=STRATEGIES, steps=STEPS)
 
 
