@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from kd_train.config import LossConfig
 from kd_train.data import CachedSamples, ordered_batches, prefetch
-from kd_train.losses import energy_mae, force_l2
+from kd_train.losses import output_loss
 from kd_train.metrics import MetricSums
 from pipeline.fields import FIELDS
 from pipeline.models.normalizer import Normalizer
@@ -44,13 +44,8 @@ def evaluate(
         for batch in prefetch(samples.batch, ordered_batches(len(samples), batch_size)):
             batch = batch.to(device)
             output = model(batch)
-            target = normalizer.normalize_energy(
-                batch.energy, batch.atomic_numbers, batch.batch
-            ).to(output.energy.dtype)
-            forces_target = normalizer.normalize_forces(batch.forces)
-            loss = weights.energy_weight * energy_mae(output.energy, target)
-            loss += weights.force_weight * force_l2(
-                output.forces, forces_target, batch.fixed
+            loss = output_loss(
+                output, batch, batch.energy, batch.forces, normalizer, weights
             )
             total += float(loss) * batch.num_graphs
             seen += batch.num_graphs

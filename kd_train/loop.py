@@ -20,7 +20,7 @@ from kd_train.checkpoint import read_checkpoint, save_checkpoint
 from kd_train.config import TrainConfig
 from kd_train.data import CachedSamples, prefetch, training_batches
 from kd_train.evaluate import Evaluation, evaluate, teacher_metrics
-from kd_train.losses import energy_mae, force_l2
+from kd_train.losses import output_loss
 from kd_train.records import (
     Window,
     progress_bar,
@@ -30,8 +30,8 @@ from kd_train.records import (
     write_rows,
 )
 from kd_train.schedule import learning_rate
-from kd_train.setup import Learner, make_learner
-from pipeline.errors import PipelineError, SpecError
+from kd_train.setup import Learner, chosen_split, make_learner
+from pipeline.errors import PipelineError
 from pipeline.files import write_atomically
 from pipeline.models.checkpoint import load_checkpoint, save_model
 from pipeline.models.network import Network
@@ -148,14 +148,15 @@ class Run:
 
     def losses(self, batch: Data) -> dict[str, Tensor]:
         """L0, every distillation term unweighted, and their weighted sum ``loss``."""
-        weights, normalizer = self.config.loss, self.learner.normalizer
         output = self.learner.student(batch)
-        energy = normalizer.normalize_energy(
-            batch.energy, batch.atomic_numbers, batch.batch
-        ).to(output.energy.dtype)
-        forces = normalizer.normalize_forces(batch.forces)
-        l0 = weights.energy_weight * energy_mae(output.energy, energy)
-        l0 = l0 + weights.force_weight * force_l2(output.forces, forces, batch.fixed)
+        l0 = output_loss(
+            output,
+            batch,
+            batch.energy,
+            batch.forces,
+            self.learner.normalizer,
+            self.config.loss,
+        )
         terms = {s.name: s.loss(output, batch) for s in self.learner.strategies}
         total = l0
         for name, term in terms.items():
@@ -163,12 +164,12 @@ class Run:
         return {"loss": total, "l0": l0, **terms}
 
     def _samples(self, split: str, fields: tuple[str, ...]) -> CachedSamples:
-        if split not in self.store.splits:
-            known = ", ".join(self.store.splits)
-            raise SpecError(f"The store has no split {split!r} (known: {known}).")
         student = self.learner.student
         return CachedSamples(
-            self.store.splits[split], student.graph_rule, student.elements, fields
+            chosen_split(self.store, split),
+            student.graph_rule,
+            student.elements,
+            fields,
         )
 
     def _validate(self, window: Window) -> None:

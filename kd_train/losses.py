@@ -2,6 +2,11 @@
 
 import torch
 from torch import Tensor
+from torch_geometric.data import Data
+
+from kd_train.config import LossConfig
+from pipeline.models.normalizer import Normalizer
+from pipeline.models.output import ModelOutput
 
 
 def energy_mae(prediction: Tensor, label: Tensor) -> Tensor:
@@ -18,3 +23,25 @@ def force_l2(prediction: Tensor, label: Tensor, fixed: Tensor) -> Tensor:
     difference = torch.where(usable[:, None], prediction - label, 1.0)
     norm = torch.linalg.vector_norm(difference, dim=1)
     return torch.where(usable, norm, 0).sum() / usable.sum().clamp(min=1)
+
+
+def output_loss(
+    output: ModelOutput,
+    batch: Data,
+    energy: Tensor,
+    forces: Tensor,
+    normalizer: Normalizer,
+    weights: LossConfig,
+) -> Tensor:
+    """α_E·MAE(E) + α_F·mean‖ΔF‖₂ against ``energy`` (B,) in eV, ``forces`` in eV/Å.
+
+    The one form that L0, its validation and the paper's Eq. 7 share; labels are brought
+    to the network's units first.
+    """
+    target = normalizer.normalize_energy(energy, batch.atomic_numbers, batch.batch)
+    assert output.forces is not None
+    return weights.energy_weight * energy_mae(
+        output.energy, target.to(output.energy.dtype)
+    ) + weights.force_weight * force_l2(
+        output.forces, normalizer.normalize_forces(forces), batch.fixed
+    )

@@ -47,9 +47,7 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
     preset = config.student.preset
     if preset not in PRESETS:
         raise SpecError(f"Unknown student {preset!r}{nearest(preset, PRESETS)}.")
-    if config.train_split not in store.splits:
-        known = ", ".join(store.splits)
-        raise SpecError(f"No split {config.train_split!r} in the store ({known}).")
+    split = chosen_split(store, config.train_split)
     name, hyperparameters = PRESETS[preset]
     torch.manual_seed(config.seed)
     student = build_model(name, hyperparameters | config.student.hyperparameters)
@@ -57,7 +55,7 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
     setting = Setting(
         student_name=preset,
         student_widths=student.widths,
-        teacher_widths=stored_widths(store.splits[config.train_split]),
+        teacher_widths=stored_widths(split),
         normalizer=normalizer,
         loss=config.loss,
         seed=config.seed,
@@ -72,6 +70,14 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
         normalizer,
         weights_digest(student),
     )
+
+
+def chosen_split(store: FeatureStore, name: str) -> SplitReader:
+    """Split ``name`` of the store; SpecError where there is none."""
+    if name not in store.splits:
+        known = ", ".join(store.splits)
+        raise SpecError(f"The store has no split {name!r} (known: {known}).")
+    return store.splits[name]
 
 
 def stored_widths(split: SplitReader) -> dict[str, int]:

@@ -4,9 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.datasets import Dataset
-from pipeline.models.normalizer import Normalizer
-
-N_ELEMENTS = 119
+from pipeline.models.normalizer import NUM_REFERENCES, Normalizer
 
 
 def label_statistics(dataset: Dataset, reference_energies: str) -> Normalizer:
@@ -20,7 +18,7 @@ def label_statistics(dataset: Dataset, reference_energies: str) -> Normalizer:
     """
     samples = [dataset[i] for i in range(len(dataset))]
     labelled = [s for s in samples if np.isfinite(s.energy)]
-    references = np.zeros(N_ELEMENTS)
+    references = np.zeros(NUM_REFERENCES)
     mean = 0.0
     if labelled:
         energies = np.array([s.energy for s in labelled])
@@ -36,13 +34,13 @@ def label_statistics(dataset: Dataset, reference_energies: str) -> Normalizer:
 
 
 def _composition(atomic_numbers: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
-    return np.bincount(atomic_numbers, minlength=N_ELEMENTS).astype(np.float64)
+    return np.bincount(atomic_numbers, minlength=NUM_REFERENCES).astype(np.float64)
 
 
 def _least_squares(
     counts: npt.NDArray[np.float64], energies: npt.NDArray[np.float64]
 ) -> npt.NDArray[np.float64]:
     present = counts.any(axis=0)
-    references = np.zeros(N_ELEMENTS)
+    references = np.zeros(NUM_REFERENCES)
     references[present] = np.linalg.lstsq(counts[:, present], energies, rcond=None)[0]
     return references

@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch_geometric.data import Data
 
-from kd_train.losses import energy_mae, force_l2
+from kd_train.losses import output_loss
 from kd_train.strategies.base import Strategy
 from pipeline.models.output import ModelOutput
 
@@ -16,12 +16,11 @@ class Vanilla1(Strategy):
 
     def loss(self, output: ModelOutput, batch: Data) -> Tensor:
         """Output error of the batch, on the student's normalised scale."""
-        normalizer, weights = self.setting.normalizer, self.setting.loss
-        energy = normalizer.normalize_energy(
-            batch.teacher_energy, batch.atomic_numbers, batch.batch
-        ).to(output.energy.dtype)
-        forces = normalizer.normalize_forces(batch.teacher_forces)
-        assert output.forces is not None
-        return weights.energy_weight * energy_mae(
-            output.energy, energy
-        ) + weights.force_weight * force_l2(output.forces, forces, batch.fixed)
+        return output_loss(
+            output,
+            batch,
+            batch.teacher_energy,
+            batch.teacher_forces,
+            self.setting.normalizer,
+            self.setting.loss,
+        )
