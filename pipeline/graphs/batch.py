@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch_geometric.data import Data
 
@@ -20,12 +21,15 @@ def collate(
     Tensors: ``atomic_numbers`` (N,), ``positions`` (N, 3) in Å, ``cell`` (B, 3, 3) in
     Å, ``pbc`` (B, 3), ``batch`` (N,) index of the structure, ``natoms`` (B,), ``tags``
     (N,), ``fixed`` (N,), ``edge_index`` (2, E) and ``cell_offsets`` (E, 3); real
-    numbers have ``dtype``, integers are int64. ``num_graphs`` is B.
+    numbers have ``dtype``, integers are int64. ``num_graphs`` is B. Side graphs come as
+    ``<name>_edge_index`` and ``<name>_cell_offsets``.
     """
     natoms = np.array([len(structure) for structure in structures])
     first_atom = np.cumsum(natoms) - natoms
-    edge_index = np.concatenate([e.edge_index for e in edges], axis=1)
-    edge_index += np.repeat(first_atom, [len(e) for e in edges])
+    graphs = _packed_edges(edges, first_atom, dtype)
+    for name in edges[0].sides:
+        sides = _packed_edges([e.sides[name] for e in edges], first_atom, dtype)
+        graphs |= {f"{name}_{key}": value for key, value in sides.items()}
 
     def packed(name: str, kind: type) -> torch.Tensor:
         values = [getattr(structure, name) for structure in structures]
@@ -40,10 +44,20 @@ def collate(
         natoms=torch.from_numpy(natoms),
         tags=packed("tags", np.int64),
         fixed=packed("fixed", np.bool_),
-        edge_index=torch.from_numpy(edge_index),
-        cell_offsets=torch.from_numpy(
-            np.concatenate([e.cell_offsets for e in edges])
-        ).to(dtype),
         num_graphs=len(structures),
         num_nodes=int(natoms.sum()),
+        **graphs,
     )
+
+
+def _packed_edges(
+    edges: Sequence[Edges], first_atom: npt.NDArray[np.int64], dtype: torch.dtype
+) -> dict[str, torch.Tensor]:
+    """Edges of one kind of all structures, numbered over the batch."""
+    edge_index = np.concatenate([e.edge_index for e in edges], axis=1)
+    edge_index += np.repeat(first_atom, [len(e) for e in edges])
+    offsets = np.concatenate([e.cell_offsets for e in edges])
+    return {
+        "edge_index": torch.from_numpy(edge_index),
+        "cell_offsets": torch.from_numpy(offsets).to(dtype),
+    }

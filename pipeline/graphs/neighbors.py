@@ -4,7 +4,9 @@ Messages flow source j -> target i: ``edge_index[0]`` is j and carries the latti
 shift, ``edge_index[1]`` is i. No torch in here: it runs in loader threads.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,24 +19,47 @@ from pipeline.structure import Structure
 _MIN_DISTANCE = 0.01
 # Distances that agree to this are one shell of a crystal, so they are tied (Å).
 _TIE_WIDTH = 1e-6
+# A limit that is not strict keeps what lies so little beyond it (Å², or Å in a side
+# graph: the released models compare squares in the first and lengths in the second).
+_MARGIN = 0.01
 
 _Ints = npt.NDArray[np.int64]
 _Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
+class SideGraph:
+    """A further graph of a model: the base graph cut down to ``cutoff`` and a limit.
+
+    With ``tags``, an edge needs an end (either one) whose tag is among them.
+    """
+
+    name: str
+    cutoff: float
+    max_neighbors: int
+    tags: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
 class GraphRule:
     """How a model wants its edges built.
 
-    ``cutoff`` in Å, inclusive. ``max_neighbors`` nearest sources are kept per target.
+    ``cutoff`` in Å, inclusive. ``max_neighbors`` nearest sources are kept per target;
+    without ``strict``, also those hardly farther than the first one beyond the limit.
     ``symmetric`` replaces every edge that points down the atom order by the mirror of
     one that points up. ``periodic = False`` ignores the periodic flags.
+
+    A model of several graphs has ``sides``. All are cut out of the ``base`` graph
+    (cutoff, limit), which is the main graph before it is made symmetric if unsaid.
     """
 
     cutoff: float
     max_neighbors: int
     symmetric: bool
     periodic: bool = True
+    strict: bool = True
+    base: tuple[float, int] | None = None
+    sides: tuple[SideGraph, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,14 +67,22 @@ class Edges:
     """Directed edges of one structure, sorted by (target, source, shift).
 
     ``edge_index`` (2, E) int64 rows source and target; ``cell_offsets`` (E, 3) int64,
-    the source image sits at ``positions[source] + cell_offsets @ cell``.
+    the source image sits at ``positions[source] + cell_offsets @ cell``. ``sides``
+    holds the edges of further graphs by name.
     """
 
     edge_index: _Ints
     cell_offsets: _Ints
+    sides: Mapping[str, "Edges"] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return self.edge_index.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of all arrays in bytes."""
+        own = self.edge_index.nbytes + self.cell_offsets.nbytes
+        return own + sum(side.nbytes for side in self.sides.values())
 
 
 def neighbor_edges(structure: Structure, rule: GraphRule) -> Edges:
@@ -58,16 +91,18 @@ def neighbor_edges(structure: Structure, rule: GraphRule) -> Edges:
     At the neighbour limit, sources of equal distance (to 1e-6 Å) are preferred by
     index, then by shift.
     """
-    source, target, shift, distance = _pairs_within(structure, rule)
-    keep = (distance <= rule.cutoff) & (distance > _MIN_DISTANCE)
-    source, target, shift = source[keep], target[keep], shift[keep]
-    kept = _nearest(source, target, shift, distance[keep], rule.max_neighbors)
-    if kept is not None:
-        source, target, shift = source[kept], target[kept], shift[kept]
-    if rule.symmetric:
-        source, target, shift = _symmetrised(source, target, shift)
-    order = np.lexsort((_shift_code(shift), source, target))
-    return Edges(np.stack((source[order], target[order])), shift[order])
+    cutoff, limit = rule.base or (rule.cutoff, rule.max_neighbors)
+    pairs = _pairs_within(structure, cutoff, rule.periodic)
+    distance = pairs.distance
+    pairs = pairs[(distance <= cutoff) & (distance > _MIN_DISTANCE)]
+    base = _limited(pairs, np.square(pairs.distance), limit, rule.strict)
+    whole = (cutoff, limit)
+    main = _cut(base, whole, (rule.cutoff, rule.max_neighbors), rule.strict)
+    sides = {}
+    for side in rule.sides:
+        cut = _cut(base, whole, (side.cutoff, side.max_neighbors), rule.strict)
+        sides[side.name] = _sorted(_with_tags(cut, structure.tags, side.tags))
+    return _sorted(_symmetrised(main) if rule.symmetric else main, sides)
 
 
 def sample_edges(sample_id: str, structure: Structure, rule: GraphRule) -> Edges:
@@ -90,23 +125,39 @@ def sample_edges(sample_id: str, structure: Structure, rule: GraphRule) -> Edges
     return edges
 
 
-def _pairs_within(
-    structure: Structure, rule: GraphRule
-) -> tuple[_Ints, _Ints, _Ints, _Floats]:
-    """Source, target, shift and distance (Å) of all pairs a little past the cutoff."""
+@dataclass(frozen=True)
+class _Pairs:
+    """Source, target, shift and distance (Å) of directed pairs."""
+
+    source: _Ints
+    target: _Ints
+    shift: _Ints
+    distance: _Floats
+
+    def __getitem__(self, chosen: npt.NDArray[Any]) -> "_Pairs":
+        return _Pairs(
+            self.source[chosen],
+            self.target[chosen],
+            self.shift[chosen],
+            self.distance[chosen],
+        )
+
+
+def _pairs_within(structure: Structure, cutoff: float, periodic: bool) -> _Pairs:
+    """All pairs up to a little past the cutoff."""
     # vesin leaves out pairs at exactly its cutoff, so it gets a slightly larger one.
     finder = NeighborList(
-        cutoff=rule.cutoff * (1 + 1e-9) + 1e-9,
+        cutoff=cutoff * (1 + 1e-9) + 1e-9,
         full_list=True,
         algorithm="cell_list",
         n_threads=1,
     )
-    periodic = structure.pbc if rule.periodic else np.zeros(3, bool)
+    flags = structure.pbc if periodic else np.zeros(3, bool)
     try:
         target, source, shift, distance = finder.compute(
             np.asarray(structure.positions, np.float64),
             np.asarray(structure.cell, np.float64),
-            periodic,
+            flags,
             "ijSd",
         )
     except RuntimeError as error:
@@ -114,7 +165,7 @@ def _pairs_within(
             f"The neighbours of a structure of {len(structure)} atoms cannot be found "
             f"({error}); check its positions, cell and periodic flags."
         ) from error
-    return (
+    return _Pairs(
         source.astype(np.int64),
         target.astype(np.int64),
         shift.astype(np.int64),
@@ -122,31 +173,61 @@ def _pairs_within(
     )
 
 
-def _nearest(
-    source: _Ints, target: _Ints, shift: _Ints, distance: _Floats, limit: int
-) -> _Ints | None:
-    """Positions of the ``limit`` nearest edges of each target; None if all stay."""
-    degree = np.bincount(target)
-    if not len(target) or degree.max() <= limit:
-        return None
-    rounded = np.rint(distance / _TIE_WIDTH)
-    order = np.lexsort((_shift_code(shift), source, rounded, target))
+def _cut(
+    base: _Pairs, whole: tuple[float, int], wanted: tuple[float, int], strict: bool
+) -> _Pairs:
+    """Return ``base``, whose rule is ``whole``, under the smaller rule ``wanted``."""
+    cutoff, limit = wanted
+    if cutoff != whole[0]:
+        base = base[base.distance <= cutoff]
+    if limit == whole[1]:
+        return base
+    return _limited(base, base.distance, limit, strict)
+
+
+def _limited(pairs: _Pairs, value: _Floats, limit: int, strict: bool) -> _Pairs:
+    """The pairs with the ``limit`` smallest values of each target."""
+    degree = np.bincount(pairs.target)
+    if not len(value) or degree.max() <= limit:
+        return pairs
+    rounded = np.rint(pairs.distance / _TIE_WIDTH)
+    order = np.lexsort((_shift_code(pairs.shift), pairs.source, rounded, pairs.target))
     first = np.cumsum(degree) - degree
-    rank = np.arange(len(order)) - np.repeat(first, degree)
-    return order[rank < limit]
+    if strict:
+        rank = np.arange(len(order)) - np.repeat(first, degree)
+        return pairs[order[rank < limit]]
+    highest = np.full(len(degree), np.inf)
+    crowded = degree > limit
+    highest[crowded] = value[order[first[crowded] + limit]] + _MARGIN
+    return pairs[value <= highest[pairs.target]]
 
 
-def _symmetrised(
-    source: _Ints, target: _Ints, shift: _Ints
-) -> tuple[_Ints, _Ints, _Ints]:
+def _with_tags(
+    pairs: _Pairs, tags: npt.NDArray[np.int8], wanted: tuple[int, ...] | None
+) -> _Pairs:
+    """The pairs of which either end has one of the ``wanted`` tags."""
+    if wanted is None:
+        return pairs
+    chosen = np.isin(tags, wanted)
+    return pairs[chosen[pairs.source] | chosen[pairs.target]]
+
+
+def _symmetrised(pairs: _Pairs) -> _Pairs:
     """Upward edges (source < target; own images by negative shift) and mirrors."""
-    upward = (source < target) | ((source == target) & (_shift_code(shift) < 0))
-    source, target, shift = source[upward], target[upward], shift[upward]
-    return (
-        np.concatenate((source, target)),
-        np.concatenate((target, source)),
-        np.concatenate((shift, -shift)),
+    own = pairs.source == pairs.target
+    up = pairs[(pairs.source < pairs.target) | (own & (_shift_code(pairs.shift) < 0))]
+    return _Pairs(
+        np.concatenate((up.source, up.target)),
+        np.concatenate((up.target, up.source)),
+        np.concatenate((up.shift, -up.shift)),
+        np.concatenate((up.distance, up.distance)),
     )
+
+
+def _sorted(pairs: _Pairs, sides: Mapping[str, Edges] | None = None) -> Edges:
+    order = np.lexsort((_shift_code(pairs.shift), pairs.source, pairs.target))
+    index = np.stack((pairs.source[order], pairs.target[order]))
+    return Edges(index, pairs.shift[order], sides or {})
 
 
 def _shift_code(shift: _Ints) -> _Ints:

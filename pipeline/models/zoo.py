@@ -3,9 +3,12 @@
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 from pipeline.errors import SpecError
+from pipeline.models.gemnet.model import GemNetOC
+from pipeline.models.gemnet.options import GemNetOCOptions
 from pipeline.models.network import Network
 from pipeline.models.painn import PaiNN, PaiNNOptions
 from pipeline.models.schnet import SchNet, SchNetOptions
@@ -32,6 +35,13 @@ def _released_schnet(attributes: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 MODELS: dict[str, ModelKind] = {
+    "gemnet_oc": ModelKind(
+        GemNetOC,
+        GemNetOCOptions,
+        # Second names of other entries, and copies of the centres of radial_basis.
+        ignored_entries=r"out_blocks\.\d+\.seq_energy_pre\..*"
+        r"|(cbf_basis_(tint|aeint|eaint)|sbf_basis_qint)\.radial_basis\.rbf\.offset",
+    ),
     "painn": ModelKind(PaiNN, PaiNNOptions),
     "schnet": ModelKind(
         SchNet,
@@ -43,6 +53,23 @@ MODELS: dict[str, ModelKind] = {
 
 # Sizes beyond this are mistakes, and building them would take all memory.
 _LARGEST = 10_000
+
+# What all GemNet-OC models of the distillation paper share.
+_GEMNET_OC: dict[str, Any] = {
+    "num_atom_emb_layers": 2,
+    "cutoff": 12.0,
+    "cutoff_aint": 12.0,
+    "max_neighbors": 30,
+    "max_neighbors_qint": 8,
+    "max_neighbors_aeaint": 20,
+    "max_neighbors_aint": 1000,
+    "direct_forces": True,
+    "quad_interaction": True,
+    "atom_edge_interaction": True,
+    "edge_atom_interaction": True,
+    "atom_interaction": True,
+    "qint_tags": [1, 2],
+}
 
 # Sizes of the distillation paper: for molecules (COLL) and, "-oc20", for catalysts;
 # "-demo" are sizes that two CPU cores train in minutes.
@@ -68,6 +95,43 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "cutoff": 6.0,
         },
     ),
+    "gemnet-oc": (
+        "gemnet_oc",
+        {
+            **_GEMNET_OC,
+            "emb_size_atom": 128,
+            "emb_size_edge": 256,
+            "use_pbc": False,
+        },
+    ),
+    "gemnet-oc-demo": (
+        "gemnet_oc",
+        {
+            **_GEMNET_OC,
+            "num_radial": 64,
+            "num_blocks": 3,
+            "emb_size_atom": 64,
+            "emb_size_edge": 64,
+            "emb_size_trip_in": 32,
+            "emb_size_trip_out": 32,
+            "emb_size_quad_in": 16,
+            "emb_size_quad_out": 16,
+            "emb_size_aint_in": 32,
+            "emb_size_aint_out": 32,
+            "num_before_skip": 1,
+            "num_after_skip": 1,
+            "num_atom": 2,
+            "num_output_afteratom": 2,
+            "cutoff": 6.0,
+            "cutoff_aint": 6.0,
+            "use_pbc": False,
+        },
+    ),
+    "gemnet-oc-oc20": ("gemnet_oc", _GEMNET_OC),
+    "gemnet-oc-small-oc20": (
+        "gemnet_oc",
+        {**_GEMNET_OC, "num_blocks": 3, "emb_size_atom": 128, "emb_size_edge": 256},
+    ),
     "painn-big-oc20": ("painn", {"hidden_channels": 512, "num_layers": 6}),
     "painn-small-oc20": ("painn", {"hidden_channels": 256, "num_layers": 4}),
     "schnet-oc20": (
@@ -88,9 +152,8 @@ def build_model(name: str, hyperparameters: Mapping[str, Any]) -> Network:
     if name not in MODELS:
         raise SpecError(f"No model is called {name!r}; known are {', '.join(MODELS)}.")
     kind = MODELS[name]
-    defaults = vars(kind.options())
     for key, value in hyperparameters.items():
-        _check(name, key, value, defaults)
+        _check(name, key, value, kind.options)
     return kind.network(**hyperparameters)
 
 
@@ -104,23 +167,39 @@ def known_hyperparameters(name: str, values: Mapping[str, Any]) -> dict[str, Any
     }
 
 
-def _check(name: str, key: str, value: object, defaults: Mapping[str, Any]) -> None:
+def _check(name: str, key: str, value: object, options: type) -> None:
     """Refuse a key the model does not have and a value of the wrong kind."""
-    if key not in defaults:
-        near = difflib.get_close_matches(key, defaults, n=1, cutoff=0.0)[0]
+    known = {field.name: field for field in fields(options)}
+    if key not in known:
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]
         raise SpecError(
             f"{name} has no hyperparameter {key!r}; the nearest known one is {near!r}."
         )
-    expected = type(defaults[key])
-    allowed = (int, float) if expected is float else expected
-    wrong = not isinstance(value, allowed)
-    if isinstance(value, bool) != (expected is bool):
-        wrong = True
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        wrong = wrong or not 0 < value <= _LARGEST
-    if wrong:
-        kind = {dict: "mapping", float: "positive float", int: "positive int"}
-        raise SpecError(
-            f"{name}.{key} is {value!r}, but a "
-            f"{kind.get(expected, expected.__name__)} is needed."
-        )
+    hint = get_type_hints(options)[key]
+    kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    least = known[key].metadata.get("least", None)
+    if not any(_fits(value, kind, least) for kind in kinds):
+        raise SpecError(f"{name}.{key} is {value!r}, but {_needed(kinds)} is needed.")
+
+
+def _fits(value: object, kind: Any, least: int | None) -> bool:
+    """Whether ``value`` is of ``kind`` and in the range of sensible sizes."""
+    if kind is bool or isinstance(value, bool):
+        return kind is bool and isinstance(value, bool)
+    if kind in (int, float):
+        allowed = int if kind is int else (int, float)
+        if not isinstance(value, allowed):
+            return False
+        above = value > 0 if least is None else value >= least
+        return above and value <= _LARGEST
+    if get_origin(kind) is list:
+        (item,) = get_args(kind)
+        return isinstance(value, list | tuple) and all(type(v) is item for v in value)
+    return isinstance(value, get_origin(kind) or kind)
+
+
+def _needed(kinds: tuple[Any, ...]) -> str:
+    """Name of the first of ``kinds`` for an error message."""
+    kind = get_origin(kinds[0]) or kinds[0]
+    names = {dict: "mapping", float: "positive float", int: "positive int"}
+    return f"a {names.get(kind, kind.__name__)}"
