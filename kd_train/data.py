@@ -13,7 +13,12 @@ import numpy.typing as npt
 import torch
 from torch_geometric.data import Data
 
-from pipeline.fields import FIELDS, LABEL_FIELDS, STRUCTURE_FIELDS
+from pipeline.fields import (
+    EDGE_IDENTITY_FIELDS,
+    FIELDS,
+    LABEL_FIELDS,
+    STRUCTURE_FIELDS,
+)
 from pipeline.graphs.batch import collate
 from pipeline.graphs.neighbors import Edges, GraphRule, sample_edges
 from pipeline.models.elements import check_elements
@@ -43,7 +48,10 @@ class CachedSamples:
         self.rule = rule
         self.elements = elements
         self.fields = (*STRUCTURE_FIELDS, *LABEL_FIELDS, *fields)
-        self._paths = tuple(FIELDS[name].path for name in self.fields)
+        read = self.fields
+        if "edge_features" in fields:
+            read += EDGE_IDENTITY_FIELDS
+        self._paths = {name: FIELDS[name].path for name in read}
         self._edges: dict[int, Edges] = {}
         self._edge_bytes = 0
 
@@ -54,7 +62,10 @@ class CachedSamples:
         """The samples at ``positions`` as one graph, see ``pipeline.graphs.batch``.
 
         Adds ``energy`` (B,) float64 in eV, ``forces`` (N, 3) float32 in eV/Å and every
-        asked field, features as float32.
+        asked field, features as float32. With ``edge_features`` (E, C) come their edges
+        ``teacher_edge_index`` (2, E) int64, source first, ``teacher_cell_offsets``
+        (E, 3) int8, and ``edge_mismatch``, the id of the first sample whose edges are
+        not those of the model's own graph, empty where all are.
 
         Raises
         ------
@@ -63,8 +74,8 @@ class CachedSamples:
         DamagedStoreError
             Bytes on disk are not those that were written.
         """
-        arrays = self.split.read(positions, self._paths)
-        values = dict(zip(self.fields, (arrays[p] for p in self._paths), strict=True))
+        arrays = self.split.read(positions, tuple(self._paths.values()))
+        values = {name: arrays[path] for name, path in self._paths.items()}
         structures = self._structures(positions, values)
         edges = [
             self._edges_of(int(position), structure)
@@ -75,7 +86,32 @@ class CachedSamples:
             if name not in STRUCTURE_FIELDS:
                 tensor = torch.from_numpy(values[name])
                 data[name] = tensor.float() if tensor.dtype == torch.float16 else tensor
+        if "edge_features" in values:
+            self._add_teacher_edges(data, positions, values, edges)
         return data
+
+    def _add_teacher_edges(
+        self,
+        data: Data,
+        positions: Positions,
+        values: dict[str, npt.NDArray[Any]],
+        edges: Sequence[Edges],
+    ) -> None:
+        index = values["edge_index"].astype(np.int64)
+        offsets = values["cell_offsets"]
+        counts = self.split.n_edges[positions]
+        data.edge_mismatch = ""
+        ends = np.cumsum(counts)[:-1]
+        parts = zip(edges, np.split(index, ends), np.split(offsets, ends), strict=True)
+        for position, (own, pairs, shifts) in zip(positions, parts, strict=True):
+            same_atoms = np.array_equal(own.edge_index.T, pairs)
+            if not same_atoms or not np.array_equal(own.cell_offsets, shifts):
+                data.edge_mismatch = str(self.split.sample_ids[position])
+                break
+        n_atoms = self.split.n_atoms[positions].astype(np.int64)
+        first_atom = np.repeat(np.cumsum(n_atoms) - n_atoms, counts)
+        data.teacher_edge_index = torch.from_numpy(index.T + first_atom)
+        data.teacher_cell_offsets = torch.from_numpy(offsets)
 
     def _structures(
         self, positions: Positions, values: dict[str, npt.NDArray[Any]]
@@ -106,10 +142,9 @@ class CachedSamples:
         if edges is None:
             sample_id = str(self.split.sample_ids[position])
             edges = sample_edges(sample_id, structure, self.rule)
-            size = edges.edge_index.nbytes + edges.cell_offsets.nbytes
-            if self._edge_bytes + size <= EDGE_CACHE_BYTES:
+            if self._edge_bytes + edges.nbytes <= EDGE_CACHE_BYTES:
                 self._edges[position] = edges
-                self._edge_bytes += size
+                self._edge_bytes += edges.nbytes
         return edges
 
 

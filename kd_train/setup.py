@@ -1,12 +1,16 @@
 """Student, adapters and normaliser of a run; refuses what a store cannot serve."""
 
 import hashlib
+import logging
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
+from torch_geometric.data import Data
 
 from kd_train.config import TrainConfig
+from kd_train.data import CachedSamples
 from kd_train.strategies import REGISTRY, Strategy
 from kd_train.strategies.base import Setting
 from pipeline.documents import nearest
@@ -15,7 +19,14 @@ from pipeline.fields import FIELDS
 from pipeline.models.network import Network
 from pipeline.models.normalizer import Normalizer
 from pipeline.models.zoo import PRESETS, build_model
+from pipeline.statistics import KIND_DIFFERENCE
 from pipeline.store.reader import FeatureStore, SplitReader
+
+log = logging.getLogger("kd_train")
+# Samples by which energies of teacher and labels are compared.
+KIND_SAMPLES = 256
+# Samples on which a fresh student sets its scale factors.
+_FITTING_SAMPLES = 32
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,7 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
     name, hyperparameters = PRESETS[preset]
     torch.manual_seed(config.seed)
     student = build_model(name, hyperparameters | config.student.hyperparameters)
+    student.fit(_fitting_batch(student, split))
     normalizer = store_normalizer(store, config.train_split)
     setting = Setting(
         student_name=preset,
@@ -72,6 +84,13 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
     )
 
 
+def _fitting_batch(student: Network, split: SplitReader) -> Data:
+    """The first samples of a split, which its random order makes a fair mixture."""
+    count = min(_FITTING_SAMPLES, len(split))
+    samples = CachedSamples(split, student.graph_rule, student.elements)
+    return samples.batch(np.arange(count))
+
+
 def chosen_split(store: FeatureStore, name: str) -> SplitReader:
     """Split ``name`` of the store; SpecError where there is none."""
     if name not in store.splits:
@@ -90,14 +109,32 @@ def stored_widths(split: SplitReader) -> dict[str, int]:
 
 
 def store_normalizer(store: FeatureStore, split: str) -> Normalizer:
-    """The teacher's normaliser, or that of the split's labels where no teacher ran.
+    """The teacher's normaliser, or that of the split's labels where it does not fit.
 
-    Baseline and distilled students of one store thus work in the same units.
+    It does not where no teacher ran, or where its energies are of another kind than
+    the labels. Baseline and distilled students of one store work in the same units.
     """
     teacher = store.attributes["teacher"]
-    if teacher is not None:
+    if teacher is not None and _energies_agree(store.splits[split]):
         return Normalizer.from_dict(teacher["normalizer"])
     return Normalizer.from_dict(store.attributes["label_statistics"][split])
+
+
+def _energies_agree(split: SplitReader) -> bool:
+    """Whether the teacher's energies are of the kind of the labels, by some samples."""
+    positions = np.arange(min(KIND_SAMPLES, len(split)))
+    paths = [FIELDS["energy"].path, FIELDS["teacher_energy"].path]
+    values = split.read(positions, paths)
+    difference = np.abs(values[paths[0]] - values[paths[1]]) / split.n_atoms[positions]
+    labelled = np.isfinite(difference)
+    if not labelled.any() or np.median(difference[labelled]) <= KIND_DIFFERENCE:
+        return True
+    log.warning(
+        "the teacher's energies are %.3g eV per atom away from the labels; the student "
+        "uses units of the labels, and vanilla losses make no sense",
+        np.median(difference[labelled]),
+    )
+    return False
 
 
 def weights_digest(model: nn.Module) -> str:

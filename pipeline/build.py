@@ -1,89 +1,159 @@
 """Plan a store, fill its blocks, seal it; continues whatever an earlier run left."""
 
-import hashlib
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from pipeline.datasets import Dataset, open_dataset
-from pipeline.errors import SpecError, StoreError
-from pipeline.fields import FIELDS, LABEL_FIELDS, PREDICTION_FIELDS, STRUCTURE_FIELDS
-from pipeline.spec import CacheSpec, FeatureSpec, SplitSpec
-from pipeline.statistics import label_statistics
-from pipeline.store.layout import BlockPlan, plan_blocks
-from pipeline.store.writer import ArrayPlan, SplitPlan, StoreWriter, create_store
+from pipeline.errors import DataError, StoreError
+from pipeline.fields import FIELDS
+from pipeline.planning import (
+    CountEdges,
+    plan_split,
+    scan_dataset,
+    store_attributes,
+    wanted_features,
+)
+from pipeline.preview import preview
+from pipeline.spec import CacheSpec
+from pipeline.statistics import check_energy_kinds
+from pipeline.store.index import SplitIndex
+from pipeline.store.layout import IntArray, storage_order
+from pipeline.store.writer import SplitPlan, StoreWriter, create_store
 from pipeline.structure import Sample
-from pipeline.teacher import Arrays, Teacher, width_shape
+from pipeline.teacher import Arrays, Teacher
 
 log = logging.getLogger("pipeline.build")
 Report = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class Job:
-    """All that a process needs to fill blocks: datasets, plan, teacher."""
+class Source:
+    """All that a process needs to fill blocks of a planned store.
+
+    ``orders`` gives for every split the dataset index at each storage position.
+    """
 
     spec: CacheSpec
     datasets: dict[str, Dataset]
-    plans: dict[str, SplitPlan]
-    attributes: dict[str, Any]
+    orders: dict[str, IntArray]
     teacher: Teacher | None
 
-    @property
-    def path(self) -> Path:
-        """Where the store lies."""
-        return Path(self.spec.store.path)
+    @classmethod
+    def open(cls, spec: CacheSpec, device: str = "cpu") -> "Source":
+        """Datasets and teacher of ``spec``; reads no sample.
+
+        Raises
+        ------
+        SpecError, DataError, CheckpointError
+            A file is not what the spec says, or the teacher lacks a field.
+        """
+        layers = {n: f.layer for n, f in spec.features.items() if f.layer is not None}
+        teacher = None
+        if spec.teacher is not None:
+            teacher = Teacher.load(spec.teacher, device, layers)
+            teacher.check_fields(tuple(spec.features))
+        datasets = {
+            name: open_dataset(
+                s.format,
+                s.path,
+                offset=s.offset,
+                limit=s.limit,
+                every=s.every,
+                energy=s.energy,
+            )
+            for name, s in spec.splits.items()
+        }
+        seed = spec.store.seed
+        orders = {n: storage_order(len(d), seed) for n, d in datasets.items()}
+        return cls(spec, datasets, orders, teacher)
 
     def fill_block(self, writer: StoreWriter, split: str, block: int) -> int:
-        """Compute and write one block unless it is there; returns its samples."""
-        plan = self.plans[split].blocks
-        first, last = plan.block_bounds[block : block + 2]
+        """Compute and write one block unless it is there; returns its samples.
+
+        Raises
+        ------
+        DataError
+            A structure is not the one that was planned.
+        """
+        index = writer.splits[split]
+        positions = index.block_positions(block)
         with writer.claim_block(split, block) as missing:
             if missing:
-                dataset = self.datasets[split]
-                samples = [dataset[int(i)] for i in plan.order[first:last]]
+                chosen = self.orders[split][positions.start : positions.stop]
+                samples = [self.datasets[split][int(i)] for i in chosen]
+                _check_unchanged(index, positions, samples)
                 writer.write_block(split, block, self._block_arrays(split, samples))
-        return int(last - first)
+        return len(positions)
 
     def _block_arrays(self, split: str, samples: Sequence[Sample]) -> Arrays:
         values = _source_arrays(samples)
         if self.teacher is not None:
-            wanted = _wanted_features(self.spec, self.spec.splits[split])
-            values |= self.teacher.predict(samples, tuple(wanted))
+            values |= self.teacher.predict(samples, self.fields(split))
         return {FIELDS[name].path: array for name, array in values.items()}
+
+    def fields(self, split: str) -> tuple[str, ...]:
+        """Fields that the teacher is asked for in ``split``."""
+        return tuple(wanted_features(self.spec, self.spec.splits[split]))
+
+    def edge_counter(self, split: str) -> CountEdges | None:
+        """Counts the teacher's edges, where this split is to keep them."""
+        if self.teacher is None or "edge_features" not in self.fields(split):
+            return None
+        return self.teacher.count_edges
+
+
+@dataclass(frozen=True)
+class Job:
+    """A store to be built: what it is made from, and how it is planned."""
+
+    source: Source
+    plans: dict[str, SplitPlan]
+    attributes: dict[str, Any]
+
+    @property
+    def path(self) -> Path:
+        """Where the store lies."""
+        return Path(self.source.spec.store.path)
 
 
 def prepare(spec: CacheSpec, device: str = "cpu") -> Job:
-    """Read the datasets, load the teacher, plan every split; writes nothing.
+    """Load the teacher, read every dataset once, plan every split; writes nothing.
+
+    Edges are counted only for a store that is not there yet: one that is knows them.
 
     Raises
     ------
     SpecError, DataError, CheckpointError
         Anything that would make the build fail later and can be known now.
     """
-    teacher = None if spec.teacher is None else Teacher.load(spec.teacher, device)
-    if teacher is not None:
-        teacher.check_fields(tuple(spec.features))
-    datasets = {
-        name: open_dataset(
-            s.format, s.path, offset=s.offset, limit=s.limit, every=s.every
+    source = Source.open(spec, device)
+    check_energy_kinds(spec.splits, source.datasets)
+    new = not Path(spec.store.path).exists()
+    scans = {
+        name: scan_dataset(
+            dataset,
+            spec.splits[name].reference_energies,
+            source.edge_counter(name) if new else None,
         )
-        for name, s in spec.splits.items()
+        for name, dataset in source.datasets.items()
     }
     plans = {
-        name: _plan_split(spec, name, datasets[name], teacher) for name in datasets
+        name: plan_split(spec, name, dataset, scans[name], source.teacher)
+        for name, dataset in source.datasets.items()
     }
-    return Job(
-        spec, datasets, plans, _attributes(spec, datasets, plans, teacher), teacher
-    )
+    attributes = store_attributes(spec, scans, plans, source.teacher)
+    if new and source.teacher is not None:
+        attributes["provenance"]["preview"] = {
+            name: preview(name, dataset, source.teacher, source.fields(name))
+            for name, dataset in source.datasets.items()
+        }
+    return Job(source, plans, attributes)
 
 
 def build_store(
@@ -118,8 +188,9 @@ def build_store(
         if blocks is None or blocks[0] <= block < blocks[1]
     ]
     log.info("%s: %d blocks to do", job.path, len(pending))
+    source = job.source
     done = (
-        ((split, job.fill_block(writer, split, block)) for split, block in pending)
+        ((split, source.fill_block(writer, split, block)) for split, block in pending)
         if workers == 0
         else _fill_with_dask(spec, pending, device, workers)
     )
@@ -183,68 +254,29 @@ def _take(queue: Iterator[tuple[str, int]], count: int) -> list[tuple[str, int]]
 def _fill_in_worker(
     document: str, device: str, split: str, block: int
 ) -> tuple[str, int]:
-    job, writer = _worker_state(document, device)
-    return split, job.fill_block(writer, split, block)
+    source, writer = _worker_state(document, device)
+    return split, source.fill_block(writer, split, block)
 
 
 @lru_cache(maxsize=1)
-def _worker_state(document: str, device: str) -> tuple[Job, StoreWriter]:
+def _worker_state(document: str, device: str) -> tuple[Source, StoreWriter]:
     """Datasets and teacher, loaded once in each worker process."""
-    job = prepare(CacheSpec.model_validate_json(document), device)
-    return job, StoreWriter(job.path)
+    source = Source.open(CacheSpec.model_validate_json(document), device)
+    return source, StoreWriter(source.spec.store.path)
 
 
-def _plan_split(
-    spec: CacheSpec, name: str, dataset: Dataset, teacher: Teacher | None
-) -> SplitPlan:
-    largest = int(np.argmax(dataset.n_atoms))
-    if dataset.n_atoms[largest] > spec.store.rows_per_block:
-        raise SpecError(
-            f"splits.{name}: sample {dataset.sample_ids[largest]!r} has "
-            f"{dataset.n_atoms[largest]} atoms, more than store.rows_per_block = "
-            f"{spec.store.rows_per_block}; raise it."
-        )
-    blocks = plan_blocks(dataset.n_atoms, spec.store.rows_per_block, spec.store.seed)
-    return SplitPlan(
-        name=name,
-        sample_ids=[dataset.sample_ids[int(i)] for i in blocks.order],
-        checksums=_checksums(dataset, blocks),
-        blocks=blocks,
-        arrays=_array_plans(spec, spec.splits[name], teacher),
-    )
-
-
-def _checksums(dataset: Dataset, blocks: BlockPlan) -> npt.NDArray[np.uint64]:
-    return np.array(
-        [dataset[int(i)].structure.checksum for i in blocks.order], np.uint64
-    )
-
-
-def _array_plans(
-    spec: CacheSpec, split: SplitSpec, teacher: Teacher | None
-) -> tuple[ArrayPlan, ...]:
-    names: list[str] = [*STRUCTURE_FIELDS, *LABEL_FIELDS]
-    dtypes = {name: FIELDS[name].dtype for name in FIELDS}
-    widths: dict[str, int] = {}
-    if teacher is not None:
-        wanted = _wanted_features(spec, split)
-        names += [*PREDICTION_FIELDS, *wanted]
-        dtypes |= {name: part.dtype for name, part in wanted.items() if part.dtype}
-        widths = teacher.widths
-    return tuple(
-        ArrayPlan(
-            path=FIELDS[name].path,
-            level="sample" if FIELDS[name].level == "sample" else "node",
-            shape=width_shape(name, widths.get(name, 0)),
-            dtype=dtypes[name],
-            attributes={"unit": FIELDS[name].unit, "meaning": FIELDS[name].meaning},
-        )
-        for name in names
-    )
-
-
-def _wanted_features(spec: CacheSpec, split: SplitSpec) -> dict[str, FeatureSpec]:
-    return dict(spec.features) if split.features else {}
+def _check_unchanged(
+    index: SplitIndex, positions: range, samples: Sequence[Sample]
+) -> None:
+    """Raise unless ``samples`` are those that the store was planned for."""
+    for position, sample in zip(positions, samples, strict=True):
+        planned = int(index.checksums[position]), str(index.sample_ids[position])
+        if planned != (sample.structure.checksum, sample.sample_id):
+            raise DataError(
+                f"splits.{index.name}: sample {planned[1]!r} is not what it was when "
+                f"{index.store} was planned; restore the dataset or choose another "
+                "store.path."
+            )
 
 
 def _source_arrays(samples: Sequence[Sample]) -> Arrays:
@@ -260,55 +292,3 @@ def _source_arrays(samples: Sequence[Sample]) -> Arrays:
         "energy": np.array([sample.energy for sample in samples]),
         "forces": np.concatenate([sample.forces for sample in samples]),
     }
-
-
-def _attributes(
-    spec: CacheSpec,
-    datasets: dict[str, Dataset],
-    plans: dict[str, SplitPlan],
-    teacher: Teacher | None,
-) -> dict[str, Any]:
-    """Provenance of the store and the fingerprint of all that decides its numbers."""
-    statistics = {
-        name: label_statistics(datasets[name], spec.splits[name].reference_energies)
-        for name in datasets
-    }
-    identity = {
-        "teacher": None if teacher is None else teacher.identity,
-        "splits": {
-            name: {"features": s.features, "content": _content_digest(datasets[name])}
-            for name, s in spec.splits.items()
-        },
-        "arrays": {
-            name: [[a.path, list(a.shape), a.dtype] for a in plan.arrays]
-            for name, plan in plans.items()
-        },
-        "rows_per_block": spec.store.rows_per_block,
-        "order_seed": spec.store.seed,
-        "label_statistics": {n: s.to_dict() for n, s in statistics.items()},
-    }
-    text = json.dumps(identity, sort_keys=True)
-    return {
-        **identity,
-        "fingerprint": hashlib.sha256(text.encode()).hexdigest(),
-        "provenance": {
-            "spec": spec.model_dump(),
-            "teacher": None if teacher is None else teacher.loaded.provenance,
-            "software": {n: version(n) for n in ("kd-train", "torch", "zarr", "vesin")},
-        },
-    }
-
-
-def _content_digest(dataset: Dataset) -> str:
-    """SHA-256 over ids, structures and labels, in the order of the source."""
-    digest = hashlib.sha256()
-    for index in range(len(dataset)):
-        sample = dataset[index]
-        digest.update(sample.sample_id.encode() + b"\0")
-        structure = sample.structure
-        digest.update(structure.checksum.to_bytes(8, "little"))
-        for part in (structure.pbc, structure.tags, structure.fixed):
-            digest.update(part.tobytes())
-        digest.update(np.float64(sample.energy).tobytes())
-        digest.update(np.ascontiguousarray(sample.forces).tobytes())
-    return digest.hexdigest()

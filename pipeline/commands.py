@@ -41,13 +41,20 @@ def _refuse(text: str) -> None:
 
 
 def log_to_file(name: str, path: Path) -> None:
-    """Append what logger ``name`` says to the file at ``path``, created if missing."""
+    """Append what logger ``name`` says to the file at ``path``, created if missing.
+
+    Warnings also go to standard error.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     handler = logging.FileHandler(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger(name)
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
+    console = logging.StreamHandler()
+    console.setLevel(logging.WARNING)
+    console.setFormatter(logging.Formatter("Warning: %(message)s"))
+    logger.addHandler(console)
 
 
 def chosen_device(name: str | None) -> "torch.device":

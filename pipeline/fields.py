@@ -1,6 +1,7 @@
 """Every array of the store, once: where it lies, its level, shape, dtype and unit.
 
-Letters: ``N`` nodes (atoms), ``S`` samples, ``C`` feature width of the teacher.
+Letters: ``N`` nodes (atoms), ``E`` edges, ``S`` samples, ``C`` feature width of the
+teacher.
 Writer, reader, collate, checks and documentation derive from this table.
 """
 
@@ -14,8 +15,8 @@ Level = Literal["node", "sample", "edge"]
 class Field:
     """One named array of a split.
 
-    ``shape`` is what follows the node or sample axis; ``None`` in it stands for the
-    teacher's width and is fixed when a store is planned.
+    ``shape`` is what follows the node, edge or sample axis; ``None`` in it stands for
+    the teacher's width and is fixed when a store is planned.
     """
 
     name: str
@@ -90,6 +91,24 @@ _TABLE = (
         "equivariant vector state of every atom, xyz first, channels last",
     ),
     Field(
+        "edge_index",
+        "edges",
+        "edge",
+        (2,),
+        "uint16",
+        "1",
+        "source and target of every edge, numbers of atoms inside their sample",
+    ),
+    Field(
+        "cell_offsets",
+        "edges",
+        "edge",
+        (3,),
+        "int8",
+        "1",
+        "lattice shift of the source: it sits at positions + cell_offsets @ cell",
+    ),
+    Field(
         "edge_features",
         "edges",
         "edge",
@@ -105,5 +124,7 @@ STRUCTURE_FIELDS = tuple(f.name for f in _TABLE if f.group == "structures")
 LABEL_FIELDS = tuple(f.name for f in _TABLE if f.group == "labels")
 PREDICTION_FIELDS = ("teacher_energy", "teacher_forces")
 FEATURE_FIELDS = tuple(f.name for f in _TABLE if f.group == "features")
+# They say which edge a row of edge features belongs to and are stored with them.
+EDGE_IDENTITY_FIELDS = ("edge_index", "cell_offsets")
 # What a spec's `features:` section may ask for.
 CACHEABLE_FIELDS = ("per_atom_energy", *FEATURE_FIELDS, "edge_features")

@@ -8,6 +8,9 @@ from pipeline.store.reader import FeatureStore, SplitReader
 from pipeline.store.verify import Problem
 from pipeline.store.writer import StoreWriter
 
+_LETTERS = {"node": "N", "edge": "E", "sample": "S"}
+_COUNTED = {"sample": "samples", "node": "atoms", "edge": "edges"}
+
 
 def describe_store(path: Path) -> dict[str, Any]:
     """Fingerprint, teacher, splits, fields and sizes of the store; JSON-able.
@@ -36,19 +39,20 @@ def _teacher_summary(teacher: dict[str, Any]) -> dict[str, Any]:
 
 
 def _describe_split(split: SplitReader, missing: int) -> dict[str, Any]:
-    atoms = int(split.n_atoms.sum())
-    rows = {"node": atoms, "sample": len(split)}
+    counts = {"samples": len(split), "atoms": int(split.n_atoms.sum())}
+    if any(info.level == "edge" for info in split.arrays.values()):
+        counts["edges"] = int(split.n_edges.sum())
+    rows = {level: counts.get(name, 0) for level, name in _COUNTED.items()}
     fields = {
         path: {
-            "shape": ["N" if info.level == "node" else "S", *info.shape],
+            "shape": [_LETTERS[info.level], *info.shape],
             "dtype": str(info.dtype),
             "bytes_per_sample": info.row_bytes * rows[info.level] / len(split),
         }
         for path, info in split.arrays.items()
     }
     return {
-        "samples": len(split),
-        "atoms": atoms,
+        **counts,
         "blocks": split.n_blocks,
         "blocks_done": split.n_blocks - missing,
         "fields": fields,
@@ -68,8 +72,9 @@ def render_description(description: dict[str, Any]) -> str:
         f"{teacher['weights']}, sha256 {teacher['checkpoint_sha256'][:16]}…",
     ]
     for name, split in description["splits"].items():
+        counted = ", ".join(f"{split[k]} {k}" for k in _COUNTED.values() if k in split)
         lines.append(
-            f"\nsplit {name}: {split['samples']} samples, {split['atoms']} atoms, "
+            f"\nsplit {name}: {counted}, "
             f"{split['blocks_done']} of {split['blocks']} blocks"
         )
         for path, field in split["fields"].items():

@@ -1,8 +1,10 @@
 """``CacheSpec``: what a store is made of, read from ``cache_specs/*.yaml``."""
 
+import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field as Key
 from pydantic import field_validator
@@ -18,35 +20,54 @@ from pipeline.documents import (
 from pipeline.errors import SpecError
 from pipeline.fields import CACHEABLE_FIELDS
 
+PER_ELEMENT, NO_REFERENCES = "per_element", "none"
+
 
 class TeacherSpec(ClosedModel):
     """Which network is run, and how."""
 
-    model: str = Key(description="painn | schnet")
+    model: str = Key(description="gemnet_oc | painn | schnet")
     checkpoint: str = Key(description="OCP/fairchem-1.x .pt or our .safetensors")
+    source: str | None = Key(None, description="where the checkpoint is published")
     scale_file: str | None = Key(
         None, description="only for checkpoints without scale factors"
     )
-    precision: Literal["float32"] = Key("float32", description="of the forward pass")
+    precision: Literal["float32", "tf32", "bfloat16"] = Key(
+        "float32", description="of matrix products; the error is measured and stored"
+    )
     weights: Literal["ema", "raw"] = Key(
         "ema", description="moving average where the file has one, or the last step's"
     )
-    batch_atoms: int = Key(2048, ge=1, description="atoms in one forward pass")
+    batch_atoms: int = Key(2048, ge=1, description="atoms in one forward pass at most")
+    batch_gib: float = Key(
+        4.0, gt=0, description="memory of one forward pass at most, by an estimate"
+    )
 
 
 class SplitSpec(ClosedModel):
     """One dataset, stored as one group."""
 
-    format: Literal["extxyz"] = Key(description="extxyz, also .gz and .xz")
-    path: str = Key(description="file, relative to the spec or absolute")
+    format: Literal["oc20_lmdb", "oc20_raw", "extxyz", "ase_db", "aselmdb"] = Key(
+        description="oc20_lmdb | oc20_raw | extxyz | ase_db | aselmdb; text also packed"
+    )
+    path: str = Key(description="file or folder, relative to the spec or absolute")
+    source: str | None = Key(None, description="where the data are published")
     features: bool = Key(
         True, description="false: structures, labels, teacher energy and forces only"
     )
     offset: int = Key(0, ge=0, description="samples passed over at the start")
     limit: int | None = Key(None, ge=1, description="at most so many samples")
     every: int = Key(1, ge=1, description="1 = all, n = each n-th sample")
-    reference_energies: Literal["per_element", "none"] = Key(
-        "per_element", description="least squares per element, kept beside the labels"
+    energy: Literal["adsorption", "total"] | None = Key(
+        None, description="of oc20_raw; default: adsorption where .txt files lie beside"
+    )
+    reference_energies: str = Key(
+        PER_ELEMENT,
+        description="per_element (least squares) | none | FILE, a JSON or YAML map "
+        "from element to eV; kept beside the labels",
+    )
+    compare_energies: bool = Key(
+        True, description="false: may have another kind of energy than other splits"
     )
 
 
@@ -54,6 +75,9 @@ class FeatureSpec(ClosedModel):
     """How one field is stored."""
 
     profile: Literal["faithful"] = Key("faithful", description="lossless in its dtype")
+    layer: str | None = Key(
+        None, description="of the teacher; default: the one the paper distils from"
+    )
     dtype: Literal["float16", "float32"] | None = Key(
         None, description="default: the field's own"
     )
@@ -74,6 +98,14 @@ class CacheSpec(ClosedModel):
     splits: dict[str, SplitSpec] = Key(min_length=1)
     features: dict[str, FeatureSpec] = Key(default_factory=dict)
     store: StoreSpec
+
+    @field_validator("splits", mode="before")
+    @classmethod
+    def _null_removes(cls, value: object) -> object:
+        """Leave out splits set to null, so that ``--set splits.val=null`` drops one."""
+        if not isinstance(value, dict):
+            return value
+        return {name: part for name, part in value.items() if part is not None}
 
     @field_validator("features", mode="before")
     @classmethod
@@ -98,29 +130,112 @@ def load_spec(path: Path, overrides: Iterable[str] = ()) -> CacheSpec:
 
 
 def resolve(spec: CacheSpec, folder: Path) -> CacheSpec:
-    """``spec`` with absolute, existing paths and consistent choices."""
+    """``spec`` with absolute, existing paths and consistent choices.
+
+    Raises
+    ------
+    SpecError
+        Choices contradict each other, or files are missing; names all of these.
+    """
     _check_choices(spec)
+    _refuse_missing(spec, folder)
     splits = {
-        name: split.model_copy(
-            update={"path": _existing(split.path, folder, f"splits.{name}.path")}
-        )
+        name: _resolve_split(split, folder, f"splits.{name}")
         for name, split in spec.splits.items()
     }
-    teacher = spec.teacher
-    if teacher is not None:
-        changes = {
-            "checkpoint": _existing(teacher.checkpoint, folder, "teacher.checkpoint")
+    changes: dict[str, Any] = {"splits": splits}
+    if spec.teacher is not None:
+        files = {
+            key: str(expand_path(value, folder, f"teacher.{key}"))
+            for key in ("checkpoint", "scale_file")
+            if (value := getattr(spec.teacher, key)) is not None
         }
-        if teacher.scale_file is not None:
-            changes["scale_file"] = _existing(
-                teacher.scale_file, folder, "teacher.scale_file"
-            )
-        teacher = teacher.model_copy(update=changes)
+        changes["teacher"] = spec.teacher.model_copy(update=files)
     place = str(expand_path(spec.store.path, folder, "store.path"))
-    store = spec.store.model_copy(update={"path": place})
-    return spec.model_copy(
-        update={"splits": splits, "teacher": teacher, "store": store}
-    )
+    changes["store"] = spec.store.model_copy(update={"path": place})
+    return spec.model_copy(update=changes)
+
+
+def _refuse_missing(spec: CacheSpec, folder: Path) -> None:
+    """Raise one error that names every file which is not there, and its source."""
+    named: list[tuple[str, str, str | None]] = []
+    if spec.teacher is not None:
+        teacher = spec.teacher
+        named.append(("teacher.checkpoint", teacher.checkpoint, teacher.source))
+        if teacher.scale_file is not None:
+            named.append(("teacher.scale_file", teacher.scale_file, None))
+    for name, split in spec.splits.items():
+        named.append((f"splits.{name}.path", split.path, split.source))
+    problems = []
+    for key, text, source in named:
+        try:
+            path = expand_path(text, folder, key)
+        except SpecError as error:
+            problem = str(error).rstrip(".")
+        else:
+            if path.exists():
+                continue
+            problem = f"{key}: {path} does not exist; set it with --set {key}=PATH"
+        problems.append(problem + (f" (published at {source})" if source else ""))
+    if problems:
+        raise SpecError("; ".join(problems) + ".")
+
+
+def read_reference_energies(path: Path) -> dict[int, float]:
+    """Energy in eV by atomic number, of a JSON or YAML map from element to eV.
+
+    Raises
+    ------
+    SpecError
+        The file is no such map; names the key that is wrong.
+    """
+    energies = {}
+    for element, energy in _read_map(path).items():
+        number = _atomic_number(element)
+        if number is None:
+            # YAML reads the symbol of nobelium, No, as false.
+            raise SpecError(f"{path}: {element!r} is no element; quote its symbol.")
+        if type(energy) not in (int, float) or not math.isfinite(energy):
+            raise SpecError(
+                f"{path}: {element!r} needs a number in eV, not {energy!r}."
+            )
+        energies[number] = float(energy)
+    return energies
+
+
+def _read_map(path: Path) -> dict[str, Any]:
+    if path.suffix != ".json":
+        return read_yaml(path)
+    try:
+        loaded = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise SpecError(f"{path} cannot be read as JSON ({error}).") from None
+    if not isinstance(loaded, dict):
+        raise SpecError(f"{path} must hold a map from element to eV.")
+    return loaded
+
+
+def _atomic_number(element: object) -> int | None:
+    from ase.data import atomic_numbers
+
+    text = str(element)
+    number = int(text) if text.isdecimal() else atomic_numbers.get(text, 0)
+    return number if 1 <= number <= max(atomic_numbers.values()) else None
+
+
+def _resolve_split(split: SplitSpec, folder: Path, key: str) -> SplitSpec:
+    changes = {"path": str(expand_path(split.path, folder, f"{key}.path"))}
+    references = split.reference_energies
+    if references not in (PER_ELEMENT, NO_REFERENCES):
+        file = expand_path(references, folder, f"{key}.reference_energies")
+        if not file.is_file():
+            raise SpecError(
+                f"{key}.reference_energies is {references!r}, which is neither "
+                f"{PER_ELEMENT} nor {NO_REFERENCES} nor a file ({file})."
+            )
+        read_reference_energies(file)
+        changes["reference_energies"] = str(file)
+    return split.model_copy(update=changes)
 
 
 def _check_choices(spec: CacheSpec) -> None:
@@ -133,13 +248,11 @@ def _check_choices(spec: CacheSpec) -> None:
             "The spec asks for features but names no teacher; add a teacher: section "
             "or remove features:."
         )
-    for name in spec.splits:
+    for name, split in spec.splits.items():
         if not name.isidentifier():
             raise SpecError(f"splits: {name!r} must be letters, digits and '_' only.")
-
-
-def _existing(text: str, folder: Path, key: str) -> str:
-    path = expand_path(text, folder, key)
-    if not path.exists():
-        raise SpecError(f"{key}: {path} does not exist; set it with --set {key}=PATH.")
-    return str(path)
+        if split.energy is not None and split.format != "oc20_raw":
+            raise SpecError(
+                f"splits.{name}.energy can be chosen for oc20_raw only; {split.format} "
+                "has the energies that its files have."
+            )

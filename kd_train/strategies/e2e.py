@@ -1,37 +1,65 @@
-"""Edge to edge: student edge invariants against the teacher's edge features."""
+"""Edge to edge: the student's edges against the teacher's edge features."""
 
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from kd_train.adapters import linear_adapter
-from kd_train.strategies.base import Strategy, mean_square
+from kd_train.strategies.base import Setting, Strategy, mean_square
+from pipeline.errors import DataError
 from pipeline.models.output import ModelOutput
 
 
 class EdgeToEdge(Strategy):
-    """Mean over E·C of ‖M(vector_i · vector_j) − edge_t,ji‖² on the teacher's edges.
+    """Mean over E·C of ‖M(edge_s,ji) − edge_t,ji‖² on the teacher's edges.
 
-    The batch carries those edges as ``teacher_edge_index`` (2, E), row 0 the source.
+    A student with edge states of its own gives those, and then has to have the
+    teacher's graph: its edges must be the stored ones, by source, target and shift. Of
+    other students edge_s,ji is vector_i · vector_j, which any graph allows. The batch
+    carries the stored edges as ``teacher_edge_index`` (2, E), row 0 the source.
     """
 
     name = "e2e"
     fields = ("edge_features",)
-    student_field = "vector_features"
+
+    def __init__(self, setting: Setting) -> None:
+        own = "edge_features" in setting.student_widths
+        self.student_field = "edge_features" if own else "vector_features"
+        super().__init__(setting)
 
     def build_adapter(self) -> nn.Module:
-        """Linear with bias from the student's edge invariants."""
+        """Linear with bias from the student's edge states or invariants."""
+        assert self.student_field is not None
         return linear_adapter(
-            self.setting.student_widths["vector_features"],
+            self.setting.student_widths[self.student_field],
             self.setting.teacher_widths["edge_features"],
             bias=True,
             seed=self.setting.seed,
         )
 
     def loss(self, output: ModelOutput, batch: Data) -> Tensor:
-        """Feature error of the batch."""
+        """Feature error of the batch.
+
+        Raises
+        ------
+        DataError
+            The student has edge states, but on other edges than those stored.
+        """
         assert self.adapter is not None
+        edges = self._edge_states(output, batch)
+        return mean_square(self.adapter(edges) - batch.edge_features)
+
+    def _edge_states(self, output: ModelOutput, batch: Data) -> Tensor:
+        if self.student_field == "edge_features":
+            if batch.edge_mismatch:
+                raise DataError(
+                    f"Strategy 'e2e' compares {self.setting.student_name!r} with the "
+                    f"teacher edge by edge, but their graphs of sample "
+                    f"{batch.edge_mismatch!r} differ; give the student the teacher's "
+                    "cutoff and neighbour limit or choose e2n."
+                )
+            assert output.edge_features is not None
+            return output.edge_features
         assert output.vector_features is not None
         source, target = batch.teacher_edge_index
         vectors = output.vector_features
-        invariants = (vectors[source] * vectors[target]).sum(dim=1)  # (E, H)
-        return mean_square(self.adapter(invariants) - batch.edge_features)
+        return (vectors[source] * vectors[target]).sum(dim=1)  # (E, H)

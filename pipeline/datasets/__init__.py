@@ -1,9 +1,22 @@
 """Readers of the formats people have; each yields samples under stable ids."""
 
-from pipeline.datasets.base import Dataset
-from pipeline.datasets.extxyz import ExtxyzDataset
+from collections.abc import Callable
 
-__all__ = ["Dataset", "ExtxyzDataset", "open_dataset"]
+from pipeline.datasets.ase_db import AseDbDataset
+from pipeline.datasets.aselmdb import AselmdbDataset
+from pipeline.datasets.base import Dataset, Selection
+from pipeline.datasets.extxyz import ExtxyzDataset
+from pipeline.datasets.oc20_lmdb import Oc20LmdbDataset
+from pipeline.datasets.oc20_raw import Energy, Oc20RawDataset
+
+__all__ = ["Dataset", "open_dataset"]
+
+READERS: dict[str, Callable[[str, Selection], Dataset]] = {
+    "extxyz": ExtxyzDataset,
+    "oc20_lmdb": Oc20LmdbDataset,
+    "ase_db": AseDbDataset,
+    "aselmdb": AselmdbDataset,
+}
 
 
 def open_dataset(
@@ -13,15 +26,23 @@ def open_dataset(
     offset: int = 0,
     limit: int | None = None,
     every: int = 1,
+    energy: Energy | None = None,
 ) -> Dataset:
     """The dataset at ``path`` from ``offset`` on, each ``every``-th, at most ``limit``.
+
+    ``energy`` chooses between adsorption and total energies of ``oc20_raw``; the other
+    formats have one kind and take None.
 
     Raises
     ------
     DataError
         The file is damaged, holds no samples, or repeats a sample id.
     """
-    readers = {"extxyz": ExtxyzDataset}
-    dataset = readers[format](path, slice(offset, None, every), limit)
+    selection = Selection(offset, limit, every)
+    dataset: Dataset
+    if format == "oc20_raw":
+        dataset = Oc20RawDataset(path, selection, energy)
+    else:
+        dataset = READERS[format](path, selection)
     dataset.check_ids()
     return dataset

@@ -47,20 +47,24 @@ class ScaleFactor(nn.Module):
 class GaussianSmearing(nn.Module):
     """Gaussians on evenly spaced centres from 0 to ``stop``.
 
-    The centres are stored, and the width is the distance of the first two of them.
+    The centres are stored. The width is their exact distance with ``exact_width``, else
+    that of the first two as stored, which is rounded; released models do either.
     """
 
     offset: Tensor
 
-    def __init__(self, stop: float, num_gaussians: int) -> None:
+    def __init__(
+        self, stop: float, num_gaussians: int, *, exact_width: bool = False
+    ) -> None:
         super().__init__()
         if num_gaussians < 2:
             raise SpecError("A Gaussian basis needs at least 2 functions, not 1.")
+        self.width = stop / (num_gaussians - 1) if exact_width else None
         self.register_buffer("offset", torch.linspace(0.0, stop, num_gaussians))
 
     def forward(self, distance: Tensor) -> Tensor:
         """Basis (E, K) of distances (E,) in the unit of the centres."""
-        width = self.offset[1] - self.offset[0]
+        width = self.width or self.offset[1] - self.offset[0]
         deviation = (distance[:, None] - self.offset) / width  # (E, K)
         exponent = (-0.5 * deviation.square()).clamp_min(_LOWEST_EXPONENT)
         return nn.functional.threshold(torch.exp(exponent), _NEGLIGIBLE, 0.0)
@@ -69,11 +73,18 @@ class GaussianSmearing(nn.Module):
 class RadialBasis(nn.Module):
     """Gaussians of ``distance / cutoff`` under a smooth envelope."""
 
-    def __init__(self, num_radial: int, cutoff: float, exponent: int) -> None:
+    def __init__(
+        self,
+        num_radial: int,
+        cutoff: float,
+        exponent: int,
+        *,
+        exact_width: bool = False,
+    ) -> None:
         super().__init__()
         self.cutoff = cutoff
         self.exponent = exponent
-        self.rbf = GaussianSmearing(1.0, num_radial)
+        self.rbf = GaussianSmearing(1.0, num_radial, exact_width=exact_width)
 
     def forward(self, distance: Tensor) -> Tensor:
         """Basis (E, K) of distances (E,) in Å."""
@@ -92,6 +103,14 @@ class AtomEmbedding(nn.Module):
     def forward(self, atomic_numbers: Tensor) -> Tensor:
         """Rows (N, H) of atoms (N,)."""
         return self.embeddings(atomic_numbers - 1)
+
+
+def full_precision(x: Tensor) -> torch.autocast:
+    """Context that keeps an output head on ``x``'s device out of reduced precision.
+
+    Heads cost little, and rounding there is the rounding of the results.
+    """
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def vector_norm(vectors: Tensor) -> Tensor:

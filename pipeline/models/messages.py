@@ -1,8 +1,9 @@
-"""PaiNN's message sum, in blocks of edges that stay in the processor's cache.
+"""Sums of messages over edges, without what their plain formulation wastes.
 
-The sum is bound by memory traffic: with all edges at once, every temporary has E times
-3H numbers. Blocks keep them small, and the backward pass computes them again instead of
-storing them.
+Filters depend on distances alone, so an edge and its mirror image share theirs. PaiNN's
+sum is bound by memory traffic besides: with all edges at once, every temporary has E
+times 3H numbers. Blocks of edges keep them in the processor's cache, and the backward
+pass computes them again instead of storing them.
 """
 
 from collections.abc import Iterator
@@ -12,37 +13,110 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch_geometric.data import Data
 
-# Bytes of one block's filters: half of a common second-level cache, or, where
-# launching a kernel is what costs, a modest share of a GPU's memory.
-_BLOCK_BYTES = {"cpu": 1 << 19, "cuda": 1 << 29}
+# Bytes of one block's filters: a common second-level cache, or, where launching a
+# kernel is what costs, a modest share of a GPU's memory.
+_BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 1 << 29}
+_SMALLEST_BLOCK = 32
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Edges of a graph, an edge and its mirror image together.
+
+    ``edge`` (P,) is the place of one edge of each pair in the graph, ``source`` and
+    ``target`` (P,) are its ends. Only the first ``mirrored`` pairs have both edges.
+    """
+
+    edge: Tensor
+    source: Tensor
+    target: Tensor
+    mirrored: int
+
+    @classmethod
+    def of(cls, batch: Data) -> "Pairs":
+        """Pairs of all edges of a batch, which must be distinct."""
+        codes = _pair_codes(batch)
+        order = torch.argsort(codes, stable=True)
+        both = codes[order].diff() == 0
+        one, other = order[:-1][both], order[1:][both]
+        alone = torch.ones_like(codes, dtype=torch.bool)
+        alone[one] = alone[other] = False
+        edge = torch.cat((one, alone.nonzero().squeeze(1)))
+        source, target = batch.edge_index[:, edge]
+        return cls(edge, source, target, len(one))
+
+    def __len__(self) -> int:
+        return len(self.edge)
+
+    def __getitem__(self, part: slice) -> "Pairs":
+        """Consecutive pairs, from ``part.start`` on."""
+        mirrored = max(self.mirrored - part.start, 0)
+        edge, source, target = self.edge[part], self.source[part], self.target[part]
+        return Pairs(edge, source, target, min(mirrored, len(edge)))
+
+    def directions(self) -> Iterator[tuple[slice, Tensor, Tensor, int]]:
+        """Pairs that have an edge this way, its sources and targets, its sign."""
+        yield slice(None), self.source, self.target, 1
+        if self.mirrored:
+            rows = slice(self.mirrored)
+            yield rows, self.target[rows], self.source[rows], -1
+
+    def sum_messages(self, x: Tensor, filters: Tensor) -> Tensor:
+        """Sum of ``x[source] * filters`` over the edges into each atom, (N, F).
+
+        Both edges of a pair have its row of ``filters`` (P, F).
+        """
+        total = torch.zeros_like(x, dtype=_sum_dtype(x))
+        for rows, source, target, _ in self.directions():
+            message = x[source] * filters[rows]
+            total = total.index_add(0, target, message.to(total.dtype))
+        return total
+
+
+def _pair_codes(batch: Data) -> Tensor:
+    """One integer per edge (E,), alike for mirror images and for nothing else."""
+    source, target = batch.edge_index
+    shift = batch.cell_offsets.long()
+    base = 2 * int(shift.abs().max()) + 1 if len(shift) else 1
+    # Odd in the shift, and smaller than half of what the atoms count in.
+    code = (shift[:, 0] * base + shift[:, 1]) * base + shift[:, 2]
+    atoms, unit = batch.num_nodes, base**3
+    return torch.minimum(
+        (source * atoms + target) * unit + code, (target * atoms + source) * unit - code
+    )
+
+
+def _sum_dtype(x: Tensor) -> torch.dtype:
+    """Precision of sums of many messages: single at least."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 @dataclass(frozen=True)
 class EdgeTensors:
-    """Edges as the messages need them.
+    """Edges as PaiNN's messages need them, a row for each pair.
 
-    ``source`` and ``target`` (E,), radial ``basis`` (E, K + 1) with a last column of
-    ones for the bias, ``direction`` (E, 3) unit vectors from target to source.
+    Radial ``basis`` (P, K + 1) with a last column of ones for the bias, ``direction``
+    (P, 3) unit vectors from target to source of the pairs' first edges.
     """
 
-    source: Tensor
-    target: Tensor
+    pairs: Pairs
     basis: Tensor
     direction: Tensor
 
     def blocks(self, channels: int) -> Iterator["EdgeTensors"]:
-        """Consecutive pieces whose (E, channels) tensors fit into a block."""
+        """Consecutive pieces whose (P, channels) tensors fit into a block."""
         row_bytes = channels * self.basis.element_size()
-        size = max(_BLOCK_BYTES.get(self.basis.device.type, 1 << 29) // row_bytes, 32)
-        for start in range(0, len(self.source), size):
+        block_bytes = _BLOCK_BYTES.get(self.basis.device.type, 1 << 29)
+        size = max(block_bytes // row_bytes, _SMALLEST_BLOCK)
+        for start in range(0, len(self.pairs), size):
             part = slice(start, start + size)
-            yield EdgeTensors(
-                self.source[part],
-                self.target[part],
-                self.basis[part],
-                self.direction[part],
-            )
+            yield EdgeTensors(self.pairs[part], self.basis[part], self.direction[part])
+
+    def to(self, dtype: torch.dtype) -> "EdgeTensors":
+        """The same edges with real numbers of ``dtype``."""
+        return EdgeTensors(self.pairs, self.basis.to(dtype), self.direction.to(dtype))
 
 
 def sum_messages(
@@ -52,8 +126,11 @@ def sum_messages(
 
     With ``(a, b, c) = y[source] * (basis @ weight.T)``, the sums are those of ``a`` and
     of ``vec[source] * b + direction * c``. Without ``vec`` there is no ``b``, and ``y``
-    and ``weight`` have 2H channels instead of 3H.
+    and ``weight`` have 2H channels instead of 3H. Messages have the precision of ``y``,
+    their sums at least single precision.
     """
+    weight, edges = weight.to(y.dtype), edges.to(y.dtype)
+    vec = None if vec is None else vec.to(y.dtype)
     if edges.basis.requires_grad:
         return _differentiable_sum(y, vec, weight, edges)
     dx, dvec = _BlockedSum.apply(y, vec, weight, edges)
@@ -64,17 +141,20 @@ def _differentiable_sum(
     y: Tensor, vec: Tensor | None, weight: Tensor, edges: EdgeTensors
 ) -> tuple[Tensor, Tensor]:
     """Definition of the sums, for models that need derivatives of derivatives."""
-    message = y[edges.source] * (edges.basis @ weight.t())  # (E, 3H)
-    parts = message.chunk(2 if vec is None else 3, dim=1)
-    vectors = edges.direction[:, :, None] * parts[-1][:, None]  # (E, 3, H)
-    if vec is not None:
-        vectors = vectors + vec[edges.source] * parts[1][:, None]
-    dx = parts[0].new_zeros(len(y), parts[0].shape[1])
-    dvec = vectors.new_zeros(len(y), *vectors.shape[1:])
-    return (
-        dx.index_add(0, edges.target, parts[0]),
-        dvec.index_add(0, edges.target, vectors),
-    )
+    filters = edges.basis @ weight.t()  # (P, 3H)
+    count = 2 if vec is None else 3
+    width = y.shape[1] // count
+    dx = y.new_zeros(len(y), width, dtype=_sum_dtype(y))
+    dvec = y.new_zeros(len(y), 3, width, dtype=_sum_dtype(y))
+    for rows, source, target, sign in edges.pairs.directions():
+        parts = (y[source] * filters[rows]).chunk(count, dim=1)
+        direction = sign * edges.direction[rows]
+        vectors = direction[:, :, None] * parts[-1][:, None]  # (P, 3, H)
+        if vec is not None:
+            vectors = vectors + vec[source] * parts[1][:, None]
+        dx = dx.index_add(0, target, parts[0].to(dx.dtype))
+        dvec = dvec.index_add(0, target, vectors.to(dvec.dtype))
+    return dx, dvec
 
 
 class _BlockedSum(torch.autograd.Function):
@@ -88,21 +168,23 @@ class _BlockedSum(torch.autograd.Function):
         ctx.edges = edges
         count = 2 if vec is None else 3
         width = y.shape[1] // count
-        dx = y.new_zeros(len(y), width)
-        dvec = y.new_zeros(len(y), 3, width)
+        dx = y.new_zeros(len(y), width, dtype=_sum_dtype(y))
+        dvec = y.new_zeros(len(y), 3, width, dtype=_sum_dtype(y))
         for block in edges.blocks(y.shape[1]):
-            message = block.basis @ weight.t()  # (E, 3H)
-            message *= y.index_select(0, block.source)
-            parts = message.chunk(count, dim=1)
-            if vec is None:
-                vectors = block.direction[:, :, None] * parts[-1][:, None]
-            else:
-                vectors = vec.index_select(0, block.source)  # (E, 3, H)
-                vectors *= parts[1][:, None]
-                vectors.addcmul_(block.direction[:, :, None], parts[-1][:, None])
-            # Adding rows is several times slower where they are not contiguous.
-            dx.index_add_(0, block.target, parts[0].contiguous())
-            dvec.index_add_(0, block.target, vectors)
+            filters = block.basis @ weight.t()  # (P, 3H)
+            for rows, source, target, sign in block.pairs.directions():
+                message = y.index_select(0, source).mul_(filters[rows])
+                parts = message.chunk(count, dim=1)
+                direction = block.direction[rows, :, None]
+                if vec is None:
+                    vectors = direction * parts[-1][:, None] * sign
+                else:
+                    vectors = vec.index_select(0, source)  # (P, 3, H)
+                    vectors *= parts[1][:, None]
+                    vectors.addcmul_(direction, parts[-1][:, None], value=sign)
+                # Adding rows is several times slower where they are not contiguous.
+                dx.index_add_(0, target, parts[0].contiguous().to(dx.dtype))
+                dvec.index_add_(0, target, vectors.to(dvec.dtype))
         return dx, dvec
 
     @staticmethod
@@ -110,31 +192,40 @@ class _BlockedSum(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         y, vec, weight = ctx.saved_tensors
         grad_dx, grad_dvec = gradients
-        grad_y, grad_weight = torch.zeros_like(y), torch.zeros_like(weight)
-        grad_vec = None if vec is None else torch.zeros_like(vec)
+        dtype = _sum_dtype(y)
+        grad_y = torch.zeros_like(y, dtype=dtype)
+        grad_weight = torch.zeros_like(weight, dtype=dtype)
+        grad_vec = None if vec is None else torch.zeros_like(vec, dtype=dtype)
         count = 2 if vec is None else 3
         for block in ctx.edges.blocks(y.shape[1]):
-            filters = block.basis @ weight.t()  # (E, 3H)
-            y_source = y.index_select(0, block.source)
-            grad_vectors = grad_dvec.index_select(0, block.target)  # (E, 3, H)
-            grad_message = torch.empty_like(filters)
-            parts = grad_message.chunk(count, dim=1)
-            parts[0].copy_(grad_dx.index_select(0, block.target))
-            _dot(grad_vectors, block.direction[:, :, None], out=parts[-1])
-            if grad_vec is not None:
-                _dot(grad_vectors, vec.index_select(0, block.source), out=parts[1])
-                gate = filters.chunk(3, dim=1)[1] * y_source.chunk(3, dim=1)[1]
-                grad_vectors *= gate[:, None]
-                grad_vec.index_add_(0, block.source, grad_vectors)
-            filters *= grad_message
-            grad_y.index_add_(0, block.source, filters)
-            grad_message *= y_source
-            grad_weight.addmm_(grad_message.t(), block.basis)
-        return grad_y, grad_vec, grad_weight, None
+            filters = block.basis @ weight.t()  # (P, 3H)
+            grad_filters = torch.zeros_like(filters)
+            for rows, source, target, sign in block.pairs.directions():
+                y_source = y.index_select(0, source)
+                grad_vectors = grad_dvec.index_select(0, target).to(y.dtype)
+                grad_message = torch.empty_like(y_source)
+                parts = grad_message.chunk(count, dim=1)
+                parts[0].copy_(grad_dx.index_select(0, target))
+                direction = sign * block.direction[rows, :, None]
+                _dot(grad_vectors, direction, out=parts[-1])
+                if grad_vec is not None:
+                    _dot(grad_vectors, vec.index_select(0, source), out=parts[1])
+                    gate = (
+                        filters[rows].chunk(3, dim=1)[1] * y_source.chunk(3, dim=1)[1]
+                    )
+                    grad_vectors *= gate[:, None]
+                    grad_vec.index_add_(0, source, grad_vectors.to(dtype))
+                grad_filters[rows].addcmul_(grad_message, y_source)
+                grad_message *= filters[rows]
+                grad_y.index_add_(0, source, grad_message.to(dtype))
+            grad_weight.addmm_(grad_filters.t().to(dtype), block.basis.to(dtype))
+        if grad_vec is not None:
+            grad_vec = grad_vec.to(y.dtype)
+        return grad_y.to(y.dtype), grad_vec, grad_weight.to(y.dtype), None
 
 
 def _dot(left: Tensor, right: Tensor, out: Tensor) -> None:
-    """Write the sum over xyz of two (E, 3, H) tensors to ``out`` (E, H)."""
+    """Write the sum over xyz of two (P, 3, H) tensors to ``out`` (P, H)."""
     torch.mul(left[:, 0], right[:, 0], out=out)
     for axis in (1, 2):
         out.addcmul_(left[:, axis], right[:, axis])

@@ -1,21 +1,49 @@
 """What every network offers beside its forward pass."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
+from torch_geometric.data import Data
 
-from pipeline.graphs.neighbors import GraphRule
+from pipeline.graphs.neighbors import Edges, GraphRule
+from pipeline.models.output import ModelOutput
 
 
 class Network(nn.Module):
     """A potential that reads the graphs of ``pipeline.graphs`` and gives ModelOutput.
 
     ``graph_rule`` says how its edges are built, ``hyperparameters`` (JSON-able) rebuild
-    it, ``widths`` are the channels of the hidden states it offers by field name, and
-    ``elements`` the atomic numbers it can embed.
+    it, ``widths`` are the channels of the hidden states it offers by field name,
+    ``elements`` the atomic numbers it can embed, and ``layers`` the names of the layers
+    that features may be taken from.
     """
 
     graph_rule: GraphRule
     hyperparameters: dict[str, Any]
     widths: dict[str, int]
     elements: range
+    layers: tuple[str, ...] = ()
+
+    def forward(
+        self, batch: Data, layers: Mapping[str, str] | None = None
+    ) -> ModelOutput:
+        """Outputs in network units; ``layers`` names the layer of some features."""
+        raise NotImplementedError
+
+    def layer_width(self, field: str, layer: str) -> int | None:
+        """Width of ``field`` at one of ``layers``; None where it does not exist."""
+        return self.widths.get(field) if layer in self.layers else None
+
+    def memory_of(self, edges: Edges, n_atoms: int) -> int:
+        """Bytes that one structure adds to the peak of a pass without gradients.
+
+        0 where the number of atoms alone limits batches.
+        """
+        return 0
+
+    def fit(self, batch: Data) -> None:
+        """Set what a fresh network draws from data instead of at random.
+
+        Nothing here; networks with fitted scale factors override it.
+        """

@@ -1,7 +1,8 @@
 """PaiNN in the variant of the Open Catalyst Project."""
 
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,11 +20,12 @@ from pipeline.models.layers import (
     ScaleFactor,
     edge_vectors,
     envelope_exponent,
+    full_precision,
     reset_linear,
     vector_norm,
     with_position_gradient,
 )
-from pipeline.models.messages import EdgeTensors, sum_messages
+from pipeline.models.messages import EdgeTensors, Pairs, sum_messages
 from pipeline.models.network import Network
 from pipeline.models.output import ModelOutput
 
@@ -75,6 +77,8 @@ class PaiNN(Network):
         width = options.hidden_channels
         self.widths = {"node_features": width, "vector_features": width}
         self.elements = range(1, options.num_elements + 1)
+        steps = range(1, options.num_layers + 1)
+        self.layers = tuple(f"{kind}{k}" for k in steps for kind in "mu")
         self._build(width)
         reset_linear(self)
 
@@ -98,29 +102,46 @@ class PaiNN(Network):
         if options.regress_forces and options.direct_forces:
             self.out_forces = PaiNNForces(width)
 
-    def forward(self, batch: Data) -> ModelOutput:
-        """Predictions and the states after the last update, in network units."""
+    def forward(
+        self, batch: Data, layers: Mapping[str, str] | None = None
+    ) -> ModelOutput:
+        """Predictions and the states after the last update, in network units.
+
+        ``layers`` takes scalar or vector states from another layer: ``m<k>`` after
+        message layer k, ``u<k>`` after update layer k, counted from 1.
+        """
         forces: Tensor | None = None
+        states: dict[str, tuple[Tensor, Tensor]] = {}
         if not self.options.regress_forces or self.options.direct_forces:
-            energy, per_atom, x, vec = self._energy(batch, batch.positions)
+            energy, per_atom, x, vec = self._energy(batch, batch.positions, states)
             if self.options.regress_forces:
-                forces = self.out_forces(x, vec)
+                with full_precision(x):
+                    forces = self.out_forces(x, vec)
         else:
             (energy, per_atom, x, vec), forces = with_position_gradient(
-                lambda positions: self._energy(batch, positions),
+                lambda positions: self._energy(batch, positions, states),
                 batch.positions,
                 create_graph=self.training,
             )
-        return ModelOutput(energy, forces, per_atom, x, vec)
+        output = ModelOutput(energy, forces, per_atom, x, vec)
+        return _with_layers(output, states, layers or {})
 
-    def _energy(self, batch: Data, positions: Tensor) -> tuple[Tensor, ...]:
-        """Energies (B,) and per atom (N,), final scalar and vector states."""
-        edge_vec = edge_vectors(batch, positions)
+    def _energy(
+        self,
+        batch: Data,
+        positions: Tensor,
+        states: dict[str, tuple[Tensor, Tensor]],
+    ) -> tuple[Tensor, ...]:
+        """Energies (B,) and per atom (N,), final scalar and vector states.
+
+        Notes the states of all layers in ``states``.
+        """
+        pairs = Pairs.of(batch)
+        edge_vec = edge_vectors(batch, positions)[pairs.edge]  # (P, 3)
         edge_dist = vector_norm(edge_vec)
-        rbf = self.radial_basis(edge_dist)  # (E, K)
+        rbf = self.radial_basis(edge_dist)  # (P, K)
         edges = EdgeTensors(
-            source=batch.edge_index[0],
-            target=batch.edge_index[1],
+            pairs,
             basis=torch.cat((rbf, torch.ones_like(rbf[:, :1])), dim=1),
             direction=edge_vec / edge_dist[:, None],
         )
@@ -130,12 +151,29 @@ class PaiNN(Network):
             zip(self.message_layers, self.update_layers, strict=True)
         ):
             x, vec = message(x, vec, edges)
+            states[f"m{i + 1}"] = x, vec
             x, vec = update(x, vec)
             x = self.get_submodule(f"upd_out_scalar_scale_{i}")(x)
+            states[f"u{i + 1}"] = x, vec
         assert vec is not None  # there is at least one layer
-        per_atom = self.out_energy(x).squeeze(1)
+        with full_precision(x):
+            per_atom = self.out_energy(x).squeeze(1)
         energy = scatter(per_atom, batch.batch, dim=0, dim_size=batch.num_graphs)
         return energy, per_atom, x, vec
+
+
+def _with_layers(
+    output: ModelOutput,
+    states: Mapping[str, tuple[Tensor, Tensor]],
+    layers: Mapping[str, str],
+) -> ModelOutput:
+    """``output`` with the fields in ``layers`` taken from the layers named there."""
+    changes = {
+        field: states[layer][field == "vector_features"]
+        for field, layer in layers.items()
+    }
+    output = replace(output, **changes)
+    return output if torch.is_grad_enabled() else output.detached()
 
 
 class PaiNNMessage(nn.Module):

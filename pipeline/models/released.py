@@ -23,6 +23,8 @@ from pipeline.models.zoo import MODELS, known_hyperparameters
 
 # Centres of basis functions and atomic masses: stored, but not trained.
 _BUFFER = re.compile(r"(.*\.)?(offset|atomic_mass)")
+# Where models made of a backbone and heads keep the latter.
+_HEAD = re.compile(r"^output_heads\.\w+\.")
 # Projections that distillation adds for training; inference does without them.
 _ADAPTER = re.compile(r"[a-z]2[a-z]_mapping\..*")
 
@@ -73,7 +75,13 @@ def _state_dict(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
             f"{path} has no state_dict of tensors, so it is no OCP or fairchem-core "
             "1.x checkpoint."
         )
-    return {without_module(str(key)): value for key, value in state.items()}
+    return {_plain_name(str(key)): value for key, value in state.items()}
+
+
+def _plain_name(key: str) -> str:
+    """Name of an entry without the parts of parallel wrappers, backbones and heads."""
+    name = without_module(key).removeprefix("backbone.")
+    return _HEAD.sub("", name)
 
 
 def _model_and_attributes(
@@ -82,11 +90,14 @@ def _model_and_attributes(
     """Model name and its attributes from an old or a new configuration."""
     config = _mapping(checkpoint.get("config"))
     model = config.get("model")
-    if isinstance(model, Mapping):
+    if not isinstance(model, Mapping):
+        name, attributes = model, dict(_mapping(config.get("model_attributes")))
+    elif "backbone" in model:
+        attributes = _mapping(model["backbone"])
+        name = str(attributes.pop("model", None)).removesuffix("_backbone")
+    else:
         attributes = dict(model)
         name = attributes.pop("name", None)
-    else:
-        name, attributes = model, dict(_mapping(config.get("model_attributes")))
     if not isinstance(name, str) or name not in MODELS:
         raise CheckpointError(
             f"{path} is a checkpoint of the model {name!r}; known are "

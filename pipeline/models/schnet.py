@@ -1,5 +1,6 @@
 """SchNet in the variant of the Open Catalyst Project."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,9 +16,11 @@ from pipeline.models.layers import (
     ShiftedSoftplus,
     cosine_cutoff,
     edge_vectors,
+    full_precision,
     reset_linear,
     with_position_gradient,
 )
+from pipeline.models.messages import Pairs
 from pipeline.models.network import Network
 from pipeline.models.output import ModelOutput
 
@@ -66,6 +69,7 @@ class SchNet(Network):
         width = options.hidden_channels
         self.widths = {"node_features": width}
         self.elements = range(1, _NUM_EMBEDDINGS)
+        self.layers = tuple(f"i{k + 1}" for k in range(options.num_interactions))
         self.embedding = nn.Embedding(_NUM_EMBEDDINGS, width)
         self.distance_expansion = GaussianSmearing(
             options.cutoff, options.num_gaussians
@@ -79,28 +83,46 @@ class SchNet(Network):
         self.lin2 = nn.Linear(width // 2, 1)
         reset_linear(self)
 
-    def forward(self, batch: Data) -> ModelOutput:
-        """Predictions and the state after the last interaction, in network units."""
+    def forward(
+        self, batch: Data, layers: Mapping[str, str] | None = None
+    ) -> ModelOutput:
+        """Predictions and the state after the last interaction, in network units.
+
+        ``layers`` takes the state from another layer: ``i<k>`` after interaction k.
+        """
         forces: Tensor | None = None
+        states: dict[str, Tensor] = {}
         if self.options.regress_forces:
             (energy, per_atom, h), forces = with_position_gradient(
-                lambda positions: self._energy(batch, positions),
+                lambda positions: self._energy(batch, positions, states),
                 batch.positions,
                 create_graph=self.training,
             )
         else:
-            energy, per_atom, h = self._energy(batch, batch.positions)
-        return ModelOutput(energy, forces, per_atom, h, vector_features=None)
+            energy, per_atom, h = self._energy(batch, batch.positions, states)
+        if layers:
+            h = states[layers["node_features"]]
+        output = ModelOutput(energy, forces, per_atom, h, vector_features=None)
+        return output if torch.is_grad_enabled() else output.detached()
 
-    def _energy(self, batch: Data, positions: Tensor) -> tuple[Tensor, ...]:
-        """Energies (B,) and per atom (N,), and the final state (N, H)."""
-        distance = torch.linalg.vector_norm(edge_vectors(batch, positions), dim=1)
-        basis = self.distance_expansion(distance)  # (E, G)
+    def _energy(
+        self, batch: Data, positions: Tensor, states: dict[str, Tensor]
+    ) -> tuple[Tensor, ...]:
+        """Energies (B,) and per atom (N,), and the final state (N, H).
+
+        Notes the states of all layers in ``states``.
+        """
+        pairs = Pairs.of(batch)
+        vectors = edge_vectors(batch, positions)[pairs.edge]  # (P, 3)
+        distance = torch.linalg.vector_norm(vectors, dim=1)
+        basis = self.distance_expansion(distance)  # (P, G)
         cutoff = cosine_cutoff(distance, self.options.cutoff)[:, None]
         h = self.embedding(batch.atomic_numbers)
-        for interaction in self.interactions:
-            h = h + interaction(h, batch.edge_index, basis, cutoff)
-        per_atom = self.lin2(self.act(self.lin1(h))).squeeze(1)
+        for k, interaction in enumerate(self.interactions, 1):
+            h = h + interaction(h, pairs, basis, cutoff)
+            states[f"i{k}"] = h
+        with full_precision(h):
+            per_atom = self.lin2(self.act(self.lin1(h))).squeeze(1)
         reduce = "mean" if self.options.readout == "mean" else "sum"
         energy = scatter(
             per_atom, batch.batch, dim=0, dim_size=batch.num_graphs, reduce=reduce
@@ -127,12 +149,8 @@ class SchNetInteraction(nn.Module):
         self.act = ShiftedSoftplus()
         self.lin = nn.Linear(width, width)
 
-    def forward(
-        self, h: Tensor, edge_index: Tensor, basis: Tensor, cutoff: Tensor
-    ) -> Tensor:
-        """Change of the states (N, H), given basis (E, G) and cutoff (E, 1)."""
-        source, target = edge_index[0], edge_index[1]
-        filters = self.mlp(basis) * cutoff  # (E, F)
-        message = self.conv["lin1"](h)[source] * filters
-        z = message.new_zeros(len(h), message.shape[1]).index_add(0, target, message)
+    def forward(self, h: Tensor, pairs: Pairs, basis: Tensor, cutoff: Tensor) -> Tensor:
+        """Change of the states (N, H), given basis (P, G) and cutoff (P, 1)."""
+        filters = self.mlp(basis) * cutoff  # (P, F)
+        z = pairs.sum_messages(self.conv["lin1"](h), filters)  # (N, F)
         return self.lin(self.act(self.conv["lin2"](z)))  # (N, H)

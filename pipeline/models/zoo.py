@@ -108,6 +108,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         "gemnet_oc",
         {
             **_GEMNET_OC,
+            "num_spherical": 5,
             "num_radial": 64,
             "num_blocks": 3,
             "emb_size_atom": 64,
@@ -123,6 +124,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_atom": 2,
             "num_output_afteratom": 2,
             "cutoff": 6.0,
+            "cutoff_qint": 3.0,
             "cutoff_aint": 6.0,
             "use_pbc": False,
         },

@@ -4,21 +4,25 @@ Shared by writer, reader and verification; holds all reading of metadata.
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from numcodecs.vlen import VLenUTF8
 
 from pipeline.errors import DamagedStoreError, StoreError
-from pipeline.store.layout import IntArray
+from pipeline.fields import EDGE_IDENTITY_FIELDS, FIELDS, Level
+from pipeline.store.layout import EdgeAxis, IntArray, block_rows
 from pipeline.store.shard import ShardLayout, without_crc
 
+# A store is written under the lowest version that has what it holds.
 FORMAT_VERSION = 1
+EDGE_FORMAT_VERSION = 2
+NEWEST_FORMAT_VERSION = EDGE_FORMAT_VERSION
 ROOT_KEY = "kd_cache"
 SPLITS_KEY = "kd_splits"
 SPLIT_KEY = "kd_split"
@@ -26,20 +30,24 @@ METADATA = "zarr.json"
 DIGESTS = "digests"
 COMMIT = "index/commit"
 INDEX_CHUNK = 1 << 20
-INDEX_DTYPES = {
-    "sample_id": "string",
-    "start": "int64",
-    "n_atoms": "int32",
-    "sample_row": "int64",
-    "checksum": "uint64",
+# Path and dtype of the (n,) arrays that say where samples lie.
+INDEX_COLUMNS = {
+    "index/sample_id": "string",
+    "index/start": "int64",
+    "index/n_atoms": "int32",
+    "index/sample_row": "int64",
+    "index/checksum": "uint64",
 }
-
-Level = Literal["node", "sample"]
+# The same for edges, in splits that have edge-level arrays.
+EDGE_COLUMNS = {"edges/start": "int64", "edges/n_edges": "int64"}
+# Arrays that every such split has: (2,) uint16 and (3,) int8.
+EDGE_IDENTITY = tuple(FIELDS[name] for name in EDGE_IDENTITY_FIELDS)
+LEVELS: dict[str, Level] = {"node": "node", "edge": "edge", "sample": "sample"}
 
 
 @dataclass(frozen=True)
 class ArrayInfo:
-    """One array of a split: ``shape`` is what follows the node or sample axis."""
+    """One array of a split: ``shape`` is what follows the axis of its level."""
 
     path: str
     level: Level
@@ -67,6 +75,7 @@ class SplitIndex:
     """The plan of one split as read back from an existing store.
 
     All (n,) arrays run over storage positions; ``sample_ids`` has a string dtype.
+    ``edges`` is None in a split without edge-level arrays.
     """
 
     store: Path
@@ -80,6 +89,12 @@ class SplitIndex:
     n_atoms: npt.NDArray[np.int32]
     sample_row: IntArray
     checksums: npt.NDArray[np.uint64]
+    edges: EdgeAxis | None = None
+
+    @property
+    def levels(self) -> dict[str, Level]:
+        """Level of every array by its path."""
+        return {path: info.level for path, info in self.arrays.items()}
 
     @cached_property
     def block_bounds(self) -> IntArray:
@@ -101,15 +116,27 @@ class SplitIndex:
         return ShardLayout(self.rows(info.level), info.row_bytes)
 
     def rows(self, level: Level) -> int:
-        """Rows of one block on the node or the sample axis."""
-        return self.rows_per_block if level == "node" else self.samples_per_block
+        """Rows of one block on the axis of ``level``; 0 for edges that are not kept."""
+        return block_rows(
+            level, self.rows_per_block, self.samples_per_block, self.edges
+        )
+
+    def spans(
+        self, level: Level, positions: IntArray | slice
+    ) -> tuple[IntArray, IntArray]:
+        """First row and count of rows of the samples at ``positions``, (m,) each."""
+        if level == "node":
+            return self.start[positions], self.n_atoms[positions].astype(np.int64)
+        if level == "edge" and self.edges is not None:
+            return self.edges.start[positions], self.edges.n_edges[positions]
+        rows = self.sample_row[positions]
+        return rows, np.ones(len(rows), np.int64)
 
     def valid_rows(self, level: Level, block: int) -> int:
         """Rows of ``block`` that belong to samples; the rest is fill."""
         positions = self.block_positions(block)
-        if level == "sample":
-            return len(positions)
-        return int(self.n_atoms[positions.start : positions.stop].sum())
+        _, counts = self.spans(level, slice(positions.start, positions.stop))
+        return int(counts.sum())
 
     def shard_file(self, path: str, block: int) -> Path:
         """Place of the shard of array ``path`` that belongs to ``block``."""
@@ -118,12 +145,12 @@ class SplitIndex:
 
     def samples_at(self, level: Level, begin: int, end: int) -> list[str]:
         """Ids of the samples that own any of the rows ``begin`` to ``end``."""
-        if level == "sample":
-            first, last = np.searchsorted(self.sample_row, [begin, end])
-        else:
-            first = np.searchsorted(self.start + self.n_atoms, begin, side="right")
-            last = np.searchsorted(self.start, end)
-        return [str(name) for name in self.sample_ids[first:last]]
+        start, counts = self.spans(level, slice(None))
+        first = np.searchsorted(start + counts, begin, side="right")
+        last = np.searchsorted(start, end)
+        # A sample without edges owns no row, wherever it starts.
+        owners = self.sample_ids[first:last][counts[first:last] > 0]
+        return [str(name) for name in owners]
 
 
 def shard_key(trailing_axes: int, block: int) -> str:
@@ -141,16 +168,28 @@ def index_chunk(n_samples: int) -> int:
     return min(n_samples, INDEX_CHUNK)
 
 
-def split_files(name: str, paths: Iterable[str], n_samples: int, n_blocks: int) -> set:
-    """Files of a split other than shards, relative to the store."""
-    nodes = {"", "index", COMMIT}
-    for path in paths:
+def index_columns(levels: Iterable[Level]) -> dict[str, str]:
+    """Path and dtype of the index arrays of a split with arrays of these levels."""
+    return INDEX_COLUMNS | (EDGE_COLUMNS if "edge" in levels else {})
+
+
+def format_version(levels: Iterable[Level]) -> int:
+    """Lowest version of the format that has arrays of these levels."""
+    return EDGE_FORMAT_VERSION if "edge" in levels else FORMAT_VERSION
+
+
+def split_files(
+    name: str, levels: Mapping[str, Level], n_samples: int, n_blocks: int
+) -> set[str]:
+    """Files of a split other than shards; ``levels`` gives the level of every array."""
+    columns = index_columns(levels.values())
+    nodes = {"", COMMIT}
+    for path in (*levels, *columns):
         parts = path.split("/")
         nodes.update("/".join(parts[:depth]) for depth in range(1, len(parts) + 1))
-    nodes.update(f"index/{array}" for array in INDEX_DTYPES)
     files = {f"{name}/{node}/{METADATA}".replace("//", "/") for node in nodes}
     chunks = range(-(-n_samples // index_chunk(n_samples)))
-    files.update(f"{name}/index/{a}/c/{c}" for a in INDEX_DTYPES for c in chunks)
+    files.update(f"{name}/{column}/c/{c}" for column in columns for c in chunks)
     files.update(f"{name}/{commit_key(block)}" for block in range(n_blocks))
     return files
 
@@ -170,13 +209,14 @@ def read_root(store: Path) -> dict[str, Any]:
             f"{ROOT_KEY!r}; give the path that `kd-cache build` wrote."
         )
     version = header.get("format_version")
-    if isinstance(version, int) and version > FORMAT_VERSION:
+    if isinstance(version, int) and version > NEWEST_FORMAT_VERSION:
         raise StoreError(
             f"{store} has format version {version} and this program reads up to "
-            f"{FORMAT_VERSION}; update kd-train or build the store again."
+            f"{NEWEST_FORMAT_VERSION}; update kd-train or build the store again."
         )
     names = attributes.get(SPLITS_KEY)
-    sound = version == FORMAT_VERSION and isinstance(header.get("complete"), bool)
+    known = version in (FORMAT_VERSION, EDGE_FORMAT_VERSION)
+    sound = known and isinstance(header.get("complete"), bool)
     if not sound or not isinstance(names, list):
         raise damaged(store / METADATA, "lacks its version, state or splits")
     return attributes
@@ -219,34 +259,67 @@ def read_split(store: Path, name: str) -> SplitIndex:
             key: int(plan[key])
             for key in ("n_blocks", "rows_per_block", "samples_per_block")
         }
-        n_samples, n_atoms = int(plan["n_samples"]), int(plan["n_atoms"])
-        levels = {str(item["path"]): item["level"] for item in plan["arrays"]}
+        n_samples = int(plan["n_samples"])
+        levels = {str(item["path"]): LEVELS[item["level"]] for item in plan["arrays"]}
+        totals = {"index/n_atoms": int(plan["n_atoms"])}
+        if "edge" in levels.values():
+            totals["edges/n_edges"] = int(plan["n_edges"])
+            numbers["edge_rows_per_block"] = int(plan["edge_rows_per_block"])
     except (TypeError, KeyError, ValueError):
         raise damaged(file, f"lacks a usable {SPLIT_KEY!r}") from None
-    rows = {"node": numbers["rows_per_block"], "sample": numbers["samples_per_block"]}
+    columns = {
+        path: _read_column(store / name, path, dtype, n_samples)
+        for path, dtype in index_columns(levels.values()).items()
+    }
+    for path, total in totals.items():
+        if int(columns[path].sum(dtype=np.int64)) != total:
+            what = path.partition("/n_")[2]
+            raise damaged(
+                file, f"says {total} {what}, which is not the sum of its counts"
+            )
+    return _split_index(store, name, numbers, levels, columns)
+
+
+def _split_index(
+    store: Path,
+    name: str,
+    numbers: dict[str, int],
+    levels: dict[str, Level],
+    columns: dict[str, npt.NDArray[Any]],
+) -> SplitIndex:
+    edge_rows = numbers.pop("edge_rows_per_block", None)
+    edges = None
+    if edge_rows is not None:
+        edges = EdgeAxis(columns["edges/start"], columns["edges/n_edges"], edge_rows)
+    n_blocks = numbers["n_blocks"]
+    sizes = numbers["rows_per_block"], numbers["samples_per_block"], edges
     arrays = {
-        path: _read_array_info(store / name, path, level, rows, numbers["n_blocks"])
+        path: _read_array_info(
+            store / name, path, level, block_rows(level, *sizes), n_blocks
+        )
         for path, level in levels.items()
     }
-    columns = {key: _read_column(store / name, key, n_samples) for key in INDEX_DTYPES}
-    index = SplitIndex(
+    for field in () if edges is None else EDGE_IDENTITY:
+        info = arrays.get(field.path)
+        if info is None or (info.shape, info.dtype) != (field.shape, field.dtype):
+            file = store / name / METADATA
+            raise damaged(file, f"plans edge arrays without a usable {field.path!r}")
+    return SplitIndex(
         store=store,
         name=name,
         **numbers,
         arrays=arrays,
-        sample_ids=columns["sample_id"],
-        start=columns["start"],
-        n_atoms=columns["n_atoms"],
-        sample_row=columns["sample_row"],
-        checksums=columns["checksum"],
+        sample_ids=columns["index/sample_id"],
+        start=columns["index/start"],
+        n_atoms=columns["index/n_atoms"],
+        sample_row=columns["index/sample_row"],
+        checksums=columns["index/checksum"],
+        edges=edges,
     )
-    if int(index.n_atoms.sum(dtype=np.int64)) != n_atoms:
-        raise damaged(file, f"says {n_atoms} atoms, which is not the sum of its counts")
-    return index
 
 
 def _read_array_info(
-    split: Path, path: str, level: Any, rows: dict[str, int], n_blocks: int
+    split: Path, path: str, level: Level, rows: int, n_blocks: int
 ) -> ArrayInfo:
     file = split / path / METADATA
     document = read_json(file)
@@ -258,10 +331,10 @@ def _read_array_info(
         dtype = np.dtype(document["data_type"])
         codecs = [entry["name"] for entry in inner["codecs"]]
         trailing = tuple(shape[1:])
-        layout = ShardLayout(rows[level], 1)
+        layout = ShardLayout(rows, 1)
         sound = (
-            shape == [n_blocks * rows[level], *trailing]
-            and shard == [rows[level], *trailing]
+            shape == [n_blocks * rows, *trailing]
+            and shard == [rows, *trailing]
             and inner["chunk_shape"] == [layout.inner_rows, *trailing]
             and codec["name"] == "sharding_indexed"
             and inner["index_location"] == "end"
@@ -274,18 +347,20 @@ def _read_array_info(
     return ArrayInfo(path, level, dtype.newbyteorder("<"), trailing)
 
 
-def _read_column(split: Path, key: str, n_samples: int) -> npt.NDArray[Any]:
-    """Whole index array ``key``, decoded here.
+def _read_column(
+    split: Path, path: str, dtype: str, n_samples: int
+) -> npt.NDArray[Any]:
+    """Whole index array at ``path``, decoded here.
 
     zarr-python would do it through a thread and an event loop of its own, for a tenfold
     of the time, and would serve a missing chunk as zeros.
     """
-    folder = split / "index" / key
+    folder = split / path
     chunk_rows = index_chunk(n_samples)
     document = read_json(folder / METADATA)
     expected = {
         "shape": [n_samples],
-        "data_type": INDEX_DTYPES[key],
+        "data_type": dtype,
         "chunk_grid": {
             "name": "regular",
             "configuration": {"chunk_shape": [chunk_rows]},
@@ -294,21 +369,21 @@ def _read_column(split: Path, key: str, n_samples: int) -> npt.NDArray[Any]:
     if any(document.get(name) != value for name, value in expected.items()):
         raise damaged(folder / METADATA, "does not describe the index of its split")
     parts = [
-        _read_chunk(folder / "c" / str(chunk), key, chunk_rows)
+        _read_chunk(folder / "c" / str(chunk), dtype, chunk_rows)
         for chunk in range(-(-n_samples // chunk_rows))
     ]
     return np.concatenate(parts)[:n_samples]
 
 
-def _read_chunk(file: Path, key: str, rows: int) -> npt.NDArray[Any]:
+def _read_chunk(file: Path, dtype: str, rows: int) -> npt.NDArray[Any]:
     raw = without_crc(file.read_bytes()) if file.is_file() else None
     if raw is None:
         raise damaged(file, "is missing or does not match its checksum")
     try:
-        if key == "sample_id":
+        if dtype == "string":
             values = VLenUTF8().decode(raw).astype(np.dtypes.StringDType())
         else:
-            values = np.frombuffer(raw, np.dtype(INDEX_DTYPES[key]).newbyteorder("<"))
+            values = np.frombuffer(raw, np.dtype(dtype).newbyteorder("<"))
     except ValueError:
         values = np.empty(0)
     if len(values) != rows:

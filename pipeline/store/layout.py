@@ -6,10 +6,24 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import DataError, SpecError
+from pipeline.fields import Level
 
 INNER_ROWS = 1024
 
 IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class EdgeAxis:
+    """Where every sample's edges lie on the edge axis, all by storage position.
+
+    ``start`` (n,) is the first row and ``n_edges`` (n,) the count, which may be 0;
+    every block has ``rows_per_block`` rows on this axis.
+    """
+
+    start: IntArray
+    n_edges: IntArray
+    rows_per_block: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,7 +33,8 @@ class BlockPlan:
     ``order`` (n,) is the dataset index at each storage position; ``start`` (n,) the
     first row on the atom axis, ``n_atoms`` (n,) int32 and ``sample_row`` (n,) the row
     on the sample axis, all by storage position. Block ``b`` holds the positions
-    ``block_bounds[b]`` to ``block_bounds[b + 1]``.
+    ``block_bounds[b]`` to ``block_bounds[b + 1]``. ``edges`` is None in a split without
+    edge-level arrays.
     """
 
     order: IntArray
@@ -29,6 +44,7 @@ class BlockPlan:
     block_bounds: IntArray
     rows_per_block: int
     samples_per_block: int
+    edges: EdgeAxis | None = None
 
     @property
     def n_samples(self) -> int:
@@ -40,9 +56,19 @@ class BlockPlan:
         """Number of blocks, which is the number of shards of every array."""
         return len(self.block_bounds) - 1
 
-    def rows(self, level: str) -> int:
-        """Rows of one block on the ``"node"`` or the ``"sample"`` axis."""
-        return self.rows_per_block if level == "node" else self.samples_per_block
+    def rows(self, level: Level) -> int:
+        """Rows of one block on the axis of ``level``; 0 for edges that are not kept."""
+        return block_rows(
+            level, self.rows_per_block, self.samples_per_block, self.edges
+        )
+
+
+def block_rows(
+    level: Level, node_rows: int, sample_rows: int, edges: EdgeAxis | None
+) -> int:
+    """Rows of one block on the axis of ``level``; 0 for edges that are not kept."""
+    edge_rows = 0 if edges is None else edges.rows_per_block
+    return {"node": node_rows, "sample": sample_rows, "edge": edge_rows}[level]
 
 
 def inner_rows(rows_per_shard: int) -> int:
@@ -50,8 +76,18 @@ def inner_rows(rows_per_shard: int) -> int:
     return min(INNER_ROWS, rows_per_shard)
 
 
+def whole_chunks(rows: int) -> int:
+    """Smallest shard for ``rows`` rows: one chunk up to 1024, else whole chunks."""
+    if rows <= INNER_ROWS:
+        return max(rows, 1)
+    return -(-rows // INNER_ROWS) * INNER_ROWS
+
+
 def plan_blocks(
-    n_atoms: npt.ArrayLike, rows_per_block: int, seed: int = 0
+    n_atoms: npt.ArrayLike,
+    rows_per_block: int,
+    seed: int = 0,
+    n_edges: npt.ArrayLike | None = None,
 ) -> BlockPlan:
     """Plan in which samples lie in seeded random order and never cross a block.
 
@@ -63,6 +99,9 @@ def plan_blocks(
         Rows of a block on the atom axis: a multiple of 1024, or any smaller number.
     seed
         Decides the storage order; the same seed gives the same order everywhere.
+    n_edges
+        (n,) edges of every sample in dataset order, where edge-level arrays are kept.
+        They have no say in which samples share a block.
 
     Raises
     ------
@@ -76,15 +115,19 @@ def plan_blocks(
     order = storage_order(len(counts), seed)
     counts = counts[order]
     bounds = _pack(counts, rows_per_block)
-    start, sample_row, samples_per_block = place_samples(counts, bounds, rows_per_block)
+    sample_row, samples_per_block = place_samples(bounds)
+    edges = None
+    if n_edges is not None:
+        edges = plan_edges(np.asarray(n_edges, np.int64)[order], bounds)
     return BlockPlan(
         order=order,
-        start=start,
+        start=place_rows(counts, bounds, rows_per_block),
         n_atoms=counts.astype(np.int32),
         sample_row=sample_row,
         block_bounds=bounds,
         rows_per_block=rows_per_block,
         samples_per_block=samples_per_block,
+        edges=edges,
     )
 
 
@@ -99,23 +142,29 @@ def storage_order(n_samples: int, seed: int) -> IntArray:
     return np.argsort(keys, kind="stable").astype(np.int64)
 
 
-def place_samples(
-    counts: IntArray, bounds: IntArray, rows_per_block: int
-) -> tuple[IntArray, IntArray, int]:
-    """``start`` (n,), ``sample_row`` (n,) and the sample rows of one block.
+def place_rows(counts: IntArray, bounds: IntArray, rows_per_block: int) -> IntArray:
+    """``start`` (n,) of samples of ``counts`` (n,) rows, by storage position.
 
-    Samples lie without gaps from the first row of their block, on both axes.
+    Samples lie without gaps from the first row of their block.
     """
     sizes = np.diff(bounds)
     block = np.repeat(np.arange(len(sizes)), sizes)
-    first = bounds[:-1][block]
     cumulated = np.cumsum(counts) - counts
-    start = block * rows_per_block + cumulated - cumulated[first]
-    largest = int(sizes.max())
-    if largest > INNER_ROWS:
-        largest = -(-largest // INNER_ROWS) * INNER_ROWS
-    sample_row = block * largest + np.arange(len(counts)) - first
-    return start, sample_row, largest
+    return block * rows_per_block + cumulated - cumulated[bounds[:-1][block]]
+
+
+def place_samples(bounds: IntArray) -> tuple[IntArray, int]:
+    """``sample_row`` (n,) and the sample rows of one block."""
+    sizes = np.diff(bounds)
+    per_block = whole_chunks(int(sizes.max()))
+    block = np.repeat(np.arange(len(sizes)), sizes)
+    return block * per_block + np.arange(len(block)) - bounds[:-1][block], per_block
+
+
+def plan_edges(n_edges: IntArray, bounds: IntArray) -> EdgeAxis:
+    """Edge axis for ``n_edges`` (n,) by storage position, blocks as wide as needed."""
+    rows = whole_chunks(int(np.add.reduceat(n_edges, bounds[:-1]).max()))
+    return EdgeAxis(place_rows(n_edges, bounds, rows), n_edges, rows)
 
 
 def _splitmix64(values: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
@@ -138,7 +187,7 @@ def _check_counts(counts: IntArray, rows_per_block: int) -> None:
     if rows_per_block < 1 or rows_per_block % inner_rows(rows_per_block):
         raise SpecError(
             f"rows_per_block is {rows_per_block} but must be a positive number up to "
-            f"{INNER_ROWS} or a multiple of it; try {_nearest_rows(rows_per_block)}."
+            f"{INNER_ROWS} or a multiple of it; try {whole_chunks(rows_per_block)}."
         )
     if not len(counts):
         raise DataError(
@@ -151,14 +200,8 @@ def _check_counts(counts: IntArray, rows_per_block: int) -> None:
         )
     largest = int(counts.argmax())
     if counts[largest] > rows_per_block:
-        needed = _nearest_rows(int(counts[largest]))
+        needed = whole_chunks(int(counts[largest]))
         raise SpecError(
             f"Sample {largest} of the dataset has {counts[largest]} atoms, more than "
             f"rows_per_block = {rows_per_block}; set it to {needed} or more."
         )
-
-
-def _nearest_rows(rows: int) -> int:
-    if rows <= INNER_ROWS:
-        return max(rows, 1)
-    return -(-rows // INNER_ROWS) * INNER_ROWS

@@ -4,7 +4,7 @@ A record is the last thing written of a block; the digests the last but one of a
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import DamagedStoreError
+from pipeline.fields import Level
 from pipeline.store.index import (
     DIGESTS,
     METADATA,
@@ -81,11 +82,11 @@ def is_committed(split: SplitIndex, block: int, verify: bool = False) -> bool:
 
 
 def protected_files(
-    splits: Iterable[tuple[str, Iterable[str], int, int]],
+    splits: Iterable[tuple[str, Mapping[str, Level], int, int]],
 ) -> list[str]:
     """Sorted names of the files that the digests cover: all but shards and themselves.
 
-    ``splits`` gives name, array paths, number of samples and of blocks of each.
+    ``splits`` gives name, level of every array, number of samples and of blocks.
     """
     files = {METADATA, f"{DIGESTS}/{METADATA}"}
     for split in splits:

@@ -19,29 +19,34 @@ from filelock import FileLock, Timeout
 from zarr.codecs import BytesCodec, Crc32cCodec
 
 from pipeline.errors import DataError, SpecError, StoreError
+from pipeline.fields import Level
 from pipeline.files import sync_folder
+from pipeline.store.edges import CELL_OFFSETS, EDGE_INDEX, MAX_ATOMS
 from pipeline.store.index import (
     COMMIT,
     DIGESTS,
-    FORMAT_VERSION,
-    INDEX_DTYPES,
+    EDGE_COLUMNS,
+    EDGE_IDENTITY,
+    LEVELS,
     ROOT_KEY,
     SPLIT_KEY,
     SPLITS_KEY,
     ArrayInfo,
-    Level,
+    format_version,
     index_chunk,
+    index_columns,
 )
 from pipeline.store.layout import BlockPlan, inner_rows
 from pipeline.store.ledger import digests_size, protected_files
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _RESERVED = {DIGESTS}
+_AXES = {"node": "atom", "edge": "edge", "sample": "sample"}
 
 
 @dataclass(frozen=True)
 class ArrayPlan:
-    """An array to be made: ``shape`` is what follows the node or sample axis."""
+    """An array to be made: ``shape`` is what follows the axis of its level."""
 
     path: str
     level: Level
@@ -59,6 +64,11 @@ class SplitPlan:
     checksums: npt.NDArray[np.uint64]
     blocks: BlockPlan
     arrays: tuple[ArrayPlan, ...]
+
+    @property
+    def levels(self) -> dict[str, Level]:
+        """Level of every array by its path."""
+        return {array.path: array.level for array in self.arrays}
 
 
 def create_store(
@@ -126,14 +136,14 @@ def _build_and_rename(
 def _write_hierarchy(
     folder: Path, splits: Sequence[SplitPlan], attributes: dict[str, Any]
 ) -> None:
-    header = {"format_version": FORMAT_VERSION, "complete": False, **attributes}
+    version = max(format_version(split.levels.values()) for split in splits)
+    header = {"format_version": version, "complete": False, **attributes}
     names = [split.name for split in splits]
     root = zarr.create_group(
         folder, zarr_format=3, attributes={ROOT_KEY: header, SPLITS_KEY: names}
     )
     files = protected_files(
-        (s.name, [a.path for a in s.arrays], s.blocks.n_samples, s.blocks.n_blocks)
-        for s in splits
+        (s.name, s.levels, s.blocks.n_samples, s.blocks.n_blocks) for s in splits
     )
     size = digests_size(files)
     _create_plain(root, DIGESTS, (size,), (size,), "uint8", ("byte",), {})
@@ -143,36 +153,54 @@ def _write_hierarchy(
 
 def _write_split(root: zarr.Group, split: SplitPlan) -> None:
     blocks = split.blocks
-    plan = {
-        "n_samples": blocks.n_samples,
-        "n_atoms": int(blocks.n_atoms.sum(dtype=np.int64)),
-        "n_blocks": blocks.n_blocks,
-        "rows_per_block": blocks.rows_per_block,
-        "samples_per_block": blocks.samples_per_block,
-        "arrays": [{"path": a.path, "level": a.level} for a in split.arrays],
-    }
-    group = root.create_group(split.name, attributes={SPLIT_KEY: plan})
-    columns = {
-        "sample_id": np.array(split.sample_ids, dtype=np.dtypes.StringDType()),
-        "start": blocks.start,
-        "n_atoms": blocks.n_atoms,
-        "sample_row": blocks.sample_row,
-        "checksum": split.checksums,
-    }
+    group = root.create_group(split.name, attributes={SPLIT_KEY: _split_numbers(split)})
     n_samples = blocks.n_samples
-    for name, dtype in INDEX_DTYPES.items():
+    columns = _index_values(split)
+    for path, dtype in index_columns(split.levels.values()).items():
         chunk = (index_chunk(n_samples),)
         axes = ("position",)
-        array = _create_plain(
-            group, f"index/{name}", (n_samples,), chunk, dtype, axes, {}
-        )
-        array[:] = columns[name]
+        array = _create_plain(group, path, (n_samples,), chunk, dtype, axes, {})
+        array[:] = columns[path]
     shape = (blocks.n_blocks, len(split.arrays), 2)
     axes3 = ("block", "array", "word")
     paths = {"arrays": [a.path for a in split.arrays]}
     _create_plain(group, COMMIT, shape, (1, *shape[1:]), "uint64", axes3, paths)
     for array_plan in split.arrays:
         _create_sharded(group, array_plan, blocks)
+
+
+def _split_numbers(split: SplitPlan) -> dict[str, Any]:
+    """Attribute ``kd_split``: sizes and arrays."""
+    blocks = split.blocks
+    numbers: dict[str, Any] = {
+        "n_samples": blocks.n_samples,
+        "n_atoms": int(blocks.n_atoms.sum(dtype=np.int64)),
+        "n_blocks": blocks.n_blocks,
+        "rows_per_block": blocks.rows_per_block,
+        "samples_per_block": blocks.samples_per_block,
+    }
+    if blocks.edges is not None:
+        numbers["n_edges"] = int(blocks.edges.n_edges.sum())
+        numbers["edge_rows_per_block"] = blocks.edges.rows_per_block
+    return {
+        **numbers,
+        "arrays": [{"path": a.path, "level": a.level} for a in split.arrays],
+    }
+
+
+def _index_values(split: SplitPlan) -> dict[str, npt.NDArray[Any]]:
+    blocks = split.blocks
+    values: dict[str, npt.NDArray[Any]] = {
+        "index/sample_id": np.array(split.sample_ids, dtype=np.dtypes.StringDType()),
+        "index/start": blocks.start,
+        "index/n_atoms": blocks.n_atoms,
+        "index/sample_row": blocks.sample_row,
+        "index/checksum": split.checksums,
+    }
+    if blocks.edges is not None:
+        values["edges/start"] = blocks.edges.start
+        values["edges/n_edges"] = blocks.edges.n_edges
+    return values
 
 
 def _create_sharded(group: zarr.Group, plan: ArrayPlan, blocks: BlockPlan) -> None:
@@ -193,14 +221,20 @@ def _create_sharded(group: zarr.Group, plan: ArrayPlan, blocks: BlockPlan) -> No
 
 
 def _axis_names(plan: ArrayPlan) -> tuple[str | None, ...]:
+    known: dict[tuple[int, ...], tuple[str, ...]] = {
+        (3, 3): ("vector", "xyz"),
+        (3,): ("vector",) if plan.level == "edge" else ("xyz",),
+    }
     names: tuple[str | None, ...] = (None,) * len(plan.shape)
-    if plan.shape == (3, 3):
-        names = ("vector", "xyz")
+    if plan.path == EDGE_INDEX:
+        names = ("end",)
+    elif plan.shape in known:
+        names = known[plan.shape]
     elif len(plan.shape) == 2:
         names = ("xyz", "channel")
     elif len(plan.shape) == 1:
-        names = ("xyz",) if plan.shape == (3,) else ("channel",)
-    return ("atom" if plan.level == "node" else "sample", *names)
+        names = ("channel",)
+    return (_AXES[plan.level], *names)
 
 
 def _create_plain(
@@ -273,6 +307,31 @@ def _check_split(split: SplitPlan) -> None:
             "must be unique, so rename or remove the copies."
         )
     _check_arrays(split)
+    if "edge" in split.levels.values() or split.blocks.edges is not None:
+        _check_edges(split)
+
+
+def _check_edges(split: SplitPlan) -> None:
+    planned = {(a.path, a.level, a.shape, a.dtype) for a in split.arrays}
+    identity = {(f.path, f.level, f.shape, f.dtype) for f in EDGE_IDENTITY}
+    edges = split.blocks.edges
+    if edges is None or not identity <= planned:
+        raise SpecError(
+            f"Split {split.name!r} needs edge counts and the arrays {EDGE_INDEX!r} and "
+            f"{CELL_OFFSETS!r} beside its other edge arrays; plan them together."
+        )
+    if len(edges.n_edges) != split.blocks.n_samples or edges.n_edges.min() < 0:
+        raise DataError(
+            f"Split {split.name!r} needs one edge count of 0 or more for each of its "
+            f"{split.blocks.n_samples} samples; count them again."
+        )
+    largest = int(split.blocks.n_atoms.argmax())
+    if split.blocks.n_atoms[largest] > MAX_ATOMS:
+        raise DataError(
+            f"Sample {split.sample_ids[largest]!r} of split {split.name!r} has "
+            f"{split.blocks.n_atoms[largest]} atoms and edges can be stored for up to "
+            f"{MAX_ATOMS}; leave it out or do not ask for edge_features."
+        )
 
 
 def _check_arrays(split: SplitPlan) -> None:
@@ -282,7 +341,8 @@ def _check_arrays(split: SplitPlan) -> None:
     for array in split.arrays:
         parts = array.path.split("/")
         usable = all(_NAME.fullmatch(part) for part in parts) and parts[0] != "index"
-        if not usable or paths.count(array.path) > 1:
+        reserved = array.path in EDGE_COLUMNS
+        if not usable or reserved or paths.count(array.path) > 1:
             raise SpecError(
                 f"Array path {array.path!r} of split {split.name!r} is repeated, "
                 "reserved or no valid name; choose another."
@@ -290,9 +350,9 @@ def _check_arrays(split: SplitPlan) -> None:
         supported = (
             np.dtype(array.dtype).kind in "fiu" and min(array.shape, default=1) > 0
         )
-        if array.level not in ("node", "sample") or not supported:
+        if array.level not in LEVELS or not supported:
             raise SpecError(
                 f"Array {array.path!r} of split {split.name!r} has level "
                 f"{array.level!r}, dtype {array.dtype!r} and shape {array.shape}; use "
-                "node or sample, a number type and sizes above 0."
+                "node, edge or sample, a number type and sizes above 0."
             )

@@ -11,11 +11,11 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import DamagedStoreError, StoreError
+from pipeline.fields import Level
 from pipeline.store.index import (
     ROOT_KEY,
     SPLITS_KEY,
     ArrayInfo,
-    Level,
     SplitIndex,
     read_root,
     read_split,
@@ -195,6 +195,16 @@ class SplitReader:
         return self._index.n_atoms
 
     @property
+    def n_edges(self) -> IntArray:
+        """(n,) edges of every sample, in a split that has edge-level arrays."""
+        if self._index.edges is None:
+            raise StoreError(
+                f"Split {self.name!r} of {self._index.store} has no edges; ask for "
+                "edge_features in the spec and build the store again."
+            )
+        return self._index.edges.n_edges
+
+    @property
     def checksums(self) -> npt.NDArray[np.uint64]:
         """(n,) hash of every sample's structure, see ``Structure.checksum``."""
         return self._index.checksums
@@ -232,8 +242,8 @@ class SplitReader:
     ) -> dict[str, npt.NDArray[Any]]:
         """Rows of the samples at ``positions``, in that order, as fresh arrays.
 
-        Node-level arrays are concatenated over the samples to (ΣN, *shape), sample
-        level ones are (len(positions), *shape).
+        Node- and edge-level arrays are concatenated over the samples to (ΣN, *shape)
+        and (ΣE, *shape), sample level ones are (len(positions), *shape).
         """
         chosen = self._checked_positions(positions)
         infos = self._index.arrays
@@ -253,8 +263,8 @@ class SplitReader:
         if self._is_cold():
             for view in itertools.chain.from_iterable(views):
                 prefetch(view)
-        if len(chosen):
-            for source, target in zip(views, copies, strict=True):
+        for source, target in zip(views, copies, strict=True):
+            if source:
                 np.concatenate(source, out=target)
         return {
             path: reader.shaped(copy)
@@ -284,12 +294,10 @@ class SplitReader:
 
     def _pieces(self, level: Level, positions: IntArray) -> _Pieces:
         index = self._index
-        if level == "node":
-            start = index.start[positions]
-            rows = index.n_atoms[positions].astype(np.int64)
-        else:
-            start = index.sample_row[positions]
-            rows = np.ones(len(positions), np.int64)
+        start, rows = index.spans(level, positions)
+        if level == "edge":
+            # A sample without edges has no row, not even one to check.
+            start, rows = start[rows > 0], rows[rows > 0]
         shard_rows = index.rows(level)
         chunk_rows = inner_rows(shard_rows)
         total = int(rows.sum())

@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.errors import DamagedStoreError
+from pipeline.store.edges import CELL_OFFSETS, EDGE_INDEX, edge_faults
 from pipeline.store.index import (
+    EDGE_IDENTITY,
     ROOT_KEY,
     SPLITS_KEY,
     ArrayInfo,
@@ -15,7 +17,13 @@ from pipeline.store.index import (
     read_root,
     read_split,
 )
-from pipeline.store.layout import place_samples
+from pipeline.store.layout import (
+    EdgeAxis,
+    IntArray,
+    place_rows,
+    place_samples,
+    plan_edges,
+)
 from pipeline.store.ledger import (
     Record,
     changed_files,
@@ -116,7 +124,8 @@ def _index_faults(split: SplitIndex) -> list[str]:
     bounds = split.block_bounds
     if bounds[0] != 0 or bounds[-1] != len(counts) or np.any(np.diff(bounds) < 1):
         return [*faults, "has samples outside the blocks or empty blocks"]
-    start, sample_row, sample_rows = place_samples(counts, bounds, split.rows_per_block)
+    start = place_rows(counts, bounds, split.rows_per_block)
+    sample_row, sample_rows = place_samples(bounds)
     if not np.array_equal(start, split.start):
         faults.append("has sample starts that do not follow from the atom counts")
     ends = (start + counts - 1) // split.rows_per_block
@@ -124,18 +133,40 @@ def _index_faults(split: SplitIndex) -> list[str]:
         faults.append("has a sample that crosses a block")
     if sample_rows != split.samples_per_block or np.any(sample_row != split.sample_row):
         faults.append("has sample rows that do not follow from the blocks")
+    if split.edges is not None and not _edges_follow(split.edges, bounds):
+        faults.append("has edge starts or rows that do not follow from the edge counts")
     return faults
 
 
+def _edges_follow(edges: EdgeAxis, bounds: IntArray) -> bool:
+    if edges.n_edges.min() < 0:
+        return False
+    planned = plan_edges(edges.n_edges, bounds)
+    return planned.rows_per_block == edges.rows_per_block and np.array_equal(
+        planned.start, edges.start
+    )
+
+
 def _block_problems(split: SplitIndex, block: int, record: Record) -> Iterator[Problem]:
+    decoded = {}
     for info, expected in zip(split.arrays.values(), record.tolist(), strict=True):
         file = split.shard_file(info.path, block)
         if not file.is_file():
             yield _problem(file, "is missing", split.name, block)
             continue
         shard = np.fromfile(file, np.uint8)
-        for what in _shard_faults(split, block, info, shard, tuple(expected)):
+        faults = list(_shard_faults(split, block, info, shard, tuple(expected)))
+        for what in faults:
             yield _problem(file, what, split.name, block)
+        if info.path in (EDGE_INDEX, CELL_OFFSETS) and not faults:
+            rows = decode_shard(shard, split.layout(info.path), info.dtype, info.shape)
+            decoded[info.path] = rows[: split.valid_rows(info.level, block)]
+    if len(decoded) == len(EDGE_IDENTITY):
+        edges = decoded[EDGE_INDEX], decoded[CELL_OFFSETS]
+        for what, sample in edge_faults(split, block, *edges):
+            where = f"{what} ({name_samples([sample], split.name)})"
+            file = split.shard_file(EDGE_INDEX, block)
+            yield _problem(file, where, split.name, block)
 
 
 def _shard_faults(

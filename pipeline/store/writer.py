@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from pipeline.errors import DamagedStoreError, DataError, StoreError
 from pipeline.files import sync_folder, write_atomically
+from pipeline.store.edges import CELL_OFFSETS, EDGE_INDEX, edge_faults
 from pipeline.store.index import (
     METADATA,
     ROOT_KEY,
@@ -119,7 +120,9 @@ class StoreWriter:
         """Write all shards of a block, then its commit record; durable on return.
 
         ``arrays`` gives for every array of the split the rows of the block's samples
-        in storage order: (atoms of the block, *shape) or (samples of it, *shape).
+        in storage order: (atoms of the block, *shape), (edges of it, *shape) or
+        (samples of it, *shape). Edges of a sample come sorted by (target, source,
+        shift), as many as were planned.
         """
         if (split, block) not in self._claimed:
             with self.claim_block(split, block):
@@ -137,6 +140,8 @@ class StoreWriter:
             path: _checked_rows(index, block, info, arrays[path])
             for path, info in index.arrays.items()
         }
+        if index.edges is not None:
+            _check_edges(index, block, rows)
         record = self.path / split / commit_key(block)
         if record.exists():
             # Shards are about to change, so the old record must not vouch for them.
@@ -169,7 +174,7 @@ class StoreWriter:
         for index in self.splits.values():
             self._check_committed(index)
         files = protected_files(
-            (s.name, s.arrays, len(s.start), s.n_blocks) for s in self.splits.values()
+            (s.name, s.levels, len(s.start), s.n_blocks) for s in self.splits.values()
         )
         root = self._root_bytes(complete=True)
 
@@ -298,6 +303,16 @@ def _checked_integers(
             f"does not fit {info.dtype.name}; correct it in the dataset."
         )
     return cast
+
+
+def _check_edges(
+    index: SplitIndex, block: int, rows: Mapping[str, npt.NDArray[Any]]
+) -> None:
+    for what, sample in edge_faults(index, block, rows[EDGE_INDEX], rows[CELL_OFFSETS]):
+        raise StoreError(
+            f"Sample {sample!r} of split {index.name!r} {what}; the teacher must give "
+            "every sample the edges that were counted when the store was planned."
+        )
 
 
 def _blame(

@@ -1,7 +1,7 @@
 """Every strategy: its loss, its zero, its gradient, its adapter, its refusals."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from kd_train.config import STRATEGIES, DistillConfig, LossConfig
 from kd_train.setup import make_learner
 from kd_train.strategies import REGISTRY, Strategy
 from kd_train.strategies.base import Setting
-from pipeline.errors import SpecError
+from pipeline.errors import DataError, SpecError
 from pipeline.models.normalizer import Normalizer
 from pipeline.models.output import ModelOutput
 from pipeline.store.reader import FeatureStore
@@ -239,7 +239,7 @@ STUDENT_SIDE = {
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_reaches_student_and_adapter(name: str, case: Case) -> None:
     strategy = REGISTRY[name](_setting())
-    leaves = {key: getattr(case.output, key) for key in vars(case.output)}
+    leaves = {k: leaf for k, leaf in vars(case.output).items() if leaf is not None}
     for leaf in leaves.values():
         leaf.requires_grad_()
     strategy.loss(case.output, case.batch).backward()
@@ -287,6 +287,59 @@ def test_v2v_does_not_see_a_joint_rotation(case: Case) -> None:
     )
     both = strategy.loss(case.output, case.batch).item()
     assert both == pytest.approx(before, rel=1e-5)
+
+
+def _with_edge_states(case: Case) -> Strategy:
+    """The strategy of a student that has edge states, which ``case`` gets."""
+    generator = np.random.default_rng(21)
+    edges = case.batch.teacher_edge_index.shape[1]
+    case.output.edge_features = _random(generator, edges, S + 1)
+    case.batch.edge_mismatch = ""
+    widths = {"node_features": S, "vector_features": S, "edge_features": S + 1}
+    return REGISTRY["e2e"](replace(_setting(), student_widths=widths))
+
+
+def test_edge_states_of_a_student_are_compared_edge_by_edge(case: Case) -> None:
+    strategy = _with_edge_states(case)
+    matrix, offset = _weights(strategy)
+    own = case.output.edge_features
+    assert own is not None
+    total = 0.0
+    for number in range(len(own)):
+        mapped = matrix @ own[number].double().numpy() + offset
+        wanted = case.batch.edge_features[number].double().numpy()
+        total += float(((mapped - wanted) ** 2).sum())
+    expected = total / (len(own) * T)
+    own.requires_grad_()
+    assert case.output.vector_features is not None
+    case.output.vector_features.requires_grad_()
+    loss = strategy.loss(case.output, case.batch)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    loss.backward()
+    assert own.grad is not None
+    assert own.grad.abs().sum() > 0
+    assert case.output.vector_features.grad is None
+
+
+def test_edge_states_on_other_edges_are_refused_by_sample(case: Case) -> None:
+    strategy = _with_edge_states(case)
+    case.batch.edge_mismatch = "7_3"
+    with pytest.raises(DataError, match=r"'a student' .* sample '7_3' differ; give"):
+        strategy.loss(case.output, case.batch)
+
+
+def test_invariants_need_no_equal_graphs(case: Case) -> None:
+    strategy = REGISTRY["e2e"](_setting())
+    case.batch.edge_mismatch = "7_3"
+    expected = _brute_edges(strategy, case)
+    found = strategy.loss(case.output, case.batch).item()
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_e2e_needs_edge_states_or_vectors() -> None:
+    setting = replace(_setting(), student_widths={"node_features": S})
+    with pytest.raises(SpecError, match="'e2e' needs 'vector_features' of the student"):
+        REGISTRY["e2e"](setting)
 
 
 def test_adapters_depend_on_the_seed_only_and_leave_other_random_numbers() -> None:

@@ -11,8 +11,54 @@ from pipeline.graphs.neighbors import GraphRule, neighbor_edges
 from pipeline.models.zoo import build_model
 from pipeline.structure import Structure
 
+_GEMNET = {
+    "num_spherical": 3,
+    "num_radial": 8,
+    "num_blocks": 2,
+    "emb_size_atom": 10,
+    "emb_size_edge": 12,
+    "emb_size_trip_in": 6,
+    "emb_size_trip_out": 7,
+    "emb_size_quad_in": 5,
+    "emb_size_quad_out": 4,
+    "emb_size_aint_in": 8,
+    "emb_size_aint_out": 9,
+    "emb_size_rbf": 3,
+    "emb_size_cbf": 5,
+    "emb_size_sbf": 2,
+    "num_before_skip": 1,
+    "num_after_skip": 1,
+    "num_atom": 1,
+    "num_output_afteratom": 1,
+    "num_atom_emb_layers": 1,
+    "num_global_out_layers": 1,
+    "cutoff": 4.0,
+}
+# The middle edges of quadruplets are shorter than any cell, so that no path through
+# the images of one atom is straight: its dihedral angle would be rounding noise.
+_ALL_INTERACTIONS = {
+    "quad_interaction": True,
+    "atom_edge_interaction": True,
+    "edge_atom_interaction": True,
+    "atom_interaction": True,
+    "cutoff_qint": 3.0,
+    "cutoff_aeaint": 3.5,
+    "cutoff_aint": 5.0,
+    "max_neighbors_aint": 1000,
+    "qint_tags": [1, 2],
+}
+
 # Small sizes of each variant; the limit does not bind in the structures below.
 VARIANTS = {
+    "gemnet_oc": (
+        "gemnet_oc",
+        {**_GEMNET, **_ALL_INTERACTIONS, "direct_forces": True},
+    ),
+    "gemnet_oc-gradient": (
+        "gemnet_oc",
+        {**_GEMNET, **_ALL_INTERACTIONS, "num_blocks": 1, "cutoff_aint": 4.5},
+    ),
+    "gemnet_oc-triplets": ("gemnet_oc", {**_GEMNET, "direct_forces": True}),
     "painn": (
         "painn",
         {"hidden_channels": 16, "num_layers": 3, "num_rbf": 12, "cutoff": 4.0},
@@ -40,14 +86,19 @@ VARIANTS = {
 }
 
 
-def structure_of(positions, numbers, cell=None, pbc=(False, False, False)):
+DIRECT = ("gemnet_oc", "gemnet_oc-triplets", "painn")
+
+
+def structure_of(
+    positions, numbers, cell=None, pbc=(False, False, False), tags=(2,)
+):
     n = len(numbers)
     return Structure(
         np.asarray(numbers, np.uint8),
         np.asarray(positions, float).reshape(n, 3),
         np.zeros((3, 3)) if cell is None else np.asarray(cell, float),
         np.asarray(pbc, bool),
-        np.full(n, 2, np.int8),
+        np.resize(np.array(tags, np.int8), n),
         np.zeros(n, bool),
     )
 
@@ -63,8 +114,10 @@ def molecules():
     bulk = [[0.1, 0, 0], [1.6, 1.7, 1.5]]
     return [
         structure_of(molecule, [6, 1, 8, 1, 7, 6]),
-        structure_of(slab, [29, 29, 29, 6, 8], cell, [True, True, False]),
-        structure_of(bulk, [55, 17], 3.2 * np.eye(3) + 0.1, [True] * 3),
+        structure_of(
+            slab, [29, 29, 29, 6, 8], cell, [True, True, False], [0, 0, 1, 2, 2]
+        ),
+        structure_of(bulk, [55, 17], 3.2 * np.eye(3) + 0.1, [True] * 3, [1]),
     ]
 
 
@@ -111,7 +164,7 @@ def variant(request):
     return request.param
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def parity_folder():
     """Folder of the reference outputs; tests that need it are skipped without."""
     beside = Path(__file__).resolve().parents[3] / "shared" / "parity"

@@ -8,8 +8,17 @@ import pytest
 import torch
 
 from pipeline.models.zoo import build_model
+from tests.models.conftest import DIRECT, VARIANTS
 
-FIELDS = ("energy", "forces", "per_atom_energy", "node_features", "vector_features")
+FIELDS = (
+    "energy",
+    "forces",
+    "per_atom_energy",
+    "node_features",
+    "vector_features",
+    "edge_to_node_features",
+)
+GRADIENT = [name for name in VARIANTS if name not in DIRECT]
 
 
 def assert_same(actual, expected, tolerance=1e-10):
@@ -84,6 +93,7 @@ def test_renumbering_atoms_renumbers_the_output(
             structure,
             positions=structure.positions[order],
             atomic_numbers=structure.atomic_numbers[order],
+            tags=structure.tags[order],
         )
         expected = model(batch_of([structure], model.graph_rule))
         for name in FIELDS[1:]:
@@ -112,7 +122,7 @@ def test_energy_is_the_sum_over_atoms(make_model, variant, molecules, batch_of):
         torch.testing.assert_close(output.energy[index], own.sum())
 
 
-@pytest.mark.parametrize("variant", ["painn-gradient", "schnet"], indirect=True)
+@pytest.mark.parametrize("variant", GRADIENT, indirect=True)
 def test_forces_are_minus_the_slope_of_the_energy(
     make_model, variant, molecules, batch_of
 ):
@@ -143,7 +153,7 @@ def test_atoms_without_neighbours_are_finite_with_gradients(
             for name in FIELDS
             if getattr(output, name) is not None
         )
-        if training or variant == "painn":
+        if training or variant in DIRECT:
             model.zero_grad()
             total.backward()
             gradients = [p.grad for p in model.parameters() if p.grad is not None]
@@ -216,8 +226,8 @@ def test_hyperparameters_rebuild_the_model(make_model, variant):
 
 
 def test_forces_can_be_left_out(variant, molecules, batch_of):
-    name = variant.split("-")[0]
-    model = build_model(name, {"regress_forces": False, "hidden_channels": 8})
+    name, hyperparameters = VARIANTS[variant]
+    model = build_model(name, {**hyperparameters, "regress_forces": False})
     batch = batch_of(molecules, model.graph_rule, torch.float32)
     assert model(batch).forces is None
 
@@ -227,7 +237,8 @@ def test_widths_name_the_features(make_model, variant, molecules, batch_of):
     output = model(batch_of(molecules, model.graph_rule))
     for name, width in model.widths.items():
         assert getattr(output, name).shape[-1] == width
-    given = {n for n in FIELDS[3:] if getattr(output, n) is not None}
+    hidden = (*FIELDS[3:], "edge_features")
+    given = {n for n in hidden if getattr(output, n) is not None}
     assert given == set(model.widths)
 
 
@@ -235,4 +246,4 @@ def test_graph_rule_follows_the_hyperparameters(variant, make_model):
     model = make_model(variant)
     assert model.graph_rule.cutoff == 4.0
     assert model.graph_rule.max_neighbors == 50
-    assert model.graph_rule.symmetric == variant.startswith("painn")
+    assert model.graph_rule.symmetric == (variant != "schnet")

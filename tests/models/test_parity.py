@@ -1,13 +1,11 @@
-"""Outputs of the original implementations, in double and single precision."""
+"""Outputs of the original PaiNN and SchNet, in double and single precision."""
 
 import numpy as np
 import pytest
 import torch
 
-from pipeline.graphs.batch import collate
-from pipeline.graphs.neighbors import neighbor_edges
 from pipeline.models.checkpoint import load_checkpoint
-from pipeline.structure import Structure
+from tests.models.references import assert_close, predict, structures_in
 
 NAMES = ("painn", "painn_grad", "schnet")
 
@@ -30,40 +28,12 @@ def load(parity_folder, name):
     return run
 
 
-def structures_in(reference):
-    """Structures of a reference file; single precision there is exact here."""
-    stops = np.cumsum(reference["in/natoms"])
-    for index, stop in enumerate(stops):
-        atoms = slice(stop - reference["in/natoms"][index], stop)
-        yield Structure(
-            reference["in/atomic_numbers"][atoms].astype(np.uint8),
-            reference["in/pos"][atoms].astype(np.float64),
-            reference["in/cell"][index].astype(np.float64),
-            reference["in/pbc"][index],
-            reference["in/tags"][atoms].astype(np.int8),
-            reference["in/fixed"][atoms].astype(bool),
-        )
-
-
-def predict(model, reference, dtype):
-    structures = list(structures_in(reference))
-    edges = [neighbor_edges(structure, model.graph_rule) for structure in structures]
-    batch = collate(structures, edges, dtype)
-    with torch.no_grad():
-        return model.to(dtype)(batch), batch
-
-
 def keys_of(name):
     """Reference key of each output; the released gradient forces are a slip."""
     if name == "schnet":
         return {"node_features": "h", "forces": "forces"}
     forces = "minus_dE_dpos" if name == "painn_grad" else "forces"
     return {"node_features": "x", "vector_features": "vec", "forces": forces}
-
-
-def assert_close(actual, expected, relative):
-    scale = np.sqrt(np.mean(np.square(expected, dtype=np.float64)))
-    assert np.abs(actual.numpy() - expected).max() <= relative * scale
 
 
 @pytest.mark.parametrize(
@@ -73,7 +43,7 @@ def assert_close(actual, expected, relative):
 def test_outputs_and_features(
     reference, load, name, precision, dtype, energies, others
 ):
-    output, _ = predict(load().model, reference, dtype)
+    output, _ = predict(load().model, structures_in(reference), dtype)
     assert_close(output.energy, reference[f"{precision}/energy"], energies)
     assert_close(
         output.per_atom_energy, reference[f"{precision}/energy_atom"], energies
@@ -85,7 +55,7 @@ def test_outputs_and_features(
 
 def test_physical_units(reference, load, name):
     loaded = load()
-    output, batch = predict(loaded.model, reference, torch.float64)
+    output, batch = predict(loaded.model, structures_in(reference), torch.float64)
     energy = loaded.normalizer.denormalize_energy(
         output.energy, batch.atomic_numbers, batch.batch
     )
@@ -96,7 +66,7 @@ def test_physical_units(reference, load, name):
 
 
 def test_edges(reference, load, name):
-    _, batch = predict(load().model, reference, torch.float64)
+    _, batch = predict(load().model, structures_in(reference), torch.float64)
     columns = [batch.edge_index.numpy().T]
     expected = [reference["graph/main/edge_index"].T]
     if name == "schnet":
@@ -122,9 +92,8 @@ def test_edges(reference, load, name):
 def test_raw_weights_are_available_beside_the_average(parity_folder):
     reference = np.load(parity_folder / "painn.io.npz")
     path = parity_folder / "painn.ckpt.pt"
-    raw, _ = predict(
-        load_checkpoint(path, weights="raw").model, reference, torch.float32
-    )
+    model = load_checkpoint(path, weights="raw").model
+    raw, _ = predict(model, structures_in(reference), torch.float32)
     assert_close(raw.energy, reference["raw/energy"], 1e-4)
     assert_close(raw.forces, reference["raw/forces"], 5e-4)
     difference = np.abs(reference["raw/energy"] - reference["f32/energy"]).max()

@@ -143,7 +143,8 @@ def test_killed_builds_go_on_where_they_stopped(
     seen: list[int] = []
 
     def failing(self: Teacher, samples: Any, fields: Any) -> Any:
-        seen.append(len(samples))
+        if fields:  # the first look asks for energies only
+            seen.append(len(samples))
         if len(seen) == 3:
             raise KeyboardInterrupt
         return predict(self, samples, fields)

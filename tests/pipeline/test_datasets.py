@@ -213,6 +213,63 @@ def test_missing_files_are_refused(tmp_path: Path) -> None:
         open_dataset("extxyz", str(tmp_path / "absent.extxyz"))
 
 
+def test_folders_are_read_in_counting_order(tmp_path: Path) -> None:
+    for number in (10, 9, 1):
+        frames = [frame(None, ["H"], [[0, 0, number + i / 10]]) for i in range(2)]
+        write_frames(tmp_path / f"part{number}.extxyz.xz", frames)
+    (tmp_path / "notes.txt").write_text("no frames")
+    dataset = open_dataset("extxyz", str(tmp_path))
+    heights = [dataset[i].structure.positions[0, 2] for i in range(6)]
+    assert heights == [1, 1.1, 9, 9.1, 10, 10.1]
+    assert list(dataset.sample_ids) == [str(i) for i in range(6)]
+    chosen = open_dataset("extxyz", str(tmp_path), offset=1, every=2, limit=2)
+    assert list(chosen.sample_ids) == ["1", "3"]
+    (tmp_path / "part10.extxyz.xz").write_bytes(b"broken")
+    assert len(open_dataset("extxyz", str(tmp_path), limit=4)) == 4
+    with pytest.raises(DataError, match=r"part10\.extxyz\.xz is damaged"):
+        open_dataset("extxyz", str(tmp_path))
+
+
+def test_cut_archives_name_the_sample_where_they_end(tmp_path: Path) -> None:
+    path = write_frames(tmp_path / "d.extxyz.xz", collision_frames(40))
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(DataError, match=r"breaks off in sample 3\d, counted from 0"):
+        open_dataset("extxyz", str(path))
+
+
+def test_archives_in_several_pieces_are_one(tmp_path: Path) -> None:
+    path = tmp_path / "d.extxyz.xz"
+    parts = [write_frames(path, [text]).read_bytes() for text in collision_frames(3)]
+    path.write_bytes(b"".join(parts))
+    assert len(open_dataset("extxyz", str(path))) == 3
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ("REF_energy=-3.5", ["has no 'energy' but 'REF_energy'"]),
+        ("free_energy=-3.5", ["has no 'energy' but 'free_energy'"]),
+        ("energy=-1 free_energy=-3.5", []),
+        ("pbc=F", []),
+    ],
+)
+def test_labels_of_other_names_are_not_taken_but_told(
+    names: str, said: list[str], tmp_path: Path, caplog: Any
+) -> None:
+    text = frame(
+        "a", ["H"], [[0, 0, 0]], columns={"REF_forces": ("R", [1.0])}, header=names
+    )
+    with caplog.at_level("WARNING"):
+        sample = _one(tmp_path, text)
+    assert sample.energy == -1 if "energy=-1" in names else np.isnan(sample.energy)
+    assert np.isnan(sample.forces).all()
+    messages = [r.getMessage() for r in caplog.records]
+    assert len(messages) == len(said) + 1
+    assert "has no 'forces' but 'REF_forces'" in messages[-1]
+    for message, words in zip(messages, said, strict=False):
+        assert words in message
+
+
 def test_blank_lines_at_the_end_are_nothing(tmp_path: Path) -> None:
     assert _one(tmp_path, frame("a", ["H"], [[0, 0, 0]]) + "\n\n").sample_id == "a"
 

@@ -366,9 +366,9 @@ def test_a_kill_while_rewriting_leaves_the_block_pending(planned: Path, monkeypa
             "'a//b' .* no valid name",
         ),
         (
-            {"arrays": (ArrayPlan("a", "edge", (), "int8"),)},  # type: ignore[arg-type]
+            {"arrays": (ArrayPlan("a", "bond", (), "int8"),)},  # type: ignore[arg-type]
             SpecError,
-            "level 'edge'",
+            "level 'bond'",
         ),
         (
             {"arrays": (ArrayPlan("a", "node", (0,), "int8"),)},
@@ -412,10 +412,10 @@ def test_only_feature_stores_are_opened(tmp_path: Path, planned: Path):
     for opener in (FeatureStore.open, StoreWriter, verify_store):
         with pytest.raises(StoreError, match="a Zarr group but not a feature store"):
             opener(planned)
-    put(kd_cache={"format_version": 2, "complete": True}, kd_splits=["train"])
+    put(kd_cache={"format_version": 3, "complete": True}, kd_splits=["train"])
     for opener in (FeatureStore.open, StoreWriter, verify_store):
         with pytest.raises(
-            StoreError, match=r"format version 2 .* reads up to 1; update"
+            StoreError, match=r"format version 3 .* reads up to 2; update"
         ):
             opener(planned)
     for header in ({"format_version": 0}, {"format_version": 1, "complete": 1}):

@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -30,19 +31,70 @@ FEATURES = (
     ArrayPlan("features/node_features", "node", (5,), "float16"),
     ArrayPlan("features/vector_features", "node", (3, 4), "float16"),
 )
+EDGES = (
+    ArrayPlan("edges/edge_index", "edge", (2,), "uint16"),
+    ArrayPlan("edges/cell_offsets", "edge", (3,), "int8"),
+    ArrayPlan("edges/edge_features", "edge", (6,), "float16", {"unit": "1"}),
+)
 # Name: atoms per sample, rows per block, arrays. "train" has two inner chunks a shard,
-# "tiny" so many samples per block that the sample axis has two as well.
+# "tiny" so many samples per block that the sample axis has two as well, "bonds" as many
+# on the edge axis, and samples without edges.
 SHAPES = {
     "train": (np.random.default_rng(0).integers(1, 90, 150), 2048),
     "val": (np.random.default_rng(1).integers(5, 60, 25), 300),
     "tiny": (np.ones(2600, np.int64), 2048),
+    "bonds": (np.random.default_rng(2).integers(1, 40, 50), 300),
 }
-ARRAYS = {"train": STRUCTURES + FEATURES, "val": STRUCTURES, "tiny": FEATURES[:1]}
-ARRAYS["tiny"] += (STRUCTURES[4],)
+ARRAYS = {
+    "train": STRUCTURES + FEATURES,
+    "val": STRUCTURES,
+    "tiny": (FEATURES[0], STRUCTURES[4]),
+    "bonds": (STRUCTURES[0], FEATURES[1], *EDGES, STRUCTURES[4]),
+}
+Edge = tuple[int, int, tuple[int, int, int]]
+
+
+def n_edges(split: str) -> np.ndarray | None:
+    """Edges of every sample in dataset order, where the split has any."""
+    if split != "bonds":
+        return None
+    atoms = SHAPES[split][0]
+    counts = np.random.default_rng(3).integers(0, 300, len(atoms))
+    counts[::9] = 0
+    return np.minimum(counts, 20 * atoms**2)
+
+
+@cache
+def edges_of(split: str, sample: int) -> dict[Edge, np.ndarray]:
+    """Features (6,) of every edge of a sample under (source, target, shift)."""
+    counts = n_edges(split)
+    assert counts is not None
+    atoms = int(SHAPES[split][0][sample])
+    rng = np.random.default_rng([7, sample])
+    edges: dict[Edge, np.ndarray] = {}
+    while len(edges) < counts[sample]:
+        source, target = rng.integers(0, atoms, 2).tolist()
+        # Few values, so that shifts decide the order often; both ends of int8 occur.
+        x, y, z = rng.choice([-128, -1, 0, 1, 127], 3).tolist()
+        edges[source, target, (x, y, z)] = rng.standard_normal(6).astype(np.float16)
+    return edges
+
+
+def _edge_rows(split: str, sample: int, array: ArrayPlan) -> np.ndarray:
+    edges = edges_of(split, sample)
+    ordered = sorted(edges, key=lambda edge: (edge[1], edge[0], edge[2]))
+    columns = {
+        "edges/edge_index": [(source, target) for source, target, _ in ordered],
+        "edges/cell_offsets": [shift for _, _, shift in ordered],
+        "edges/edge_features": [edges[edge] for edge in ordered],
+    }
+    return np.array(columns[array.path], array.dtype).reshape(-1, *array.shape)
 
 
 def value_of(split: str, sample: int, array: ArrayPlan) -> np.ndarray:
     """Content of one array for the sample with this dataset index."""
+    if array.level == "edge":
+        return _edge_rows(split, sample, array)
     rng = np.random.default_rng([len(split), sample, len(array.path)])
     rows = (int(SHAPES[split][0][sample]),) if array.level == "node" else ()
     if array.dtype == "uint8":
@@ -61,7 +113,7 @@ def identifier(split: str, sample: int) -> str:
 
 def plan(split: str) -> SplitPlan:
     counts, rows_per_block = SHAPES[split]
-    blocks = plan_blocks(counts, rows_per_block, seed=3)
+    blocks = plan_blocks(counts, rows_per_block, seed=3, n_edges=n_edges(split))
     ids = [identifier(split, sample) for sample in blocks.order]
     checksums = (blocks.order.astype(np.uint64) + 1) * np.uint64(0x9E3779B97F4A7C15)
     return SplitPlan(split, ids, checksums, blocks, ARRAYS[split])
@@ -72,11 +124,17 @@ def block_rows(
 ) -> dict[str, np.ndarray]:
     """What a builder hands to ``write_block``."""
     members = blocks.order[blocks.block_bounds[block] : blocks.block_bounds[block + 1]]
-    join = {"node": np.concatenate, "sample": np.stack}
     return {
-        array.path: join[array.level]([value_of(split, int(s), array) for s in members])
+        array.path: joined([value_of(split, int(s), array) for s in members], array)
         for array in arrays
     }
+
+
+def joined(values: list[np.ndarray], array: ArrayPlan) -> np.ndarray:
+    """Content of several samples as one array."""
+    if not values:
+        return np.empty((0, *array.shape), array.dtype)
+    return np.stack(values) if array.level == "sample" else np.concatenate(values)
 
 
 def build(path: Path, splits: tuple[str, ...] = tuple(SHAPES)) -> None:
@@ -109,7 +167,7 @@ def _forked_build(path: Path, points: bool, kill_at: int | None = None) -> int:
         return child
     if kill_at is not None:
         _die_at_sync(kill_at)
-    build(path, ("val",) if points else ("train", "val"))
+    build(path, ("bonds",) if points else ("train", "bonds"))
     os._exit(0)
 
 

@@ -10,12 +10,14 @@ from torch.nn.functional import linear
 from torch_geometric.data import Data
 from torch_geometric.utils import scatter
 
+from pipeline.graphs.neighbors import Edges
 from pipeline.models.gemnet.blocks import (
     Bases,
     EdgeEmbedding,
     InteractionBlock,
     OutputBlock,
 )
+from pipeline.models.gemnet.fitting import fit_scale_factors
 from pipeline.models.gemnet.geometry import EdgeGeometry, edge_geometry
 from pipeline.models.gemnet.layers import (
     Dense,
@@ -25,6 +27,7 @@ from pipeline.models.gemnet.layers import (
     split_linear,
     through,
 )
+from pipeline.models.gemnet.memory import memory_of
 from pipeline.models.gemnet.options import GemNetOCOptions
 from pipeline.models.gemnet.shared import SharedBases
 from pipeline.models.gemnet.slots import Slots
@@ -69,11 +72,21 @@ class GemNetOC(SharedBases):
 
     def layer_width(self, field: str, layer: str) -> int | None:
         """Width of ``field`` at one of ``layers``; None where it does not exist."""
+        if layer not in self.layers:
+            return None
         if field == "node_features":
             return self.options.emb_size_atom
         has_edges = self.direct or layer.startswith("regular_")
         offered = has_edges and field in _EDGE_FIELDS
         return self.options.emb_size_edge if offered else None
+
+    def memory_of(self, edges: Edges, n_atoms: int) -> int:
+        """Bytes that one structure adds to the peak of a pass without gradients."""
+        return memory_of(self.options, edges, n_atoms)
+
+    def fit(self, batch: Data) -> None:
+        """Set the scale factors so that no layer changes the variance on ``batch``."""
+        fit_scale_factors(self, batch)
 
     def _build_blocks(self) -> None:
         """Create embeddings, blocks and heads under the names of checkpoints."""

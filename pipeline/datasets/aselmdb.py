@@ -1,0 +1,90 @@
+"""fairchem 2's ASE databases in LMDB, decoded without ASE: zlib and JSON, data only."""
+
+import json
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.datasets.base import IndexedDataset, Selection
+from pipeline.datasets.lmdb_files import LmdbFile, lmdb_files
+from pipeline.datasets.rows import row_id, row_sample
+from pipeline.errors import DataError
+from pipeline.structure import Sample
+
+# A row of 500 atoms takes 0.1 MB.
+MAX_ROW_BYTES = 1 << 24
+_NUMBERS = {"bool", *(f"{sign}int{n}" for sign in ("", "u") for n in (8, 16, 32, 64))}
+_NUMBERS |= {"float16", "float32", "float64"}
+
+
+class AselmdbDataset(IndexedDataset):
+    """Rows of one .aselmdb file or a folder of them, read when they are asked for.
+
+    Ids: ``sample_id``, else ``{sid}_{fid}``, else ``sid`` of the row's data, else the
+    row's number, after the file's name if there are several.
+    """
+
+    def __init__(self, path: str, selection: Selection) -> None:
+        super().__init__(path)
+        files = lmdb_files(Path(path), ".aselmdb")
+        places = [(file, str(key)) for file in files for key in file.numeric_keys()]
+        numbers = selection.of(len(places))
+        self._places = places[numbers.start : numbers.stop : numbers.step]
+        sizes = []
+        for file, key in self._places:
+            row = _row(file, key)
+            bare = key if len(files) == 1 else f"{file.path.stem}_{key}"
+            self._ids.append(row_id(row) or bare)
+            sizes.append(len(_sequence(row.get("numbers"), _where(file, key))))
+        self._n_atoms = np.array(sizes, np.int32)
+
+    def __getitem__(self, index: int) -> Sample:
+        file, key = self._places[index]
+        return row_sample(_row(file, key), self._ids[index], _where(file, key))
+
+
+def _where(file: LmdbFile, key: str) -> str:
+    return f"{file.path}: sample {key!r}"
+
+
+def _sequence(value: Any, where: str) -> Any:
+    if isinstance(value, list) or (isinstance(value, np.ndarray) and value.ndim):
+        return value
+    raise DataError(f"{where} has no atoms.")
+
+
+def _row(file: LmdbFile, key: str) -> dict[str, Any]:
+    where = _where(file, key)
+    raw = file.get(key)
+    if raw is None:
+        raise DataError(f"{where} is missing; fetch the file again.")
+    try:
+        unpacker = zlib.decompressobj()
+        text = unpacker.decompress(raw, MAX_ROW_BYTES)
+        if unpacker.unconsumed_tail:
+            raise DataError(
+                f"{where} unpacks to more than {MAX_ROW_BYTES >> 20} MB and is refused."
+            )
+        if not unpacker.eof:
+            raise ValueError("it is cut off")
+        row = json.loads(text, object_hook=_numbers)
+    except DataError:
+        raise
+    except (zlib.error, ValueError, RecursionError) as error:
+        raise DataError(f"{where} is damaged ({error}).") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{where} holds a {type(row).__name__}, not a row.")
+    return row
+
+
+def _numbers(item: dict[str, Any]) -> Any:
+    """An encoded array of numbers as one; everything else as it is."""
+    match item.get("__ndarray__"):
+        case [list(shape), str(name), list(flat)] if name in _NUMBERS:
+            try:
+                return np.array(flat, name).reshape(shape)
+            except (TypeError, OverflowError) as error:
+                raise ValueError(str(error)) from None
+    return item

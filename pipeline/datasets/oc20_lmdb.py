@@ -1,0 +1,131 @@
+"""OC20's LMDB files: pickled PyG samples under the keys 0, 1, 2, ..."""
+
+from bisect import bisect_right
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.datasets.base import IndexedDataset, Selection
+from pipeline.datasets.lmdb_files import LmdbFile, lmdb_files
+from pipeline.datasets.pyg_pickles import (
+    Tensor,
+    as_array,
+    plain_integer,
+    sample_fields,
+)
+from pipeline.datasets.samples import Fields, checked_sample, pair_id
+from pipeline.datasets.unpickling import Refusal
+from pipeline.errors import DataError
+from pipeline.structure import Sample
+
+
+class Oc20LmdbDataset(IndexedDataset):
+    """Samples of one LMDB or a folder of them, read when they are asked for.
+
+    Ids: ``{sid}_{fid}``, else ``sid``, else the running number over all files. Samples
+    without ``pbc`` are periodic in three directions, as all of OC20 is.
+    """
+
+    def __init__(self, path: str, selection: Selection) -> None:
+        super().__init__(path)
+        self._files = lmdb_files(Path(path), ".lmdb")
+        counts = [_count(file) for file in self._files]
+        self._ends = list(accumulate(counts))
+        self._numbers = selection.of(sum(counts))
+        sizes = []
+        for number in self._numbers:
+            sample_id, n_atoms = self._scan(number)
+            self._ids.append(sample_id)
+            sizes.append(n_atoms)
+        self._n_atoms = np.array(sizes, np.int32)
+
+    def __getitem__(self, index: int) -> Sample:
+        file, key = self._place(self._numbers[index])
+        where = _where(file, key)
+        try:
+            values = {
+                name: as_array(part)
+                for name, part in _fields(file, key).items()
+                if name in _READ
+            }
+        except Refusal as refusal:
+            raise DataError(f"{where} is refused: {refusal}.") from None
+        return checked_sample(self._ids[index], _as_fields(values, where), where)
+
+    def _place(self, number: int) -> tuple[LmdbFile, str]:
+        """File and key of running number ``number``."""
+        which = bisect_right(self._ends, number)
+        first = self._ends[which - 1] if which else 0
+        return self._files[which], str(number - first)
+
+    def _scan(self, number: int) -> tuple[str, int]:
+        """Id and atom count, without decoding more than that takes."""
+        file, key = self._place(number)
+        where = _where(file, key)
+        try:
+            fields = _fields(file, key)
+            if "pos" not in fields:
+                raise DataError(f"{where} has no pos.")
+            sid, fid = (_label(fields.get(name)) for name in ("sid", "fid"))
+            pos = fields["pos"]
+            shape = pos.size if isinstance(pos, Tensor) else as_array(pos).shape
+        except Refusal as refusal:
+            raise DataError(f"{where} is refused: {refusal}.") from None
+        return pair_id(sid, fid) or str(number), shape[0] if shape else 0
+
+
+_READ = {"pos", "atomic_numbers", "cell", "tags", "fixed", "pbc"}
+_READ |= {"y", "energy", "force", "forces"}
+
+
+def _count(file: LmdbFile) -> int:
+    """Samples in a file, by its ``length`` or else by its keys."""
+    raw = file.get("length")
+    if raw is None:
+        return len(file.numeric_keys())
+    try:
+        length = plain_integer(raw)
+    except Refusal as refusal:
+        raise DataError(f"{_where(file, 'length')} is refused: {refusal}.") from None
+    if length < 0:
+        raise DataError(f"{file.path}: its length is {length}.")
+    return length
+
+
+def _fields(file: LmdbFile, key: str) -> dict[str, Any]:
+    raw = file.get(key)
+    if raw is None:
+        raise DataError(f"{_where(file, key)} is missing; fetch the file again.")
+    return sample_fields(raw)
+
+
+def _where(file: LmdbFile, key: str) -> str:
+    return f"{file.path}: sample {key!r}"
+
+
+def _label(value: Any) -> str | None:
+    """A sid or fid as text."""
+    if value is None or type(value) is str:
+        return value
+    array = as_array(value)
+    if array.size != 1:
+        raise Refusal(f"its sid or fid has {array.size} values")
+    return str(int(array.reshape(())))
+
+
+def _as_fields(values: dict[str, Any], where: str) -> Fields:
+    for name in ("atomic_numbers", "cell"):
+        if name not in values:
+            raise DataError(f"{where} has no {name}.")
+    return Fields(
+        atomic_numbers=values["atomic_numbers"],
+        positions=values["pos"],
+        cell=values["cell"],
+        pbc=values.get("pbc", (True, True, True)),
+        tags=values.get("tags"),
+        fixed=values.get("fixed"),
+        energy=values.get("y", values.get("energy")),
+        forces=values.get("force", values.get("forces")),
+    )

@@ -1,0 +1,50 @@
+"""Rows of ASE databases, as plain dictionaries, to samples."""
+
+from typing import Any
+
+from pipeline.datasets.samples import Fields, checked_sample, fixed_atoms, pair_id
+from pipeline.errors import DataError
+from pipeline.structure import Sample
+
+NO_CELL = ((0.0,) * 3,) * 3
+NO_PBC = (False,) * 3
+
+
+def row_id(row: dict[str, Any]) -> str | None:
+    """Id in the row's data or key-value pairs: ``sample_id``, else ``{sid}_{fid}``."""
+    words: dict[str, Any] = {}
+    for part in ("key_value_pairs", "data"):
+        extra = row.get(part)
+        if isinstance(extra, dict):
+            words |= extra
+    if "sample_id" in words:
+        return str(words["sample_id"])
+    return pair_id(words.get("sid"), words.get("fid"))
+
+
+def row_sample(row: dict[str, Any], sample_id: str, where: str) -> Sample:
+    """The row as a sample; constraints fix atoms and leave the forces alone.
+
+    Raises
+    ------
+    DataError
+        The row lacks numbers or positions, or holds impossible ones.
+    """
+    for name in ("numbers", "positions"):
+        if name not in row:
+            raise DataError(f"{where} has no {name}.")
+    try:
+        fixed = fixed_atoms(row.get("constraints") or [], len(row["numbers"]))
+    except (KeyError, IndexError, TypeError, ValueError):
+        raise DataError(f"{where} has constraints that cannot be read.") from None
+    fields = Fields(
+        atomic_numbers=row["numbers"],
+        positions=row["positions"],
+        cell=row.get("cell", NO_CELL),
+        pbc=row.get("pbc", NO_PBC),
+        tags=row.get("tags"),
+        fixed=fixed,
+        energy=row.get("energy"),
+        forces=row.get("forces"),
+    )
+    return checked_sample(sample_id, fields, where)

@@ -1,0 +1,131 @@
+"""From what a file says about one sample to a checked ``Sample``."""
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.errors import DataError
+from pipeline.structure import Sample, Structure
+
+MOLECULE_TAG = 2
+LARGEST_ELEMENT = 118
+_OC20_NUMBER = re.compile(r"(?:random|frame)(\d+)")
+
+
+@dataclass(frozen=True)
+class Fields:
+    """What a source has of one sample, unchecked; None where it has nothing."""
+
+    atomic_numbers: Any
+    positions: Any
+    cell: Any
+    pbc: Any
+    tags: Any = None
+    fixed: Any = None
+    energy: Any = None
+    forces: Any = None
+
+
+def checked_sample(sample_id: str, fields: Fields, where: str) -> Sample:
+    """``fields`` as a sample; tags are 2 and nothing is fixed where a source is silent.
+
+    Parameters
+    ----------
+    where
+        File and sample, as they begin the sentence of an error.
+
+    Raises
+    ------
+    DataError
+        A shape, an element, a position or a cell is impossible.
+    """
+    numbers = _numbers(fields.atomic_numbers, where)
+    n = len(numbers)
+    tags = np.full(n, MOLECULE_TAG) if fields.tags is None else fields.tags
+    fixed = np.zeros(n) if fields.fixed is None else fields.fixed
+    structure = Structure(
+        atomic_numbers=numbers,
+        positions=_finite(fields.positions, (n, 3), "positions", where),
+        cell=_finite(fields.cell, (3, 3), "a cell", where),
+        pbc=_finite(fields.pbc, (3,), "pbc", where).astype(np.bool_),
+        tags=_finite(tags, (n,), "tags", where).astype(np.int8),
+        fixed=_finite(fixed, (n,), "fixed", where).astype(np.bool_),
+    )
+    energy = np.nan if fields.energy is None else fields.energy
+    forces = np.full((n, 3), np.nan) if fields.forces is None else fields.forces
+    return Sample(
+        sample_id,
+        structure,
+        float(_array(energy, (), "an energy", where)),
+        _array(forces, (n, 3), "forces", where).astype(np.float32),
+    )
+
+
+def pair_id(sid: Any, fid: Any) -> str | None:
+    """Id ``{sid}_{fid}``, or ``{sid}``, or None without a sid.
+
+    OC20 writes the same system as 17 or ``random17`` and the same frame as 3 or
+    ``frame3``; the id has the numbers.
+    """
+    if sid is None:
+        return None
+    parts = [str(sid)] if fid is None else [str(sid), str(fid)]
+    found = [_OC20_NUMBER.fullmatch(part) for part in parts]
+    return "_".join(
+        match.group(1) if match else part
+        for part, match in zip(parts, found, strict=True)
+    )
+
+
+def fixed_atoms(
+    constraints: Iterable[dict[str, Any]], n_atoms: int
+) -> npt.NDArray[np.bool_]:
+    """Atoms held on all axes by ASE constraints, (n_atoms,), as their dictionaries."""
+    fixed = np.zeros(n_atoms, np.bool_)
+    for constraint in constraints:
+        kwargs = constraint["kwargs"]
+        if constraint["name"] == "FixAtoms":
+            fixed[np.asarray(kwargs["indices"], np.intp)] = True
+        elif constraint["name"] == "FixCartesian" and all(kwargs["mask"]):
+            fixed[np.asarray(kwargs["a"], np.intp)] = True
+    return fixed
+
+
+def _numbers(value: Any, where: str) -> npt.NDArray[np.uint8]:
+    numbers = _array(value, None, "atomic numbers", where)
+    if numbers.ndim != 1 or len(numbers) == 0:
+        raise DataError(f"{where} has no atoms.")
+    wrong = (numbers < 1) | (numbers > LARGEST_ELEMENT) | (numbers % 1 != 0)
+    # NaN is neither too small nor too large.
+    wrong |= ~np.isfinite(numbers)
+    if wrong.any():
+        raise DataError(f"{where} has the atomic number {numbers[wrong][0]:g}.")
+    return numbers.astype(np.uint8)
+
+
+def _finite(
+    value: Any, shape: tuple[int, ...], what: str, where: str
+) -> npt.NDArray[np.float64]:
+    array = _array(value, shape, what, where)
+    if not np.isfinite(array).all():
+        raise DataError(f"{where} has {what} with numbers that are not finite.")
+    return array
+
+
+def _array(
+    value: Any, shape: tuple[int, ...] | None, what: str, where: str
+) -> npt.NDArray[np.float64]:
+    """A copy in double precision; axes of length one may be missing or too many."""
+    try:
+        array = np.array(value, np.float64, order="C")
+    except (TypeError, ValueError):
+        raise DataError(f"{where} has {what} that are no numbers.") from None
+    if shape is None:
+        return array
+    if np.squeeze(array).shape != tuple(size for size in shape if size != 1):
+        raise DataError(f"{where} has {what} of shape {array.shape}, expected {shape}.")
+    return array.reshape(shape)

@@ -1,0 +1,211 @@
+"""What a store will hold: one pass over each dataset, then arrays and blocks."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.datasets import Dataset
+from pipeline.errors import DataError, SpecError
+from pipeline.fields import (
+    EDGE_IDENTITY_FIELDS,
+    FIELDS,
+    LABEL_FIELDS,
+    PREDICTION_FIELDS,
+    STRUCTURE_FIELDS,
+)
+from pipeline.models.normalizer import Normalizer
+from pipeline.spec import CacheSpec, FeatureSpec, SplitSpec
+from pipeline.statistics import LabelSums
+from pipeline.store.layout import INNER_ROWS, IntArray, plan_blocks
+from pipeline.store.writer import ArrayPlan, SplitPlan
+from pipeline.structure import Sample, Structure
+from pipeline.teacher import Teacher, width_shape
+
+log = logging.getLogger("pipeline.planning")
+CountEdges = Callable[[Structure], int]
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """What one pass over a dataset tells, all in its own order.
+
+    ``checksums`` (n,) of the structures, ``content`` SHA-256 over ids, structures and
+    labels, ``labels`` their statistics, ``n_edges`` (n,) where they were counted.
+    """
+
+    checksums: npt.NDArray[np.uint64]
+    content: str
+    labels: Normalizer
+    n_edges: IntArray | None
+
+
+def scan_dataset(
+    dataset: Dataset, reference_energies: str, count_edges: CountEdges | None = None
+) -> Scan:
+    """Read every sample of ``dataset`` once.
+
+    Raises
+    ------
+    DataError
+        The edges of a sample cannot be counted; names it.
+    """
+    content = hashlib.sha256()
+    labels = LabelSums()
+    checksums = np.empty(len(dataset), np.uint64)
+    n_edges = None if count_edges is None else np.empty(len(dataset), np.int64)
+    for index in range(len(dataset)):
+        sample = dataset[index]
+        checksum = sample.structure.checksum
+        checksums[index] = checksum
+        _add_content(content, sample, checksum)
+        labels.add(sample)
+        if count_edges is not None and n_edges is not None:
+            n_edges[index] = _counted(sample, count_edges)
+    normalizer = labels.normalizer(reference_energies)
+    return Scan(checksums, content.hexdigest(), normalizer, n_edges)
+
+
+def _add_content(content: Any, sample: Sample, checksum: int) -> None:
+    structure = sample.structure
+    content.update(sample.sample_id.encode() + b"\0")
+    content.update(checksum.to_bytes(8, "little"))
+    for part in (structure.pbc, structure.tags, structure.fixed):
+        content.update(part.tobytes())
+    content.update(np.float64(sample.energy).tobytes())
+    content.update(np.ascontiguousarray(sample.forces).tobytes())
+
+
+def _counted(sample: Sample, count_edges: CountEdges) -> int:
+    try:
+        return count_edges(sample.structure)
+    except DataError as error:
+        raise DataError(f"Sample {sample.sample_id!r}: {error}") from None
+
+
+def plan_split(
+    spec: CacheSpec, name: str, dataset: Dataset, scan: Scan, teacher: Teacher | None
+) -> SplitPlan:
+    """Blocks and arrays of split ``name``.
+
+    Raises
+    ------
+    SpecError
+        A sample has more atoms than a block has rows.
+    """
+    largest = int(np.argmax(dataset.n_atoms))
+    if dataset.n_atoms[largest] > spec.store.rows_per_block:
+        raise SpecError(
+            f"splits.{name}: sample {dataset.sample_ids[largest]!r} has "
+            f"{dataset.n_atoms[largest]} atoms, more than store.rows_per_block = "
+            f"{spec.store.rows_per_block}; raise it."
+        )
+    blocks = plan_blocks(
+        dataset.n_atoms,
+        # A split that fits into one block gets one of its own size.
+        min(spec.store.rows_per_block, _whole_chunks(dataset.n_atoms)),
+        spec.store.seed,
+        scan.n_edges,
+    )
+    plan = SplitPlan(
+        name=name,
+        sample_ids=[dataset.sample_ids[int(i)] for i in blocks.order],
+        checksums=scan.checksums[blocks.order],
+        blocks=blocks,
+        arrays=_array_plans(spec, spec.splits[name], teacher),
+    )
+    if blocks.edges is not None:
+        _tell_edge_size(plan, blocks.edges.rows_per_block)
+    return plan
+
+
+def _whole_chunks(n_atoms: npt.NDArray[np.int32]) -> int:
+    """All atoms of a split, rounded up to whole inner chunks."""
+    return -(-int(n_atoms.sum(dtype=np.int64)) // INNER_ROWS) * INNER_ROWS
+
+
+def _tell_edge_size(plan: SplitPlan, rows_per_block: int) -> None:
+    row = sum(
+        np.dtype(a.dtype).itemsize * int(np.prod(a.shape, dtype=np.int64))
+        for a in plan.arrays
+        if a.level == "edge"
+    )
+    block = rows_per_block * row / 1e9
+    log.warning(
+        "splits.%s: edge arrays will take %.3g GB, %.3g GB in each of %d blocks, which "
+        "must fit into memory; edge_to_node_features are smaller by the number of "
+        "neighbours, and store.rows_per_block makes blocks smaller",
+        plan.name,
+        block * plan.blocks.n_blocks,
+        block,
+        plan.blocks.n_blocks,
+    )
+
+
+def _array_plans(
+    spec: CacheSpec, split: SplitSpec, teacher: Teacher | None
+) -> tuple[ArrayPlan, ...]:
+    names: list[str] = [*STRUCTURE_FIELDS, *LABEL_FIELDS]
+    dtypes = {name: FIELDS[name].dtype for name in FIELDS}
+    widths: dict[str, int] = {}
+    if teacher is not None:
+        wanted = wanted_features(spec, split)
+        names += [*PREDICTION_FIELDS, *wanted]
+        if "edge_features" in wanted:
+            names += EDGE_IDENTITY_FIELDS
+        dtypes |= {name: part.dtype for name, part in wanted.items() if part.dtype}
+        widths = teacher.widths
+    return tuple(
+        ArrayPlan(
+            path=FIELDS[name].path,
+            level=FIELDS[name].level,
+            shape=width_shape(name, widths.get(name, 0)),
+            dtype=dtypes[name],
+            attributes={"unit": FIELDS[name].unit, "meaning": FIELDS[name].meaning},
+        )
+        for name in names
+    )
+
+
+def wanted_features(spec: CacheSpec, split: SplitSpec) -> dict[str, FeatureSpec]:
+    """Fields that the teacher is asked for in this split, with their options."""
+    return dict(spec.features) if split.features else {}
+
+
+def store_attributes(
+    spec: CacheSpec,
+    scans: Mapping[str, Scan],
+    plans: Mapping[str, SplitPlan],
+    teacher: Teacher | None,
+) -> dict[str, Any]:
+    """Provenance of the store and the fingerprint of all that decides its numbers."""
+    identity = {
+        "teacher": None if teacher is None else teacher.identity,
+        "splits": {
+            name: {"features": s.features, "content": scans[name].content}
+            for name, s in spec.splits.items()
+        },
+        "arrays": {
+            name: [[a.path, list(a.shape), a.dtype] for a in plan.arrays]
+            for name, plan in plans.items()
+        },
+        "rows_per_block": spec.store.rows_per_block,
+        "order_seed": spec.store.seed,
+        "label_statistics": {n: s.labels.to_dict() for n, s in scans.items()},
+    }
+    text = json.dumps(identity, sort_keys=True)
+    return {
+        **identity,
+        "fingerprint": hashlib.sha256(text.encode()).hexdigest(),
+        "provenance": {
+            "spec": spec.model_dump(),
+            "teacher": None if teacher is None else teacher.loaded.provenance,
+            "software": {n: version(n) for n in ("kd-train", "torch", "zarr", "vesin")},
+        },
+    }
