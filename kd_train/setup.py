@@ -62,7 +62,8 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
     name, hyperparameters = PRESETS[preset]
     torch.manual_seed(config.seed)
     student = build_model(name, hyperparameters | config.student.hyperparameters)
-    student.fit(_fitting_batch(student, split))
+    if not student.is_fitted:
+        student.fit(_fitting_batch(student, split))
     normalizer = store_normalizer(store, config.train_split)
     setting = Setting(
         student_name=preset,

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,14 @@ from pipeline.fields import (
     STRUCTURE_FIELDS,
 )
 from pipeline.models.normalizer import Normalizer
-from pipeline.spec import CacheSpec, FeatureSpec, SplitSpec
+from pipeline.spec import (
+    NO_REFERENCES,
+    PER_ELEMENT,
+    CacheSpec,
+    FeatureSpec,
+    SplitSpec,
+    read_reference_energies,
+)
 from pipeline.statistics import LabelSums
 from pipeline.store.layout import INNER_ROWS, IntArray, plan_blocks
 from pipeline.store.writer import ArrayPlan, SplitPlan
@@ -188,7 +196,11 @@ def store_attributes(
     identity = {
         "teacher": None if teacher is None else teacher.identity,
         "splits": {
-            name: {"features": s.features, "content": scans[name].content}
+            name: {
+                "features": s.features,
+                "content": scans[name].content,
+                "reference_energies": _references(s.reference_energies),
+            }
             for name, s in spec.splits.items()
         },
         "arrays": {
@@ -197,11 +209,13 @@ def store_attributes(
         },
         "rows_per_block": spec.store.rows_per_block,
         "order_seed": spec.store.seed,
-        "label_statistics": {n: s.labels.to_dict() for n, s in scans.items()},
     }
+    # The statistics follow from what is above, but their last bits differ between
+    # machines, so they are no part of the fingerprint.
     text = json.dumps(identity, sort_keys=True)
     return {
         **identity,
+        "label_statistics": {n: s.labels.to_dict() for n, s in scans.items()},
         "fingerprint": hashlib.sha256(text.encode()).hexdigest(),
         "provenance": {
             "spec": spec.model_dump(),
@@ -209,3 +223,11 @@ def store_attributes(
             "software": {n: version(n) for n in ("kd-train", "torch", "zarr", "vesin")},
         },
     }
+
+
+def _references(choice: str) -> str | dict[str, float]:
+    """The choice by its name, or what the named file says."""
+    if choice in (PER_ELEMENT, NO_REFERENCES):
+        return choice
+    energies = read_reference_energies(Path(choice))
+    return {str(number): energy for number, energy in sorted(energies.items())}

@@ -211,7 +211,7 @@ class Teacher:
         arrays: Arrays = {}
         for name in names:
             if name in identity:
-                arrays[name] = identity[name].astype(FIELDS[name].dtype)
+                arrays[name] = identity[name]  # the writer checks that they fit
                 continue
             tensor = values[name] if name in values else getattr(output, name).float()
             arrays[name] = tensor.detach().cpu().numpy()

@@ -24,12 +24,12 @@ N_VAL = 24
 
 @pytest.fixture(autouse=True)
 def _closed_logs() -> Iterator[None]:
-    """Close the log files that the command lines attach to our loggers."""
+    """Close what the command lines attach to our loggers."""
     yield
     for name in ("pipeline", "kd_train"):
         logger = logging.getLogger(name)
         for handler in list(logger.handlers):
-            if isinstance(handler, logging.FileHandler):
+            if isinstance(handler, logging.StreamHandler):
                 logger.removeHandler(handler)
                 handler.close()
         logger.setLevel(logging.NOTSET)

@@ -16,7 +16,8 @@ class Network(nn.Module):
     ``graph_rule`` says how its edges are built, ``hyperparameters`` (JSON-able) rebuild
     it, ``widths`` are the channels of the hidden states it offers by field name,
     ``elements`` the atomic numbers it can embed, and ``layers`` the names of the layers
-    that features may be taken from.
+    that features may be taken from. A network with ``is_fitted = False`` wants
+    :meth:`fit` before its training.
     """
 
     graph_rule: GraphRule
@@ -24,6 +25,7 @@ class Network(nn.Module):
     widths: dict[str, int]
     elements: range
     layers: tuple[str, ...] = ()
+    is_fitted = True
 
     def forward(
         self, batch: Data, layers: Mapping[str, str] | None = None

@@ -8,7 +8,7 @@ import torch
 
 from pipeline.graphs.batch import collate
 from pipeline.graphs.neighbors import GraphRule, neighbor_edges
-from pipeline.models.zoo import build_model
+from pipeline.models.zoo import MODELS, build_model
 from pipeline.structure import Structure
 
 _GEMNET = {
@@ -89,9 +89,12 @@ VARIANTS = {
 DIRECT = ("gemnet_oc", "gemnet_oc-triplets", "painn")
 
 
-def structure_of(
-    positions, numbers, cell=None, pbc=(False, False, False), tags=(2,)
-):
+def name_of(model):
+    """Name under which a model is built."""
+    return next(n for n, kind in MODELS.items() if type(model) is kind.network)
+
+
+def structure_of(positions, numbers, cell=None, pbc=(False, False, False), tags=(2,)):
     n = len(numbers)
     return Structure(
         np.asarray(numbers, np.uint8),

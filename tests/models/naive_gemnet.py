@@ -7,7 +7,6 @@ package computes but the lists of edges.
 import math
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 from numpy.polynomial import legendre
@@ -79,8 +78,8 @@ class NaiveBlock:
 
     def __call__(self, h, m):
         """New states; all interactions see the old ones."""
-        edge_messages = self.edge_to_edge(m) + self.quadruplets(m) + self.atom_to_edge(h)
-        edges = (act(m @ self.weight("dense_ca").T) + edge_messages) / math.sqrt(4)
+        edges = self.edge_to_edge(m) + self.quadruplets(m) + self.atom_to_edge(h)
+        edges = (act(m @ self.weight("dense_ca").T) + edges) / math.sqrt(4)
         atoms = (h + self.edge_to_atom(m, len(h)) + self.pairs(h)) / math.sqrt(3)
         edges = self.residuals("layers_before_skip", edges)
         m = self.residuals("layers_after_skip", (m + edges) / math.sqrt(2))
@@ -101,11 +100,13 @@ class NaiveBlock:
 
     def residuals(self, name, x):
         for k in range(getattr(self.options, f"num_{_COUNTS[name]}")):
-            first, second = (self.weight(f"{name}.{k}.dense_mlp.{i}") for i in (0, 1))
-            x = (x + act(act(x @ first.T) @ second.T)) / math.sqrt(2)
+            x = self.residual(f"{name}.{k}", x)
         return x
 
-    @cache  # noqa: B019
+    def residual(self, name, x):
+        first, second = (self.weight(f"{name}.dense_mlp.{i}") for i in (0, 1))
+        return (x + act(act(x @ first.T) @ second.T)) / math.sqrt(2)
+
     def radial(self, distance, cutoff):
         """Gaussians under the polynomial envelope of exponent 5."""
         count, x = self.options.num_radial, distance / cutoff
@@ -273,8 +274,7 @@ class NaiveBlock:
         if self.options.emb_size_edge != self.options.emb_size_atom:
             x, first = act(x @ self.weight("atom_update.layers.0").T), 1
         for k in range(first, first + self.options.num_atom):
-            one, two = (self.weight(f"atom_update.layers.{k}.dense_mlp.{i}") for i in (0, 1))
-            x = (x + act(act(x @ one.T) @ two.T)) / math.sqrt(2)
+            x = self.residual(f"atom_update.layers.{k}", x)
         return x
 
 

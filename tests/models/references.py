@@ -16,7 +16,9 @@ FIXTURES = Path(__file__).parents[1] / "fixtures"
 GRAPHS = {"main": "", "aeaint": "ae", "qint": "quad"}
 
 
-def structures_in(reference: Mapping[str, Any], prefix: str = "") -> Iterator[Structure]:
+def structures_in(
+    reference: Mapping[str, Any], prefix: str = ""
+) -> Iterator[Structure]:
     """Structures of a reference file; single precision there is exact here."""
     count = reference[f"{prefix}in/natoms"]
     for index, stop in enumerate(np.cumsum(count)):

@@ -14,6 +14,7 @@ import torch
 from pipeline.errors import CheckpointError
 from pipeline.models.checkpoint import load_checkpoint
 from pipeline.models.normalizer import NUM_REFERENCES, Normalizer
+from tests.models.conftest import name_of
 
 MEAN, STD, FORCE_STD = -0.75, 2.5, 1.25
 OLD_NORMALIZERS = {
@@ -35,7 +36,7 @@ def model(make_model, variant):
 
 def released(model, prefix="", old=True):
     """Checkpoint in the released form: old configuration or new."""
-    name = "schnet" if hasattr(model, "interactions") else "painn"
+    name = name_of(model)
     attributes = {
         **model.hyperparameters,
         "otf_graph": True,
@@ -210,7 +211,12 @@ class TestNormalizers:
             load(checkpoint)
 
 
-def broken(checkpoint, how):
+def width_of(model):
+    """Name of the first size of a model."""
+    return "emb_size_atom" if name_of(model) == "gemnet_oc" else "hidden_channels"
+
+
+def broken(checkpoint, how, model):
     state = checkpoint["state_dict"]
     name = next(k for k in state if k.endswith("weight"))
     changes = {
@@ -223,10 +229,10 @@ def broken(checkpoint, how):
         "other model": lambda: checkpoint["config"].update(model="dimenet"),
         "no config": lambda: checkpoint.pop("config"),
         "bad size": lambda: checkpoint["config"]["model_attributes"].update(
-            hidden_channels="big"
+            {width_of(model): "big"}
         ),
         "huge": lambda: checkpoint["config"]["model_attributes"].update(
-            hidden_channels=10**12
+            {width_of(model): 10**12}
         ),
     }
     changes[how]()
@@ -242,15 +248,15 @@ def broken(checkpoint, how):
         ("nan", "holds numbers that are not finite"),
         ("no state", "has no state_dict"),
         ("not tensors", "has no state_dict"),
-        ("other model", "'dimenet'; known are painn, schnet"),
-        ("no config", "None; known are painn, schnet"),
-        ("bad size", "hidden_channels is 'big'"),
-        ("huge", "hidden_channels is 1000000000000"),
+        ("other model", "'dimenet'; known are gemnet_oc, painn, schnet"),
+        ("no config", "None; known are gemnet_oc, painn, schnet"),
+        ("bad size", r"\w+ is 'big'"),
+        ("huge", r"\w+ is 1000000000000"),
     ],
 )
 def test_checkpoints_that_do_not_fit_are_refused(load, model, how, message):
     with pytest.raises(CheckpointError, match=message):
-        load(broken(released(model), how))
+        load(broken(released(model), how, model))
 
 
 def test_numpy_numbers_among_the_metrics_are_harmless(load, model):

@@ -9,6 +9,7 @@ import torch
 from pipeline.errors import CheckpointError
 from pipeline.models.checkpoint import load_checkpoint, save_model
 from pipeline.models.normalizer import Normalizer
+from tests.models.conftest import name_of
 
 EXPECTED = Normalizer(-0.75, 2.5, 1.25)
 
@@ -26,7 +27,7 @@ def assert_same_weights(loaded, model):
 
 def test_round_trip(tmp_path, model):
     path = tmp_path / "new" / "model.safetensors"
-    name = "schnet" if hasattr(model, "interactions") else "painn"
+    name = name_of(model)
     normalizer = Normalizer(-1.5, 2.0, 3.0, (0.0, -13.6, *[0.25] * 117))
     provenance = {"strategy": "n2n", "seed": 3}
     save_model(path, name, model, normalizer, provenance)
@@ -40,7 +41,7 @@ def test_round_trip(tmp_path, model):
 
 
 def test_same_model_gives_the_same_bytes(tmp_path, model):
-    name = "schnet" if hasattr(model, "interactions") else "painn"
+    name = name_of(model)
     paths = [tmp_path / f"{i}.safetensors" for i in range(2)]
     for path in paths:
         save_model(path, name, model, EXPECTED, {"b": 1, "a": 2})

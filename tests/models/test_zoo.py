@@ -7,10 +7,23 @@ import torch
 
 from pipeline.errors import DataError, SpecError
 from pipeline.models.elements import check_elements
-from pipeline.models.zoo import MODELS, PRESETS, build_model
+from pipeline.models.zoo import PRESETS, build_model
 
+GEMNET = {
+    "num_blocks": 1,
+    "num_radial": 12,
+    "num_spherical": 3,
+    "emb_size_cbf": 7,
+    "emb_size_atom": 24,
+    "emb_size_edge": 32,
+    "quad_interaction": True,
+    "atom_edge_interaction": True,
+    "edge_atom_interaction": True,
+    "atom_interaction": True,
+}
 # Trainable parameters as published for these sizes, with 128 radial functions.
 PUBLISHED = {
+    "gemnet-oc-oc20": 38_864_384,
     "painn-big": 5_334_531,
     "painn-small": 1_029_635,
     "schnet": 455_809,
@@ -35,7 +48,7 @@ def test_painn_has_one_fixed_scale_factor_per_layer():
     assert all(p.shape == () and p == 1 for p in fixed.values())
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["painn", "schnet"])
 def test_initial_weights_are_xavier_and_biases_zero(name):
     torch.manual_seed(0)
     model = build_model(name, {"hidden_channels": 64})
@@ -48,6 +61,35 @@ def test_initial_weights_are_xavier_and_biases_zero(name):
                 assert weight.abs().max() > 0.98 * bound
                 assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
             assert layer.bias is None or not layer.bias.any()
+
+
+def test_initial_weights_of_gemnet_are_standardised():
+    """Every row has mean 0 and the variance 1 / fan-in."""
+    torch.manual_seed(0)
+    model = build_model("gemnet_oc", {**GEMNET, "direct_forces": True})
+    layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    assert len(layers) > 30
+    for layer in layers:
+        assert layer.bias is None
+        row = layer.weight.detach()
+        torch.testing.assert_close(row.mean(dim=1), torch.zeros(len(row)))
+        expected = torch.full((len(row),), 1 / row.shape[1])
+        torch.testing.assert_close(row.var(dim=1), expected, rtol=1e-2, atol=0)
+    for name in ("tint", "qint"):
+        basis = getattr(model, f"mlp_cbf_{name}").weight.detach()
+        flat = basis.flatten(0, 1)
+        assert flat.shape == (12 * 3, 7)
+        torch.testing.assert_close(flat.mean(dim=0), torch.zeros(7))
+        expected = torch.full((7,), 1 / 36)
+        torch.testing.assert_close(flat.var(dim=0), expected, rtol=1e-2, atol=0)
+
+
+def test_gemnet_has_fixed_scale_factors_of_one():
+    model = build_model("gemnet_oc", {**GEMNET, "direct_forces": True})
+    fixed = {n: p for n, p in model.named_parameters() if not p.requires_grad}
+    # 11 in the block (2 + 3 + 2 + 2 + 1 + 1), 2 in each output block.
+    assert len(fixed) == 11 + 2 * 2
+    assert all(n.endswith(".scale_factor") and p == 1 for n, p in fixed.items())
 
 
 def test_initial_embeddings():
@@ -65,7 +107,11 @@ def test_initial_embeddings():
 @pytest.mark.parametrize(
     ("name", "hyperparameters", "message"),
     [
-        ("gemnet", {}, "No model is called 'gemnet'; known are painn, schnet"),
+        (
+            "gemnet",
+            {},
+            "No model is called 'gemnet'; known are gemnet_oc, painn, schnet",
+        ),
         ("painn", {"hidden_chanels": 8}, "nearest known one is 'hidden_channels'"),
         ("schnet", {"num_rbf": 8}, "schnet has no hyperparameter 'num_rbf'"),
         ("painn", {"hidden_channels": "8"}, "painn.hidden_channels is '8'"),
@@ -100,10 +146,13 @@ def test_first_unknown_element_is_named_with_its_sample():
         check_elements([0, 1], build_model("schnet", {}).elements)
 
 
-@pytest.mark.parametrize(("name", "last"), [("painn", 83), ("schnet", 99)])
+@pytest.mark.parametrize(
+    ("name", "last"), [("gemnet_oc", 83), ("painn", 83), ("schnet", 99)]
+)
 def test_every_listed_element_has_a_row(name, last):
-    model = build_model(name, {"hidden_channels": 8})
+    size = GEMNET if name == "gemnet_oc" else {"hidden_channels": 8}
+    model = build_model(name, size)
     assert (min(model.elements), max(model.elements)) == (1, last)
     numbers = torch.tensor(list(model.elements))
-    rows = model.atom_emb(numbers) if name == "painn" else model.embedding(numbers)
+    rows = model.embedding(numbers) if name == "schnet" else model.atom_emb(numbers)
     assert len(rows.unique(dim=0)) == last

@@ -202,7 +202,7 @@ def test_unknown_keys_come_with_the_nearest_known(
         (["--set", "teacher.checkpoint=absent.pt"], "absent.pt does not exist"),
         (["--set", "splits.train.path=absent.xyz"], "absent.xyz does not exist"),
         (["--set", "splits.train.path=$NO_SUCH_PLACE/x"], "NO_SUCH_PLACE is not set"),
-        (["--set", "splits.train.path=small.yaml"], "cannot be read as extended XYZ"),
+        (["--set", "splits.train.path=spec.yaml"], "cannot be read as extended XYZ"),
         (["--set", "teacher.checkpoint=."], "there is no checkpoint file"),
         (["--set", "features.edge_features={}"], "'edge_features'"),
         (["--set", "teacher.model=schnet"], "teacher.model"),

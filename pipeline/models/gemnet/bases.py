@@ -67,6 +67,8 @@ def summed_over_images(
 
 def _initialise(weight: Tensor) -> None:
     """Orthogonal, then standardised over radial and angular functions per channel."""
+    if weight.is_meta:  # about to be filled from a file
+        return
     nn.init.orthogonal_(weight)
     with torch.no_grad():
         fan_in = weight.shape[0] * weight.shape[1]

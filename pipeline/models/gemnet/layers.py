@@ -111,6 +111,8 @@ def he_orthogonal_(weight: Tensor) -> None:
     Rows get mean 0 and, over the fan-in, variance 1 / fan-in (Saxe et al. 2013 with the
     variance of He et al. 2015, as GemNet initialises its layers).
     """
+    if weight.is_meta:  # about to be filled from a file
+        return
     nn.init.orthogonal_(weight)
     with torch.no_grad():
         fan_in = weight[0].numel()

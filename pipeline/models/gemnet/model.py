@@ -49,6 +49,8 @@ class GemNetOC(SharedBases):
     block. Without direct forces only ``regular_k`` has edge features.
     """
 
+    is_fitted = False
+
     def __init__(self, **hyperparameters: Any) -> None:
         super().__init__()
         options = GemNetOCOptions(**hyperparameters)

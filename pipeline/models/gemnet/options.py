@@ -81,11 +81,18 @@ class GemNetOCOptions:
             if name != wanted:
                 raise SpecError(f"gemnet_oc.{key} is {name!r}; supported is {wanted}.")
         largest, _ = self.base_graph
-        for key in ("cutoff", "cutoff_qint", "cutoff_aeaint"):
-            if (getattr(self, key) or 0.0) > largest:
+        whole = "cutoff_aint" if self.has_base_graph else "cutoff"
+        # Keys of interactions that are off do not count.
+        used = {
+            "cutoff": self.cutoff,
+            "cutoff_qint": self.quad_graph[0],
+            "cutoff_aeaint": self.atom_edge_graph[0],
+        }
+        for key, cutoff in used.items():
+            if cutoff > largest:
                 raise SpecError(
-                    f"gemnet_oc.{key} is {getattr(self, key)} Å, more than "
-                    f"cutoff_aint = {largest} Å, the graph it is cut out of."
+                    f"gemnet_oc.{key} is {cutoff} Å, more than {whole} = {largest} Å, "
+                    "the graph it is cut out of."
                 )
 
     @property

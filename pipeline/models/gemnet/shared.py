@@ -18,7 +18,7 @@ from pipeline.models.gemnet.geometry import (
     pair_angles,
     quad_angles,
 )
-from pipeline.models.gemnet.layers import Dense
+from pipeline.models.gemnet.layers import Dense, he_orthogonal_
 from pipeline.models.gemnet.options import GemNetOCOptions
 from pipeline.models.gemnet.slots import Slots
 from pipeline.models.gemnet.tables import Tables
@@ -65,6 +65,7 @@ class SharedBases(Network):
             self._add_projections("eaint")
         if o.atom_interaction:
             self.mlp_rbf_aint = nn.Linear(radial, o.emb_size_rbf, bias=False)
+            he_orthogonal_(self.mlp_rbf_aint.weight)
         self._add_projections("tint")
         self.mlp_rbf_h = radial_projection(radial, o.emb_size_rbf)
         self.mlp_rbf_out = radial_projection(radial, o.emb_size_rbf)

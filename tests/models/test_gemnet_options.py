@@ -1,0 +1,115 @@
+"""Hyperparameters of GemNet-OC: what is refused, and which graphs follow."""
+
+import pytest
+
+from pipeline.errors import SpecError
+from pipeline.graphs.neighbors import SideGraph
+from pipeline.models.zoo import build_model
+from tests.models.conftest import VARIANTS
+
+SMALL = VARIANTS["gemnet_oc-triplets"][1]
+COUNTS = (
+    *("num_before_skip", "num_after_skip", "num_concat", "num_atom"),
+    *("num_output_afteratom", "num_atom_emb_layers", "num_global_out_layers"),
+)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rbf": {"name": "bernstein"}}, r"gemnet_oc\.rbf is 'bernstein'"),
+        ({"cbf": {"name": "gaussian"}}, r"gemnet_oc\.cbf is 'gaussian'"),
+        ({"sbf": {"name": "spherical_harmonics"}}, r"gemnet_oc\.sbf is 'spherical"),
+        ({"sbf": {}}, r"gemnet_oc\.sbf is None; supported is legendre_outer"),
+        ({"activation": "siqu"}, r"gemnet_oc\.activation is 'siqu'"),
+        ({"envelope": {"name": "exponential"}}, "Envelope .* is not supported"),
+        ({"num_radial": 1}, "at least 2 functions"),
+        ({"num_before_skip": -1}, r"gemnet_oc\.num_before_skip is -1"),
+        ({"num_atom": 1.5}, r"gemnet_oc\.num_atom is 1\.5"),
+        ({"num_blocks": 0}, r"gemnet_oc\.num_blocks is 0"),
+        ({"num_elements": 0}, r"gemnet_oc\.num_elements is 0"),
+        ({"cutoff_aint": 0.0}, r"gemnet_oc\.cutoff_aint is 0\.0"),
+        ({"cutoff_qint": "far"}, r"gemnet_oc\.cutoff_qint is 'far'"),
+        ({"max_neighbors_qint": 2.5}, r"gemnet_oc\.max_neighbors_qint is 2\.5"),
+        ({"qint_tags": "12"}, r"gemnet_oc\.qint_tags is '12'"),
+        ({"qint_tags": [1, "2"]}, r"gemnet_oc\.qint_tags is"),
+        ({"quad_interaction": 1}, r"gemnet_oc\.quad_interaction is 1"),
+        ({"emb_size_trip": 8}, "nearest known one is 'emb_size_trip_"),
+        (
+            {"atom_interaction": True, "cutoff_aint": 3.0},
+            r"gemnet_oc\.cutoff is 4\.0 Å, more than cutoff_aint = 3\.0 Å",
+        ),
+        (
+            {
+                "atom_interaction": True,
+                "quad_interaction": True,
+                "cutoff_aint": 5.0,
+                "cutoff_qint": 5.5,
+            },
+            r"gemnet_oc\.cutoff_qint is 5\.5 Å, more than cutoff_aint",
+        ),
+        (
+            {"quad_interaction": True, "cutoff_qint": 4.5},
+            r"gemnet_oc\.cutoff_qint is 4\.5 Å, more than cutoff = 4\.0 Å",
+        ),
+    ],
+)
+def test_bad_choices_are_refused_with_their_key(change, message):
+    with pytest.raises(SpecError, match=message):
+        build_model("gemnet_oc", {**SMALL, **change})
+
+
+def test_layer_counts_may_be_zero(molecules, batch_of):
+    name, hyperparameters = VARIANTS["gemnet_oc"]
+    model = build_model(name, {**hyperparameters, **dict.fromkeys(COUNTS, 0)}).double()
+    output = model(batch_of(molecules, model.graph_rule))
+    assert output.energy.isfinite().all()
+    assert output.forces.abs().max() > 0
+    assert not any("dense_mlp" in key for key in model.state_dict())
+
+
+def rule_of(**change):
+    return build_model("gemnet_oc", {**SMALL, **change}).graph_rule
+
+
+def test_graphs_of_interactions_that_are_off_are_not_made():
+    rule = rule_of(cutoff_qint=9.0, cutoff_aint=10.0, max_neighbors_aeaint=3)
+    assert (rule.cutoff, rule.max_neighbors) == (4.0, 50)
+    assert rule.symmetric
+    assert rule.base is None
+    assert rule.sides == ()
+
+
+def test_side_graphs_follow_the_main_graph_where_nothing_is_said():
+    switches = dict.fromkeys(
+        ("quad_interaction", "edge_atom_interaction", "atom_interaction"), True
+    )
+    rule = rule_of(**switches, max_neighbors=7, cutoff_qint=None)
+    assert rule.base == (4.0, 7)
+    assert rule.sides == (
+        SideGraph("ae", 4.0, 7),
+        SideGraph("quad", 4.0, 7, (0, 1, 2)),
+        SideGraph("aa", 4.0, 7),
+    )
+
+
+def test_the_base_graph_is_the_largest_of_all():
+    sides = {"cutoff_aeaint": 6.0, "max_neighbors_aeaint": 60}
+    rule = rule_of(**sides, atom_edge_interaction=True, cutoff_aint=9.0)
+    # No pair interaction, so its own cutoff does not count.
+    assert rule.base == (6.0, 60)
+    assert [side.name for side in rule.sides] == ["ae"]
+    rule = rule_of(**sides, atom_edge_interaction=True, atom_interaction=True)
+    assert rule.base == (6.0, 60)
+    assert rule.sides[-1] == SideGraph("aa", 6.0, 60)
+    rule = rule_of(**sides, atom_interaction=True, max_neighbors_aint=1000)
+    # No atom-edge interaction, so the keys of its graph do not count.
+    assert rule.base == (4.0, 1000)
+
+
+def test_quadruplets_alone_are_cut_out_of_the_main_graph():
+    rule = rule_of(quad_interaction=True, cutoff_qint=3.0, qint_tags=[2])
+    assert rule.base is None
+    assert rule.sides == (SideGraph("quad", 3.0, 50, (2,)),)
+    rule = rule_of(enforce_max_neighbors_strictly=False, use_pbc=False)
+    assert (rule.strict, rule.periodic) == (False, False)
