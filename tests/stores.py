@@ -22,8 +22,39 @@ TINY_PAINN = {
     "cutoff": 5.0,
     "max_neighbors": 20,
 }
+TINY_GEMNET = {
+    "num_spherical": 4,
+    "num_radial": 8,
+    "num_blocks": 2,
+    "emb_size_atom": 12,
+    "emb_size_edge": 10,
+    "emb_size_trip_in": 6,
+    "emb_size_trip_out": 5,
+    "emb_size_quad_in": 4,
+    "emb_size_quad_out": 3,
+    "emb_size_aint_in": 5,
+    "emb_size_aint_out": 4,
+    "emb_size_rbf": 4,
+    "emb_size_cbf": 3,
+    "emb_size_sbf": 5,
+    "num_before_skip": 1,
+    "num_after_skip": 1,
+    "num_atom": 1,
+    "num_output_afteratom": 1,
+    "num_global_out_layers": 1,
+    "cutoff": 5.0,
+    "cutoff_qint": 3.0,
+    "max_neighbors": 30,
+    "max_neighbors_qint": 4,
+    "direct_forces": True,
+    "quad_interaction": True,
+    "atom_edge_interaction": True,
+    "edge_atom_interaction": True,
+    "atom_interaction": True,
+}
 STUDENTS: dict[str, dict[str, Any]] = {
     "painn-small-demo": TINY_PAINN | {"hidden_channels": 8},
+    "gemnet-oc-demo": TINY_GEMNET,
     "schnet-demo": {
         "hidden_channels": 8,
         "num_filters": 8,
@@ -53,6 +84,18 @@ def save_teacher(path: Path, seed: int = 3, **changes: Any) -> Path:
     torch.manual_seed(seed)
     model = build_model("painn", TINY_PAINN | changes)
     save_model(path, "painn", model, teacher_normalizer(), {"made": "for tests"})
+    return path
+
+
+def save_gemnet(path: Path, seed: int = 5, **changes: Any) -> Path:
+    """An untrained GemNet-OC at ``path`` whose scale factors are not one."""
+    torch.manual_seed(seed)
+    model = build_model("gemnet_oc", TINY_GEMNET | changes)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            if name.endswith("scale_factor"):
+                value.fill_(0.5 + float(torch.rand(())))
+    save_model(path, "gemnet_oc", model, teacher_normalizer(), {"made": "for tests"})
     return path
 
 

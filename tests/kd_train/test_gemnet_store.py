@@ -1,0 +1,145 @@
+"""Students of a GemNet-OC, and GemNet-OC as a student."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch_geometric.data import Data
+
+from kd_train.loop import Run
+from pipeline.datasets import open_dataset
+from pipeline.errors import DataError
+from pipeline.fields import PREDICTION_FIELDS
+from pipeline.models.gemnet.fitting import Scale
+from pipeline.spec import load_spec
+from pipeline.store.reader import FeatureStore
+from pipeline.structure import Sample
+from pipeline.teacher import Teacher
+from tests.stores import (
+    FLOAT32,
+    TINY_GEMNET,
+    build,
+    save_gemnet,
+    spec_document,
+    train_config,
+    write_spec,
+)
+
+FIELDS = (
+    "node_features",
+    "edge_to_node_features",
+    "vector_features",
+    "edge_features",
+    "per_atom_energy",
+)
+CASES = [
+    ("painn-small-demo", "e2n"),
+    ("painn-small-demo", "e2e"),
+    ("painn-small-demo", "n2n+v2v"),
+    ("painn-small-demo", "e2n+v2v+vanilla2"),
+    ("schnet-demo", "n2n+e2n"),
+    ("gemnet-oc-demo", "none"),
+    ("gemnet-oc-demo", "n2n+v2v"),
+    ("gemnet-oc-demo", "e2n"),
+    ("gemnet-oc-demo", "e2e"),
+]
+STEPS = 6
+
+
+@pytest.fixture(scope="module")
+def spec_path(
+    tmp_path_factory: pytest.TempPathFactory, datasets: dict[str, Path]
+) -> Path:
+    folder = tmp_path_factory.mktemp("gemnet")
+    teacher = save_gemnet(folder / "teacher.safetensors")
+    split = {"format": "extxyz", "path": str(datasets["train"]), "limit": 60}
+    features = dict.fromkeys(FIELDS, FLOAT32)
+    document = spec_document(
+        {"train": split, "val": datasets["val"]},
+        folder / "s.zarr",
+        teacher,
+        features,
+    )
+    document["teacher"]["model"] = "gemnet_oc"
+    return write_spec(folder / "s.yaml", document)
+
+
+@pytest.fixture(scope="module")
+def store(spec_path: Path) -> FeatureStore:
+    return build(spec_path)
+
+
+@pytest.fixture(scope="module")
+def sources(datasets: dict[str, Path]) -> dict[str, Sample]:
+    """Samples by id, read from the file and not from the store."""
+    dataset = open_dataset("extxyz", str(datasets["train"]), limit=60)
+    return {s.sample_id: s for s in map(dataset.__getitem__, range(len(dataset)))}
+
+
+def _live(cached: Data, samples: list[Sample], teacher: Teacher) -> Data:
+    """The batch with every number of the store replaced by the teacher's own."""
+    predictions = teacher.predict(samples, FIELDS)
+    live = cached.clone()
+    for name in (*PREDICTION_FIELDS, *FIELDS):
+        if name in cached:
+            live[name] = torch.from_numpy(predictions[name])
+    return live
+
+
+@pytest.mark.parametrize(("student", "strategy"), CASES)
+def test_cached_and_live_teacher_train_alike(
+    student: str,
+    strategy: str,
+    store: FeatureStore,
+    spec_path: Path,
+    sources: dict[str, Sample],
+    tmp_path: Path,
+) -> None:
+    spec = load_spec(spec_path).teacher
+    assert spec is not None
+    teacher = Teacher.load(spec)
+    config = train_config(student, strategy=strategy, steps=STEPS)
+    cached_run, live_run = (
+        Run(config, store, tmp_path / name, torch.device("cpu"))
+        for name in ("cached", "live")
+    )
+    order = np.random.default_rng(5).permutation(len(store.splits["train"]))
+    for step in range(STEPS):
+        positions = order[8 * step : 8 * step + 8]
+        batch = cached_run.train_samples.batch(positions)
+        ids = [str(i) for i in store.splits["train"].sample_ids[positions]]
+        live = _live(batch, [sources[i] for i in ids], teacher)
+        from_cache, from_teacher = cached_run.step(batch), live_run.step(live)
+        assert set(from_cache) == {"loss", "l0", *config.strategies}
+        for name, value in from_cache.items():
+            assert float(value) == pytest.approx(float(from_teacher[name]), rel=2e-5)
+            assert float(value) > 0
+
+
+def test_student_with_another_graph_cannot_match_edges(
+    store: FeatureStore, tmp_path: Path
+) -> None:
+    config = train_config("gemnet-oc-demo", strategy="e2e")
+    config.student.hyperparameters["cutoff"] = 4.0
+    config.student.hyperparameters["cutoff_aint"] = 5.0
+    run = Run(config, store, tmp_path / "run", torch.device("cpu"))
+    with pytest.raises(DataError, match="edge by edge.*their graphs"):
+        run.step(run.train_samples.batch(np.arange(8)))
+
+
+def test_fresh_student_fits_its_scale_factors_alike_for_every_strategy(
+    store: FeatureStore, tmp_path: Path
+) -> None:
+    def factors(strategy: str) -> list[float]:
+        config = train_config("gemnet-oc-demo", strategy=strategy)
+        run = Run(config, store, tmp_path / strategy, torch.device("cpu"))
+        modules = run.learner.student.modules()
+        return [float(m.scale_factor) for m in modules if isinstance(m, Scale)]
+
+    plain = factors("none")
+    assert plain == factors("e2n")
+    per_block = 11
+    assert len(plain) == TINY_GEMNET["num_blocks"] * (per_block + 2) + 2
+    assert all(value > 0 for value in plain)
+    assert len(set(plain)) > len(plain) // 2
