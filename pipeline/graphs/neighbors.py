@@ -22,6 +22,9 @@ _TIE_WIDTH = 1e-6
 # A limit that is not strict keeps what lies so little beyond it (Å², or Å in a side
 # graph: the released models compare squares in the first and lengths in the second).
 _MARGIN = 0.01
+# No crystal repeats within so little; a smaller cell is a mistake of units, and would
+# have millions of neighbours (Å).
+_LOWEST_CELL = 0.5
 
 _Ints = npt.NDArray[np.int64]
 _Floats = npt.NDArray[np.float64]
@@ -153,6 +156,7 @@ def _pairs_within(structure: Structure, cutoff: float, periodic: bool) -> _Pairs
         n_threads=1,
     )
     flags = structure.pbc if periodic else np.zeros(3, bool)
+    _check_cell(structure, flags)
     try:
         target, source, shift, distance = finder.compute(
             np.asarray(structure.positions, np.float64),
@@ -171,6 +175,23 @@ def _pairs_within(structure: Structure, cutoff: float, periodic: bool) -> _Pairs
         shift.astype(np.int64),
         distance,
     )
+
+
+def _check_cell(structure: Structure, flags: npt.NDArray[np.bool_]) -> None:
+    """Refuse a cell without height along one of its periodic vectors."""
+    vectors = np.asarray(structure.cell, np.float64)[flags]
+    if not len(vectors):
+        return
+    height = 0.0
+    if np.isfinite(vectors).all() and np.linalg.matrix_rank(vectors) == len(vectors):
+        # Columns of the inverse are normals, as long as one over the height.
+        height = 1 / np.linalg.norm(np.linalg.pinv(vectors), axis=0).max()
+    if height < _LOWEST_CELL:
+        raise DataError(
+            f"The cell of a structure of {len(structure)} atoms is singular or only "
+            f"{height:.2g} Å high in a periodic direction; check its vectors, their "
+            "unit (Å) and the periodic flags."
+        )
 
 
 def _cut(

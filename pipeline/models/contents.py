@@ -45,12 +45,7 @@ def assemble(contents: ModelContents, path: Path) -> Network:
     """
     model = empty_model(contents.name, contents.hyperparameters, path)
     expected = model.state_dict()
-    _refuse_names(
-        "lacks", [name for name in expected if name not in contents.tensors], path
-    )
-    _refuse_names(
-        "has unknown", [name for name in contents.tensors if name not in expected], path
-    )
+    _refuse_other_names(contents.tensors, expected, path)
     for name, value in contents.tensors.items():
         if value.shape != expected[name].shape:
             raise CheckpointError(
@@ -71,8 +66,22 @@ def assemble(contents: ModelContents, path: Path) -> Network:
     return model.eval()
 
 
-def _refuse_names(what: str, names: Collection[str], path: Path) -> None:
-    """Raise an error that lists the first of ``names``, if there are any."""
-    if names:
-        shown = ", ".join(list(names)[:5])
-        raise CheckpointError(f"{path} {what} {len(names)} entries, such as {shown}.")
+def _refuse_other_names(
+    found: Collection[str], expected: Collection[str], path: Path
+) -> None:
+    """Raise an error that lists missing and unknown entries, if there are any."""
+    known, there = set(expected), set(found)
+    parts = [
+        f"{what} {len(names)} entries ({', '.join(names[:5])}"
+        f"{', ...' if len(names) > 5 else ''})"
+        for what, names in (
+            ("lacks", [name for name in expected if name not in there]),
+            ("has unknown", [name for name in found if name not in known]),
+        )
+        if names
+    ]
+    if parts:
+        raise CheckpointError(
+            f"{path} {' and '.join(parts)}; it is incomplete, or its configuration is "
+            "that of another model."
+        )

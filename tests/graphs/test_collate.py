@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pipeline.graphs.batch import collate
-from pipeline.graphs.neighbors import GraphRule, neighbor_edges
+from pipeline.graphs.neighbors import GraphRule, SideGraph, neighbor_edges
 
 RULE = GraphRule(5.0, 20, symmetric=True)
 
@@ -67,3 +67,28 @@ def test_batch_without_edges(make_structure):
     batch = collate([atom, atom], [neighbor_edges(atom, RULE)] * 2)
     assert batch.edge_index.shape == (2, 0)
     assert batch.cell_offsets.shape == (0, 3)
+
+
+def test_side_graphs_are_packed_like_the_main_one(structures):
+    sides = (SideGraph("near", 3.0, 20), SideGraph("few", 5.0, 2))
+    rule = GraphRule(5.0, 20, symmetric=True, sides=sides)
+    edges = [neighbor_edges(structure, rule) for structure in structures]
+    before = [own.sides["near"].edge_index.copy() for own in edges]
+    batch = collate(structures, edges)
+    for name in ("near", "few"):
+        first_atom = first_edge = 0
+        for structure, own in zip(structures, edges, strict=True):
+            side = own.sides[name]
+            span = slice(first_edge, first_edge + len(side))
+            np.testing.assert_array_equal(
+                batch[f"{name}_edge_index"][:, span] - first_atom, side.edge_index
+            )
+            np.testing.assert_array_equal(
+                batch[f"{name}_cell_offsets"][span], side.cell_offsets
+            )
+            first_atom, first_edge = first_atom + len(structure), span.stop
+        assert first_edge == batch[f"{name}_edge_index"].shape[1] > 0
+        assert batch[f"{name}_edge_index"].dtype == torch.int64
+        assert batch[f"{name}_cell_offsets"].dtype == batch.positions.dtype
+    for own, kept in zip(edges, before, strict=True):
+        np.testing.assert_array_equal(own.sides["near"].edge_index, kept)

@@ -7,37 +7,9 @@ import pytest
 
 from pipeline.errors import DataError
 from pipeline.graphs.neighbors import GraphRule, neighbor_edges
+from tests.graphs.search import as_tuples, exhaustive
 
 UNLIMITED = 10**6
-
-
-def as_tuples(edges):
-    """Edges as (target, source, shift) tuples, in their order."""
-    source, target = edges.edge_index.tolist()
-    shifts = map(tuple, edges.cell_offsets.tolist())
-    return list(zip(target, source, shifts, strict=True))
-
-
-def exhaustive(structure, cutoff):
-    """Distances by (target, source, shift), trying every shift that could matter."""
-    positions, cell = structure.positions, structure.cell
-    ranges = [range(1)] * 3
-    if structure.pbc.any():
-        heights = 1 / np.linalg.norm(np.linalg.inv(cell), axis=0)
-        fractions = positions @ np.linalg.inv(cell)
-        reach = np.ceil(np.ptp(fractions, axis=0) + cutoff / heights).astype(int)
-        ranges = [
-            range(-r, r + 1) if periodic else range(1)
-            for r, periodic in zip(reach, structure.pbc, strict=True)
-        ]
-    found = {}
-    for shift in itertools.product(*ranges):
-        for i, j in itertools.product(range(len(positions)), repeat=2):
-            vector = positions[j] + np.array(shift) @ cell - positions[i]
-            distance = float(np.sqrt(vector @ vector))
-            if 0.01 < distance <= cutoff:
-                found[i, j, shift] = distance
-    return found
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -100,13 +72,36 @@ def test_single_atom_has_no_edges(make_structure, symmetric):
     assert edges.edge_index.dtype == edges.cell_offsets.dtype == np.int64
 
 
+SLAB = [[4.0, 0, 0], [0, 4.0, 0], [0, 0, 0]]
+
+
 @pytest.mark.parametrize(
-    ("positions", "pbc"), [([[0, 0, 0]], True), ([[np.nan, 0, 0]], False)]
+    ("positions", "cell", "pbc", "words"),
+    [
+        ([[np.nan, 0, 0]], np.zeros((3, 3)), [False] * 3, "neighbours .* of 1 atoms"),
+        ([[0, 0, 0]], np.zeros((3, 3)), [True] * 3, "singular or only 0 Å"),
+        ([[0, 0, 0]], SLAB, [True] * 3, "singular or only 0 Å"),
+        ([[0, 0, 0]], np.diag([4.0, np.nan, 4.0]), [True] * 3, "singular"),
+        ([[0, 0, 0]], np.diag([4.0, 0.3, 4.0]), [True] * 3, "only 0.3 Å high"),
+        # Long vectors, nearly in one plane.
+        (
+            [[0, 0, 0]],
+            [[4.0, 0, 0], [0, 4.0, 0], [9.0, 9.0, 0.2]],
+            [True] * 3,
+            "only 0.089 Å high",
+        ),
+    ],
 )
-def test_impossible_structures_are_refused(make_structure, positions, pbc):
-    structure = make_structure(positions, pbc=[pbc] * 3)
-    with pytest.raises(DataError, match="The neighbours of a structure of 1 atoms"):
+def test_impossible_structures_are_refused(make_structure, positions, cell, pbc, words):
+    structure = make_structure(positions, cell, pbc)
+    with pytest.raises(DataError, match=words):
         neighbor_edges(structure, GraphRule(5.0, 10, symmetric=False))
+
+
+def test_flat_vectors_do_no_harm_where_nothing_repeats(make_structure):
+    structure = make_structure([[0, 0, 0]], SLAB, [True, True, False])
+    edges = neighbor_edges(structure, GraphRule(4.5, 10, symmetric=False))
+    assert len(edges) == 4
 
 
 def ideal_crystal(make_structure, turn, offset=0.0):

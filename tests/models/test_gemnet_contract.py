@@ -93,20 +93,25 @@ def test_sums_over_edges_end_in_their_targets(make_model, molecules, batch_of, l
 def test_layers_are_chosen_field_by_field(make_model, variant, molecules, batch_of):
     model = make_model(variant)
     batch = batch_of(molecules, model.graph_rule)
-    assert model.layers[0] == "concatmlp"
-    seen = []
-    for layer in model.layers:
-        output = model(batch, {"node_features": layer})
-        seen.append(output.node_features)
-        for field in ("node_features", "edge_features", "vector_features"):
-            width = model.layer_width(field, layer)
-            value = getattr(model(batch, {field: layer}), field)
+    fields = ("node_features", "edge_features", "vector_features")
+    with torch.no_grad():
+        expected = model(batch)
+        outputs = [model(batch, dict.fromkeys(fields, name)) for name in model.layers]
+    for layer, output in zip(model.layers, outputs, strict=True):
+        for field in fields:
+            width, value = model.layer_width(field, layer), getattr(output, field)
             assert (value is None) == (width is None)
             assert value is None or value.shape[-1] == width
-        torch.testing.assert_close(output.energy, model(batch).energy)
+        torch.testing.assert_close(output.energy, expected.energy)
+    seen = [output.node_features for output in outputs]
     for index, value in enumerate(seen):
         assert not any(torch.equal(value, other) for other in seen[:index])
-    torch.testing.assert_close(seen[0], model(batch).node_features)
+    assert model.layers[0] == "concatmlp"
+    torch.testing.assert_close(seen[0], expected.node_features)
+    mixed = model(batch, {"node_features": "X_1", "edge_features": "regular_1"})
+    torch.testing.assert_close(mixed.node_features, seen[model.layers.index("X_1")])
+    edges = outputs[model.layers.index("regular_1")].edge_features
+    torch.testing.assert_close(mixed.edge_features, edges)
     assert model.layer_width("node_features", "regular_9") is None
 
 

@@ -91,8 +91,3 @@ def test_every_interaction_width_and_gradient_takes_more():
         {"direct_forces": False},
     ):
         assert need(**change) > least, change
-
-
-def test_lonely_atoms_have_a_size_too(atom):
-    model = build_model(*VARIANTS["gemnet_oc"])
-    assert predicted(model, [atom]) >= 0
