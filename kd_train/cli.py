@@ -53,11 +53,14 @@ def main(
     import torch
 
     from kd_train.loop import Run
+    from kd_train.setup import with_student
     from pipeline.store.reader import FeatureStore
 
     if threads is not None:
         torch.set_num_threads(threads)
     place = chosen_device(device)
+    store = FeatureStore.open(cache)
+    chosen = with_student(chosen, store)
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     name = f"{chosen.student.preset}-{chosen.strategy}-s{chosen.seed}-{stamp}"
     folder = out or Path("runs") / name
@@ -65,7 +68,7 @@ def main(
     resume = resume or (auto_resume and started)
     if started and not resume:
         raise SpecError(f"{folder} holds a run; add --resume or change --out.")
-    run = Run(chosen, FeatureStore.open(cache), folder, place)
+    run = Run(chosen, store, folder, place)
     folder.mkdir(parents=True, exist_ok=True)
     log_to_file("kd_train", folder / "train.log")
     summary = run.train(resume=resume)

@@ -22,7 +22,10 @@ STRATEGIES = ("none", "n2n", "e2n", "e2e", "v2v", "vanilla1", "vanilla2")
 class StudentConfig(ClosedModel):
     """Which network learns."""
 
-    preset: str = Key("painn-small", description="a name of `kd-train --help`")
+    preset: str = Key(
+        "",
+        description="a name of `kd-train --help`; default: the teacher's in the paper",
+    )
     hyperparameters: dict[str, Any] = Key(
         default_factory=dict, description="changes to the preset"
     )

@@ -30,7 +30,7 @@ from kd_train.records import (
     write_rows,
 )
 from kd_train.schedule import learning_rate
-from kd_train.setup import Learner, chosen_split, make_learner
+from kd_train.setup import Learner, chosen_split, make_learner, with_student
 from pipeline.errors import PipelineError
 from pipeline.files import write_atomically
 from pipeline.models.checkpoint import load_checkpoint, save_model
@@ -59,7 +59,7 @@ class Run:
         folder: Path,
         device: torch.device,
     ) -> None:
-        self.config = config
+        self.config = config = with_student(config, store)
         self.store = store
         self.folder = folder
         self.device = device

@@ -85,6 +85,26 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
     )
 
 
+def with_student(config: TrainConfig, store: FeatureStore) -> TrainConfig:
+    """``config`` with the student that the paper gave the store's teacher.
+
+    Only where none is named: PaiNN-big learns from GemNet-OC, PaiNN-small from PaiNN
+    and from labels alone; of the sizes for OC20 where structures are periodic.
+    """
+    if config.student.preset:
+        return config
+    split = chosen_split(store, config.train_split)
+    teacher = store.attributes["teacher"]
+    from_gemnet = teacher is not None and teacher["model"] == "gemnet_oc"
+    preset = "painn-big" if from_gemnet else "painn-small"
+    path = FIELDS["pbc"].path
+    positions = np.arange(min(KIND_SAMPLES, len(split)))
+    if split.read(positions, [path])[path].any():
+        preset += "-oc20"
+    student = config.student.model_copy(update={"preset": preset})
+    return config.model_copy(update={"student": student})
+
+
 def _fitting_batch(student: Network, split: SplitReader) -> Data:
     """The first samples of a split, which its random order makes a fair mixture."""
     count = min(_FITTING_SAMPLES, len(split))

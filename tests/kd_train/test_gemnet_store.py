@@ -2,12 +2,16 @@
 
 from pathlib import Path
 
+import ase.io
 import numpy as np
 import pytest
 import torch
+from ase.build import fcc111
 from torch_geometric.data import Data
 
+from kd_train.config import TrainConfig
 from kd_train.loop import Run
+from kd_train.setup import with_student
 from pipeline.datasets import open_dataset
 from pipeline.errors import DataError
 from pipeline.fields import PREDICTION_FIELDS
@@ -143,3 +147,28 @@ def test_fresh_student_fits_its_scale_factors_alike_for_every_strategy(
     assert len(plain) == TINY_GEMNET["num_blocks"] * (per_block + 2) + 2
     assert all(value > 0 for value in plain)
     assert len(set(plain)) > len(plain) // 2
+
+
+def test_student_of_the_paper_is_taken_where_none_is_named(
+    store: FeatureStore, labels_store: FeatureStore
+) -> None:
+    unnamed = TrainConfig()
+    assert with_student(unnamed, store).student.preset == "painn-big"
+    assert with_student(unnamed, labels_store).student.preset == "painn-small"
+    named = train_config("schnet-demo")
+    assert with_student(named, store) is named
+
+
+def test_periodic_structures_take_the_sizes_for_oc20(
+    tmp_path: Path,
+) -> None:
+    slab = fcc111("Cu", (2, 2, 2), vacuum=6.0)
+    slab.pbc = True
+    slab.info.clear()
+    ase.io.write(tmp_path / "d.extxyz", [slab], format="extxyz")
+    document = {
+        "splits": {"train": {"format": "extxyz", "path": str(tmp_path / "d.extxyz")}},
+        "store": {"path": str(tmp_path / "s.zarr")},
+    }
+    store = build(write_spec(tmp_path / "s.yaml", document))
+    assert with_student(TrainConfig(), store).student.preset == "painn-small-oc20"
