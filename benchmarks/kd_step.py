@@ -19,11 +19,14 @@ import numpy as np
 import torch
 
 from kd_train.config import load_config
+from kd_train.data import CachedSamples
 from kd_train.loop import Run
+from kd_train.setup import stored_widths
+from kd_train.strategies import REGISTRY
 from pipeline.models.checkpoint import load_checkpoint
 from pipeline.store.reader import FeatureStore
 
-STRATEGIES = ("none", "n2n", "v2v", "vanilla1", "vanilla2", "n2n+v2v")
+STRATEGIES = ("none", "n2n", "e2n", "v2v", "vanilla1", "vanilla2", "n2n+v2v")
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -51,17 +54,33 @@ def main(
     torch.set_num_threads(threads)
     opened = FeatureStore.open(store)
     flags = {"student.preset": student, "batch_size": batch_size}
+    stored = stored_widths(opened.splits["train"])
+    strategies = [
+        name
+        for name in STRATEGIES
+        if all(
+            field in stored
+            for part in name.split("+")
+            if part != "none"
+            for field in REGISTRY[part].fields
+        )
+    ]
     runs: dict[str, Run] = {}
-    for name in STRATEGIES:
+    for name in strategies:
         config = load_config(
             None, {**flags, "strategy": name, "val_split": "train"}, ()
         )
         runs[name] = Run(config, opened, Path("unused"), torch.device("cpu"))
-    network = None if teacher is None else load_checkpoint(teacher).model
+    network = live = None
+    if teacher is not None:
+        network = load_checkpoint(teacher).model
+        live = CachedSamples(
+            opened.splits["train"], network.graph_rule, network.elements
+        )
     generator = np.random.default_rng(0)
     count = len(opened.splits["train"])
     batches = [generator.integers(0, count, batch_size) for _ in range(8)]
-    times: dict[str, list[float]] = {name: [] for name in (*STRATEGIES, "teacher")}
+    times: dict[str, list[float]] = {name: [] for name in (*strategies, "teacher")}
     for number in range(-len(batches), rounds):  # the first pass fills the caches
         positions = batches[number % len(batches)]
         for name, run in runs.items():
@@ -69,10 +88,12 @@ def main(
             spent = seconds(lambda r=run, s=samples, p=positions: r.step(s.batch(p)))
             if number >= 0:
                 times[name].append(spent)
-        if network is not None and number >= 0:
-            batch = runs["none"].train_samples.batch(positions)
+        if network is not None and live is not None:
+            # Its graphs are memorised like the student's.
             with torch.no_grad():
-                times["teacher"].append(seconds(lambda b=batch: network(b)))
+                spent = seconds(lambda p=positions: network(live.batch(p)))
+            if number >= 0:
+                times["teacher"].append(spent)
     plain = times["none"]
     click.echo(
         f"{student}, batches of {batch_size}, {threads} thread(s), {rounds} rounds"
