@@ -26,6 +26,7 @@ def describe_store(path: Path) -> dict[str, Any]:
         "complete": store.attributes["complete"],
         "fingerprint": store.fingerprint,
         "teacher": None if teacher is None else _teacher_summary(teacher),
+        "preview": store.attributes.get("provenance", {}).get("preview", {}),
         "splits": {
             name: _describe_split(split, len(writer.pending_blocks(name)))
             for name, split in store.splits.items()
@@ -35,7 +36,7 @@ def describe_store(path: Path) -> dict[str, Any]:
 
 def _teacher_summary(teacher: dict[str, Any]) -> dict[str, Any]:
     kept = ("model", "checkpoint_sha256", "weights", "precision", "graph_rule")
-    return {key: teacher[key] for key in kept}
+    return {key: teacher[key] for key in kept} | {"layers": teacher.get("layers", {})}
 
 
 def _describe_split(split: SplitReader, missing: int) -> dict[str, Any]:
@@ -71,6 +72,15 @@ def render_description(description: dict[str, Any]) -> str:
         else f"teacher      {teacher['model']}, {teacher['precision']}, weights "
         f"{teacher['weights']}, sha256 {teacher['checkpoint_sha256'][:16]}…",
     ]
+    if teacher is not None:
+        lines += [
+            f"layer        {name} from {layer}"
+            for name, layer in teacher["layers"].items()
+        ]
+    for split, found in description["preview"].items():
+        errors = found.get("precision_error", {})
+        told = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+        lines += [f"error        of reduced precision, {split}: {told}"] if told else []
     for name, split in description["splits"].items():
         counted = ", ".join(f"{split[k]} {k}" for k in _COUNTED.values() if k in split)
         lines.append(

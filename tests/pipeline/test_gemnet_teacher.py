@@ -11,6 +11,7 @@ from pipeline.datasets import open_dataset
 from pipeline.errors import SpecError
 from pipeline.graphs.batch import collate
 from pipeline.graphs.neighbors import neighbor_edges
+from pipeline.inspect import describe_store, render_description
 from pipeline.models.checkpoint import load_checkpoint
 from pipeline.preview import preview
 from pipeline.spec import TeacherSpec, load_spec
@@ -216,6 +217,9 @@ def test_store_keeps_what_layers_and_precision_changed(
     assert store.attributes["teacher"]["precision"] == "bfloat16"
     told = store.attributes["provenance"]["preview"]["train"]["precision_error"]
     assert 0 < told["node_features"] < 0.05
+    text = render_description(describe_store(store.path))
+    assert "node_features from X_1" in text
+    assert f"node_features {told['node_features']:.1e}" in text
 
 
 def test_all_missing_files_are_named_at_once(tmp_path: Path) -> None:
