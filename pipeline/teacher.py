@@ -64,6 +64,11 @@ class Teacher:
                 f"{spec.checkpoint} holds a {loaded.name}, but teacher.model is "
                 f"{spec.model!r}; set teacher.model={loaded.name}."
             )
+        if not loaded.model.hyperparameters["regress_forces"]:
+            raise CheckpointError(
+                f"{spec.checkpoint} holds a model without forces, which every store "
+                "keeps; choose a teacher that predicts them."
+            )
         loaded.model.to(device).eval().requires_grad_(False)
         teacher = cls(loaded, spec, torch.device(device), dict(layers or {}))
         teacher._check_layers()

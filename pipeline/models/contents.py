@@ -52,6 +52,8 @@ def assemble(contents: ModelContents, path: Path) -> Network:
                 f"{name} in {path} has shape {tuple(value.shape)}, but this model "
                 f"needs {tuple(expected[name].shape)}."
             )
+        if value.is_complex() or value.is_meta or value.layout is not torch.strided:
+            raise CheckpointError(f"{name} in {path} is no dense array of numbers.")
         if not torch.isfinite(value).all():
             raise CheckpointError(
                 f"{name} in {path} holds numbers that are not finite."

@@ -155,7 +155,11 @@ def reset_linear(module: nn.Module) -> None:
 def envelope_exponent(envelope: dict[str, object]) -> int:
     """Exponent of a polynomial envelope as configurations write it (5 if unsaid)."""
     exponent = envelope.get("exponent", 5)
-    if envelope.get("name") != "polynomial" or not isinstance(exponent, int):
+    if (
+        envelope.get("name") != "polynomial"
+        or not isinstance(exponent, int)
+        or exponent < 1
+    ):
         raise SpecError(
             f"Envelope {envelope} is not supported; use "
             '{"name": "polynomial", "exponent": 5}.'

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.errors import CheckpointError
+from pipeline.errors import CheckpointError, SpecError
 from pipeline.models.contents import ModelContents, Weights, empty_model
 from pipeline.models.normalizer import NUM_REFERENCES, Normalizer
 from pipeline.models.scale_factors import (
@@ -37,7 +37,12 @@ def read_released(
     state = _state_dict(checkpoint, path)
     name, attributes = _model_and_attributes(checkpoint, path)
     kind = MODELS[name]
-    hyperparameters = known_hyperparameters(name, kind.from_released(attributes))
+    try:
+        hyperparameters = known_hyperparameters(name, kind.from_released(attributes))
+    except SpecError as error:
+        raise CheckpointError(
+            f"The model in {path} cannot be built: {error}"
+        ) from error
     average = checkpoint.get("ema") if weights == "ema" else None
     ignored = re.compile(kind.ignored_entries)
     tensors = {k: v for k, v in state.items() if not ignored.fullmatch(k)}
@@ -48,7 +53,8 @@ def read_released(
     parameters = empty_model(name, hyperparameters, path).state_dict()
     names = [k.removesuffix(SUFFIX) for k in parameters if k.endswith(SUFFIX)]
     factors = merge_scale_factors(names, sources, path)
-    tensors = {k: v for k, v in tensors.items() if not k.endswith(SUFFIX)}
+    # Factors that the model does not have stay, to be refused like other entries.
+    tensors = {k: v for k, v in tensors.items() if k.removesuffix(SUFFIX) not in names}
     tensors |= {k + SUFFIX: torch.tensor(value) for k, value in factors.items()}
     return ModelContents(
         name=name,
@@ -93,7 +99,7 @@ def _model_and_attributes(
     if not isinstance(model, Mapping):
         name, attributes = model, dict(_mapping(config.get("model_attributes")))
     elif "backbone" in model:
-        attributes = _mapping(model["backbone"])
+        attributes = _mapping(model["backbone"]) | _attributes_of_heads(model)
         name = str(attributes.pop("model", None)).removesuffix("_backbone")
     else:
         attributes = dict(model)
@@ -104,6 +110,13 @@ def _model_and_attributes(
             f"{', '.join(MODELS)}."
         )
     return name, attributes
+
+
+def _attributes_of_heads(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Depth of the output layers, which counts in the heads, not in the backbone."""
+    heads = map(_mapping, _mapping(model.get("heads")).values())
+    names = ("num_global_out_layers",)
+    return {name: head[name] for head in heads for name in names if name in head}
 
 
 def _averaged(
@@ -223,7 +236,8 @@ def _references(values: Any, path: Path) -> tuple[float, ...]:
     """Energy per atomic number in eV, padded with zeros."""
     if values is None:
         return (0.0,) * NUM_REFERENCES
-    if not isinstance(values, Tensor) or values.numel() > NUM_REFERENCES:
+    fits = isinstance(values, Tensor) and values.numel() <= NUM_REFERENCES
+    if not fits or values.is_complex():
         raise CheckpointError(
             f"The element references in {path} are not a tensor of at most "
             f"{NUM_REFERENCES} numbers."

@@ -34,6 +34,22 @@ def _released_schnet(attributes: Mapping[str, Any]) -> Mapping[str, Any]:
     return {**attributes, "max_neighbors": limit}
 
 
+def _released_gemnet_oc(attributes: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return ``attributes`` with the basis that the released code takes if unsaid.
+
+    Refuses choices that change numbers without leaving a trace in names and shapes.
+    """
+    if attributes.get("scale_basis"):
+        raise SpecError("gemnet_oc.scale_basis is on; supported is false.")
+    for key in ("rbf", "rbf_spherical"):
+        basis = attributes.get(key)
+        if isinstance(basis, Mapping) and basis.get("trainable"):
+            raise SpecError(f"gemnet_oc.{key} is trainable; supported is a fixed one.")
+    if attributes.get("quad_interaction") and not attributes.get("sbf"):
+        return {**attributes, "sbf": {"name": "spherical_harmonics"}}
+    return attributes
+
+
 MODELS: dict[str, ModelKind] = {
     "gemnet_oc": ModelKind(
         GemNetOC,
@@ -41,6 +57,7 @@ MODELS: dict[str, ModelKind] = {
         # Second names of other entries, and copies of the centres of radial_basis.
         ignored_entries=r"out_blocks\.\d+\.seq_energy_pre\..*"
         r"|(cbf_basis_(tint|aeint|eaint)|sbf_basis_qint)\.radial_basis\.rbf\.offset",
+        from_released=_released_gemnet_oc,
     ),
     "painn": ModelKind(PaiNN, PaiNNOptions),
     "schnet": ModelKind(
@@ -99,6 +116,16 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
         "gemnet_oc",
         {
             **_GEMNET_OC,
+            "emb_size_atom": 128,
+            "emb_size_edge": 256,
+            "use_pbc": False,
+        },
+    ),
+    "gemnet-oc-small": (
+        "gemnet_oc",
+        {
+            **_GEMNET_OC,
+            "num_blocks": 3,
             "emb_size_atom": 128,
             "emb_size_edge": 256,
             "use_pbc": False,

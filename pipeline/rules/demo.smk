@@ -4,7 +4,7 @@ QUICK = str(config.get("quick", "false")).lower() == "true"
 STRATEGIES = (
     ["none", "v2v+vanilla2"]
     if QUICK
-    else ["none", "n2n", "v2v", "vanilla1", "vanilla2", "v2v+vanilla2"]
+    else ["none", "n2n", "e2n", "v2v", "vanilla1", "vanilla2", "v2v+vanilla2"]
 )
 STEPS = 600 if QUICK else 1500
 RUNS = expand("results/demo/{strategy}-s0-{steps}", strategy=STRATEGIES, steps=STEPS)

@@ -209,7 +209,10 @@ class TestNormalizers:
         with pytest.raises(CheckpointError, match=message):
             load(checkpoint)
 
-    @pytest.mark.parametrize("values", [torch.ones(NUM_REFERENCES + 1), [1.0]])
+    @pytest.mark.parametrize(
+        "values",
+        [torch.ones(NUM_REFERENCES + 1), [1.0], torch.ones(3, dtype=torch.complex64)],
+    )
     def test_odd_element_references_are_refused(self, load, model, values):
         checkpoint = released(model)
         checkpoint["elementrefs"] = {"energy": {"element_references": values}}
@@ -230,6 +233,9 @@ def broken(checkpoint, how, model):
         "unexpected": lambda: state.update({"extra.weight": torch.ones(1)}),
         "shape": lambda: state.update({name: torch.ones(3)}),
         "nan": lambda: state[name].fill_(float("nan")),
+        "complex": lambda: state.update({name: state[name] * 1j}),
+        "sparse": lambda: state.update({name: state[name].to_sparse()}),
+        "empty": lambda: state.update({name: state[name].to("meta")}),
         "no state": lambda: checkpoint.pop("state_dict"),
         "not tensors": lambda: state.update({name: 3}),
         "other model": lambda: checkpoint["config"].update(model="dimenet"),
@@ -252,6 +258,9 @@ def broken(checkpoint, how, model):
         ("unexpected", r"has unknown 1 entries \(extra\.weight"),
         ("shape", r"has shape \(3,\), but this model needs"),
         ("nan", "holds numbers that are not finite"),
+        ("complex", "is no dense array of numbers"),
+        ("sparse", "is no dense array of numbers"),
+        ("empty", "is no dense array of numbers"),
         ("no state", "has no state_dict"),
         ("not tensors", "has no state_dict"),
         ("other model", "'dimenet'; known are gemnet_oc, painn, schnet"),

@@ -23,6 +23,10 @@ COUNTS = (
         ({"sbf": {}}, r"gemnet_oc\.sbf is None; supported is legendre_outer"),
         ({"activation": "siqu"}, r"gemnet_oc\.activation is 'siqu'"),
         ({"envelope": {"name": "exponential"}}, "Envelope .* is not supported"),
+        (
+            {"envelope": {"name": "polynomial", "exponent": 0}},
+            "Envelope .* is not supported",
+        ),
         ({"num_radial": 1}, "at least 2 functions"),
         ({"num_before_skip": -1}, r"gemnet_oc\.num_before_skip is -1"),
         ({"num_atom": 1.5}, r"gemnet_oc\.num_atom is 1\.5"),

@@ -76,7 +76,11 @@ def config(original, generation):
     if generation == "new":
         return {"model": {"name": original.model, **attributes}}
     backbone = {"model": f"{original.model}_backbone", **attributes}
-    return {"model": {"name": "hydra", "backbone": backbone, "heads": {}}}
+    # The depth of the output layers is that of the heads, whatever the backbone says.
+    depth = {"num_global_out_layers": attributes.get("num_global_out_layers", 2)}
+    backbone["num_global_out_layers"] = 9
+    heads = {"energy": depth, "forces": depth}
+    return {"model": {"name": "hydra", "backbone": backbone, "heads": heads}}
 
 
 def renamed(key, generation, prefix):

@@ -153,6 +153,12 @@ def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
         Teacher.load(_spec(path))
 
 
+def test_model_without_forces_is_refused(tmp_path: Path) -> None:
+    path = save_teacher(tmp_path / "teacher.safetensors", regress_forces=False)
+    with pytest.raises(CheckpointError, match="holds a model without forces"):
+        Teacher.load(_spec(path))
+
+
 def test_schnet_teaches_too(tmp_path: Path, samples: list[Sample]) -> None:
     path = tmp_path / "schnet.safetensors"
     model = build_model("schnet", STUDENTS["schnet-demo"])
