@@ -1,6 +1,7 @@
 """Hyperparameters of GemNet-OC: what is refused, and which graphs follow."""
 
 import pytest
+import torch
 
 from pipeline.errors import SpecError
 from pipeline.graphs.neighbors import SideGraph
@@ -117,3 +118,17 @@ def test_quadruplets_alone_are_cut_out_of_the_main_graph():
     assert rule.sides == (SideGraph("quad", 3.0, 50, (2,)),)
     rule = rule_of(enforce_max_neighbors_strictly=False, use_pbc=False)
     assert (rule.strict, rule.periodic) == (False, False)
+
+
+def test_energy_only_models_keep_their_force_layers(molecules, batch_of) -> None:
+    """Released files of such models hold them, and edges have features."""
+    full = build_model("gemnet_oc", SMALL | {"direct_forces": True})
+    without = build_model(
+        "gemnet_oc", SMALL | {"direct_forces": True, "regress_forces": False}
+    )
+    without.load_state_dict(full.state_dict())
+    batch = batch_of(molecules, full.graph_rule, torch.float32)
+    expected, found = full(batch), without(batch)
+    assert found.forces is None
+    torch.testing.assert_close(found.energy, expected.energy)
+    torch.testing.assert_close(found.edge_features, expected.edge_features)

@@ -111,7 +111,7 @@ class OutputBlock(EdgesToAtoms):
         self.seq_energy2 = residuals(
             options.num_output_afteratom, options.emb_size_atom
         )
-        self.direct = options.direct_forces and options.regress_forces
+        self.direct = options.direct_forces
         if self.direct:
             self.dense_rbf_F = Dense(options.emb_size_rbf, edge, activated=False)
             self.scale_rbf_F = Scale()

@@ -59,7 +59,7 @@ class GemNetOC(SharedBases):
         self.hyperparameters = asdict(options)
         self.graph_rule = options.graph_rule
         self.elements = range(1, options.num_elements + 1)
-        self.direct = options.direct_forces and options.regress_forces
+        self.direct = options.direct_forces
         self.widths = {"node_features": options.emb_size_atom}
         if self.direct:
             self.widths |= dict.fromkeys(_EDGE_FIELDS, options.emb_size_edge)
@@ -148,7 +148,9 @@ class GemNetOC(SharedBases):
         energy = scatter(
             per_atom, batch.batch, dim=0, dim_size=batch.num_graphs, reduce=reduce
         )
-        forces = None if edge is None else self._forces(edge, geometry, tables)
+        forces = None
+        if edge is not None and self.options.regress_forces:
+            forces = self._forces(edge, geometry, tables)
         output = ModelOutput(energy, forces, per_atom, node, None)
         return _with_features(output, states, layers, geometry, tables.main.slots)
 
