@@ -30,14 +30,6 @@ KIND_RATIO = 5.0
 Floats = npt.NDArray[np.float64]
 
 
-def label_statistics(dataset: Dataset, reference_energies: str) -> Normalizer:
-    """Normaliser fitted to the labels of ``dataset``, see ``LabelSums.normalizer``."""
-    sums = LabelSums()
-    for index in range(len(dataset)):
-        sums.add(dataset[index])
-    return sums.normalizer(reference_energies)
-
-
 class LabelSums:
     """What a normaliser needs to know of samples that pass by once, in any number.
 

@@ -134,12 +134,15 @@ def cosine_cutoff(distance: Tensor, cutoff: float) -> Tensor:
     return 0.5 * (torch.cos(distance * (math.pi / cutoff)) + 1)
 
 
-def edge_vectors(batch: Data, positions: Tensor) -> Tensor:
-    """Vectors from each target to its source image, (E, 3) in Å."""
-    source, target = batch.edge_index[0], batch.edge_index[1]
+def edge_vectors(batch: Data, positions: Tensor, prefix: str = "") -> Tensor:
+    """Vectors from each target to its source image, (E, 3) in Å.
+
+    ``prefix`` names a side graph of the batch, such as ``ae_``.
+    """
+    source, target = batch[f"{prefix}edge_index"]
     cells = batch.cell[batch.batch[target]]  # (E, 3, 3)
     # Not a matrix product: reduced-precision modes of a GPU would round the shift.
-    shift = (batch.cell_offsets[:, :, None] * cells).sum(dim=1)
+    shift = (batch[f"{prefix}cell_offsets"][:, :, None] * cells).sum(dim=1)
     return positions[source] - positions[target] + shift
 
 

@@ -7,19 +7,17 @@ import numpy as np
 import pytest
 import torch
 from ase.build import fcc111
-from torch_geometric.data import Data
 
 from kd_train.config import TrainConfig
 from kd_train.loop import Run
 from kd_train.setup import with_student
-from pipeline.datasets import open_dataset
 from pipeline.errors import DataError
-from pipeline.fields import PREDICTION_FIELDS
 from pipeline.models.gemnet.fitting import Scale
 from pipeline.spec import load_spec
 from pipeline.store.reader import FeatureStore
 from pipeline.structure import Sample
 from pipeline.teacher import Teacher
+from tests.kd_train.live import assert_trains_alike, samples_by_id
 from tests.stores import (
     FLOAT32,
     TINY_GEMNET,
@@ -76,19 +74,7 @@ def store(spec_path: Path) -> FeatureStore:
 
 @pytest.fixture(scope="module")
 def sources(datasets: dict[str, Path]) -> dict[str, Sample]:
-    """Samples by id, read from the file and not from the store."""
-    dataset = open_dataset("extxyz", str(datasets["train"]), limit=60)
-    return {s.sample_id: s for s in map(dataset.__getitem__, range(len(dataset)))}
-
-
-def _live(cached: Data, samples: list[Sample], teacher: Teacher) -> Data:
-    """The batch with every number of the store replaced by the teacher's own."""
-    predictions = teacher.predict(samples, FIELDS)
-    live = cached.clone()
-    for name in (*PREDICTION_FIELDS, *FIELDS):
-        if name in cached:
-            live[name] = torch.from_numpy(predictions[name])
-    return live
+    return samples_by_id(datasets["train"])
 
 
 @pytest.mark.parametrize(("student", "strategy"), CASES)
@@ -104,21 +90,7 @@ def test_cached_and_live_teacher_train_alike(
     assert spec is not None
     teacher = Teacher.load(spec)
     config = train_config(student, strategy=strategy, steps=STEPS)
-    cached_run, live_run = (
-        Run(config, store, tmp_path / name, torch.device("cpu"))
-        for name in ("cached", "live")
-    )
-    order = np.random.default_rng(5).permutation(len(store.splits["train"]))
-    for step in range(STEPS):
-        positions = order[8 * step : 8 * step + 8]
-        batch = cached_run.train_samples.batch(positions)
-        ids = [str(i) for i in store.splits["train"].sample_ids[positions]]
-        live = _live(batch, [sources[i] for i in ids], teacher)
-        from_cache, from_teacher = cached_run.step(batch), live_run.step(live)
-        assert set(from_cache) == {"loss", "l0", *config.strategies}
-        for name, value in from_cache.items():
-            assert float(value) == pytest.approx(float(from_teacher[name]), rel=2e-5)
-            assert float(value) > 0
+    assert_trains_alike(config, store, teacher, sources, FIELDS, tmp_path, 2e-5)
 
 
 def test_student_with_another_graph_cannot_match_edges(

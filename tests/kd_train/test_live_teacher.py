@@ -5,15 +5,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch_geometric.data import Data
 
 from kd_train.loop import Run
-from pipeline.datasets import open_dataset
 from pipeline.fields import PREDICTION_FIELDS
 from pipeline.spec import TeacherSpec
 from pipeline.store.reader import FeatureStore
 from pipeline.structure import Sample
 from pipeline.teacher import Teacher
+from tests.kd_train.live import assert_trains_alike, samples_by_id, with_live_teacher
 from tests.stores import FEATURES, train_config
 
 STEPS = 20
@@ -38,19 +37,7 @@ def teacher(teacher_file: Path) -> Teacher:
 
 @pytest.fixture(scope="module")
 def sources(datasets: dict[str, Path]) -> dict[str, Sample]:
-    """Samples by id, read from the file and not from the store."""
-    dataset = open_dataset("extxyz", str(datasets["train"]))
-    return {s.sample_id: s for s in map(dataset.__getitem__, range(len(dataset)))}
-
-
-def _with_live_teacher(
-    cached: Data, ids: list[str], teacher: Teacher, sources: dict[str, Sample]
-) -> Data:
-    live = cached.clone()
-    predictions = teacher.predict([sources[i] for i in ids], tuple(FEATURES))
-    for name in (*PREDICTION_FIELDS, *FEATURES):
-        live[name] = torch.from_numpy(predictions[name])
-    return live
+    return samples_by_id(datasets["train"])
 
 
 @pytest.mark.parametrize(("student", "strategy"), CASES)
@@ -63,23 +50,9 @@ def test_cached_and_live_teacher_train_alike(
     tmp_path: Path,
 ) -> None:
     config = train_config(student, strategy=strategy, steps=STEPS)
-    cached_run, live_run = (
-        Run(config, small_store, tmp_path / name, torch.device("cpu"))
-        for name in ("cached", "live")
+    assert_trains_alike(
+        config, small_store, teacher, sources, tuple(FEATURES), tmp_path, 1e-5
     )
-    split = small_store.splits["train"]
-    order = np.random.default_rng(5).permutation(len(split))
-    for step in range(STEPS):
-        positions = order[8 * step : 8 * step + 8]
-        batch = cached_run.train_samples.batch(positions)
-        ids = [str(split.sample_ids[p]) for p in positions]
-        live = _with_live_teacher(batch, ids, teacher, sources)
-        from_cache, from_teacher = cached_run.step(batch), live_run.step(live)
-        assert from_cache.keys() == from_teacher.keys()
-        assert set(from_cache) == {"loss", "l0", *config.strategies}
-        for name, value in from_cache.items():
-            assert float(value) == pytest.approx(float(from_teacher[name]), rel=1e-5)
-            assert float(value) > 0
 
 
 def test_comparison_would_notice_swapped_samples(
@@ -94,7 +67,8 @@ def test_comparison_would_notice_swapped_samples(
     split = small_store.splits["train"]
     batch = run.train_samples.batch(np.arange(8))
     ids = [str(name) for name in split.sample_ids[:8]]
-    right = run.losses(_with_live_teacher(batch, ids, teacher, sources))
+    fields = tuple(FEATURES)
+    right = run.losses(with_live_teacher(batch, ids, teacher, sources, fields))
     for name in (*PREDICTION_FIELDS, *FEATURES):
         batch[name] = batch[name].flip(0)
     wrong = run.losses(batch)

@@ -14,12 +14,12 @@ from pipeline.build import build_store
 from pipeline.datasets import open_dataset
 from pipeline.errors import CheckpointError, DataError, SpecError, StoreError
 from pipeline.spec import CacheSpec, load_spec
-from pipeline.statistics import label_statistics
 from pipeline.store.reader import FeatureStore
 from pipeline.store.verify import verify_store
 from pipeline.structure import Structure
 from pipeline.teacher import Teacher
 from tests.frames import collision_frames, frame, write_frames
+from tests.labels import label_statistics
 from tests.stores import build, save_teacher, spec_document, write_spec
 
 

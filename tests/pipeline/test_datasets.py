@@ -14,9 +14,9 @@ from ase.constraints import FixAtoms
 
 from pipeline.datasets import open_dataset
 from pipeline.errors import DataError
-from pipeline.statistics import label_statistics
 from pipeline.structure import Sample
 from tests.frames import collision_frames, frame, write_frames
+from tests.labels import label_statistics
 
 
 def _one(tmp_path: Path, text: str) -> Sample:

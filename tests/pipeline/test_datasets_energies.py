@@ -13,9 +13,10 @@ from pipeline.build import prepare
 from pipeline.datasets import open_dataset
 from pipeline.errors import DataError, SpecError
 from pipeline.spec import CacheSpec, load_spec, read_reference_energies
-from pipeline.statistics import differing_kinds, label_statistics
+from pipeline.statistics import differing_kinds
 from pipeline.structure import Sample
 from tests.frames import frame, write_frames
+from tests.labels import label_statistics
 from tests.pipeline.oc20_files import data_folder
 
 

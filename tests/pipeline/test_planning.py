@@ -14,10 +14,10 @@ from pipeline.errors import DataError
 from pipeline.graphs.neighbors import GraphRule, neighbor_edges
 from pipeline.planning import scan_dataset
 from pipeline.spec import CacheSpec, load_spec
-from pipeline.statistics import label_statistics
 from pipeline.store.writer import StoreWriter
 from pipeline.structure import Sample, Structure
 from tests.frames import collision_frames, write_frames
+from tests.labels import label_statistics
 from tests.stores import spec_document, write_spec
 
 RULE = GraphRule(4.0, 12, symmetric=True)

@@ -207,8 +207,10 @@ class InteractionBlock(nn.Module):
 
     def _edge_messages(self, h: Tensor, m: Tensor, bases: Bases) -> Tensor:
         """Sum of all messages into edges, scaled to the variance of one."""
-        parts = [self._edge_to_edge(m, bases)]
-        tables = bases.tables
+        tables, basis = bases.tables, bases.edge_edge
+        layer = self.trip_interaction
+        messages = layer.messages(m, basis.radial)
+        parts = [self._to_edges(layer, messages, tables.main.slots, basis, tables)]
         if self.options.quad_interaction and bases.quad is not None:
             assert tables.quads is not None
             quad = bases.quad
@@ -224,25 +226,25 @@ class InteractionBlock(nn.Module):
                 )
             )
         if bases.atom_edge is not None:
-            parts.append(self._atom_to_edge(h, bases.atom_edge, tables))
+            layer, basis, ae = self.atom_edge_interaction, bases.atom_edge, tables.ae
+            assert ae is not None
+            messages = layer.messages(h, basis.radial, ae.source)
+            parts.append(self._to_edges(layer, messages, ae.slots, basis, tables))
         # An interaction without any path counts although it adds nothing.
         kinds = 2 + self.options.quad_interaction + self.options.atom_edge_interaction
         return divided_sum(self.dense_ca(m), parts, math.sqrt(kinds))
 
-    def _edge_to_edge(self, m: Tensor, bases: Bases) -> Tensor:
-        layer, basis = self.trip_interaction, bases.edge_edge
-        slots = bases.tables.main.slots
-        narrow, wide = layer.messages(m, basis.radial)
-        sums = slots.pick(angular_sum(basis.functions, slots.pad(narrow)))
-        return layer.spread(
-            layer.combine(basis.matrices, sums, wide), bases.tables.swap
-        )
-
-    def _atom_to_edge(self, h: Tensor, basis: AngleBasis, tables: Tables) -> Tensor:
-        layer = self.atom_edge_interaction
-        assert tables.ae is not None
-        narrow, wide = layer.messages(h, basis.radial, tables.ae.source)
-        table = angular_sum(basis.functions, tables.ae.slots.pad(narrow))
+    def _to_edges(
+        self,
+        layer: AngularMessages,
+        messages: tuple[Tensor, Tensor],
+        slots: Slots,
+        basis: AngleBasis,
+        tables: Tables,
+    ) -> Tensor:
+        """Main edges' sums of ``messages`` from edges in ``slots``, both directions."""
+        narrow, wide = messages
+        table = angular_sum(basis.functions, slots.pad(narrow))
         sums = tables.main.slots.pick(table)
         return layer.spread(layer.combine(basis.matrices, sums, wide), tables.swap)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from pipeline.models.gemnet.tables import QuadTables
+from pipeline.models.layers import edge_vectors
 
 # Below this sine (not normalised) a dihedral angle counts as undefined.
 _SMALLEST_SINE = 1e-9
@@ -36,11 +37,7 @@ class QuadAngles:
 
 def edge_geometry(batch: Data, positions: Tensor, prefix: str = "") -> EdgeGeometry:
     """Geometry of the edges ``<prefix>edge_index`` for ``positions`` (N, 3) in Å."""
-    source, target = batch[f"{prefix}edge_index"]
-    cells = batch.cell[batch.batch[target]]  # (E, 3, 3)
-    # Not a matrix product: reduced-precision modes of a GPU would round the shift.
-    shift = (batch[f"{prefix}cell_offsets"][:, :, None] * cells).sum(dim=1)
-    vector = positions[target] - positions[source] - shift
+    vector = -edge_vectors(batch, positions, prefix)
     distance = vector.square().sum(dim=1).sqrt()
     return EdgeGeometry(distance, vector / distance[:, None])
 

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
+from pipeline.models.layers import ScaleFactor
+
 INV_SQRT_2 = 1 / math.sqrt(2)
 _ACTIVATION_SCALE = 1 / 0.6
 
@@ -40,18 +42,14 @@ class Residual(nn.Module):
         return mean_of(x, self.dense_mlp(x))
 
 
-class Scale(nn.Module):
-    """Multiplies by one stored number that is never trained.
+class Scale(ScaleFactor):
+    """A scale factor that is told what it was fitted to.
 
     ``reference`` is the quantity whose variance the product had when the number was
     fitted; it takes no part in the result.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale_factor = nn.Parameter(torch.ones(()), requires_grad=False)
-
-    def forward(self, x: Tensor, reference: Tensor) -> Tensor:
+    def forward(self, x: Tensor, reference: Tensor) -> Tensor:  # type: ignore[override]
         """Product of ``x`` and the factor."""
         return multiplied(x, self.scale_factor.to(x.dtype))
 

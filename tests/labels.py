@@ -1,0 +1,13 @@
+"""Statistics of a whole dataset's labels, as planning gathers them in passing."""
+
+from pipeline.datasets import Dataset
+from pipeline.models.normalizer import Normalizer
+from pipeline.statistics import LabelSums
+
+
+def label_statistics(dataset: Dataset, reference_energies: str) -> Normalizer:
+    """Normaliser fitted to the labels of ``dataset``, see ``LabelSums.normalizer``."""
+    sums = LabelSums()
+    for index in range(len(dataset)):
+        sums.add(dataset[index])
+    return sums.normalizer(reference_energies)
