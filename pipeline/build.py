@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.calibrating import calibrate_fields
 from pipeline.datasets import Dataset, open_dataset
 from pipeline.errors import DataError, StoreError
 from pipeline.fields import FIELDS
@@ -22,6 +23,7 @@ from pipeline.planning import (
 from pipeline.preview import preview
 from pipeline.spec import CacheSpec
 from pipeline.statistics import check_energy_kinds
+from pipeline.store.calibration import Calibration
 from pipeline.store.index import SplitIndex
 from pipeline.store.layout import IntArray, storage_order
 from pipeline.store.writer import SplitPlan, StoreWriter, create_store
@@ -101,6 +103,13 @@ class Source:
         """Fields that the teacher is asked for in ``split``."""
         return tuple(wanted_features(self.spec, self.spec.splits[split]))
 
+    def calibrations(self, split: str) -> dict[str, Calibration]:
+        """Encodings for the features of ``split`` that are not stored faithfully."""
+        wanted = wanted_features(self.spec, self.spec.splits[split])
+        if self.teacher is None:
+            return {}
+        return calibrate_fields(self.datasets[split], self.teacher, wanted)
+
     def edge_counter(self, split: str) -> CountEdges | None:
         """Counts the teacher's edges, where this split is to keep them."""
         if self.teacher is None or "edge_features" not in self.fields(split):
@@ -144,7 +153,14 @@ def prepare(spec: CacheSpec, device: str = "cpu") -> Job:
         for name, dataset in source.datasets.items()
     }
     plans = {
-        name: plan_split(spec, name, dataset, scans[name], source.teacher)
+        name: plan_split(
+            spec,
+            name,
+            dataset,
+            scans[name],
+            source.teacher,
+            source.calibrations(name) if new else {},
+        )
         for name, dataset in source.datasets.items()
     }
     attributes = store_attributes(spec, scans, plans, source.teacher)
@@ -274,7 +290,7 @@ def _check_unchanged(
         if planned != (sample.structure.checksum, sample.sample_id):
             raise DataError(
                 f"splits.{index.name}: sample {planned[1]!r} is not what it was when "
-                f"{index.store} was planned; restore the dataset or choose another "
+                f"{index.place} was planned; restore the dataset or choose another "
                 "store.path."
             )
 

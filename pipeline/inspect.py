@@ -1,36 +1,40 @@
 """What `kd-cache info` tells of a store, and what `verify --repair` undoes."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.store.reader import FeatureStore, SplitReader
+from pipeline.fields import FIELDS
+from pipeline.store.reader import ArrayInfo, FeatureStore, SplitReader
 from pipeline.store.verify import Problem
 from pipeline.store.writer import StoreWriter
 
 _LETTERS = {"node": "N", "edge": "E", "sample": "S"}
 _COUNTED = {"sample": "samples", "node": "atoms", "edge": "edges"}
+_FEATURES = {f.path for f in FIELDS.values() if None in f.shape}
 
 
-def describe_store(path: Path) -> dict[str, Any]:
+def describe_store(path: Path | str) -> dict[str, Any]:
     """Fingerprint, teacher, splits, fields and sizes of the store; JSON-able.
 
     Works on unsealed stores too, and then counts the blocks that are done.
     """
     store = FeatureStore.open(path, allow_unsealed=True)
-    writer = StoreWriter(path)
     teacher = store.attributes["teacher"]
+    complete = store.attributes["complete"]
     return {
         "path": str(path),
         "format_version": store.attributes["format_version"],
-        "complete": store.attributes["complete"],
+        "complete": complete,
         "fingerprint": store.fingerprint,
         "teacher": None if teacher is None else _teacher_summary(teacher),
         "preview": store.attributes.get("provenance", {}).get("preview", {}),
         "splits": {
-            name: _describe_split(split, len(writer.pending_blocks(name)))
+            name: _describe_split(split, complete)
             for name, split in store.splits.items()
         },
+        "advice": _advice(store),
     }
 
 
@@ -39,66 +43,115 @@ def _teacher_summary(teacher: dict[str, Any]) -> dict[str, Any]:
     return {key: teacher[key] for key in kept} | {"layers": teacher.get("layers", {})}
 
 
-def _describe_split(split: SplitReader, missing: int) -> dict[str, Any]:
+def _describe_split(split: SplitReader, complete: bool) -> dict[str, Any]:
     counts = {"samples": len(split), "atoms": int(split.n_atoms.sum())}
     if any(info.level == "edge" for info in split.arrays.values()):
         counts["edges"] = int(split.n_edges.sum())
-    rows = {level: counts.get(name, 0) for level, name in _COUNTED.items()}
-    fields = {
-        path: {
-            "shape": [_LETTERS[info.level], *info.shape],
-            "dtype": str(info.dtype),
-            "bytes_per_sample": info.row_bytes * rows[info.level] / len(split),
-        }
-        for path, info in split.arrays.items()
-    }
+    missing = 0 if complete else len(split.missing_blocks())
     return {
         **counts,
         "blocks": split.n_blocks,
         "blocks_done": split.n_blocks - missing,
-        "fields": fields,
+        "fields": {
+            path: {
+                "shape": [_LETTERS[info.level], *info.shape],
+                "dtype": str(info.dtype),
+                "profile": _profile(info),
+                "codec": _codec(info),
+                "relative_squared_error": split.error(path) if complete else None,
+                "bytes_per_sample": split.bytes_stored(path) / len(split),
+            }
+            for path, info in split.arrays.items()
+        },
     }
+
+
+def _profile(info: ArrayInfo) -> str:
+    return "faithful" if info.encoding is None else info.encoding.profile
+
+
+def _codec(info: ArrayInfo) -> str:
+    if info.effort is None:
+        return "bytes+crc32c"
+    rotated = info.encoding is not None and info.encoding.rotation is not None
+    turned = "rotation+" if rotated else ""
+    return f"{turned}transpose+blosc-zstd{info.effort}-bitshuffle+crc32c"
+
+
+def _advice(store: FeatureStore) -> list[str]:
+    """What a user who trains on this store should know of reading it."""
+    lines = []
+    for name, split in store.splits.items():
+        features = [path for path in split.arrays if path in _FEATURES]
+        size = sum(split.bytes_stored(path) for path in features)
+        window = split.window_blocks(features)
+        if window is not None:
+            lines.append(
+                f"split {name}: chunks are decoded as they are read; samples are "
+                f"shuffled within {min(window, split.n_blocks)} of {split.n_blocks} "
+                "blocks at a time, and `kd-cache hydrate` makes a copy that is read "
+                "many times faster"
+            )
+        elif size > _memory():
+            lines.append(
+                f"split {name}: {size / 1e9:.0f} GB of features do not fit into the "
+                f"{_memory() / 1e9:.0f} GB of memory here, so every epoch reads the "
+                "disk; keep the store on a local one, or store q8, half the size"
+            )
+    return lines
+
+
+def _memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def render_description(description: dict[str, Any]) -> str:
     """The description as text for a terminal."""
-    teacher = description["teacher"]
     state = "complete, sealed" if description["complete"] else "NOT complete"
     lines = [
         f"{description['path']}  (format {description['format_version']}, {state})",
         f"fingerprint  {description['fingerprint']}",
-        "teacher      none (labels only)"
-        if teacher is None
-        else f"teacher      {teacher['model']}, {teacher['precision']}, weights "
-        f"{teacher['weights']}, sha256 {teacher['checkpoint_sha256'][:16]}…",
+        *_teacher_lines(description["teacher"]),
     ]
-    if teacher is not None:
-        lines += [
-            f"layer        {name} from {layer}"
-            for name, layer in teacher["layers"].items()
-        ]
     for split, found in description["preview"].items():
         errors = found.get("precision_error", {})
         told = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
         lines += [f"error        of reduced precision, {split}: {told}"] if told else []
     for name, split in description["splits"].items():
-        counted = ", ".join(f"{split[k]} {k}" for k in _COUNTED.values() if k in split)
-        lines.append(
-            f"\nsplit {name}: {counted}, "
-            f"{split['blocks_done']} of {split['blocks']} blocks"
-        )
-        for path, field in split["fields"].items():
-            shape = "(" + ", ".join(str(size) for size in field["shape"]) + ")"
-            size = field["bytes_per_sample"]
-            lines.append(
-                f"  {path:32} {shape:16} {field['dtype']:8} {size:10.1f} B/sample"
-            )
-        total = sum(field["bytes_per_sample"] for field in split["fields"].values())
-        lines.append(f"  {'':58}{total:10.1f} B/sample together")
+        lines += ["", *_split_lines(name, split)]
+    lines += ["", *description["advice"]] if description["advice"] else []
     return "\n".join(lines)
 
 
-def discard_damaged(path: Path, problems: Sequence[Problem]) -> str:
+def _teacher_lines(teacher: dict[str, Any] | None) -> list[str]:
+    if teacher is None:
+        return ["teacher      none (labels only)"]
+    first = (
+        f"teacher      {teacher['model']}, {teacher['precision']}, weights "
+        f"{teacher['weights']}, sha256 {teacher['checkpoint_sha256'][:16]}…"
+    )
+    layers = [f"layer        {name} from {k}" for name, k in teacher["layers"].items()]
+    return [first, *layers]
+
+
+def _split_lines(name: str, split: dict[str, Any]) -> list[str]:
+    counted = ", ".join(f"{split[k]} {k}" for k in _COUNTED.values() if k in split)
+    done = f"{split['blocks_done']} of {split['blocks']} blocks"
+    lines = [f"split {name}: {counted}, {done}"]
+    for path, field in split["fields"].items():
+        shape = "(" + ", ".join(str(size) for size in field["shape"]) + ")"
+        size, error = field["bytes_per_sample"], field["relative_squared_error"]
+        told = "" if field["profile"] == "faithful" else f"  {field['profile']}"
+        told += "" if error is None else f", relative squared error {error:.2e}"
+        told += "" if "blosc" not in field["codec"] else f", {field['codec']}"
+        lines.append(
+            f"  {path:32} {shape:16} {field['dtype']:8} {size:10.1f} B/sample{told}"
+        )
+    total = sum(field["bytes_per_sample"] for field in split["fields"].values())
+    return [*lines, f"  {'':58}{total:10.1f} B/sample together"]
+
+
+def discard_damaged(path: Path | str, problems: Sequence[Problem]) -> str:
     """Discard the blocks that ``problems`` name; says what to do next."""
     blocks = {
         (problem.split, problem.block)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,8 @@ from pipeline.spec import (
     read_reference_energies,
 )
 from pipeline.statistics import LabelSums
+from pipeline.store.calibration import Calibration
+from pipeline.store.encoding import DTYPES
 from pipeline.store.layout import INNER_ROWS, IntArray, plan_blocks
 from pipeline.store.writer import ArrayPlan, SplitPlan
 from pipeline.structure import Sample, Structure
@@ -98,9 +101,17 @@ def _counted(sample: Sample, count_edges: CountEdges) -> int:
 
 
 def plan_split(
-    spec: CacheSpec, name: str, dataset: Dataset, scan: Scan, teacher: Teacher | None
+    spec: CacheSpec,
+    name: str,
+    dataset: Dataset,
+    scan: Scan,
+    teacher: Teacher | None,
+    calibrations: Mapping[str, Calibration] = MappingProxyType({}),
 ) -> SplitPlan:
     """Blocks and arrays of split ``name``.
+
+    ``calibrations`` of the fields that are not stored faithfully may be missing where
+    the plan is only compared with that of a store that is there.
 
     Raises
     ------
@@ -126,7 +137,7 @@ def plan_split(
         sample_ids=[dataset.sample_ids[int(i)] for i in blocks.order],
         checksums=scan.checksums[blocks.order],
         blocks=blocks,
-        arrays=_array_plans(spec, spec.splits[name], teacher),
+        arrays=_array_plans(spec, spec.splits[name], teacher, calibrations),
     )
     if blocks.edges is not None:
         _tell_edge_size(plan, blocks.edges.rows_per_block)
@@ -157,28 +168,47 @@ def _tell_edge_size(plan: SplitPlan, rows_per_block: int) -> None:
 
 
 def _array_plans(
-    spec: CacheSpec, split: SplitSpec, teacher: Teacher | None
+    spec: CacheSpec,
+    split: SplitSpec,
+    teacher: Teacher | None,
+    calibrations: Mapping[str, Calibration],
 ) -> tuple[ArrayPlan, ...]:
     names: list[str] = [*STRUCTURE_FIELDS, *LABEL_FIELDS]
-    dtypes = {name: FIELDS[name].dtype for name in FIELDS}
+    wanted: dict[str, FeatureSpec] = {}
     widths: dict[str, int] = {}
     if teacher is not None:
         wanted = wanted_features(spec, split)
         names += [*PREDICTION_FIELDS, *wanted]
         if "edge_features" in wanted:
             names += EDGE_IDENTITY_FIELDS
-        dtypes |= {name: part.dtype for name, part in wanted.items() if part.dtype}
         widths = teacher.widths
     return tuple(
         ArrayPlan(
             path=FIELDS[name].path,
             level=FIELDS[name].level,
             shape=width_shape(name, widths.get(name, 0)),
-            dtype=dtypes[name],
-            attributes={"unit": FIELDS[name].unit, "meaning": FIELDS[name].meaning},
+            dtype=_stored_dtype(name, wanted.get(name)),
+            attributes=array_attributes(name, wanted.get(name)),
+            calibration=calibrations.get(name),
         )
         for name in names
     )
+
+
+def _stored_dtype(name: str, feature: FeatureSpec | None) -> str:
+    if feature is None:
+        return FIELDS[name].dtype
+    return DTYPES.get(feature.profile) or feature.dtype or FIELDS[name].dtype
+
+
+def array_attributes(name: str, feature: FeatureSpec | None) -> dict[str, Any]:
+    """Attributes of the array of field ``name``, stored as ``feature`` says."""
+    field = FIELDS[name]
+    attributes: dict[str, Any] = {"unit": field.unit, "meaning": field.meaning}
+    if feature is not None and feature.profile != "faithful":
+        attributes["profile"] = feature.profile
+        attributes["stated_error"] = feature.stated_error
+    return attributes
 
 
 def wanted_features(spec: CacheSpec, split: SplitSpec) -> dict[str, FeatureSpec]:
@@ -204,7 +234,7 @@ def store_attributes(
             for name, s in spec.splits.items()
         },
         "arrays": {
-            name: [[a.path, list(a.shape), a.dtype] for a in plan.arrays]
+            name: [array_identity(array) for array in plan.arrays]
             for name, plan in plans.items()
         },
         "rows_per_block": spec.store.rows_per_block,
@@ -223,6 +253,19 @@ def store_attributes(
             "software": {n: version(n) for n in ("kd-train", "torch", "zarr", "vesin")},
         },
     }
+
+
+def array_identity(array: ArrayPlan) -> list[Any]:
+    """What the fingerprint holds of an array; an encoding's parameters follow from it.
+
+    Their last bits differ between machines, as those of the statistics do.
+    """
+    profile = [
+        array.attributes[key]
+        for key in ("profile", "stated_error")
+        if key in array.attributes
+    ]
+    return [array.path, list(array.shape), array.dtype, *profile]
 
 
 def _references(choice: str) -> str | dict[str, float]:

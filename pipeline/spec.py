@@ -18,9 +18,10 @@ from pipeline.documents import (
     validate,
 )
 from pipeline.errors import SpecError
-from pipeline.fields import CACHEABLE_FIELDS
+from pipeline.fields import CACHEABLE_FIELDS, FIELDS
 
 PER_ELEMENT, NO_REFERENCES = "per_element", "none"
+COMPACT_ERROR = 1e-3
 
 
 class TeacherSpec(ClosedModel):
@@ -74,13 +75,31 @@ class SplitSpec(ClosedModel):
 class FeatureSpec(ClosedModel):
     """How one field is stored."""
 
-    profile: Literal["faithful"] = Key("faithful", description="lossless in its dtype")
+    profile: Literal["faithful", "q8", "compact"] = Key(
+        "faithful",
+        description="faithful: as computed, in dtype | q8: int8 and a scale for every "
+        "atom, a quarter of float32 | compact: compressed to the stated error",
+    )
+    error: float | None = Key(
+        None,
+        gt=0,
+        lt=1,
+        description=f"of compact: squared error relative to the variance; default: "
+        f"{COMPACT_ERROR:g}",
+    )
     layer: str | None = Key(
         None, description="of the teacher; default: the one the paper distils from"
     )
     dtype: Literal["float16", "float32"] | None = Key(
-        None, description="default: the field's own"
+        None, description="of faithful; default: the field's own"
     )
+
+    @property
+    def stated_error(self) -> float | None:
+        """Error that ``compact`` is to keep; None for the other profiles."""
+        if self.profile != "compact":
+            return None
+        return COMPACT_ERROR if self.error is None else self.error
 
 
 class StoreSpec(ClosedModel):
@@ -238,11 +257,30 @@ def _resolve_split(split: SplitSpec, folder: Path, key: str) -> SplitSpec:
     return split.model_copy(update=changes)
 
 
+def _check_profile(name: str, feature: FeatureSpec) -> None:
+    if feature.profile != "faithful" and feature.dtype is not None:
+        raise SpecError(
+            f"features.{name}: dtype is for profile faithful, {feature.profile} has "
+            "integers of its own; remove one of the two."
+        )
+    if feature.profile != "compact" and feature.error is not None:
+        raise SpecError(
+            f"features.{name}.error is for profile compact; {feature.profile} has the "
+            "error that it has, so remove it."
+        )
+    if feature.profile != "faithful" and None not in FIELDS[name].shape:
+        raise SpecError(
+            f"features.{name}: profile {feature.profile} is for features with "
+            "channels; store this field as faithful."
+        )
+
+
 def _check_choices(spec: CacheSpec) -> None:
     for name in spec.features:
         if name not in CACHEABLE_FIELDS:
             hint = nearest(name, CACHEABLE_FIELDS)
             raise SpecError(f"features: unknown field {name!r}{hint}.")
+        _check_profile(name, spec.features[name])
     if spec.features and spec.teacher is None:
         raise SpecError(
             "The spec asks for features but names no teacher; add a teacher: section "

@@ -4,28 +4,22 @@ A record is the last thing written of a block; the digests the last but one of a
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import DamagedStoreError
-from pipeline.fields import Level
-from pipeline.store.index import (
-    DIGESTS,
-    METADATA,
-    SplitIndex,
-    commit_key,
-    damaged,
-    split_files,
-)
+from pipeline.store.index import DIGESTS, METADATA, SplitFiles, SplitIndex
+from pipeline.store.messages import name_blocks
+from pipeline.store.metadata import damaged
+from pipeline.store.places import Place
 from pipeline.store.shard import with_crc, without_crc
 
 Record = npt.NDArray[np.uint64]
 
-_DIGEST_FILE = f"{DIGESTS}/c/0"
+DIGEST_FILE = f"{DIGESTS}/c/0"
 _HEX = 32
 
 
@@ -43,7 +37,7 @@ def encode_record(hashes: Iterable[tuple[int, int]]) -> bytes:
 def read_record(split: SplitIndex, block: int) -> Record | None:
     """(n_arrays, 2) hashes of a block's shards; None where it is not committed."""
     try:
-        stored = (split.store / split.name / commit_key(block)).read_bytes()
+        stored = split.place.read(split.record_name(block))
     except FileNotFoundError:
         return None
     raw = without_crc(stored)
@@ -54,11 +48,11 @@ def read_record(split: SplitIndex, block: int) -> Record | None:
 
 
 def missing_shards(split: SplitIndex, block: int) -> list[str]:
-    """Arrays whose shard of ``block`` is absent or has not the planned size."""
+    """Arrays whose shard of ``block`` is absent or cannot have its size."""
     missing = []
     for path in split.arrays:
-        file = split.shard_file(path, block)
-        if not file.is_file() or file.stat().st_size != split.layout(path).n_bytes:
+        size = split.place.size(split.shard_name(path, block))
+        if size is None or split.layout(path).size_fault(size):
             missing.append(path)
     return missing
 
@@ -67,7 +61,7 @@ def mismatching_shards(split: SplitIndex, block: int, record: Record) -> list[st
     """Arrays whose shard of ``block`` has other bytes than its commit record says."""
     wrong = []
     for path, expected in zip(split.arrays, record.tolist(), strict=True):
-        content = split.shard_file(path, block).read_bytes()
+        content = split.place.read(split.shard_name(path, block))
         if shard_hash(content) != tuple(expected):
             wrong.append(path)
     return wrong
@@ -81,16 +75,22 @@ def is_committed(split: SplitIndex, block: int, verify: bool = False) -> bool:
     return not (verify and mismatching_shards(split, block, record))
 
 
-def protected_files(
-    splits: Iterable[tuple[str, Mapping[str, Level], int, int]],
-) -> list[str]:
-    """Sorted names of the files that the digests cover: all but shards and themselves.
+def unsealed_message(place: Place, splits: Iterable[SplitIndex]) -> str:
+    """Sentence that names the missing blocks of every split and the way on."""
+    missing = []
+    for split in splits:
+        blocks = [b for b in range(split.n_blocks) if not is_committed(split, b)]
+        if blocks:
+            missing.append(f"{name_blocks(blocks)} of split {split.name!r}")
+    what = "lacks " + " and ".join(missing) if missing else "is complete but not sealed"
+    return f"{place} {what}; continue it with `kd-cache build SPEC`."
 
-    ``splits`` gives name, level of every array, number of samples and of blocks.
-    """
+
+def protected_files(splits: Iterable[SplitFiles]) -> list[str]:
+    """Sorted names of the files that the digests cover: all but shards and theirs."""
     files = {METADATA, f"{DIGESTS}/{METADATA}"}
     for split in splits:
-        files |= split_files(*split)
+        files |= split.names()
     return sorted(files)
 
 
@@ -105,51 +105,50 @@ def encode_digests(files: Iterable[str], content_of: Callable[[str], bytes]) -> 
     return with_crc("".join(lines).encode())
 
 
-def digests_file(store: Path) -> Path:
-    """Place of the digests' only chunk."""
-    return store / _DIGEST_FILE
-
-
-def read_digests(store: Path) -> dict[str, str]:
+def read_digests(place: Place) -> dict[str, str]:
     """Hash of every protected file of a sealed store by its name."""
-    file = digests_file(store)
-    raw = without_crc(file.read_bytes()) if file.is_file() else None
+    try:
+        raw = without_crc(place.read(DIGEST_FILE))
+    except FileNotFoundError:
+        raw = None
     if raw is None:
-        raise damaged(file, "is missing or does not match its checksum")
+        raise damaged(place, DIGEST_FILE, "is missing or does not match its checksum")
     lines = raw.decode().splitlines()
     return {line[_HEX + 1 :]: line[:_HEX] for line in lines}
 
 
-def changed_files(store: Path, digests: dict[str, str]) -> list[str]:
+def changed_files(place: Place, digests: dict[str, str]) -> list[str]:
     """Names of the files that are gone or differ from their digest."""
-    return [name for name, known in digests.items() if not _matches(store, name, known)]
+    return [name for name, known in digests.items() if not _matches(place, name, known)]
 
 
-def check_metadata(store: Path) -> None:
+def check_metadata(place: Place) -> None:
     """Raise unless metadata and index of a sealed store are as they were sealed.
 
     Commit records are left out: reading needs none, and there is one per block.
     """
     digests = {
         name: known
-        for name, known in read_digests(store).items()
+        for name, known in read_digests(place).items()
         if "/index/commit/c/" not in name
     }
-    for name in changed_files(store, digests):
-        raise damaged(store / name, "is not what was sealed")
+    for name in changed_files(place, digests):
+        raise damaged(place, name, "is not what was sealed")
 
 
-def shard_damage(store: Path, file: Path, what: str, block: int) -> DamagedStoreError:
+def shard_damage(place: Place, name: str, what: str, block: int) -> DamagedStoreError:
     """Error for a shard, which the teacher can make again."""
     return DamagedStoreError(
-        f"{file} {what}; run `kd-cache verify {store} --repair`, then `kd-cache build "
-        f"SPEC` writes block {block} again."
+        f"{place.label(name)} {what}; run `kd-cache verify {place} --repair`, then "
+        f"`kd-cache build SPEC` writes block {block} again."
     )
 
 
-def _matches(store: Path, name: str, known: str) -> bool:
-    file = store / name
-    return file.is_file() and _hash(file.read_bytes()) == known
+def _matches(place: Place, name: str, known: str) -> bool:
+    try:
+        return _hash(place.read(name)) == known
+    except FileNotFoundError:
+        return False
 
 
 def _hash(content: bytes) -> str:

@@ -16,12 +16,14 @@ import numpy as np
 import numpy.typing as npt
 import zarr
 from filelock import FileLock, Timeout
-from zarr.codecs import BytesCodec, Crc32cCodec
+from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, TransposeCodec
 
 from pipeline.errors import DataError, SpecError, StoreError
 from pipeline.fields import Level
 from pipeline.files import sync_folder
+from pipeline.store.calibration import Calibration
 from pipeline.store.edges import CELL_OFFSETS, EDGE_INDEX, MAX_ATOMS
+from pipeline.store.encoding import ERROR, SCALE
 from pipeline.store.index import (
     COMMIT,
     DIGESTS,
@@ -31,28 +33,75 @@ from pipeline.store.index import (
     ROOT_KEY,
     SPLIT_KEY,
     SPLITS_KEY,
+    TABLES_GROUP,
     ArrayInfo,
+    SplitFiles,
     format_version,
     index_chunk,
     index_columns,
+    table_path,
+    table_paths,
 )
-from pipeline.store.layout import BlockPlan, inner_rows
+from pipeline.store.layout import BlockPlan
 from pipeline.store.ledger import digests_size, protected_files
+from pipeline.store.packed import CODEC, PackedLayout
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _RESERVED = {DIGESTS}
+_RESERVED_GROUPS = {"index", TABLES_GROUP}
 _AXES = {"node": "atom", "edge": "edge", "sample": "sample"}
 
 
 @dataclass(frozen=True)
 class ArrayPlan:
-    """An array to be made: ``shape`` is what follows the axis of its level."""
+    """An array to be made: ``shape`` is what follows the axis of its level.
+
+    With a ``calibration``, integers of ``dtype`` are stored in place of the numbers.
+    """
 
     path: str
     level: Level
     shape: tuple[int, ...]
     dtype: str
     attributes: dict[str, Any] = field(default_factory=dict)
+    calibration: Calibration | None = None
+
+    @property
+    def info(self) -> ArrayInfo:
+        """The array as a reader will find it."""
+        dtype = np.dtype(self.dtype)
+        if self.calibration is None:
+            return ArrayInfo(self.path, self.level, dtype, self.shape)
+        chosen = self.calibration
+        return ArrayInfo(
+            self.path, self.level, dtype, self.shape, chosen.encoding, chosen.effort
+        )
+
+    @property
+    def companions(self) -> tuple["ArrayPlan", ...]:
+        """Arrays that go with an encoded one."""
+        made = {
+            SCALE: ArrayPlan(
+                self.path + SCALE,
+                self.level,
+                (),
+                "float16",
+                {"meaning": f"scale of every row of {self.path}"},
+            ),
+            ERROR: ArrayPlan(
+                self.path + ERROR,
+                "sample",
+                (2,),
+                "float64",
+                {
+                    "meaning": f"squared error of {self.path} in a sample, and its "
+                    "squared distance to the mean"
+                },
+            ),
+        }
+        return tuple(
+            made[path.removeprefix(self.path)] for path in self.info.companions
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,9 +115,27 @@ class SplitPlan:
     arrays: tuple[ArrayPlan, ...]
 
     @property
+    def stored(self) -> tuple[ArrayPlan, ...]:
+        """All arrays to be made: those planned, each with its companions."""
+        return tuple(
+            part for array in self.arrays for part in (array, *array.companions)
+        )
+
+    @property
     def levels(self) -> dict[str, Level]:
-        """Level of every array by its path."""
-        return {array.path: array.level for array in self.arrays}
+        """Level of every stored array by its path."""
+        return {array.path: array.level for array in self.stored}
+
+    @property
+    def files(self) -> SplitFiles:
+        """What decides the names of this split's small files."""
+        return SplitFiles(
+            self.name,
+            self.levels,
+            table_paths(array.info for array in self.stored),
+            self.blocks.n_samples,
+            self.blocks.n_blocks,
+        )
 
 
 def create_store(
@@ -136,16 +203,13 @@ def _build_and_rename(
 def _write_hierarchy(
     folder: Path, splits: Sequence[SplitPlan], attributes: dict[str, Any]
 ) -> None:
-    version = max(format_version(split.levels.values()) for split in splits)
+    version = format_version(array.info for split in splits for array in split.stored)
     header = {"format_version": version, "complete": False, **attributes}
     names = [split.name for split in splits]
     root = zarr.create_group(
         folder, zarr_format=3, attributes={ROOT_KEY: header, SPLITS_KEY: names}
     )
-    files = protected_files(
-        (s.name, s.levels, s.blocks.n_samples, s.blocks.n_blocks) for s in splits
-    )
-    size = digests_size(files)
+    size = digests_size(protected_files(split.files for split in splits))
     _create_plain(root, DIGESTS, (size,), (size,), "uint8", ("byte",), {})
     for split in splits:
         _write_split(root, split)
@@ -161,12 +225,30 @@ def _write_split(root: zarr.Group, split: SplitPlan) -> None:
         axes = ("position",)
         array = _create_plain(group, path, (n_samples,), chunk, dtype, axes, {})
         array[:] = columns[path]
-    shape = (blocks.n_blocks, len(split.arrays), 2)
+    stored = split.stored
+    shape = (blocks.n_blocks, len(stored), 2)
     axes3 = ("block", "array", "word")
-    paths = {"arrays": [a.path for a in split.arrays]}
+    paths = {"arrays": [array.path for array in stored]}
     _create_plain(group, COMMIT, shape, (1, *shape[1:]), "uint64", axes3, paths)
-    for array_plan in split.arrays:
+    for array_plan in stored:
         _create_sharded(group, array_plan, blocks)
+        _write_tables(group, array_plan.info)
+
+
+def _write_tables(group: zarr.Group, info: ArrayInfo) -> None:
+    """Parameters of the encoding of an array, where it has one."""
+    for name, values in ({} if info.encoding is None else info.encoding.tables).items():
+        axes = ("channel",) if values.ndim == 1 else ("stored_channel", "channel")
+        table = _create_plain(
+            group,
+            table_path(info.path, name),
+            values.shape,
+            values.shape,
+            "float32",
+            axes,
+            {},
+        )
+        table[...] = values
 
 
 def _split_numbers(split: SplitPlan) -> dict[str, Any]:
@@ -184,8 +266,16 @@ def _split_numbers(split: SplitPlan) -> dict[str, Any]:
         numbers["edge_rows_per_block"] = blocks.edges.rows_per_block
     return {
         **numbers,
-        "arrays": [{"path": a.path, "level": a.level} for a in split.arrays],
+        "arrays": [_array_entry(array.info) for array in split.stored],
     }
+
+
+def _array_entry(info: ArrayInfo) -> dict[str, Any]:
+    entry: dict[str, Any] = {"path": info.path, "level": info.level}
+    if info.encoding is not None:
+        entry["profile"] = info.encoding.profile
+        entry["tables"] = list(info.encoding.tables)
+    return entry
 
 
 def _index_values(split: SplitPlan) -> dict[str, npt.NDArray[Any]]:
@@ -205,16 +295,28 @@ def _index_values(split: SplitPlan) -> dict[str, npt.NDArray[Any]]:
 
 def _create_sharded(group: zarr.Group, plan: ArrayPlan, blocks: BlockPlan) -> None:
     rows = blocks.rows(plan.level)
-    info = ArrayInfo(plan.path, plan.level, np.dtype(plan.dtype), plan.shape)
+    layout = plan.info.layout(rows)
+    filters: list[Any] = []
+    compressors: list[Any] = [Crc32cCodec()]
+    if isinstance(layout, PackedLayout):
+        filters = [TransposeCodec(order=layout.transposed)]
+        packing = BloscCodec(
+            cname=CODEC,
+            clevel=layout.effort,
+            shuffle="bitshuffle",
+            typesize=layout.dtype.itemsize,
+        )
+        compressors.insert(0, packing)
     group.create_array(
         name=plan.path,
         shape=(blocks.n_blocks * rows, *plan.shape),
         shards=(rows, *plan.shape),
-        chunks=(inner_rows(rows), *plan.shape),
+        chunks=(layout.inner_rows, *plan.shape),
         dtype=plan.dtype,
-        fill_value=info.fill,
+        fill_value=plan.info.fill,
+        filters=filters,
         serializer=BytesCodec(endian="little"),
-        compressors=Crc32cCodec(),
+        compressors=compressors,
         attributes=plan.attributes,
         dimension_names=_axis_names(plan),
     )
@@ -228,6 +330,8 @@ def _axis_names(plan: ArrayPlan) -> tuple[str | None, ...]:
     names: tuple[str | None, ...] = (None,) * len(plan.shape)
     if plan.path == EDGE_INDEX:
         names = ("end",)
+    elif plan.path.endswith(ERROR):
+        names = ("sum",)
     elif plan.shape in known:
         names = known[plan.shape]
     elif len(plan.shape) == 2:
@@ -335,12 +439,13 @@ def _check_edges(split: SplitPlan) -> None:
 
 
 def _check_arrays(split: SplitPlan) -> None:
-    paths = [array.path for array in split.arrays]
+    paths = [array.path for array in split.stored]
     if not paths:
         raise SpecError(f"Split {split.name!r} has no arrays; plan at least one.")
-    for array in split.arrays:
+    for array in split.stored:
         parts = array.path.split("/")
-        usable = all(_NAME.fullmatch(part) for part in parts) and parts[0] != "index"
+        usable = all(_NAME.fullmatch(part) for part in parts)
+        usable = usable and parts[0] not in _RESERVED_GROUPS
         reserved = array.path in EDGE_COLUMNS
         if not usable or reserved or paths.count(array.path) > 1:
             raise SpecError(

@@ -1,64 +1,78 @@
-"""Reads a sealed store: whole samples in any order, straight from mapped shards."""
+"""Reads a sealed store: whole samples in any order, with the fields asked for."""
 
 import itertools
-import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.errors import DamagedStoreError, StoreError
-from pipeline.fields import Level
-from pipeline.store.index import (
-    ROOT_KEY,
-    SPLITS_KEY,
-    ArrayInfo,
-    SplitIndex,
-    read_root,
-    read_split,
-)
-from pipeline.store.layout import IntArray, inner_rows
-from pipeline.store.ledger import check_metadata, is_committed, shard_damage
-from pipeline.store.mapping import major_faults, map_file, prefetch
-from pipeline.store.shard import Bytes, chunk_is_intact, index_is_intact
+from pipeline.errors import StoreError
+from pipeline.store.arrays import ArrayReader, MappedArray, array_reader
+from pipeline.store.chunks import ChunkCache
+from pipeline.store.encoding import ERROR, SCALE, Encoding, relative_error
+from pipeline.store.index import ROOT_KEY, SPLITS_KEY, ArrayInfo, SplitIndex
+from pipeline.store.layout import IntArray
+from pipeline.store.ledger import check_metadata, is_committed, unsealed_message
+from pipeline.store.mapping import major_faults, prefetch
+from pipeline.store.metadata import read_root, read_split
+from pipeline.store.pieces import Pieces, pieces_of
+from pipeline.store.places import Place, open_place
 
 __all__ = ["ArrayInfo", "FeatureStore", "SplitReader"]
 
-_UNMAPPED: Bytes = np.empty(0, np.uint8)
+Arrays = dict[str, npt.NDArray[Any]]
+CACHE_BYTES = 1 << 30
 # Reads for which read-ahead stays on after pages had to come from disk.
 _COLD_READS = 64
 
 
 class FeatureStore:
-    """A store opened for reading; holds no open file and may be used by threads."""
+    """A store opened for reading; holds no open file and may be used by threads.
+
+    ``splits`` gives a `SplitReader` by name, ``attributes`` the store's provenance.
+    """
 
     def __init__(
-        self, path: Path, attributes: dict[str, Any], splits: dict[str, "SplitReader"]
+        self, place: Place, attributes: dict[str, Any], splits: dict[str, "SplitReader"]
     ) -> None:
-        self.path = path
+        self.path = Path(place.url) if place.mappable else place.url
         self.attributes = attributes
         self.splits = splits
 
     @classmethod
-    def open(cls, path: Path | str, allow_unsealed: bool = False) -> "FeatureStore":
+    def open(
+        cls,
+        path: Path | str,
+        allow_unsealed: bool = False,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> "FeatureStore":
         """Store at ``path``; an unfinished one only with ``allow_unsealed``.
 
-        Metadata and index of a sealed store are checked against their digests here;
-        shards are checked when they are first read.
+        ``path`` is a folder, a zip archive made without compression, or a URL of any
+        protocol that fsspec knows. Metadata and index of a sealed store are checked
+        against their digests here; shards are checked when they are first read.
+        Chunks that are compressed or remote are kept in memory up to ``cache_bytes``.
+
+        Raises
+        ------
+        StoreError
+            There is no store, it is not finished, or this program is too old for it.
+        DamagedStoreError
+            Metadata or index are not what was sealed.
         """
-        path = Path(path)
-        root = read_root(path)
+        place = open_place(path)
+        root = read_root(place)
         header = root[ROOT_KEY]
         if header["complete"]:
-            check_metadata(path)
-        splits = {name: read_split(path, name) for name in root[SPLITS_KEY]}
+            check_metadata(place)
+        splits = {name: read_split(place, name) for name in root[SPLITS_KEY]}
         if not header["complete"] and not allow_unsealed:
-            raise StoreError(unsealed_message(path, splits.values()))
-        readers = {name: SplitReader(split) for name, split in splits.items()}
-        return cls(path, header, readers)
+            raise StoreError(unsealed_message(place, splits.values()))
+        cache = ChunkCache(cache_bytes)
+        readers = {name: SplitReader(split, cache) for name, split in splits.items()}
+        return cls(place, header, readers)
 
     @property
     def fingerprint(self) -> str:
@@ -71,107 +85,16 @@ class FeatureStore:
         return fingerprint
 
 
-@dataclass(frozen=True, eq=False)
-class _Pieces:
-    """Row ranges to copy, none of which crosses an inner chunk.
-
-    ``number`` (m,) counts inner chunks over the whole axis, ``chunk`` (m,) inside
-    their ``blocks``; ``row`` (m,) is the first row in the chunk, ``rows`` their count.
-    """
-
-    number: IntArray
-    blocks: list[int]
-    chunk: IntArray
-    row: IntArray
-    rows: IntArray
-    total: int
-
-
-class _ArrayReader:
-    """Copies pieces of one array out of its mapped shards, each chunk checked once."""
-
-    def __init__(self, split: SplitIndex, path: str) -> None:
-        self._split = split
-        self._info = split.arrays[path]
-        self._layout = split.layout(path)
-        self._row_bytes = self._info.row_bytes
-        self._stride = self._layout.stride
-        self._shards: list[Bytes] = [_UNMAPPED] * split.n_blocks
-        self._checked = np.zeros(split.n_blocks * self._layout.n_chunks, np.bool_)
-        self._unchecked = len(self._checked)
-        self._lock = threading.Lock()
-
-    def views(self, pieces: _Pieces) -> list[Bytes]:
-        """Bytes of every piece where they are mapped, from intact inner chunks."""
-        if self._unchecked and not self._checked[pieces.number].all():
-            self._check(pieces.number)
-        shards, row_bytes = self._shards, self._row_bytes
-        begin = pieces.chunk * self._stride + pieces.row * row_bytes
-        end = begin + pieces.rows * row_bytes
-        ranges = zip(pieces.blocks, begin.tolist(), end.tolist(), strict=True)
-        return [shards[block][i:j] for block, i, j in ranges]
-
-    def empty(self, pieces: _Pieces) -> Bytes:
-        """Bytes to copy ``pieces`` into."""
-        return np.empty(pieces.total * self._row_bytes, np.uint8)
-
-    def shaped(self, content: Bytes) -> npt.NDArray[Any]:
-        """(rows, *shape) array in which those bytes are the rows."""
-        return content.view(self._info.dtype).reshape(-1, *self._info.shape)
-
-    def _check(self, chunks: IntArray) -> None:
-        with self._lock:
-            unchecked = np.unique(chunks[~self._checked[chunks]])
-            located = []
-            for number in unchecked.tolist():
-                block, chunk = divmod(number, self._layout.n_chunks)
-                shard = self._shards[block]
-                if shard is _UNMAPPED:
-                    shard = self._shards[block] = self._map(block)
-                begin = chunk * self._layout.stride
-                prefetch(shard[begin : begin + self._layout.stride])
-                located.append((number, block, chunk, shard))
-            for number, block, chunk, shard in located:
-                if not chunk_is_intact(shard, self._layout, chunk):
-                    raise self._damage(number, block, chunk)
-                self._checked[number] = True
-                self._unchecked -= 1
-
-    def _map(self, block: int) -> Bytes:
-        file = self._split.shard_file(self._info.path, block)
-        try:
-            shard = map_file(file)
-        except FileNotFoundError:
-            raise self._lost(file, "is missing", block) from None
-        if len(shard) != self._layout.n_bytes:
-            size = f"has {len(shard)} bytes instead of {self._layout.n_bytes}"
-            raise self._lost(file, size, block)
-        if not index_is_intact(shard, self._layout):
-            raise self._lost(file, "has a damaged shard index", block)
-        return shard
-
-    def _lost(self, file: Path, what: str, block: int) -> DamagedStoreError:
-        positions = self._split.block_positions(block)
-        ids = self._split.sample_ids[positions.start : positions.stop]
-        names = name_samples([str(name) for name in ids], self._split.name)
-        return shard_damage(self._split.store, file, f"{what} ({names})", block)
-
-    def _damage(self, number: int, block: int, chunk: int) -> DamagedStoreError:
-        rows = self._layout.inner_rows
-        first = number * rows
-        ids = self._split.samples_at(self._info.level, first, first + rows)
-        names = name_samples(ids, self._split.name)
-        file = self._split.shard_file(self._info.path, block)
-        what = f"has a damaged inner chunk {chunk} ({names})"
-        return shard_damage(self._split.store, file, what, block)
-
-
 class SplitReader:
     """Samples of one split by storage position, 0 to ``len(self) - 1``."""
 
-    def __init__(self, index: SplitIndex) -> None:
+    def __init__(self, index: SplitIndex, cache: ChunkCache) -> None:
         self._index = index
-        self._readers = {path: _ArrayReader(index, path) for path in index.arrays}
+        self._cache = cache
+        self._readers: dict[str, ArrayReader] = {
+            path: array_reader(index, info, cache)
+            for path, info in index.arrays.items()
+        }
         self._by_id: IntArray | None = None
         self._faults = major_faults()
         self._cold_reads = 0
@@ -199,7 +122,7 @@ class SplitReader:
         """(n,) edges of every sample, in a split that has edge-level arrays."""
         if self._index.edges is None:
             raise StoreError(
-                f"Split {self.name!r} of {self._index.store} has no edges; ask for "
+                f"Split {self.name!r} of {self._index.place} has no edges; ask for "
                 "edge_features in the spec and build the store again."
             )
         return self._index.edges.n_edges
@@ -212,7 +135,53 @@ class SplitReader:
     @property
     def arrays(self) -> dict[str, ArrayInfo]:
         """Dtype, trailing shape and level of every array by its path."""
-        return self._index.arrays
+        return self._index.fields
+
+    def encoding(self, path: str) -> Encoding | None:
+        """What the stored integers of an array mean; None for plain numbers."""
+        return self._info(path).encoding
+
+    def error(self, path: str) -> float | None:
+        """Squared error of an encoded array relative to its variance, all samples.
+
+        None where the numbers are stored as they are.
+        """
+        if self.encoding(path) is None:
+            return None
+        sums = self.read_stored(np.arange(len(self)), [path + ERROR])
+        return relative_error(sums[path + ERROR])
+
+    def bytes_stored(self, path: str) -> int:
+        """Bytes that the samples take of an array and of what belongs to it."""
+        paths = (path, *self._info(path).companions)
+        return sum(self._bytes_of(self._index.arrays[one]) for one in paths)
+
+    def _bytes_of(self, info: ArrayInfo) -> int:
+        if info.effort is None:
+            _, rows = self._index.spans(info.level, slice(None))
+            return int(rows.sum()) * info.row_bytes
+        index, blocks = self._index, range(self.n_blocks)
+        names = [index.shard_name(info.path, block) for block in blocks]
+        return sum(index.place.size(name) or 0 for name in names)
+
+    def missing_blocks(self) -> list[int]:
+        """Blocks that are not written yet, in a store that is not sealed."""
+        blocks = range(self.n_blocks)
+        return [block for block in blocks if not is_committed(self._index, block)]
+
+    def window_blocks(self, paths: Sequence[str]) -> int | None:
+        """Blocks whose chunks of these arrays fit into memory together, at least 1.
+
+        Reading samples out of more blocks at a time would decode or fetch chunks again
+        and again. None where rows are read where they lie, from any number of blocks.
+        """
+        chunked = [
+            self._index.rows(info.level) * info.row_bytes
+            for path in self._with_scales(paths)
+            if not isinstance(self._readers[path], MappedArray)
+            for info in [self._index.arrays[path]]
+        ]
+        return max(1, self._cache.limit // sum(chunked)) if chunked else None
 
     @property
     def n_blocks(self) -> int:
@@ -234,32 +203,52 @@ class SplitReader:
         if place < len(ids) and ids[self._by_id[place]] == sample_id:
             return int(self._by_id[place])
         raise StoreError(
-            f"Split {self.name!r} of {self._index.store} has no sample {sample_id!r}."
+            f"Split {self.name!r} of {self._index.place} has no sample {sample_id!r}."
         )
 
-    def read(
-        self, positions: npt.ArrayLike, paths: Sequence[str]
-    ) -> dict[str, npt.NDArray[Any]]:
+    def read(self, positions: npt.ArrayLike, paths: Sequence[str]) -> Arrays:
         """Rows of the samples at ``positions``, in that order, as fresh arrays.
 
         Node- and edge-level arrays are concatenated over the samples to (ΣN, *shape)
-        and (ΣE, *shape), sample level ones are (len(positions), *shape).
+        and (ΣE, *shape), sample level ones are (len(positions), *shape). Encoded
+        arrays come decoded, as float32.
+
+        Raises
+        ------
+        StoreError
+            There is no such array or sample.
+        DamagedStoreError
+            Bytes are not those that were written; names file and samples.
+        """
+        stored = self.read_stored(positions, self._with_scales(paths))
+        decoded = {}
+        for path in paths:
+            encoding = self._index.arrays[path].encoding
+            rows = stored[path]
+            if encoding is not None:
+                rows = encoding.decode(rows, stored.get(path + SCALE))
+            decoded[path] = rows
+        return decoded
+
+    def read_stored(self, positions: npt.ArrayLike, paths: Sequence[str]) -> Arrays:
+        """As `read`, without decoding: the numbers as they are stored.
+
+        Scales of the rows of q8 arrays are an array beside, ``path + "_scale"``.
         """
         chosen = self._checked_positions(positions)
-        infos = self._index.arrays
-        for path in paths:
-            if path not in infos:
-                raise StoreError(
-                    f"Split {self.name!r} of {self._index.store} has no array "
-                    f"{path!r}; it has {', '.join(infos)}."
-                )
-        levels = {infos[path].level for path in paths}
-        pieces = {level: self._pieces(level, chosen) for level in levels}
+        infos = [self._info(path) for path in paths]
         # All views first, then all copies: copying megabytes empties the processor's
         # caches, after which interpreted code is slow.
-        readers = [(self._readers[path], pieces[infos[path].level]) for path in paths]
-        views = [reader.views(ranges) for reader, ranges in readers]
-        copies = [reader.empty(ranges) for reader, ranges in readers]
+        cut: dict[tuple[str, int], Pieces] = {}
+        readers = []
+        for info in infos:
+            reader = self._readers[info.path]
+            key = info.level, reader.layout.inner_rows
+            if key not in cut:
+                cut[key] = pieces_of(self._index, info.level, chosen, key[1])
+            readers.append((reader, cut[key]))
+        views = [reader.views(pieces) for reader, pieces in readers]
+        copies = [reader.empty(pieces) for reader, pieces in readers]
         if self._is_cold():
             for view in itertools.chain.from_iterable(views):
                 prefetch(view)
@@ -270,6 +259,24 @@ class SplitReader:
             path: reader.shaped(copy)
             for path, (reader, _), copy in zip(paths, readers, copies, strict=True)
         }
+
+    def _info(self, path: str) -> ArrayInfo:
+        info = self._index.arrays.get(path)
+        if info is None:
+            raise StoreError(
+                f"Split {self.name!r} of {self._index.place} has no array {path!r}; it "
+                f"has {', '.join(self._index.fields)}."
+            )
+        return info
+
+    def _with_scales(self, paths: Sequence[str]) -> list[str]:
+        """``paths`` and the scales that some of them are decoded with."""
+        scales = [
+            path + SCALE
+            for path in paths
+            if path + SCALE in self._info(path).companions
+        ]
+        return [*paths, *scales]
 
     def _checked_positions(self, positions: npt.ArrayLike) -> IntArray:
         chosen = np.asarray(positions, np.int64).reshape(-1)
@@ -291,71 +298,3 @@ class SplitReader:
         elif self._cold_reads:
             self._cold_reads -= 1
         return self._cold_reads > 0
-
-    def _pieces(self, level: Level, positions: IntArray) -> _Pieces:
-        index = self._index
-        start, rows = index.spans(level, positions)
-        if level == "edge":
-            # A sample without edges has no row, not even one to check.
-            start, rows = start[rows > 0], rows[rows > 0]
-        shard_rows = index.rows(level)
-        chunk_rows = inner_rows(shard_rows)
-        total = int(rows.sum())
-        number, row, rows = _cut(*_joined(start, rows), chunk_rows)
-        block, chunk = np.divmod(number, shard_rows // chunk_rows)
-        return _Pieces(number, block.tolist(), chunk, row, rows, total)
-
-
-def _joined(start: IntArray, rows: IntArray) -> tuple[IntArray, IntArray]:
-    """Ranges in which neighbours that follow each other are made one."""
-    follows = start[1:] == start[:-1] + rows[:-1]
-    if not follows.any():
-        return start, rows
-    first = np.flatnonzero(np.concatenate(([True], ~follows)))
-    return start[first], np.add.reduceat(rows, first)
-
-
-def _cut(
-    start: IntArray, rows: IntArray, chunk_rows: int
-) -> tuple[IntArray, IntArray, IntArray]:
-    """Ranges cut wherever they cross from one inner chunk into the next.
-
-    Returns the number of the chunk, the first row in it and the count of rows.
-    """
-    number, row = np.divmod(start, chunk_rows)
-    if not (row + rows > chunk_rows).any():
-        return number, row, rows
-    cuts = (row + rows - 1) // chunk_rows + 1
-    source = np.repeat(np.arange(len(start)), cuts)
-    step = np.arange(len(source)) - np.repeat(np.cumsum(cuts) - cuts, cuts)
-    number = number[source] + step
-    begin = np.maximum(start[source], number * chunk_rows)
-    end = np.minimum((start + rows)[source], (number + 1) * chunk_rows)
-    return number, begin - number * chunk_rows, end - begin
-
-
-def name_samples(ids: Sequence[str], split: str) -> str:
-    """Few of ``ids`` in words, for an error message."""
-    if not ids:
-        return f"no sample of split {split!r}"
-    shown = ", ".join(repr(name) for name in ids[:5])
-    more = f" and {len(ids) - 5} more" if len(ids) > 5 else ""
-    return f"samples {shown}{more} of split {split!r}"
-
-
-def unsealed_message(path: Path, splits: Any) -> str:
-    """Sentence that names the missing blocks of every split and the way on."""
-    missing = []
-    for split in splits:
-        blocks = [b for b in range(split.n_blocks) if not is_committed(split, b)]
-        if blocks:
-            missing.append(f"{name_blocks(blocks)} of split {split.name!r}")
-    what = "lacks " + " and ".join(missing) if missing else "is complete but not sealed"
-    return f"{path} {what}; continue it with `kd-cache build SPEC`."
-
-
-def name_blocks(blocks: Sequence[int]) -> str:
-    """Block numbers in words, at most ten of them."""
-    shown = ", ".join(str(block) for block in blocks[:10])
-    more = f" and {len(blocks) - 10} more" if len(blocks) > 10 else ""
-    return f"block{'s' if len(blocks) > 1 else ''} {shown}{more}"

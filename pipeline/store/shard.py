@@ -1,38 +1,102 @@
-"""Bytes of one shard: raw little-endian inner chunks with crc32c, index at the end.
+"""Bytes of one shard: inner chunks, each with its crc32c, and an index at the end.
 
-This is Zarr's ``sharding_indexed`` with codecs ``[bytes, crc32c]``, always dense, so
-that any row lies at an offset known without reading the index.
+This is Zarr's ``sharding_indexed``, always dense and in order. Raw shards have codecs
+``[bytes, crc32c]``, so that any row lies at an offset known without reading the index;
+packed ones are in ``pipeline.store.packed``.
 """
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Any
 
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.store.layout import inner_rows
+from pipeline.store.layout import IntArray, inner_rows
 
 CRC_BYTES = 4
+INDEX_ENTRY_BYTES = 16
 
 Bytes = npt.NDArray[np.uint8]
+Rows = npt.NDArray[Any]
 
 
 @dataclass(frozen=True)
-class ShardLayout:
-    """Sizes of a shard of ``rows`` rows of ``row_bytes`` bytes each."""
+class ShardLayout(ABC):
+    """How ``rows`` rows of ``shape`` and ``dtype`` become the bytes of a shard."""
 
     rows: int
-    row_bytes: int
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
 
     @property
+    def row_bytes(self) -> int:
+        """Bytes of one decoded row."""
+        return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
+
+    @property
+    @abstractmethod
     def inner_rows(self) -> int:
         """Rows of one inner chunk."""
-        return inner_rows(self.rows)
 
     @property
     def n_chunks(self) -> int:
         """Inner chunks of the shard."""
         return self.rows // self.inner_rows
+
+    @property
+    def index_bytes(self) -> int:
+        """Size of the index at the end of the shard, with its crc."""
+        return self.n_chunks * INDEX_ENTRY_BYTES + CRC_BYTES
+
+    @abstractmethod
+    def size_fault(self, n_bytes: int) -> str | None:
+        """What is wrong with a shard of ``n_bytes``; None where it may be sound."""
+
+    @abstractmethod
+    def encode(self, rows: Rows) -> bytes:
+        """Shard file that holds ``rows`` (S, *shape)."""
+
+    @abstractmethod
+    def read_index(self, index: bytes, n_bytes: int) -> IntArray | None:
+        """(n_chunks, 2) begin and end of every inner chunk, its crc included.
+
+        ``index`` are the last ``index_bytes`` of a shard of ``n_bytes``; None where
+        they are not what they must be.
+        """
+
+    @abstractmethod
+    def decode_chunk(self, stored: Bytes) -> Rows | None:
+        """(inner_rows, *shape) rows of a stored inner chunk; None where damaged."""
+
+    def index_of(self, shard: Bytes) -> IntArray | None:
+        """`read_index` of a whole shard."""
+        return self.read_index(shard[-self.index_bytes :].tobytes(), len(shard))
+
+    def decode(self, shard: Bytes, index: IntArray) -> tuple[Rows, list[int]]:
+        """(S, *shape) rows of a shard and the numbers of its damaged inner chunks.
+
+        Rows of damaged chunks are 0.
+        """
+        rows = np.zeros((self.n_chunks, self.inner_rows, *self.shape), self.dtype)
+        damaged = []
+        for chunk, (begin, end) in enumerate(index.tolist()):
+            decoded = self.decode_chunk(shard[begin:end])
+            if decoded is None:
+                damaged.append(chunk)
+            else:
+                rows[chunk] = decoded
+        return rows.reshape(self.rows, *self.shape), damaged
+
+
+class RawLayout(ShardLayout):
+    """Uncompressed little-endian rows in chunks of 1024."""
+
+    @property
+    def inner_rows(self) -> int:
+        """Rows of one inner chunk."""
+        return inner_rows(self.rows)
 
     @property
     def chunk_bytes(self) -> int:
@@ -47,73 +111,76 @@ class ShardLayout:
     @property
     def n_bytes(self) -> int:
         """Size of the whole shard file."""
-        return self.n_chunks * (self.stride + 16) + CRC_BYTES
+        return self.n_chunks * self.stride + self.index_bytes
 
-    def index_bytes(self) -> bytes:
-        """Index of the shard: offset and length of every inner chunk, then its crc."""
-        index = np.empty((self.n_chunks, 2), "<u8")
-        index[:, 0] = np.arange(self.n_chunks, dtype=np.uint64) * np.uint64(self.stride)
-        index[:, 1] = self.stride
-        raw = index.tobytes()
-        return raw + _crc_bytes(google_crc32c.value(raw))
+    @property
+    def places(self) -> IntArray:
+        """(n_chunks, 2) begin and end of every inner chunk, its crc included."""
+        begin = np.arange(self.n_chunks, dtype=np.int64) * self.stride
+        return np.stack((begin, begin + self.stride), axis=1)
 
+    def size_fault(self, n_bytes: int) -> str | None:
+        """What is wrong with a shard of ``n_bytes``; None where it may be sound."""
+        if n_bytes == self.n_bytes:
+            return None
+        return f"has {n_bytes} bytes instead of {self.n_bytes}"
 
-def encode_shard(rows: npt.NDArray[np.generic]) -> bytes:
-    """Shard file that holds ``rows`` (S, ...), equal to what zarr-python writes."""
-    little = np.ascontiguousarray(rows, rows.dtype.newbyteorder("<"))
-    row_bytes = little.dtype.itemsize * int(np.prod(little.shape[1:], dtype=np.int64))
-    layout = ShardLayout(len(little), row_bytes)
-    raw = little.reshape(-1).view(np.uint8).reshape(layout.n_chunks, -1)
-    shard = np.empty(layout.n_bytes, np.uint8)
-    index = layout.index_bytes()
-    body = shard[: -len(index)].reshape(layout.n_chunks, layout.stride)
-    body[:, : layout.chunk_bytes] = raw
-    for chunk, source in zip(body, raw, strict=True):
-        checksum = _crc_bytes(google_crc32c.value(source))
-        chunk[layout.chunk_bytes :] = np.frombuffer(checksum, np.uint8)
-    shard[-len(index) :] = np.frombuffer(index, np.uint8)
-    return shard.tobytes()
+    def encode(self, rows: Rows) -> bytes:
+        """Shard file that holds ``rows`` (S, *shape), as zarr-python writes it."""
+        flat = little_endian(rows).reshape(-1).view(np.uint8)
+        raw = flat.reshape(self.n_chunks, -1)
+        shard = np.empty(self.n_bytes, np.uint8)
+        body = shard[: -self.index_bytes].reshape(self.n_chunks, self.stride)
+        body[:, : self.chunk_bytes] = raw
+        for chunk, source in zip(body, raw, strict=True):
+            checksum = crc_bytes(google_crc32c.value(source))
+            chunk[self.chunk_bytes :] = np.frombuffer(checksum, np.uint8)
+        index = encode_index(self.places)
+        shard[-self.index_bytes :] = np.frombuffer(index, np.uint8)
+        return shard.tobytes()
 
+    def read_index(self, index: bytes, n_bytes: int) -> IntArray | None:
+        """(n_chunks, 2) begin and end of every inner chunk, as they must be."""
+        places = self.places
+        return places if encode_index(places) == index else None
 
-def decode_shard(
-    shard: Bytes, layout: ShardLayout, dtype: np.dtype, shape: tuple[int, ...]
-) -> npt.NDArray[np.generic]:
-    """(S, *shape) rows of a shard whose bytes were checked with `damaged_chunks`."""
-    body = shard[: layout.n_chunks * layout.stride].reshape(layout.n_chunks, -1)
-    raw = np.ascontiguousarray(body[:, : layout.chunk_bytes])
-    return raw.reshape(-1).view(dtype).reshape(layout.rows, *shape)
-
-
-def chunk_is_intact(shard: Bytes, layout: ShardLayout, chunk: int) -> bool:
-    """Whether inner chunk number ``chunk`` matches the crc32c stored behind it."""
-    begin = chunk * layout.stride
-    end = begin + layout.chunk_bytes
-    stored = shard[end : end + CRC_BYTES].tobytes()
-    return _crc_bytes(google_crc32c.value(shard[begin:end])) == stored
+    def decode_chunk(self, stored: Bytes) -> Rows | None:
+        """Rows of a stored inner chunk, a view of its bytes; None where damaged."""
+        if len(stored) != self.stride or not crc_matches(stored):
+            return None
+        rows = stored[: self.chunk_bytes].view(self.dtype)
+        return rows.reshape(self.inner_rows, *self.shape)
 
 
-def damaged_chunks(shard: Bytes, layout: ShardLayout) -> list[int]:
-    """Numbers of the inner chunks that do not match their crc32c."""
-    chunks = range(layout.n_chunks)
-    return [chunk for chunk in chunks if not chunk_is_intact(shard, layout, chunk)]
+def little_endian(rows: Rows) -> Rows:
+    """``rows`` contiguous and in little-endian order."""
+    return np.ascontiguousarray(rows, rows.dtype.newbyteorder("<"))
 
 
-def index_is_intact(shard: Bytes, layout: ShardLayout) -> bool:
-    """Whether the index at the end of the shard is the one a dense shard must have."""
-    index = layout.index_bytes()
-    return shard[-len(index) :].tobytes() == index
+def encode_index(places: IntArray) -> bytes:
+    """Index for chunks from begin to end (n, 2): offset and size of each, then crc."""
+    index = places.astype("<u8")
+    index[:, 1] -= index[:, 0]
+    return with_crc(index.tobytes())
+
+
+def crc_matches(stored: Bytes) -> bool:
+    """Whether bytes end with the crc32c of those before."""
+    checksum = crc_bytes(google_crc32c.value(stored[:-CRC_BYTES]))
+    return checksum == stored[-CRC_BYTES:].tobytes()
 
 
 def with_crc(raw: bytes) -> bytes:
     """``raw`` followed by its crc32c, as Zarr's ``crc32c`` codec stores a chunk."""
-    return raw + _crc_bytes(google_crc32c.value(raw))
+    return raw + crc_bytes(google_crc32c.value(raw))
 
 
 def without_crc(stored: bytes) -> bytes | None:
     """Bytes in front of a matching crc32c; None where it does not match."""
     raw, checksum = stored[:-CRC_BYTES], stored[-CRC_BYTES:]
-    return raw if _crc_bytes(google_crc32c.value(raw)) == checksum else None
+    return raw if crc_bytes(google_crc32c.value(raw)) == checksum else None
 
 
-def _crc_bytes(value: int) -> bytes:
+def crc_bytes(value: int) -> bytes:
+    """A crc32c as it is stored."""
     return value.to_bytes(CRC_BYTES, "little")

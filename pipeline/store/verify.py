@@ -14,8 +14,6 @@ from pipeline.store.index import (
     SPLITS_KEY,
     ArrayInfo,
     SplitIndex,
-    read_root,
-    read_split,
 )
 from pipeline.store.layout import (
     EdgeAxis,
@@ -31,18 +29,21 @@ from pipeline.store.ledger import (
     read_record,
     shard_hash,
 )
-from pipeline.store.reader import name_samples
-from pipeline.store.shard import Bytes, damaged_chunks, decode_shard, index_is_intact
+from pipeline.store.messages import name_samples
+from pipeline.store.metadata import read_root, read_split
+from pipeline.store.places import Place, open_place
+from pipeline.store.shard import Bytes, Rows
 
 
 @dataclass(frozen=True)
 class Problem:
     """Something wrong with a store; ``message`` is a sentence that names the file.
 
-    ``split`` and ``block`` are set where writing that block again repairs it.
+    ``file`` is its name within the store. ``split`` and ``block`` are set where writing
+    that block again repairs it.
     """
 
-    file: Path
+    file: str
     message: str
     split: str | None = None
     block: int | None = None
@@ -59,57 +60,63 @@ def verify_store(path: Path | str) -> list[Problem]:
     StoreError
         When there is no store at ``path`` or its format is newer than this program's.
     """
-    path = Path(path)
+    place = open_place(path)
     try:
-        root = read_root(path)
+        root = read_root(place)
     except DamagedStoreError as error:
-        return [Problem(path, str(error))]
-    problems = list(_metadata_problems(path, root[ROOT_KEY]["complete"]))
+        return [Problem("", str(error))]
+    problems = list(_metadata_problems(place, root[ROOT_KEY]["complete"]))
     for name in root[SPLITS_KEY]:
-        problems.extend(_split_problems(path, name))
+        problems.extend(_split_problems(place, name))
     return problems
 
 
 def _problem(
-    file: Path, what: str, split: str | None = None, block: int | None = None
+    place: Place,
+    file: str,
+    what: str,
+    split: str | None = None,
+    block: int | None = None,
 ) -> Problem:
-    return Problem(file, f"{file} {what}.", split, block)
+    return Problem(file, f"{place.label(file)} {what}.", split, block)
 
 
-def _metadata_problems(path: Path, sealed: bool) -> Iterator[Problem]:
+def _metadata_problems(place: Place, sealed: bool) -> Iterator[Problem]:
     if not sealed:
-        yield _problem(path, "is not sealed; finish it with `kd-cache build SPEC`")
+        what = "is not sealed; finish it with `kd-cache build SPEC`"
+        yield Problem("", f"{place} {what}.")
         return
     try:
-        digests = read_digests(path)
+        digests = read_digests(place)
     except DamagedStoreError as error:
-        yield Problem(path, str(error))
+        yield Problem("", str(error))
         return
-    for name in changed_files(path, digests):
+    for name in changed_files(place, digests):
         split, _, rest = name.partition("/")
         what = "is not what was sealed"
         if rest.startswith("index/commit/c/"):
-            yield _problem(path / name, what, split, int(rest.split("/")[3]))
+            yield _problem(place, name, what, split, int(rest.split("/")[3]))
         else:
-            yield _problem(path / name, what)
+            yield _problem(place, name, what)
 
 
-def _split_problems(path: Path, name: str) -> Iterator[Problem]:
+def _split_problems(place: Place, name: str) -> Iterator[Problem]:
     try:
-        split = read_split(path, name)
+        split = read_split(place, name)
     except DamagedStoreError as error:
-        yield Problem(path / name, str(error))
+        yield Problem(name, str(error))
         return
-    folder = path / name / "index"
+    folder = f"{name}/index"
     broken = _index_faults(split)
     for fault in broken:
-        yield _problem(folder, fault)
+        yield _problem(place, folder, fault)
     if broken:
         return
     for block in range(split.n_blocks):
         record = read_record(split, block)
         if record is None:
-            yield _problem(folder / "commit", f"lacks block {block}", name, block)
+            what = f"lacks block {block}"
+            yield _problem(place, f"{folder}/commit", what, name, block)
             continue
         yield from _block_problems(split, block, record)
 
@@ -148,55 +155,60 @@ def _edges_follow(edges: EdgeAxis, bounds: IntArray) -> bool:
 
 
 def _block_problems(split: SplitIndex, block: int, record: Record) -> Iterator[Problem]:
+    place = split.place
     decoded = {}
     for info, expected in zip(split.arrays.values(), record.tolist(), strict=True):
-        file = split.shard_file(info.path, block)
-        if not file.is_file():
-            yield _problem(file, "is missing", split.name, block)
+        file = split.shard_name(info.path, block)
+        try:
+            shard = np.frombuffer(place.read(file), np.uint8)
+        except FileNotFoundError:
+            yield _problem(place, file, "is missing", split.name, block)
             continue
-        shard = np.fromfile(file, np.uint8)
-        faults = list(_shard_faults(split, block, info, shard, tuple(expected)))
+        faults, rows = _check_shard(split, block, info, shard, tuple(expected))
         for what in faults:
-            yield _problem(file, what, split.name, block)
-        if info.path in (EDGE_INDEX, CELL_OFFSETS) and not faults:
-            rows = decode_shard(shard, split.layout(info.path), info.dtype, info.shape)
+            yield _problem(place, file, what, split.name, block)
+        if info.path in (EDGE_INDEX, CELL_OFFSETS) and rows is not None and not faults:
             decoded[info.path] = rows[: split.valid_rows(info.level, block)]
     if len(decoded) == len(EDGE_IDENTITY):
         edges = decoded[EDGE_INDEX], decoded[CELL_OFFSETS]
         for what, sample in edge_faults(split, block, *edges):
             where = f"{what} ({name_samples([sample], split.name)})"
-            file = split.shard_file(EDGE_INDEX, block)
-            yield _problem(file, where, split.name, block)
+            file = split.shard_name(EDGE_INDEX, block)
+            yield _problem(place, file, where, split.name, block)
 
 
-def _shard_faults(
+def _check_shard(
     split: SplitIndex,
     block: int,
     info: ArrayInfo,
     shard: Bytes,
     expected: tuple[int, ...],
-) -> Iterator[str]:
+) -> tuple[list[str], Rows | None]:
+    """What is wrong with a shard, and its rows where they could be decoded."""
     layout = split.layout(info.path)
-    if len(shard) != layout.n_bytes:
-        yield f"has {len(shard)} bytes instead of {layout.n_bytes}"
-        return
+    size_fault = layout.size_fault(len(shard))
+    if size_fault:
+        return [size_fault], None
+    faults = []
     if shard_hash(shard) != expected:
-        yield "does not match its commit record"
-    if not index_is_intact(shard, layout):
-        yield "has a damaged shard index"
-    broken = damaged_chunks(shard, layout)
+        faults.append("does not match its commit record")
+    index = layout.index_of(shard)
+    if index is None:
+        return [*faults, "has a damaged shard index"], None
+    rows, broken = layout.decode(shard, index)
     for chunk in broken:
         first = block * layout.rows + chunk * layout.inner_rows
         ids = split.samples_at(info.level, first, first + layout.inner_rows)
-        yield f"has a damaged inner chunk {chunk} ({name_samples(ids, split.name)})"
+        samples = name_samples(ids, split.name)
+        faults.append(f"has a damaged inner chunk {chunk} ({samples})")
     if not broken:
-        yield from _value_faults(split, block, info, shard)
+        faults += _value_faults(split, block, info, rows)
+    return faults, rows
 
 
 def _value_faults(
-    split: SplitIndex, block: int, info: ArrayInfo, shard: Bytes
+    split: SplitIndex, block: int, info: ArrayInfo, rows: Rows
 ) -> Iterator[str]:
-    rows = decode_shard(shard, split.layout(info.path), info.dtype, info.shape)
     valid = split.valid_rows(info.level, block)
     tail = rows[valid:]
     is_fill = np.isnan(tail) if info.dtype.kind == "f" else tail == 0

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
 
-from pipeline.errors import DamagedStoreError, DataError, StoreError
+from pipeline.errors import DamagedStoreError, StoreError
 from pipeline.files import sync_folder, write_atomically
 from pipeline.store.edges import CELL_OFFSETS, EDGE_INDEX, edge_faults
 from pipeline.store.index import (
@@ -24,27 +24,25 @@ from pipeline.store.index import (
     SPLITS_KEY,
     ArrayInfo,
     SplitIndex,
-    commit_key,
-    read_json,
-    read_root,
-    read_split,
 )
 from pipeline.store.ledger import (
-    digests_file,
+    DIGEST_FILE,
     encode_digests,
     encode_record,
     is_committed,
     protected_files,
     shard_hash,
+    unsealed_message,
 )
+from pipeline.store.metadata import read_json, read_root, read_split
+from pipeline.store.places import FolderPlace
 from pipeline.store.plan import (
     ArrayPlan,
     SplitPlan,
     create_store,
     remove_leftovers,
 )
-from pipeline.store.reader import unsealed_message
-from pipeline.store.shard import encode_shard
+from pipeline.store.rows import stored_rows
 
 __all__ = ["ArrayPlan", "SplitPlan", "StoreWriter", "create_store"]
 
@@ -57,9 +55,10 @@ class StoreWriter:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        root = read_root(self.path)
+        self._place = FolderPlace(self.path)
+        root = read_root(self._place)
         self.splits: dict[str, SplitIndex] = {
-            name: read_split(self.path, name) for name in root[SPLITS_KEY]
+            name: read_split(self._place, name) for name in root[SPLITS_KEY]
         }
         self._claimed: set[tuple[str, int]] = set()
         self._sweep()
@@ -67,7 +66,7 @@ class StoreWriter:
     @property
     def attributes(self) -> dict[str, Any]:
         """The root attribute ``kd_cache`` as it is on disk now."""
-        return dict(read_root(self.path)[ROOT_KEY])
+        return dict(read_root(self._place)[ROOT_KEY])
 
     @property
     def sealed(self) -> bool:
@@ -130,28 +129,27 @@ class StoreWriter:
             return
         self._refuse_if_sealed()
         index = self._split(split)
-        if arrays.keys() != index.arrays.keys():
-            wrong = sorted(arrays.keys() ^ index.arrays.keys())
+        if arrays.keys() != index.fields.keys():
+            wrong = sorted(arrays.keys() ^ index.fields.keys())
             raise StoreError(
                 f"Block {block} of split {split!r} needs exactly the planned arrays; "
                 f"missing or unplanned: {', '.join(wrong)}."
             )
-        rows = {
-            path: _checked_rows(index, block, info, arrays[path])
-            for path, info in index.arrays.items()
-        }
+        rows: dict[str, npt.NDArray[Any]] = {}
+        for path, info in index.fields.items():
+            rows |= stored_rows(index, block, info, arrays[path])
         if index.edges is not None:
             _check_edges(index, block, rows)
-        record = self.path / split / commit_key(block)
+        record = self.path / index.record_name(block)
         if record.exists():
             # Shards are about to change, so the old record must not vouch for them.
             record.unlink()
             sync_folder(record.parent)
         hashes = []
         for path, info in index.arrays.items():
-            padded = _padded(index, info, rows.pop(path))
-            shard = encode_shard(padded)
-            _write_durably(index.shard_file(path, block), shard, self.path)
+            shard = index.layout(path).encode(_padded(index, info, rows.pop(path)))
+            file = self.path / index.shard_name(path, block)
+            _write_durably(file, shard, self.path)
             hashes.append(shard_hash(shard))
         _write_durably(record, encode_record(hashes), self.path)
 
@@ -161,8 +159,8 @@ class StoreWriter:
         index.block_positions(block)
         if self.sealed:
             write_atomically(self.path / METADATA, self._root_bytes(complete=False))
-        digests_file(self.path).unlink(missing_ok=True)
-        record = self.path / split / commit_key(block)
+        (self.path / DIGEST_FILE).unlink(missing_ok=True)
+        record = self.path / index.record_name(block)
         if record.exists():
             record.unlink()
             sync_folder(record.parent)
@@ -173,9 +171,7 @@ class StoreWriter:
             return
         for index in self.splits.values():
             self._check_committed(index)
-        files = protected_files(
-            (s.name, s.levels, len(s.start), s.n_blocks) for s in self.splits.values()
-        )
+        files = protected_files(split.files for split in self.splits.values())
         root = self._root_bytes(complete=True)
 
         def content_of(name: str) -> bytes:
@@ -185,13 +181,13 @@ class StoreWriter:
             if not held:
                 raise StoreError(f"{self.path} is being sealed by another process.")
             digests = encode_digests(files, content_of)
-            _write_durably(digests_file(self.path), digests, self.path)
+            _write_durably(self.path / DIGEST_FILE, digests, self.path)
             write_atomically(self.path / METADATA, root)
             shutil.rmtree(self.path / _LOCKS, ignore_errors=True)
 
     def _check_committed(self, index: SplitIndex) -> None:
         if any(not is_committed(index, block) for block in range(index.n_blocks)):
-            raise StoreError(unsealed_message(self.path, self.splits.values()))
+            raise StoreError(unsealed_message(self._place, self.splits.values()))
         for block in range(index.n_blocks):
             if not is_committed(index, block, verify=True):
                 self.discard_block(index.name, block)
@@ -215,7 +211,7 @@ class StoreWriter:
             )
 
     def _root_bytes(self, complete: bool) -> bytes:
-        document = read_json(self.path / METADATA)
+        document = read_json(self._place, METADATA)
         document["attributes"][ROOT_KEY]["complete"] = complete
         return json.dumps(document, indent=2).encode()
 
@@ -254,57 +250,6 @@ class StoreWriter:
         return f"{split}.{key.lstrip('.').split('.')[0]}"
 
 
-def _checked_rows(
-    index: SplitIndex, block: int, info: ArrayInfo, rows: npt.NDArray[Any]
-) -> npt.NDArray[Any]:
-    """``rows`` in the planned dtype, or an error that names the first bad sample."""
-    expected = (index.valid_rows(info.level, block), *info.shape)
-    where = f"{info.path!r} of block {block} of split {index.name!r}"
-    if rows.shape != expected:
-        raise StoreError(f"{where} has shape {rows.shape}, planned is {expected}.")
-    if info.dtype.kind != "f":
-        return _checked_integers(index, block, info, rows)
-    if rows.dtype.kind != "f":
-        raise StoreError(f"{where} has dtype {rows.dtype}, planned is {info.dtype}.")
-    bad = ~np.isfinite(rows)
-    if info.may_be_nan:
-        bad &= ~np.isnan(rows)
-    if bad.any():
-        raise DataError(
-            f"{_blame(index, block, info, bad)} has a NaN or infinite value in "
-            f"{info.path!r}; check this structure or leave it out."
-        )
-    limit = np.finfo(info.dtype).max
-    if rows.dtype.itemsize > info.dtype.itemsize:
-        large = np.abs(rows) > limit
-        if large.any():
-            raise DataError(
-                f"{_blame(index, block, info, large)} has a value above {limit:g} in "
-                f"{info.path!r}, too large for {info.dtype.name}; set `dtype: "
-                f"{'float32' if info.dtype.itemsize == 2 else 'float64'}` for that "
-                "field in the spec."
-            )
-    return rows.astype(info.dtype, copy=False)
-
-
-def _checked_integers(
-    index: SplitIndex, block: int, info: ArrayInfo, rows: npt.NDArray[Any]
-) -> npt.NDArray[Any]:
-    cast = rows.astype(info.dtype, copy=False) if rows.dtype.kind in "biu" else None
-    if cast is None:
-        raise StoreError(
-            f"{info.path!r} of block {block} of split {index.name!r} has dtype "
-            f"{rows.dtype}, planned is {info.dtype}."
-        )
-    changed = cast != rows
-    if changed.any():
-        raise DataError(
-            f"{_blame(index, block, info, changed)} has a value in {info.path!r} that "
-            f"does not fit {info.dtype.name}; correct it in the dataset."
-        )
-    return cast
-
-
 def _check_edges(
     index: SplitIndex, block: int, rows: Mapping[str, npt.NDArray[Any]]
 ) -> None:
@@ -313,15 +258,6 @@ def _check_edges(
             f"Sample {sample!r} of split {index.name!r} {what}; the teacher must give "
             "every sample the edges that were counted when the store was planned."
         )
-
-
-def _blame(
-    index: SplitIndex, block: int, info: ArrayInfo, bad: npt.NDArray[np.bool_]
-) -> str:
-    first = int(bad.reshape(len(bad), -1).any(axis=1).argmax())
-    row = block * index.rows(info.level) + first
-    (sample,) = index.samples_at(info.level, row, row + 1)
-    return f"Sample {sample!r} of split {index.name!r}"
 
 
 def _padded(

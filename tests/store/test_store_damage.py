@@ -6,8 +6,9 @@ import pytest
 import toy_store
 
 from pipeline.errors import DamagedStoreError, PipelineError
-from pipeline.store.index import read_split
-from pipeline.store.reader import FeatureStore
+from pipeline.store.metadata import read_split
+from pipeline.store.places import FolderPlace
+from pipeline.store.reader import FeatureStore, SplitReader
 from pipeline.store.verify import verify_store
 from pipeline.store.writer import StoreWriter
 
@@ -21,7 +22,7 @@ def victim(sealed: Path, tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture(params=["train", "bonds"])
+@pytest.fixture(params=["train", "bonds", "coded"])
 def small(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     """A sealed store of one split, quick to check many times."""
     path = tmp_path / "small.zarr"
@@ -31,8 +32,14 @@ def small(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
 
 def read_all(store: FeatureStore):
     for name, split in store.splits.items():
-        for path in split.arrays:
-            yield (name, path), split.read(range(len(split)), [path])[path]
+        for path in stored_paths(split):
+            yield (name, path), split.read_stored(range(len(split)), [path])[path]
+
+
+def stored_paths(split: SplitReader) -> list[str]:
+    return [
+        one for path, info in split.arrays.items() for one in (path, *info.companions)
+    ]
 
 
 def damages(path: Path, rng: np.random.Generator):
@@ -81,9 +88,9 @@ def check_reading(path: Path, truth: Truth) -> bool:
         return True
     raised = False
     for name, split in store.splits.items():
-        for array in split.arrays:
+        for array in stored_paths(split):
             try:
-                content = split.read(range(len(split)), [array])[array]
+                content = split.read_stored(range(len(split)), [array])[array]
             except DamagedStoreError:
                 raised = True
             else:
@@ -213,7 +220,7 @@ def test_a_shortened_shard_is_pending_without_reading_it(victim: Path):
 
 
 def test_rows_are_traced_to_their_samples(victim: Path):
-    index = read_split(victim, "train")
+    index = read_split(FolderPlace(victim), "train")
     owners: dict[int, str] = {}
     for name, start, n in zip(
         index.sample_ids, index.start, index.n_atoms, strict=True

@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from pipeline.errors import DamagedStoreError, DataError, SpecError, StoreError
 from pipeline.store import plan as plan_module
 from pipeline.store import writer as writer_module
-from pipeline.store.index import read_split
 from pipeline.store.layout import EdgeAxis, plan_blocks
+from pipeline.store.metadata import read_split
+from pipeline.store.places import FolderPlace
 from pipeline.store.reader import FeatureStore
 from pipeline.store.verify import verify_store
 from pipeline.store.writer import ArrayPlan, StoreWriter, create_store
@@ -225,14 +226,16 @@ def test_a_damaged_edge_shard_is_found_and_built_again(
     split.read(block, ["features/node_features"])
     split.read(np.array(split.block_positions(2)), PATHS)
     problems = verify_store(victim)
-    assert {(p.file, p.split, p.block) for p in problems} == {(file, "bonds", 1)}
+    assert {(p.file, p.split, p.block) for p in problems} == {
+        (f"bonds/edges/{array}/c/1/0", "bonds", 1)
+    }
     StoreWriter(victim).discard_block("bonds", 1)
     toy_store.build(victim, ("bonds",))
     assert toy_store.contents(victim) == toy_store.contents(bonds)
 
 
 def test_edge_rows_are_traced_to_their_samples(bonds: Path):
-    index = read_split(bonds, "bonds")
+    index = read_split(FolderPlace(bonds), "bonds")
     owners = {}
     for name, start, n in zip(
         PLAN.sample_ids, EDGES.start.tolist(), EDGES.n_edges.tolist(), strict=True

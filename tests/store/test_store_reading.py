@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import StoreError
+from pipeline.store.chunks import ChunkCache
 from pipeline.store.reader import FeatureStore, SplitReader
 
-SPLITS = list(toy_store.SHAPES)
+SPLITS = toy_store.SPLITS
 PLANS = {split: toy_store.plan(split) for split in SPLITS}
 
 
@@ -195,7 +196,7 @@ def test_cold_pages_are_asked_for_ahead(store: FeatureStore, monkeypatch):
     monkeypatch.setattr(module, "major_faults", lambda: next(faults))
     monkeypatch.setattr(module, "prefetch", lambda view: asked.append(len(view)))
     path = "features/node_features"
-    reader = SplitReader(store.splits["train"]._index)
+    reader = SplitReader(store.splits["train"]._index, ChunkCache(0))
     reader.read([3], [path])
     asked.clear()
     monkeypatch.setattr(reader, "_faults", 1)

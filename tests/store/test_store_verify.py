@@ -8,6 +8,7 @@ import pytest
 import toy_store
 
 from pipeline.store import plan as plan_module
+from pipeline.store import rows as rows_module
 from pipeline.store import writer as writer_module
 from pipeline.store.verify import verify_store
 from pipeline.store.writer import create_store
@@ -60,7 +61,7 @@ def test_values_beyond_the_samples_are_found(tmp_path: Path, monkeypatch):
     path = tmp_path / "toy.zarr"
     toy_store.build(path, ("train",))
     problems = verify_store(path)
-    found = {problem.file.relative_to(path).parts[2] for problem in problems}
+    found = {problem.file.split("/")[2] for problem in problems}
     # The integer array that is filled with zeros anyway is the only sound one.
     expected = {array.path.split("/")[1] for array in PLAN.arrays}
     assert found == expected - {"atomic_numbers"}
@@ -77,7 +78,7 @@ def test_values_that_are_no_numbers_are_found(tmp_path: Path, monkeypatch):
             rows.reshape(len(rows), -1)[-1, 0] = bad[info.path]
         return rows
 
-    monkeypatch.setattr(writer_module, "_checked_rows", unchecked)
+    monkeypatch.setattr(rows_module, "_checked_rows", unchecked)
     path = tmp_path / "toy.zarr"
     toy_store.build(path, ("train",))
     last = PLAN.sample_ids[PLAN.blocks.block_bounds[2] - 1]

@@ -329,12 +329,12 @@ def test_a_kill_while_rewriting_leaves_the_block_pending(planned: Path, monkeypa
     writer = StoreWriter(planned)
     writer.write_block("train", 0, rows_of(0))
     assert 0 not in writer.pending_blocks("train")
-    from pipeline.store import writer as module
+    from pipeline.store.shard import RawLayout
 
-    def fail(rows: np.ndarray) -> bytes:
+    def fail(layout: RawLayout, rows: np.ndarray) -> bytes:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "encode_shard", fail)
+    monkeypatch.setattr(RawLayout, "encode", fail)
     with pytest.raises(KeyboardInterrupt):
         writer.write_block("train", 0, rows_of(0))
     assert 0 in writer.pending_blocks("train")
@@ -412,10 +412,10 @@ def test_only_feature_stores_are_opened(tmp_path: Path, planned: Path):
     for opener in (FeatureStore.open, StoreWriter, verify_store):
         with pytest.raises(StoreError, match="a Zarr group but not a feature store"):
             opener(planned)
-    put(kd_cache={"format_version": 3, "complete": True}, kd_splits=["train"])
+    put(kd_cache={"format_version": 4, "complete": True}, kd_splits=["train"])
     for opener in (FeatureStore.open, StoreWriter, verify_store):
         with pytest.raises(
-            StoreError, match=r"format version 3 .* reads up to 2; update"
+            StoreError, match=r"format version 4 .* reads up to 3; update"
         ):
             opener(planned)
     for header in ({"format_version": 0}, {"format_version": 1, "complete": 1}):

@@ -10,11 +10,14 @@ import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
 import numpy as np
 
+from pipeline.store.calibration import Calibration, calibrate
+from pipeline.store.encoding import Profile
 from pipeline.store.layout import BlockPlan, plan_blocks
 from pipeline.store.writer import ArrayPlan, SplitPlan, StoreWriter, create_store
 
@@ -38,19 +41,33 @@ EDGES = (
 )
 # Name: atoms per sample, rows per block, arrays. "train" has two inner chunks a shard,
 # "tiny" so many samples per block that the sample axis has two as well, "bonds" as many
-# on the edge axis, and samples without edges.
+# on the edge axis, and samples without edges. Features of "coded" are stored as
+# integers, with two inner chunks a packed shard.
 SHAPES = {
     "train": (np.random.default_rng(0).integers(1, 90, 150), 2048),
     "val": (np.random.default_rng(1).integers(5, 60, 25), 300),
     "tiny": (np.ones(2600, np.int64), 2048),
     "bonds": (np.random.default_rng(2).integers(1, 40, 50), 300),
+    "coded": (np.random.default_rng(4).integers(1, 70, 60), 512),
 }
+# Those whose arrays are read back exactly.
+SPLITS = ("train", "val", "tiny", "bonds")
 ARRAYS = {
     "train": STRUCTURES + FEATURES,
     "val": STRUCTURES,
     "tiny": (FEATURES[0], STRUCTURES[4]),
     "bonds": (STRUCTURES[0], FEATURES[1], *EDGES, STRUCTURES[4]),
+    "coded": (
+        STRUCTURES[0],
+        ArrayPlan("features/node_features", "node", (12,), "int8"),
+        ArrayPlan("features/vector_features", "node", (3, 8), "int8"),
+        ArrayPlan("features/edge_to_node_features", "node", (12,), "int16"),
+        ArrayPlan("features/turned_features", "node", (3, 8), "int16"),
+        STRUCTURES[4],
+    ),
 }
+PROFILES: dict[str, Profile] = {"int8": "q8", "int16": "compact"}
+STATED_ERROR = 1e-3
 Edge = tuple[int, int, tuple[int, int, int]]
 
 
@@ -97,6 +114,8 @@ def value_of(split: str, sample: int, array: ArrayPlan) -> np.ndarray:
         return _edge_rows(split, sample, array)
     rng = np.random.default_rng([len(split), sample, len(array.path)])
     rows = (int(SHAPES[split][0][sample]),) if array.level == "node" else ()
+    if split == "coded" and array.path.startswith("features/"):
+        return _correlated(rng, (*rows, *array.shape))
     if array.dtype == "uint8":
         return rng.integers(1, 100, (*rows, *array.shape)).astype(np.uint8)
     if array.dtype == "int8":
@@ -105,6 +124,34 @@ def value_of(split: str, sample: int, array: ArrayPlan) -> np.ndarray:
     if array.path == "labels/energy" and sample % 7 == 0:
         values = np.array(np.nan)
     return values
+
+
+def _correlated(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
+    """Few directions with most of the variance, and a mean where there is no xyz."""
+    channels = shape[-1]
+    mixing = np.random.default_rng(8).standard_normal((3, channels))
+    wide = rng.standard_normal((*shape[:-1], 3)) @ mixing
+    narrow = 0.05 * rng.standard_normal(shape)
+    return (wide + narrow + (len(shape) == 2) * 4.0).astype(np.float32)
+
+
+@cache
+def calibration(path: str) -> Calibration:
+    """Calibration of a feature of "coded" on its first samples."""
+    (array,) = (a for a in ARRAYS["coded"] if a.path == path)
+    rows = np.concatenate([value_of("coded", sample, array) for sample in range(30)])
+    return calibrate(rows, PROFILES[array.dtype], STATED_ERROR)
+
+
+def _calibrated(split: str) -> tuple[ArrayPlan, ...]:
+    if split != "coded":
+        return ARRAYS[split]
+    return tuple(
+        replace(array, calibration=calibration(array.path))
+        if array.path.startswith("features/")
+        else array
+        for array in ARRAYS[split]
+    )
 
 
 def identifier(split: str, sample: int) -> str:
@@ -116,7 +163,7 @@ def plan(split: str) -> SplitPlan:
     blocks = plan_blocks(counts, rows_per_block, seed=3, n_edges=n_edges(split))
     ids = [identifier(split, sample) for sample in blocks.order]
     checksums = (blocks.order.astype(np.uint64) + 1) * np.uint64(0x9E3779B97F4A7C15)
-    return SplitPlan(split, ids, checksums, blocks, ARRAYS[split])
+    return SplitPlan(split, ids, checksums, blocks, _calibrated(split))
 
 
 def block_rows(
@@ -137,7 +184,7 @@ def joined(values: list[np.ndarray], array: ArrayPlan) -> np.ndarray:
     return np.stack(values) if array.level == "sample" else np.concatenate(values)
 
 
-def build(path: Path, splits: tuple[str, ...] = tuple(SHAPES)) -> None:
+def build(path: Path, splits: tuple[str, ...] = SPLITS) -> None:
     """Create the store or continue it, as any builder would."""
     plans = [plan(split) for split in splits]
     if not path.exists():
@@ -167,7 +214,7 @@ def _forked_build(path: Path, points: bool, kill_at: int | None = None) -> int:
         return child
     if kill_at is not None:
         _die_at_sync(kill_at)
-    build(path, ("bonds",) if points else ("train", "bonds"))
+    build(path, ("bonds",) if points else ("train", "bonds", "coded"))
     os._exit(0)
 
 

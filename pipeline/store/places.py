@@ -1,0 +1,214 @@
+"""Where the files of a store lie: a folder, a zip archive, or behind a URL.
+
+Names of files are relative to the store, with slashes.
+"""
+
+import time
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+
+from pipeline.errors import DamagedStoreError, StoreError
+from pipeline.store.mapping import map_file
+from pipeline.store.shard import Bytes
+
+Span = tuple[int, int]
+Result = TypeVar("Result")
+
+_METADATA = "zarr.json"
+_LOCAL_HEADER = 30
+_TRIES = 4
+
+
+class Place(ABC):
+    """Read access to the files of one store.
+
+    ``mappable`` says whether files can be seen in memory without reading them first.
+    """
+
+    mappable = True
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+
+    def __str__(self) -> str:
+        return self.url
+
+    def label(self, name: str) -> str:
+        """File ``name`` as an error message calls it."""
+        return f"{self.url}/{name}"
+
+    @abstractmethod
+    def read(self, name: str) -> bytes:
+        """Content of a file; FileNotFoundError where there is none."""
+
+    @abstractmethod
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None where there is none."""
+
+    @abstractmethod
+    def ranges(self, name: str, spans: Sequence[Span]) -> list[Bytes]:
+        """Bytes from begin to end for every span; FileNotFoundError without file."""
+
+    def map(self, name: str) -> Bytes:
+        """Content of a file, mapped; FileNotFoundError where there is none."""
+        raise NotImplementedError(f"{self.url} cannot be mapped")
+
+
+class MappedPlace(Place):
+    """A place whose files are mapped."""
+
+    @abstractmethod
+    def map(self, name: str) -> Bytes:
+        """Content of a file, mapped; FileNotFoundError where there is none."""
+
+    def ranges(self, name: str, spans: Sequence[Span]) -> list[Bytes]:
+        """Bytes from begin to end for every span."""
+        content = self.map(name)
+        return [content[begin:end] for begin, end in spans]
+
+
+class FolderPlace(MappedPlace):
+    """A folder on a file system."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(str(folder))
+        self.folder = folder
+
+    def read(self, name: str) -> bytes:
+        """Content of a file; FileNotFoundError where there is none."""
+        return (self.folder / name).read_bytes()
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None where there is none."""
+        file = self.folder / name
+        return file.stat().st_size if file.is_file() else None
+
+    def map(self, name: str) -> Bytes:
+        """Content of a file, mapped."""
+        return map_file(self.folder / name)
+
+
+class ZipPlace(MappedPlace):
+    """A zip archive whose members are not compressed, mapped as a whole.
+
+    The store is the archive itself or its only folder.
+    """
+
+    def __init__(self, file: Path) -> None:
+        super().__init__(str(file))
+        self._archive = map_file(file)
+        try:
+            with zipfile.ZipFile(file) as archive:
+                members = archive.infolist()
+        except (zipfile.BadZipFile, NotImplementedError) as error:
+            raise DamagedStoreError(
+                f"{file} cannot be read as a zip archive ({error}); pack it again."
+            ) from None
+        self._members = {member.filename: member for member in members}
+        roots = [n for n in self._members if n.partition("/")[2] == _METADATA]
+        inside = _METADATA not in self._members and len(roots) == 1
+        self._prefix = roots[0].removesuffix(_METADATA) if inside else ""
+
+    def read(self, name: str) -> bytes:
+        """Content of a member; FileNotFoundError where there is none."""
+        return self.map(name).tobytes()
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a member; None where there is none."""
+        member = self._members.get(self._prefix + name)
+        return None if member is None else member.file_size
+
+    def map(self, name: str) -> Bytes:
+        """Content of a member, mapped."""
+        member = self._members.get(self._prefix + name)
+        if member is None:
+            raise FileNotFoundError(self.label(name))
+        if member.compress_type != zipfile.ZIP_STORED:
+            raise StoreError(
+                f"{self.label(name)} is compressed inside the archive; pack the store "
+                "without compression: `zip -0 -r STORE.zip STORE`."
+            )
+        header = self._archive[member.header_offset :][:_LOCAL_HEADER]
+        if len(header) < _LOCAL_HEADER:
+            raise DamagedStoreError(f"{self.label(name)} lies outside the archive.")
+        name_bytes, extra_bytes = header[26:30].view("<u2").tolist()
+        begin = member.header_offset + _LOCAL_HEADER + name_bytes + extra_bytes
+        return self._archive[begin : begin + member.file_size]
+
+
+class RemotePlace(Place):
+    """A folder behind a URL that fsspec knows: http, s3, gs, memory and others."""
+
+    mappable = False
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url.rstrip("/"))
+        from fsspec.core import url_to_fs
+
+        try:
+            self._files, self._root = url_to_fs(self.url)
+        except (ImportError, ValueError) as error:
+            raise StoreError(
+                f"{url} cannot be opened ({error}); `pip install 'kd-train[remote]'` "
+                "brings http and s3, fsspec names the packages of other protocols."
+            ) from None
+
+    def read(self, name: str) -> bytes:
+        """Content of a file; FileNotFoundError where there is none."""
+        return self._patiently(lambda: self._files.cat_file(self._path(name)))
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None where there is none."""
+        try:
+            found = self._patiently(lambda: self._files.size(self._path(name)))
+        except FileNotFoundError:
+            return None
+        return None if found is None else int(found)
+
+    def ranges(self, name: str, spans: Sequence[Span]) -> list[Bytes]:
+        """Bytes of every span, all requested at once."""
+        paths = [self._path(name)] * len(spans)
+        begins, ends = [begin for begin, _ in spans], [end for _, end in spans]
+        contents = self._patiently(
+            lambda: self._files.cat_ranges(paths, begins, ends, on_error="raise")
+        )
+        for (begin, end), content in zip(spans, contents, strict=True):
+            if len(content) > end - begin:
+                raise StoreError(
+                    f"{self.label(name)}: the server sends {len(content)} bytes where "
+                    f"{end - begin} were asked for; use one that serves byte ranges."
+                )
+        return [np.frombuffer(content, np.uint8) for content in contents]
+
+    def _path(self, name: str) -> str:
+        return f"{self._root.rstrip('/')}/{name}"
+
+    def _patiently(self, request: Callable[[], Result]) -> Result:
+        """Result of ``request``, asked again a few times where the network fails."""
+        for number in range(1, _TRIES + 1):
+            try:
+                return request()
+            except (FileNotFoundError, PermissionError):
+                raise
+            except Exception as error:
+                # Every protocol has errors of its own for a lost connection.
+                if number == _TRIES:
+                    raise StoreError(
+                        f"{self.url} does not answer ({type(error).__name__}: {error});"
+                        " check the address and the network."
+                    ) from error
+                time.sleep(0.2 * 2**number)
+        raise AssertionError
+
+
+def open_place(path: Path | str) -> Place:
+    """The place that ``path`` names: a URL, a zip archive or a folder."""
+    if "://" in str(path):
+        return RemotePlace(str(path))
+    path = Path(path)
+    return ZipPlace(path) if path.is_file() else FolderPlace(path)

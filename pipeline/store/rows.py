@@ -1,0 +1,137 @@
+"""Checks the rows of a block and turns them into what is stored; names bad samples."""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.errors import DataError, StoreError
+from pipeline.store.encoding import ERROR, SCALE, Encoding
+from pipeline.store.index import ArrayInfo, SplitIndex
+
+_PIECE_ROWS = 4096
+
+
+def stored_rows(
+    index: SplitIndex, block: int, info: ArrayInfo, rows: npt.NDArray[Any]
+) -> dict[str, npt.NDArray[Any]]:
+    """Rows of ``info`` and of its companions, by path, in the planned dtypes.
+
+    Raises
+    ------
+    DataError
+        A value is no number or does not fit what it is stored as; names its sample.
+    StoreError
+        Shape or kind of the rows are not what was planned.
+    """
+    if info.encoding is None:
+        return {info.path: _checked_rows(index, block, info, rows)}
+    dtype = rows.dtype if rows.dtype.kind == "f" else np.dtype(np.float32)
+    as_given = ArrayInfo(info.path, info.level, dtype, info.shape)
+    exact = _checked_rows(index, block, as_given, rows)
+    try:
+        integers, scale, sums = _encoded(info, info.encoding, exact)
+    except OverflowError as error:
+        far = np.abs(exact.astype(np.float32) - info.encoding.mean)
+        far = far.reshape(len(far), -1).max(axis=1)
+        raise DataError(
+            f"{_blame(index, block, info, far == far.max())} has a value in "
+            f"{info.path!r} that profile {info.encoding.profile} cannot hold "
+            f"({error}); set `profile: faithful` for that field in the spec."
+        ) from None
+    positions = index.block_positions(block)
+    _, counts = index.spans(info.level, slice(positions.start, positions.stop))
+    owner = np.repeat(np.arange(len(counts)), counts)
+    by_sample = [np.bincount(owner, column, len(counts)) for column in sums.T]
+    stored = {info.path: integers, info.path + ERROR: np.stack(by_sample, axis=1)}
+    return stored if scale is None else {**stored, info.path + SCALE: scale}
+
+
+def _encoded(
+    info: ArrayInfo, encoding: Encoding, exact: npt.NDArray[Any]
+) -> tuple[npt.NDArray[Any], npt.NDArray[np.float16] | None, npt.NDArray[np.float64]]:
+    """Integers, scales of rows and `Encoding.error` of ``exact``.
+
+    A few rows at a time: the sums of squares are taken in double precision, four times
+    the size of a block of features.
+    """
+    integers = np.empty(exact.shape, info.dtype)
+    scales = np.empty(len(exact), np.float16)
+    sums = np.empty((len(exact), 2), np.float64)
+    scaled = False
+    for first in range(0, len(exact), _PIECE_ROWS):
+        piece = slice(first, first + _PIECE_ROWS)
+        integers[piece], scale = encoding.encode(exact[piece])
+        if scale is not None:
+            scales[piece] = scale
+            scaled = True
+        decoded = encoding.decode(integers[piece], scale)
+        sums[piece] = encoding.error(exact[piece], decoded)
+    return integers, scales if scaled else None, sums
+
+
+def _checked_rows(
+    index: SplitIndex, block: int, info: ArrayInfo, rows: npt.NDArray[Any]
+) -> npt.NDArray[Any]:
+    """``rows`` in the planned dtype, or an error that names the first bad sample."""
+    expected = (index.valid_rows(info.level, block), *info.shape)
+    where = f"{info.path!r} of block {block} of split {index.name!r}"
+    if rows.shape != expected:
+        raise StoreError(f"{where} has shape {rows.shape}, planned is {expected}.")
+    if info.dtype.kind != "f":
+        return _checked_integers(index, block, info, rows)
+    if rows.dtype.kind != "f":
+        raise StoreError(f"{where} has dtype {rows.dtype}, planned is {info.dtype}.")
+    bad = ~np.isfinite(rows)
+    if info.may_be_nan:
+        bad &= ~np.isnan(rows)
+    if bad.any():
+        raise DataError(
+            f"{_blame(index, block, info, bad)} has a NaN or infinite value in "
+            f"{info.path!r}; check this structure or leave it out."
+        )
+    return _rounded(index, block, info, rows)
+
+
+def _rounded(
+    index: SplitIndex, block: int, info: ArrayInfo, rows: npt.NDArray[Any]
+) -> npt.NDArray[Any]:
+    """``rows`` in the planned precision, which must have room for them."""
+    limit = np.finfo(info.dtype).max
+    if rows.dtype.itemsize > info.dtype.itemsize:
+        large = np.abs(rows) > limit
+        if large.any():
+            raise DataError(
+                f"{_blame(index, block, info, large)} has a value above {limit:g} in "
+                f"{info.path!r}, too large for {info.dtype.name}; set `dtype: "
+                f"{'float32' if info.dtype.itemsize == 2 else 'float64'}` for that "
+                "field in the spec."
+            )
+    return rows.astype(info.dtype, copy=False)
+
+
+def _checked_integers(
+    index: SplitIndex, block: int, info: ArrayInfo, rows: npt.NDArray[Any]
+) -> npt.NDArray[Any]:
+    cast = rows.astype(info.dtype, copy=False) if rows.dtype.kind in "biu" else None
+    if cast is None:
+        raise StoreError(
+            f"{info.path!r} of block {block} of split {index.name!r} has dtype "
+            f"{rows.dtype}, planned is {info.dtype}."
+        )
+    changed = cast != rows
+    if changed.any():
+        raise DataError(
+            f"{_blame(index, block, info, changed)} has a value in {info.path!r} that "
+            f"does not fit {info.dtype.name}; correct it in the dataset."
+        )
+    return cast
+
+
+def _blame(
+    index: SplitIndex, block: int, info: ArrayInfo, bad: npt.NDArray[np.bool_]
+) -> str:
+    first = int(bad.reshape(len(bad), -1).any(axis=1).argmax())
+    row = block * index.rows(info.level) + first
+    (sample,) = index.samples_at(info.level, row, row + 1)
+    return f"Sample {sample!r} of split {index.name!r}"
