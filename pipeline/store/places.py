@@ -22,6 +22,8 @@ Result = TypeVar("Result")
 _METADATA = "zarr.json"
 _LOCAL_HEADER = 30
 _TRIES = 4
+# Seconds before a request is made again; doubled each time.
+FIRST_PAUSE = 0.4
 
 
 class Place(ABC):
@@ -202,7 +204,7 @@ class RemotePlace(Place):
                         f"{self.url} does not answer ({type(error).__name__}: {error});"
                         " check the address and the network."
                     ) from error
-                time.sleep(0.2 * 2**number)
+                time.sleep(FIRST_PAUSE * 2 ** (number - 1))
         raise AssertionError
 
 
