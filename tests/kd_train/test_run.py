@@ -68,13 +68,17 @@ def test_baseline_and_distilled_runs_see_the_same_first_loss(
         for strategy in ("none", "n2n+v2v")
     ]
     positions = np.arange(8)
-    first = [run.step(run.train_samples.batch(positions)) for run in runs]
+    first = [
+        run.step(run.on_device(run.train_samples.batch(positions))) for run in runs
+    ]
     assert first[0]["l0"].item() == first[1]["l0"].item()
     assert first[0]["loss"].item() == first[0]["l0"].item()
     expected = first[1]["l0"] + 100 * first[1]["n2n"] + 10000 * first[1]["v2v"]
     assert first[1]["loss"].item() == pytest.approx(expected.item(), rel=1e-6)
     # The distillation terms reach the student: the second step differs.
-    second = [run.step(run.train_samples.batch(positions + 8)) for run in runs]
+    second = [
+        run.step(run.on_device(run.train_samples.batch(positions + 8))) for run in runs
+    ]
     assert second[0]["l0"].item() != second[1]["l0"].item()
 
 
@@ -87,7 +91,7 @@ def test_weights_of_terms_come_from_the_configuration(
         loss={"energy_weight": 0.0, "force_weight": 0.0},
     )
     run = make_run(small_store, tmp_path, config)
-    losses = run.losses(run.train_samples.batch(np.arange(4)))
+    losses = run.losses(run.on_device(run.train_samples.batch(np.arange(4))))
     assert losses["l0"].item() == 0
     assert losses["loss"].item() == pytest.approx(0.5 * losses["n2n"].item())
 
@@ -100,7 +104,7 @@ def test_adapters_get_gradients_are_trained_and_averaged(
     before = {name: p.detach().clone() for name, p in adapters.named_parameters()}
     assert set(before) == {"n2n.weight", "n2n.bias", "v2v.weight"}
     for number in range(3):
-        run.step(run.train_samples.batch(np.arange(8) + number))
+        run.step(run.on_device(run.train_samples.batch(np.arange(8) + number)))
     for name, parameter in adapters.named_parameters():
         assert parameter.grad is not None
         assert parameter.grad.abs().sum() > 0
@@ -117,7 +121,7 @@ def test_average_is_the_exponential_mean_of_the_steps(
     run = make_run(small_store, tmp_path, train_config(ema_decay=0.75))
     expected: dict[str, Tensor] = {}
     for number in range(4):
-        run.step(run.train_samples.batch(np.arange(6) + 6 * number))
+        run.step(run.on_device(run.train_samples.batch(np.arange(6) + 6 * number)))
         for name, tensor in run.learner.student.state_dict().items():
             value = tensor.detach().double().clone()
             old = expected.get(name)
