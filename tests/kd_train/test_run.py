@@ -12,6 +12,7 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from kd_train.config import TrainConfig
+from kd_train.data import CachedSamples
 from kd_train.metrics import MetricSums
 from kd_train.setup import make_learner, store_normalizer, weights_digest
 from pipeline.errors import (
@@ -210,6 +211,33 @@ def test_predictions_of_a_run_give_its_metrics(finished: Path) -> None:
     )
     summary = json.loads((finished / "metrics.json").read_text())
     assert sums.result() == pytest.approx(summary["metrics"], rel=1e-6)
+
+
+def _noted_sizes(samples: CachedSamples) -> list[int]:
+    """Atoms of every batch that ``samples`` makes from now on."""
+    make = samples.batch
+    sizes: list[int] = []
+
+    def noting(positions: np.ndarray) -> Data:
+        batch = make(positions)
+        sizes.append(len(batch.atomic_numbers))
+        return batch
+
+    samples.batch = noting  # type: ignore[method-assign]
+    return sizes
+
+
+def test_steps_and_validation_keep_the_budget_of_atoms(
+    small_store: FeatureStore, tmp_path: Path
+) -> None:
+    run = make_run(small_store, tmp_path, train_config(batch_atoms=60, steps=40))
+    train, val = _noted_sizes(run.train_samples), _noted_sizes(run.val_samples)
+    run.train(resume=False)
+    assert 30 < max(train) <= 60
+    assert 60 < max(val) <= 120
+    labels = small_store.splits["val"].read(np.arange(24), ["labels/energy"])
+    with np.load(tmp_path / "predictions.npz") as file:
+        assert np.array_equal(file["energy_label"], labels["labels/energy"])
 
 
 def test_normaliser_is_the_teachers_or_that_of_the_labels(
