@@ -110,8 +110,8 @@ def train(
     opened = FeatureStore.open(store)
     split = opened.splits["train"]
     click.echo(f"{len(split)} samples in {split.n_blocks} blocks, {steps} steps")
-    choices = {f"{number} blocks": int(number) for number in buffers.split(",")}
-    choices["all (full)"] = split.n_blocks
+    choices = {f"buffer {number}": int(number) for number in buffers.split(",")}
+    choices["full"] = split.n_blocks
     curves: dict[str, list[list[dict[str, float]]]] = {name: [] for name in choices}
     for seed, (name, buffer) in itertools.product(seeds.split(","), choices.items()):
         flags = {"student.preset": student, "steps": steps, "seed": int(seed)}
