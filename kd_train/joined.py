@@ -206,7 +206,8 @@ def _require_alike(parts: Sequence[Split], path: str) -> None:
             raise SpecError(
                 f"Split {part.name!r} lacks {path!r}, which split {first.name!r} has, "
                 f"so they cannot be joined; leave {part.name!r} out, or set "
-                f"splits.{part.name}.features: true in the spec and build it again."
+                f"splits.{part.name}.features: true in the spec and build the store "
+                "again."
             )
         info, other = first.arrays[path], part.arrays[path]
         if not _is_alike(info, other):
