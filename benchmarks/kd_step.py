@@ -85,7 +85,9 @@ def main(
         positions = batches[number % len(batches)]
         for name, run in runs.items():
             samples = run.train_samples
-            spent = seconds(lambda r=run, s=samples, p=positions: r.step(s.batch(p)))
+            spent = seconds(
+                lambda r=run, s=samples, p=positions: r.step(r.on_device(s.batch(p)))
+            )
             if number >= 0:
                 times[name].append(spent)
         if network is not None and live is not None:

@@ -1,5 +1,6 @@
 """``kd-train`` and ``kd-report``. Heavy imports happen inside the commands."""
 
+import os
 from datetime import datetime
 from pathlib import Path
 
@@ -42,6 +43,7 @@ def main(
     threads: int | None,
 ) -> None:
     """Train a student against the store of teacher features at CACHE."""
+    _require_one_process()
     flags = {
         "strategy": strategy,
         "student.preset": student,
@@ -76,6 +78,16 @@ def main(
         f"{k} {v:.4g}" for k, v in summary["metrics"].items() if v is not None
     )
     click.echo(f"{folder}: {metrics}")
+
+
+def _require_one_process() -> None:
+    """Refuse to be one of several copies that would train the same thing."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes != "1":
+        raise SpecError(
+            f"kd-train works in one process and was started as one of {processes} "
+            "(WORLD_SIZE); start it without torchrun."
+        )
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

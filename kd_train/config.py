@@ -78,9 +78,16 @@ class TrainConfig(ClosedModel):
     student: StudentConfig = StudentConfig()
     seed: int = Key(0, ge=0)
     steps: int = Key(10_000, ge=1)
-    batch_size: int = Key(32, ge=1, description="samples in a step")
-    train_split: str = "train"
-    val_split: str = "val"
+    batch_size: int = Key(32, ge=1, description="samples in a step at most")
+    batch_atoms: int | None = Key(
+        None, ge=1, description="atoms in a step at most; replaces batch_size when set"
+    )
+    buffer_blocks: int = Key(
+        16, ge=1, description="blocks of the store among which samples are shuffled"
+    )
+    loader_threads: int = Key(2, ge=1, description="threads that make batches ahead")
+    train_split: str = Key("train", description="a split, or several joined with +")
+    val_split: str = Key("val", description="likewise")
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     loss: LossConfig = LossConfig()
@@ -103,6 +110,14 @@ class TrainConfig(ClosedModel):
             raise ValueError(
                 "strategies may be joined with + once each, none only alone"
             )
+        return value
+
+    @field_validator("train_split", "val_split")
+    @classmethod
+    def _each_split_once(cls, value: str) -> str:
+        names = value.split("+")
+        if len(set(names)) < len(names):
+            raise ValueError("splits may be joined with + once each")
         return value
 
     @property

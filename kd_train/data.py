@@ -1,18 +1,17 @@
-"""From the store to batches: which samples in which order, and their graphs."""
+"""From the store to batches: samples, their graphs and what strategies read."""
 
-import contextlib
-import itertools
-import queue
+import copy
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch_geometric.data import Data
 
+from kd_train.joined import Split
+from kd_train.order import Positions
 from pipeline.fields import (
     EDGE_IDENTITY_FIELDS,
     FIELDS,
@@ -22,11 +21,8 @@ from pipeline.fields import (
 from pipeline.graphs.batch import collate
 from pipeline.graphs.neighbors import Edges, GraphRule, sample_edges
 from pipeline.models.elements import check_elements
-from pipeline.store.reader import SplitReader
 from pipeline.structure import Structure
 
-Positions = npt.NDArray[np.int64]
-Item = TypeVar("Item")
 EDGE_CACHE_BYTES = 1 << 30
 
 
@@ -34,12 +30,13 @@ class CachedSamples:
     """Batches of one split for one model: structures, labels, ``fields``, edges.
 
     Edges are built from the stored structures under ``rule`` and kept in memory up to
-    1 GiB, since structures do not change between epochs.
+    1 GiB, since structures do not change between epochs. Threads may make batches at
+    the same time.
     """
 
     def __init__(
         self,
-        split: SplitReader,
+        split: Split,
         rule: GraphRule,
         elements: Sequence[int],
         fields: Sequence[str] = (),
@@ -48,10 +45,8 @@ class CachedSamples:
         self.rule = rule
         self.elements = elements
         self.fields = (*STRUCTURE_FIELDS, *LABEL_FIELDS, *fields)
-        read = self.fields
-        if "edge_features" in fields:
-            read += EDGE_IDENTITY_FIELDS
-        self._paths = {name: FIELDS[name].path for name in read}
+        self._paths = read_paths(fields)
+        self._lock = threading.Lock()
         self._edges: dict[int, Edges] = {}
         self._edge_bytes = 0
 
@@ -62,10 +57,10 @@ class CachedSamples:
         """The samples at ``positions`` as one graph, see ``pipeline.graphs.batch``.
 
         Adds ``energy`` (B,) float64 in eV, ``forces`` (N, 3) float32 in eV/Å and every
-        asked field, features as float32. With ``edge_features`` (E, C) come their edges
-        ``teacher_edge_index`` (2, E) int64, source first, ``teacher_cell_offsets``
-        (E, 3) int8, and ``edge_mismatch``, the id of the first sample whose edges are
-        not those of the model's own graph, empty where all are.
+        asked field as it is stored, see ``decoded``. With ``edge_features`` (E, C) come
+        their edges ``teacher_edge_index`` (2, E) int64, source first,
+        ``teacher_cell_offsets`` (E, 3) int8, and ``edge_mismatch``, the id of the first
+        sample whose edges are not those of the model's own graph, empty where all are.
 
         Raises
         ------
@@ -84,8 +79,7 @@ class CachedSamples:
         data = collate(structures, edges)
         for name in self.fields:
             if name not in STRUCTURE_FIELDS:
-                tensor = torch.from_numpy(values[name])
-                data[name] = tensor.float() if tensor.dtype == torch.float16 else tensor
+                data[name] = torch.from_numpy(values[name])
         if "edge_features" in values:
             self._add_teacher_edges(data, positions, values, edges)
         return data
@@ -142,99 +136,31 @@ class CachedSamples:
         if edges is None:
             sample_id = str(self.split.sample_ids[position])
             edges = sample_edges(sample_id, structure, self.rule)
-            if self._edge_bytes + edges.nbytes <= EDGE_CACHE_BYTES:
-                self._edges[position] = edges
-                self._edge_bytes += edges.nbytes
+            with self._lock:
+                if self._edge_bytes + edges.nbytes <= EDGE_CACHE_BYTES:
+                    self._edges[position] = edges
+                    self._edge_bytes += edges.nbytes
         return edges
 
 
-def ordered_batches(count: int, batch_size: int) -> list[Positions]:
-    """Positions 0..count-1 in order, in groups of ``batch_size``."""
-    return [
-        np.arange(first, min(first + batch_size, count))
-        for first in range(0, count, batch_size)
-    ]
+def read_paths(fields: Sequence[str]) -> dict[str, str]:
+    """Arrays behind a batch with ``fields``: paths by name, structures and labels too.
 
-
-def shuffled_batches(
-    blocks: Sequence[range],
-    batch_size: int,
-    *,
-    seed: int,
-    epoch: int,
-    buffer_blocks: int = 16,
-) -> list[Positions]:
-    """Every position once, shuffled, in groups of ``batch_size`` (the last is shorter).
-
-    Blocks come in random order and samples are shuffled within ``buffer_blocks`` of
-    them at a time: as good as a full shuffle, because the store's own order is a random
-    permutation, and reading stays local. The same (seed, epoch) gives the same order.
+    Edge features come with the two arrays that say which edge a row belongs to.
     """
-    generator = np.random.default_rng((seed, epoch))
-    order = generator.permutation(len(blocks))
-    pieces = []
-    for first in range(0, len(order), buffer_blocks):
-        window = [np.asarray(blocks[b]) for b in order[first : first + buffer_blocks]]
-        pieces.append(generator.permutation(np.concatenate(window)))
-    positions = np.concatenate(pieces)
-    return [
-        positions[first : first + batch_size]
-        for first in range(0, len(positions), batch_size)
-    ]
+    names = (*STRUCTURE_FIELDS, *LABEL_FIELDS, *fields)
+    if "edge_features" in fields:
+        names += EDGE_IDENTITY_FIELDS
+    return {name: FIELDS[name].path for name in names}
 
 
-def training_batches(
-    blocks: Sequence[range], batch_size: int, *, seed: int, first_step: int, steps: int
-) -> Iterator[Positions]:
-    """Batches of steps ``first_step`` to ``steps``, across epochs; resumes exactly."""
-    per_epoch = -(-sum(len(block) for block in blocks) // batch_size)
-    step = first_step
-    while step < steps:
-        epoch, offset = divmod(step, per_epoch)
-        batches = shuffled_batches(blocks, batch_size, seed=seed, epoch=epoch)
-        for positions in batches[offset : offset + steps - step]:
-            yield positions
-            step += 1
+def decoded(batch: Data, fields: Sequence[str]) -> Data:
+    """``batch`` with its ``fields`` in the numbers that losses use: halves as float32.
 
-
-@dataclass(frozen=True)
-class _End:
-    """Last thing a prefetching thread delivers."""
-
-    error: BaseException | None
-
-
-def prefetch(
-    make: Callable[[Positions], Item], batches: Iterable[Positions], depth: int = 4
-) -> Iterator[Item]:
-    """``make`` of every batch, computed ahead in a thread; errors reach the caller."""
-    ready: queue.Queue[Item | _End] = queue.Queue(maxsize=depth)
-    stopped = threading.Event()
-
-    def put(item: Item | _End) -> None:
-        while not stopped.is_set():
-            with contextlib.suppress(queue.Full):
-                ready.put(item, timeout=0.1)
-                return
-
-    def work() -> None:
-        error: BaseException | None = None
-        try:
-            for positions in itertools.takewhile(
-                lambda _: not stopped.is_set(), batches
-            ):
-                put(make(positions))
-        except BaseException as caught:
-            error = caught
-        put(_End(error))
-
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    try:
-        while not isinstance(item := ready.get(), _End):
-            yield item
-        if item.error is not None:
-            raise item.error
-    finally:
-        stopped.set()
-        thread.join()
+    To be called on the device, so that only the stored bytes travel to it.
+    """
+    batch = copy.copy(batch)
+    for name in fields:
+        if batch[name].dtype == torch.float16:
+            batch[name] = batch[name].float()
+    return batch

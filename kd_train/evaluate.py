@@ -1,5 +1,6 @@
 """Metrics and predictions of a model, or of the stored teacher, on a split."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,14 +8,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch_geometric.data import Data
 
 from kd_train.config import LossConfig
-from kd_train.data import CachedSamples, ordered_batches, prefetch
+from kd_train.joined import Split
 from kd_train.losses import output_loss
 from kd_train.metrics import MetricSums
+from kd_train.order import ordered_batches
+from kd_train.prefetch import moved
 from pipeline.fields import FIELDS
 from pipeline.models.normalizer import Normalizer
-from pipeline.store.reader import SplitReader
 
 
 @dataclass(frozen=True)
@@ -28,21 +31,24 @@ class Evaluation:
 
 def evaluate(
     model: nn.Module,
-    samples: CachedSamples,
+    batches: Iterable[Data],
     normalizer: Normalizer,
     weights: LossConfig,
-    batch_size: int,
     device: torch.device,
 ) -> Evaluation:
-    """Run ``model`` over the split in storage order, leaving its mode as it was."""
+    """Run ``model`` over ``batches``, leaving its mode as it was.
+
+    Predictions come in the order of the batches, with ``n_atoms`` of every sample. The
+    loss is the mean of those of batches, weighted by samples.
+    """
     was_training = model.training
     model.eval()
     sums = MetricSums()
     kept: dict[str, list[Tensor]] = {}
     total, seen = 0.0, 0
     with torch.no_grad():
-        for batch in prefetch(samples.batch, ordered_batches(len(samples), batch_size)):
-            batch = batch.to(device)
+        for batch in batches:
+            batch = moved(batch, device)
             output = model(batch)
             loss = output_loss(
                 output, batch, batch.energy, batch.forces, normalizer, weights
@@ -62,16 +68,16 @@ def evaluate(
                 "energy_label": batch.energy,
                 "forces_label": batch.forces,
                 "fixed": batch.fixed,
+                "n_atoms": batch.natoms,
             }
             for name, tensor in results.items():
                 kept.setdefault(name, []).append(tensor.detach().cpu())
     model.train(was_training)
     predictions = {name: torch.cat(parts).numpy() for name, parts in kept.items()}
-    predictions["n_atoms"] = samples.split.n_atoms
     return Evaluation(sums.result(), total / max(seen, 1), predictions)
 
 
-def teacher_metrics(split: SplitReader) -> dict[str, float] | None:
+def teacher_metrics(split: Split) -> dict[str, float] | None:
     """Metrics of the stored teacher predictions; None where the store has none."""
     names = ("teacher_energy", "teacher_forces", "energy", "forces", "fixed")
     paths = {name: FIELDS[name].path for name in names}

@@ -1,10 +1,13 @@
 """The training loop, top to bottom: one store, one student, one run folder."""
 
 import io
+import itertools
 import json
 import logging
 import math
 import time
+from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -18,9 +21,18 @@ from torch_geometric.data import Data
 
 from kd_train.checkpoint import read_checkpoint, save_checkpoint
 from kd_train.config import TrainConfig
-from kd_train.data import CachedSamples, prefetch, training_batches
+from kd_train.data import CachedSamples, decoded
 from kd_train.evaluate import Evaluation, evaluate, teacher_metrics
 from kd_train.losses import output_loss
+from kd_train.order import (
+    BatchRule,
+    Draw,
+    check_budget,
+    ordered_batches,
+    ordered_within,
+    training_batches,
+)
+from kd_train.prefetch import moved, pinned, prefetch
 from kd_train.records import (
     Window,
     progress_bar,
@@ -31,7 +43,7 @@ from kd_train.records import (
 )
 from kd_train.schedule import learning_rate
 from kd_train.setup import Learner, chosen_split, make_learner, with_student
-from pipeline.errors import PipelineError
+from pipeline.errors import PipelineError, SpecError
 from pipeline.files import write_atomically
 from pipeline.models.checkpoint import load_checkpoint, save_model
 from pipeline.models.network import Network
@@ -42,9 +54,16 @@ log = logging.getLogger("kd_train")
 
 @dataclass
 class Progress:
-    """Where a run stands; saved in every checkpoint."""
+    """Where a run stands; saved in every checkpoint.
+
+    The next batch is number ``offset`` of ``epoch``, in the order of ``world_size``
+    processes.
+    """
 
     step: int = 0
+    epoch: int = 0
+    offset: int = 0
+    world_size: int = 1
     best_loss: float = float("inf")
     seconds: float = 0.0
 
@@ -81,6 +100,9 @@ class Run:
         )
         self.train_samples = self._samples(config.train_split, self.learner.fields)
         self.val_samples = self._samples(config.val_split, ())
+        if config.batch_atoms is not None:
+            split = self.train_samples.split
+            check_budget(split.n_atoms, split.sample_ids, config.batch_atoms)
         self.progress = Progress()
         self.rows: list[dict[str, Any]] = []
 
@@ -98,23 +120,17 @@ class Run:
             self._restore()
         self._write_header()
         config, progress = self.config, self.progress
-        split = self.train_samples.split
-        batches = training_batches(
-            [split.block_positions(block) for block in range(split.n_blocks)],
-            config.batch_size,
-            seed=config.seed,
-            first_step=progress.step,
-            steps=config.steps,
-        )
         window = Window()
         started = time.monotonic() - progress.seconds
         self.modules.train()
-        with progress_bar(config, progress.step) as bar:
-            for batch in prefetch(self.train_samples.batch, batches):
-                losses = self.step(batch.to(self.device))
+        stream = closing(self._training_stream())
+        with progress_bar(config, progress.step) as bar, stream as batches:
+            for draw, batch in batches:
+                losses = self.step(self.on_device(batch))
                 window.add(losses, batch.num_graphs)
                 progress.step += 1
-                bar.update(batch.num_graphs)
+                progress.epoch, progress.offset = draw.epoch, draw.offset + 1
+                bar.update()
                 if progress.step % config.eval_every == 0:
                     progress.seconds = time.monotonic() - started
                     self._validate(window)
@@ -123,6 +139,10 @@ class Run:
             progress.seconds = time.monotonic() - started
             self._validate(window)
         return self._finish()
+
+    def on_device(self, batch: Data) -> Data:
+        """``batch`` where the student is, its features decoded."""
+        return decoded(moved(batch, self.device), self.learner.fields)
 
     def step(self, batch: Data) -> dict[str, Tensor]:
         """One optimiser step on ``batch``; returns the loss and its terms, detached."""
@@ -166,10 +186,34 @@ class Run:
     def _samples(self, split: str, fields: tuple[str, ...]) -> CachedSamples:
         student = self.learner.student
         return CachedSamples(
-            chosen_split(self.store, split),
+            chosen_split(self.store, split, fields),
             student.graph_rule,
             student.elements,
             fields,
+        )
+
+    def _training_stream(self) -> Generator[tuple[Draw, Data], None, None]:
+        """Batches from where the run stands to its last step, made ahead."""
+        config, progress = self.config, self.progress
+        split = self.train_samples.split
+        rule = BatchRule(
+            config.seed,
+            config.batch_size,
+            config.batch_atoms,
+            config.buffer_blocks,
+            progress.world_size,
+        )
+        draws = training_batches(
+            [split.block_positions(block) for block in range(split.n_blocks)],
+            split.n_atoms,
+            rule,
+            start=(progress.epoch, progress.offset),
+        )
+        load = pinned(self.train_samples.batch, self.device)
+        return prefetch(
+            lambda draw: (draw, load(draw.positions)),
+            itertools.islice(draws, config.steps - progress.step),
+            threads=config.loader_threads,
         )
 
     def _validate(self, window: Window) -> None:
@@ -199,14 +243,17 @@ class Run:
         save_checkpoint(self.folder / "last.pt", self._state())
 
     def _evaluate(self, student: nn.Module) -> Evaluation:
-        return evaluate(
-            student,
-            self.val_samples,
-            self.learner.normalizer,
-            self.config.loss,
-            2 * self.config.batch_size,
-            self.device,
-        )
+        """Metrics on the validation split, in storage order; twice a step's samples."""
+        config, samples = self.config, self.val_samples
+        if config.batch_atoms is None:
+            batches = ordered_batches(len(samples), 2 * config.batch_size)
+        else:
+            batches = ordered_within(samples.split.n_atoms, 2 * config.batch_atoms)
+        load = pinned(samples.batch, self.device)
+        with closing(prefetch(load, batches, threads=config.loader_threads)) as stream:
+            return evaluate(
+                student, stream, self.learner.normalizer, config.loss, self.device
+            )
 
     def _export(self) -> None:
         """Averaged weights of the plain student, without adapters."""
@@ -270,6 +317,13 @@ class Run:
         self.modules.load_state_dict(state["modules"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.progress = Progress(**state["progress"])
+        progress = Progress(**state["progress"])
+        if progress.world_size != self.progress.world_size:
+            raise SpecError(
+                f"{self.folder} was trained by {progress.world_size} processes, now "
+                f"there are {self.progress.world_size}; the order of samples depends "
+                "on it, so resume with as many or use another --out."
+            )
+        self.progress = progress
         self.rows = state["rows"]
         log.info("resumed %s at step %d", self.folder, self.progress.step)

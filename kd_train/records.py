@@ -73,11 +73,11 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def progress_bar(config: TrainConfig, done: int) -> "tqdm[Any]":
-    """Bar in samples with rate and ETA; lines where there is no terminal."""
+    """Bar in steps with rate and ETA; lines where there is no terminal."""
     return tqdm(
-        total=config.steps * config.batch_size,
-        initial=done * config.batch_size,
-        unit="sample",
+        total=config.steps,
+        initial=done,
+        unit="step",
         desc=f"{config.student.preset} {config.strategy} seed {config.seed}",
         mininterval=0.5 if sys.stderr.isatty() else 15.0,
     )

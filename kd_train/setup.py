@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,7 +11,8 @@ from torch import nn
 from torch_geometric.data import Data
 
 from kd_train.config import TrainConfig
-from kd_train.data import CachedSamples
+from kd_train.data import CachedSamples, read_paths
+from kd_train.joined import JoinedSplit, Split
 from kd_train.strategies import REGISTRY, Strategy
 from kd_train.strategies.base import Setting
 from pipeline.documents import nearest
@@ -20,7 +22,7 @@ from pipeline.models.network import Network
 from pipeline.models.normalizer import Normalizer
 from pipeline.models.zoo import PRESETS, build_model
 from pipeline.statistics import KIND_DIFFERENCE
-from pipeline.store.reader import FeatureStore, SplitReader
+from pipeline.store.reader import FeatureStore
 
 log = logging.getLogger("kd_train")
 # Samples by which energies of teacher and labels are compared.
@@ -58,7 +60,8 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
     preset = config.student.preset
     if preset not in PRESETS:
         raise SpecError(f"Unknown student {preset!r}{nearest(preset, PRESETS)}.")
-    split = chosen_split(store, config.train_split)
+    fields = [field for s in config.strategies for field in REGISTRY[s].fields]
+    split = chosen_split(store, config.train_split, fields)
     name, hyperparameters = PRESETS[preset]
     torch.manual_seed(config.seed)
     student = build_model(name, hyperparameters | config.student.hyperparameters)
@@ -105,22 +108,33 @@ def with_student(config: TrainConfig, store: FeatureStore) -> TrainConfig:
     return config.model_copy(update={"student": student})
 
 
-def _fitting_batch(student: Network, split: SplitReader) -> Data:
+def _fitting_batch(student: Network, split: Split) -> Data:
     """The first samples of a split, which its random order makes a fair mixture."""
     count = min(_FITTING_SAMPLES, len(split))
     samples = CachedSamples(split, student.graph_rule, student.elements)
     return samples.batch(np.arange(count))
 
 
-def chosen_split(store: FeatureStore, name: str) -> SplitReader:
-    """Split ``name`` of the store; SpecError where there is none."""
-    if name not in store.splits:
-        known = ", ".join(store.splits)
-        raise SpecError(f"The store has no split {name!r} (known: {known}).")
-    return store.splits[name]
+def chosen_split(store: FeatureStore, choice: str, fields: Sequence[str] = ()) -> Split:
+    """The split ``choice``, or several joined with + that are alike in ``fields``.
+
+    Raises
+    ------
+    SpecError
+        The store has no such split, or the splits cannot be joined.
+    """
+    names = choice.split("+")
+    for name in names:
+        if name not in store.splits:
+            known = ", ".join(store.splits)
+            raise SpecError(f"The store has no split {name!r} (known: {known}).")
+    if len(names) == 1:
+        return store.splits[choice]
+    parts = [store.splits[name] for name in names]
+    return JoinedSplit(parts, tuple(read_paths(fields).values()))
 
 
-def stored_widths(split: SplitReader) -> dict[str, int]:
+def stored_widths(split: Split) -> dict[str, int]:
     """Width of every field a split holds; 0 for fields without channels."""
     return {
         name: split.arrays[field.path].shape[-1] if None in field.shape else 0
@@ -129,19 +143,22 @@ def stored_widths(split: SplitReader) -> dict[str, int]:
     }
 
 
-def store_normalizer(store: FeatureStore, split: str) -> Normalizer:
+def store_normalizer(store: FeatureStore, choice: str) -> Normalizer:
     """The teacher's normaliser, or that of the split's labels where it does not fit.
 
     It does not where no teacher ran, or where its energies are of another kind than
-    the labels. Baseline and distilled students of one store work in the same units.
+    the labels. Baseline and distilled students of one store work in the same units. Of
+    joined splits the labels of the first decide: the stored statistics are fits, which
+    cannot be combined.
     """
+    names = choice.split("+")
     teacher = store.attributes["teacher"]
-    if teacher is not None and _energies_agree(store.splits[split]):
+    if teacher is not None and all(_energies_agree(store.splits[n]) for n in names):
         return Normalizer.from_dict(teacher["normalizer"])
-    return Normalizer.from_dict(store.attributes["label_statistics"][split])
+    return Normalizer.from_dict(store.attributes["label_statistics"][names[0]])
 
 
-def _energies_agree(split: SplitReader) -> bool:
+def _energies_agree(split: Split) -> bool:
     """Whether the teacher's energies are of the kind of the labels, by some samples."""
     positions = np.arange(min(KIND_SAMPLES, len(split)))
     paths = [FIELDS["energy"].path, FIELDS["teacher_energy"].path]

@@ -1,5 +1,6 @@
 """Runs the real command lines in this process and reads what they say."""
 
+import re
 from collections.abc import Sequence
 
 import click
@@ -20,7 +21,7 @@ def refusal(command: click.Command, arguments: Sequence[object]) -> str:
     assert result.exit_code == 2, result.output
     said = result.stderr.replace("\r", "\n").splitlines()
     # A progress bar may have been drawn before the error was met.
-    lines = [line for line in said if line.strip() and "sample/s" not in line]
+    lines = [s for s in said if s.strip() and not re.search("(sample|step)/s", s)]
     assert len(lines) == 1, lines
     assert lines[0].startswith("Error: "), lines
     assert lines[0].endswith("."), lines

@@ -57,7 +57,7 @@ def assert_trains_alike(
     order = np.random.default_rng(5).permutation(len(split))
     for step in range(config.steps):
         positions = order[8 * step : 8 * step + 8]
-        batch = cached_run.train_samples.batch(positions)
+        batch = cached_run.on_device(cached_run.train_samples.batch(positions))
         ids = [str(split.sample_ids[p]) for p in positions]
         live = with_live_teacher(batch, ids, teacher, sources, fields)
         from_cache, from_teacher = cached_run.step(batch), live_run.step(live)

@@ -159,7 +159,7 @@ def test_features_arrive_under_their_identity(
     assert len({key[3] for key in expected}) > 1
     assert _found(batch, ids) == expected
     assert batch.teacher_edge_index.dtype == torch.int64
-    assert batch.edge_features.dtype == torch.float32
+    assert batch.edge_features.dtype == torch.float16
     assert batch.edge_mismatch == ""
     # The model's own edges are in the batch as ever, here in the same order.
     assert torch.equal(batch.edge_index, batch.teacher_edge_index)

@@ -101,7 +101,7 @@ def test_student_with_another_graph_cannot_match_edges(
     config.student.hyperparameters["cutoff_aint"] = 5.0
     run = Run(config, store, tmp_path / "run", torch.device("cpu"))
     with pytest.raises(DataError, match="edge by edge.*their graphs"):
-        run.step(run.train_samples.batch(np.arange(8)))
+        run.step(run.on_device(run.train_samples.batch(np.arange(8))))
 
 
 def test_fresh_student_fits_its_scale_factors_alike_for_every_strategy(

@@ -65,7 +65,7 @@ def test_comparison_would_notice_swapped_samples(
     config = train_config(strategy="n2n+v2v+vanilla1+vanilla2")
     run = Run(config, small_store, tmp_path, torch.device("cpu"))
     split = small_store.splits["train"]
-    batch = run.train_samples.batch(np.arange(8))
+    batch = run.on_device(run.train_samples.batch(np.arange(8)))
     ids = [str(name) for name in split.sample_ids[:8]]
     fields = tuple(FEATURES)
     right = run.losses(with_live_teacher(batch, ids, teacher, sources, fields))

@@ -13,6 +13,7 @@ from kd_train.data import CachedSamples
 from kd_train.evaluate import evaluate, teacher_metrics
 from kd_train.losses import energy_mae, force_l2
 from kd_train.metrics import MetricSums, gap_closed
+from kd_train.order import ordered_batches
 from kd_train.schedule import learning_rate
 from pipeline.datasets import open_dataset
 from pipeline.models.checkpoint import load_checkpoint
@@ -271,7 +272,8 @@ def test_evaluation_equals_predictions_of_single_samples(
     samples = CachedSamples(split, loaded.model.graph_rule, loaded.model.elements)
     weights = LossConfig(energy_weight=2.0, force_weight=5.0)
     cpu = torch.device("cpu")
-    result = evaluate(student, samples, loaded.normalizer, weights, 7, cpu)
+    batches = map(samples.batch, ordered_batches(len(samples), 7))
+    result = evaluate(student, batches, loaded.normalizer, weights, cpu)
     assert student.training
     assert student.modes == {False}
 

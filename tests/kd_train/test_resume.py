@@ -11,7 +11,9 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from kd_train.checkpoint import read_checkpoint, save_checkpoint
+from kd_train.config import TrainConfig
 from kd_train.loop import Run
+from kd_train.order import BatchRule, epoch_batches
 from pipeline.errors import CheckpointError, SpecError
 from pipeline.store.reader import FeatureStore
 from tests.kd_train.runs import TIMINGS, distilling, make_run, metric_rows
@@ -52,11 +54,17 @@ def _assert_same(left: Any, right: Any, where: str = "state") -> None:
         assert left == right, where
 
 
-@pytest.mark.parametrize("stop", [6, 8])
+def _by_atoms(**changes: Any) -> TrainConfig:
+    """Batches of few samples, so that every epoch has its own number of them."""
+    return distilling(batch_atoms=70, buffer_blocks=1, **changes)
+
+
+@pytest.mark.parametrize(
+    ("config", "stop"), [(distilling(), 6), (distilling(), 8), (_by_atoms(), 8)]
+)
 def test_interrupted_run_ends_as_if_it_had_not_been(
-    stop: int, small_store: FeatureStore, tmp_path: Path
+    config: TrainConfig, stop: int, small_store: FeatureStore, tmp_path: Path
 ) -> None:
-    config = distilling()
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     make_run(small_store, straight, config).train(resume=False)
     _interrupt(make_run(small_store, stopped, config), stop)
@@ -107,6 +115,10 @@ def test_resume_refuses_another_store(
     [
         ({"seed": 5}, ["seed = 0", "5"]),
         ({"batch_size": 9}, ["batch_size = 16", "9"]),
+        ({"batch_atoms": 900}, ["batch_atoms = None", "900"]),
+        ({"buffer_blocks": 2}, ["buffer_blocks = 16", "2"]),
+        ({"loader_threads": 1}, ["loader_threads = 2", "1"]),
+        ({"train_split": "train+val"}, ["train_split = 'train'", "train+val"]),
         ({"distill": {"n2n": 3.0}}, ["distill", "3.0"]),
     ],
 )
@@ -119,6 +131,72 @@ def test_resume_refuses_a_changed_configuration(
         make_run(small_store, finished, config).train(resume=True)
     assert all(word in str(error.value) for word in words)
     assert (finished / "config.yaml").read_bytes() == before
+
+
+def test_resume_refuses_another_number_of_processes(
+    finished: Path, small_store: FeatureStore, tmp_path: Path
+) -> None:
+    state = read_checkpoint(finished / "last.pt")
+    state["progress"]["world_size"] = 2
+    save_checkpoint(tmp_path / "last.pt", state)
+    with pytest.raises(SpecError, match="trained by 2 processes, now there are 1"):
+        make_run(small_store, tmp_path, distilling(eval_every=5)).train(resume=True)
+
+
+def _seen(run: Run, *, resume: bool, stop: int | None = None) -> list[list[int]]:
+    """A coordinate of every atom, for every step that ``run`` takes."""
+    step, seen = run.step, []
+
+    def noting(batch: Data) -> dict[str, Tensor]:
+        if run.progress.step == stop:
+            raise _Killed
+        seen.append(batch.positions[:, 0].tolist())
+        return step(batch)
+
+    run.step = noting  # type: ignore[method-assign]
+    if stop is None:
+        run.train(resume=resume)
+    else:
+        with pytest.raises(_Killed):
+            run.train(resume=resume)
+    return seen
+
+
+def test_a_resume_inside_an_epoch_of_another_length_sees_the_same_batches(
+    small_store: FeatureStore, tmp_path: Path
+) -> None:
+    found = [_epoch_lengths(small_store, _by_atoms(seed=seed)) for seed in range(20)]
+    seed = next(n for n, lengths in enumerate(found) if lengths[0] != lengths[1])
+    lengths = found[seed]
+    config = _by_atoms(seed=seed, steps=sum(lengths) + 3, eval_every=10)
+    straight = make_run(small_store, tmp_path / "straight", config)
+    whole = _seen(straight, resume=False)
+    stop = lengths[0] + 15
+    stopped = tmp_path / "stopped"
+    before = _seen(make_run(small_store, stopped, config), resume=False, stop=stop)
+    resumed = make_run(small_store, stopped, config)
+    after = _seen(resumed, resume=True)
+    saved = len(whole) - len(after)
+    assert lengths[0] < saved <= stop == len(before)
+    assert before[:saved] + after == whole
+    _assert_same(vars(resumed.progress), vars(straight.progress))
+    weights = [
+        (folder / "student.safetensors").read_bytes()
+        for folder in (tmp_path / "straight", stopped)
+    ]
+    assert weights[0] == weights[1]
+
+
+def _epoch_lengths(store: FeatureStore, config: TrainConfig) -> list[int]:
+    """Batches of the first epochs of ``config`` on the split ``train``."""
+    split = store.splits["train"]
+    blocks = [split.block_positions(block) for block in range(split.n_blocks)]
+    rule = BatchRule(
+        config.seed, config.batch_size, config.batch_atoms, config.buffer_blocks
+    )
+    return [
+        len(epoch_batches(blocks, split.n_atoms, rule, epoch, 0)) for epoch in range(2)
+    ]
 
 
 class _Hostile:

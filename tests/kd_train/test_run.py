@@ -12,6 +12,7 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from kd_train.config import TrainConfig
+from kd_train.data import CachedSamples
 from kd_train.metrics import MetricSums
 from kd_train.setup import make_learner, store_normalizer, weights_digest
 from pipeline.errors import (
@@ -68,13 +69,17 @@ def test_baseline_and_distilled_runs_see_the_same_first_loss(
         for strategy in ("none", "n2n+v2v")
     ]
     positions = np.arange(8)
-    first = [run.step(run.train_samples.batch(positions)) for run in runs]
+    first = [
+        run.step(run.on_device(run.train_samples.batch(positions))) for run in runs
+    ]
     assert first[0]["l0"].item() == first[1]["l0"].item()
     assert first[0]["loss"].item() == first[0]["l0"].item()
     expected = first[1]["l0"] + 100 * first[1]["n2n"] + 10000 * first[1]["v2v"]
     assert first[1]["loss"].item() == pytest.approx(expected.item(), rel=1e-6)
     # The distillation terms reach the student: the second step differs.
-    second = [run.step(run.train_samples.batch(positions + 8)) for run in runs]
+    second = [
+        run.step(run.on_device(run.train_samples.batch(positions + 8))) for run in runs
+    ]
     assert second[0]["l0"].item() != second[1]["l0"].item()
 
 
@@ -87,7 +92,7 @@ def test_weights_of_terms_come_from_the_configuration(
         loss={"energy_weight": 0.0, "force_weight": 0.0},
     )
     run = make_run(small_store, tmp_path, config)
-    losses = run.losses(run.train_samples.batch(np.arange(4)))
+    losses = run.losses(run.on_device(run.train_samples.batch(np.arange(4))))
     assert losses["l0"].item() == 0
     assert losses["loss"].item() == pytest.approx(0.5 * losses["n2n"].item())
 
@@ -100,7 +105,7 @@ def test_adapters_get_gradients_are_trained_and_averaged(
     before = {name: p.detach().clone() for name, p in adapters.named_parameters()}
     assert set(before) == {"n2n.weight", "n2n.bias", "v2v.weight"}
     for number in range(3):
-        run.step(run.train_samples.batch(np.arange(8) + number))
+        run.step(run.on_device(run.train_samples.batch(np.arange(8) + number)))
     for name, parameter in adapters.named_parameters():
         assert parameter.grad is not None
         assert parameter.grad.abs().sum() > 0
@@ -117,7 +122,7 @@ def test_average_is_the_exponential_mean_of_the_steps(
     run = make_run(small_store, tmp_path, train_config(ema_decay=0.75))
     expected: dict[str, Tensor] = {}
     for number in range(4):
-        run.step(run.train_samples.batch(np.arange(6) + 6 * number))
+        run.step(run.on_device(run.train_samples.batch(np.arange(6) + 6 * number)))
         for name, tensor in run.learner.student.state_dict().items():
             value = tensor.detach().double().clone()
             old = expected.get(name)
@@ -206,6 +211,33 @@ def test_predictions_of_a_run_give_its_metrics(finished: Path) -> None:
     )
     summary = json.loads((finished / "metrics.json").read_text())
     assert sums.result() == pytest.approx(summary["metrics"], rel=1e-6)
+
+
+def _noted_sizes(samples: CachedSamples) -> list[int]:
+    """Atoms of every batch that ``samples`` makes from now on."""
+    make = samples.batch
+    sizes: list[int] = []
+
+    def noting(positions: np.ndarray) -> Data:
+        batch = make(positions)
+        sizes.append(len(batch.atomic_numbers))
+        return batch
+
+    samples.batch = noting  # type: ignore[method-assign]
+    return sizes
+
+
+def test_steps_and_validation_keep_the_budget_of_atoms(
+    small_store: FeatureStore, tmp_path: Path
+) -> None:
+    run = make_run(small_store, tmp_path, train_config(batch_atoms=60, steps=40))
+    train, val = _noted_sizes(run.train_samples), _noted_sizes(run.val_samples)
+    run.train(resume=False)
+    assert 30 < max(train) <= 60
+    assert 60 < max(val) <= 120
+    labels = small_store.splits["val"].read(np.arange(24), ["labels/energy"])
+    with np.load(tmp_path / "predictions.npz") as file:
+        assert np.array_equal(file["energy_label"], labels["labels/energy"])
 
 
 def test_normaliser_is_the_teachers_or_that_of_the_labels(

@@ -91,6 +91,7 @@ def test_file_flags_and_overrides_join(
         (["--resume"], ["last.pt does not exist", "nothing to resume"]),
         (["--device", "toaster"], ["toaster"]),
         (["--set", "val_split=test"], ["'test'", "val"]),
+        (["--set", "batch_atoms=3"], ["Sample '", "atoms", "batch_atoms = 3", "raise"]),
     ],
 )
 def test_bad_input_is_one_sentence(
@@ -100,6 +101,21 @@ def test_bad_input_is_one_sentence(
     sentence = refusal(main, _arguments(small_store.path, out, *more))
     assert all(word in sentence for word in words), sentence
     assert not (out / "metrics.csv").exists()
+
+
+def test_several_processes_are_refused(
+    small_store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each would train the same thing into one folder."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    out = tmp_path / "run"
+    sentence = refusal(main, _arguments(small_store.path, out))
+    assert "one of 2" in sentence
+    assert "torchrun" in sentence
+    assert not out.exists()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    done = run_command(main, _arguments(small_store.path, out))
+    assert done.exit_code == 0
 
 
 def test_strategy_v2v_needs_vectors_of_the_student(

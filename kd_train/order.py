@@ -1,0 +1,231 @@
+"""Which samples come when: numpy alone, and the same answer on every rank.
+
+An epoch permutes the blocks of a split and the samples in each, and cuts the sequence
+into one part per rank, so that a rank reads whole blocks except at the cuts. A rank
+shuffles its part in windows of some blocks and cuts it into batches; all ranks have
+the same number of them.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.errors import SpecError
+
+Positions = npt.NDArray[np.int64]
+Counts = npt.NDArray[np.int32] | npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class BatchRule:
+    """How epochs are shuffled and cut; ``batch_atoms`` replaces ``batch_size``."""
+
+    seed: int
+    batch_size: int
+    batch_atoms: int | None = None
+    buffer_blocks: int = 16
+    world_size: int = 1
+
+
+@dataclass(frozen=True, eq=False)
+class Draw:
+    """The batch with number ``offset`` in its epoch, as storage positions."""
+
+    epoch: int
+    offset: int
+    positions: Positions
+
+
+def training_batches(
+    blocks: Sequence[range],
+    n_atoms: Counts,
+    rule: BatchRule,
+    *,
+    rank: int = 0,
+    start: tuple[int, int] = (0, 0),
+) -> Iterator[Draw]:
+    """Batches of ``rank`` without end, from batch ``start[1]`` of epoch ``start[0]``.
+
+    What comes does not depend on where it starts: a run resumed at the place after its
+    last batch sees what it would have seen. A place past the last batch of an epoch is
+    the begin of the next.
+    """
+    first, offset = start
+    for epoch in itertools.count(first):
+        batches = epoch_batches(blocks, n_atoms, rule, epoch, rank)
+        for number in range(offset, len(batches)):
+            yield Draw(epoch, number, batches[number])
+        offset = 0
+
+
+def epoch_batches(
+    blocks: Sequence[range], n_atoms: Counts, rule: BatchRule, epoch: int, rank: int
+) -> list[Positions]:
+    """Batches of ``rank`` in ``epoch``, equally many on every rank and none empty.
+
+    By samples, there are as many as the largest part needs for at most ``batch_size``
+    each, and sizes on a rank differ by one at most. (With ``batch_size`` 1, where the
+    parts are unequal, the larger ones have one batch of two.) By atoms, there are as
+    few as keep every batch of every rank within ``batch_atoms``.
+
+    Raises
+    ------
+    SpecError
+        There are more ranks than samples, or almost every batch would hold one sample
+        and not all ranks have equally many.
+    """
+    parts = epoch_parts(blocks, rule, epoch)
+    sizes = [sum(len(piece) for piece in part) for part in parts]
+    if rule.batch_atoms is None:
+        number = min(-(-max(sizes) // rule.batch_size), min(sizes))
+        return np.array_split(rank_order(parts[rank], rule, epoch, rank), number)
+    orders = [rank_order(part, rule, epoch, r) for r, part in enumerate(parts)]
+    number = max(fewest_batches(n_atoms[order], rule.batch_atoms) for order in orders)
+    if number > min(sizes):
+        raise SpecError(
+            f"With batch_atoms = {rule.batch_atoms} one process needs {number} batches "
+            f"and another has only {min(sizes)} samples; raise batch_atoms or start "
+            "another number of processes."
+        )
+    mine = orders[rank]
+    bounds = even_bounds(n_atoms[mine], number, rule.batch_atoms)
+    return [mine[begin:end] for begin, end in itertools.pairwise(bounds)]
+
+
+def epoch_parts(
+    blocks: Sequence[range], rule: BatchRule, epoch: int
+) -> list[list[Positions]]:
+    """For every rank the pieces of blocks that it owns, in order of the epoch.
+
+    Parts differ by one sample at most; their pieces are whole blocks but for the first
+    and the last, and samples inside a block are permuted before it is cut.
+    """
+    total, world = sum(len(block) for block in blocks), rule.world_size
+    if total < world:
+        raise SpecError(
+            f"The training split has {total} samples, too few for {world} processes; "
+            "start fewer."
+        )
+    generator = np.random.default_rng((rule.seed, epoch))
+    chosen = [blocks[number] for number in generator.permutation(len(blocks))]
+    sequence = np.concatenate(
+        [generator.permutation(np.arange(b.start, b.stop)) for b in chosen]
+    )
+    ends = np.cumsum([len(block) for block in chosen])
+    cuts = [total * rank // world for rank in range(world + 1)]
+    parts = []
+    for begin, end in itertools.pairwise(cuts):
+        inside = ends[(ends > begin) & (ends < end)]
+        parts.append(np.split(sequence[begin:end], inside - begin))
+    return parts
+
+
+def rank_order(
+    pieces: Sequence[Positions], rule: BatchRule, epoch: int, rank: int
+) -> Positions:
+    """The samples of a rank's part, shuffled within ``buffer_blocks`` pieces at a time.
+
+    As good as a full shuffle where the store's own order is random, because then any
+    block is a fair sample of the split (docs/benchmarks.md has measurements).
+    """
+    # Seeds are padded with zeros, so (seed, epoch, 0) would repeat (seed, epoch).
+    generator = np.random.default_rng((rule.seed, epoch, 1 + rank))
+    windows = [
+        generator.permutation(
+            np.concatenate(pieces[first : first + rule.buffer_blocks])
+        )
+        for first in range(0, len(pieces), rule.buffer_blocks)
+    ]
+    return np.concatenate(windows)
+
+
+def fewest_batches(atoms: Counts, budget: int) -> int:
+    """Least number of batches of at most ``budget`` atoms, in the given order."""
+    return len(full_bounds(atoms, budget)) - 1
+
+
+def full_bounds(atoms: Counts, budget: int) -> list[int]:
+    """Bounds of batches that are each filled as far as ``budget`` atoms allow.
+
+    No other cut of the sequence has fewer. A sample above the budget is alone.
+    """
+    reach = _reach(_cumulated(atoms), budget).tolist()
+    bounds = [0]
+    while bounds[-1] < len(atoms):
+        bounds.append(reach[bounds[-1]])
+    return bounds
+
+
+def even_bounds(atoms: Counts, number: int, budget: int) -> list[int]:
+    """Bounds of ``number`` batches, none empty, with atoms as equal as they can be.
+
+    Bounds lie where the cumulated atoms are nearest to equal shares, unless a batch
+    would then exceed ``budget`` or what is left not fit into the batches left. Needs
+    ``fewest_batches(atoms, budget) <= number <= len(atoms)`` and no sample above the
+    budget; then it always succeeds.
+    """
+    count, total = len(atoms), _cumulated(atoms)
+    reach = _reach(total, budget).tolist()
+    lowest = _latest_fit(total, number, budget)
+    shares = total[-1] * np.arange(1, number) / number
+    above = np.searchsorted(total, shares)
+    below_is_nearer = shares - total[above - 1] < total[above] - shares
+    bounds = [0]
+    for batch, nearest in enumerate((above - below_is_nearer).tolist(), start=1):
+        low = max(lowest[batch], bounds[-1] + 1)
+        high = min(reach[bounds[-1]], count - (number - batch))
+        bounds.append(min(max(nearest, low), high))
+    return [*bounds, count]
+
+
+def check_budget(
+    n_atoms: Counts, sample_ids: npt.NDArray[np.str_], budget: int
+) -> None:
+    """Refuse a budget that the largest sample alone exceeds."""
+    largest = int(np.argmax(n_atoms))
+    if n_atoms[largest] > budget:
+        raise SpecError(
+            f"Sample {str(sample_ids[largest])!r} has {n_atoms[largest]} atoms, more "
+            f"than batch_atoms = {budget}; raise batch_atoms to at least "
+            f"{n_atoms[largest]}."
+        )
+
+
+def ordered_batches(count: int, batch_size: int) -> list[Positions]:
+    """Positions 0..count-1 in order, in groups of ``batch_size``."""
+    return [
+        np.arange(first, min(first + batch_size, count))
+        for first in range(0, count, batch_size)
+    ]
+
+
+def ordered_within(n_atoms: Counts, budget: int) -> list[Positions]:
+    """All positions in order, in groups of at most ``budget`` atoms or one sample."""
+    bounds = full_bounds(n_atoms, budget)
+    return [np.arange(begin, end) for begin, end in itertools.pairwise(bounds)]
+
+
+def _cumulated(atoms: Counts) -> Positions:
+    """(n + 1,) atoms before every sample, and at the end all."""
+    return np.concatenate(([0], np.cumsum(atoms, dtype=np.int64)))
+
+
+def _reach(total: Positions, budget: int) -> Positions:
+    """(n,) end of the longest batch within ``budget`` that begins at each sample."""
+    ends = np.searchsorted(total, total[:-1] + budget, side="right") - 1
+    return np.maximum(ends, np.arange(1, len(total)))
+
+
+def _latest_fit(total: Positions, number: int, budget: int) -> list[int]:
+    """(number + 1,) first sample from which the batches left can hold all that follow.
+
+    Entry k is for ``number - k`` batches; a bound before it would leave too much.
+    """
+    back = np.searchsorted(total, total - budget).tolist()
+    lowest = [len(total) - 1]
+    for _ in range(number):
+        lowest.append(back[lowest[-1]])
+    return lowest[::-1]

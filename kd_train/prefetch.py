@@ -1,0 +1,72 @@
+"""Batches made ahead in background threads, in order."""
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from torch_geometric.data import Data
+
+Item = TypeVar("Item")
+Made = TypeVar("Made")
+
+
+def prefetch(
+    make: Callable[[Item], Made],
+    batches: Iterable[Item],
+    depth: int = 4,
+    threads: int = 2,
+) -> Generator[Made, None, None]:
+    """``make`` of every batch, in order, at most ``depth`` ahead of the caller.
+
+    An error of ``make`` or of ``batches`` reaches the caller in its place, after all
+    results before it. No thread is left when the iterator is exhausted or closed.
+    """
+    ahead: deque[Future[Made]] = deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="prefetch") as pool:
+        try:
+            for future in _submitted(pool, make, batches):
+                ahead.append(future)
+                if len(ahead) > depth:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
+
+
+def _submitted(
+    pool: ThreadPoolExecutor, make: Callable[[Item], Made], batches: Iterable[Item]
+) -> Iterator[Future[Made]]:
+    """One future per batch; where ``batches`` fails, a last one with the error."""
+    source = iter(batches)
+    while True:
+        try:
+            item = next(source)
+        except StopIteration:
+            return
+        except Exception as error:
+            failed: Future[Made] = Future()
+            failed.set_exception(error)
+            yield failed
+            return
+        yield pool.submit(make, item)
+
+
+def pinned(
+    make: Callable[[Item], Data], device: torch.device
+) -> Callable[[Item], Data]:
+    """``make`` itself, or for a GPU one whose batches lie in page-locked memory.
+
+    Only from there a copy to the device can run beside computation.
+    """
+    if device.type != "cuda":
+        return make
+    return lambda item: make(item).pin_memory()
+
+
+def moved(batch: Data, device: torch.device) -> Data:
+    """``batch`` on ``device``; to a GPU without waiting for the copy."""
+    return batch.to(device, non_blocking=device.type == "cuda")
