@@ -12,7 +12,7 @@ from pipeline.errors import SpecError
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--cache", required=True, type=click.Path(path_type=Path), help="Store.")
+@click.option("--cache", required=True, help="Store: a folder, zip archive or URL.")
 @click.option(
     "--strategy",
     help=f"{', '.join(STRATEGIES)}, or several joined with +. Default: none.",
@@ -29,7 +29,7 @@ from pipeline.errors import SpecError
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of torch.")
 @one_sentence_errors
 def main(
-    cache: Path,
+    cache: str,
     strategy: str | None,
     student: str | None,
     config: Path | None,

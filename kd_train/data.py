@@ -2,7 +2,7 @@
 
 import copy
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,9 +21,12 @@ from pipeline.fields import (
 from pipeline.graphs.batch import collate
 from pipeline.graphs.neighbors import Edges, GraphRule, sample_edges
 from pipeline.models.elements import check_elements
+from pipeline.store.encoding import SCALE, dequantized
 from pipeline.structure import Structure
 
 EDGE_CACHE_BYTES = 1 << 30
+
+Tables = dict[str, torch.Tensor]
 
 
 class CachedSamples:
@@ -46,6 +49,16 @@ class CachedSamples:
         self.elements = elements
         self.fields = (*STRUCTURE_FIELDS, *LABEL_FIELDS, *fields)
         self._paths = read_paths(fields)
+        self.encodings = {
+            name: encoding
+            for name in fields
+            if (encoding := split.encoding(self._paths[name])) is not None
+        }
+        self._paths |= {
+            name + SCALE: self._paths[name] + SCALE
+            for name, encoding in self.encodings.items()
+            if encoding.has_row_scales
+        }
         self._lock = threading.Lock()
         self._edges: dict[int, Edges] = {}
         self._edge_bytes = 0
@@ -69,7 +82,7 @@ class CachedSamples:
         DamagedStoreError
             Bytes on disk are not those that were written.
         """
-        arrays = self.split.read(positions, tuple(self._paths.values()))
+        arrays = self.split.read_stored(positions, tuple(self._paths.values()))
         values = {name: arrays[path] for name, path in self._paths.items()}
         structures = self._structures(positions, values)
         edges = [
@@ -77,12 +90,27 @@ class CachedSamples:
             for position, structure in zip(positions, structures, strict=True)
         ]
         data = collate(structures, edges)
-        for name in self.fields:
-            if name not in STRUCTURE_FIELDS:
-                data[name] = torch.from_numpy(values[name])
+        for name, rows in values.items():
+            if name not in (*STRUCTURE_FIELDS, *EDGE_IDENTITY_FIELDS):
+                data[name] = torch.from_numpy(rows)
         if "edge_features" in values:
             self._add_teacher_edges(data, positions, values, edges)
         return data
+
+    def window_blocks(self, wished: int) -> int:
+        """Blocks to shuffle samples among: as wished, or what fits into memory.
+
+        Chunks that have to be decoded or fetched would otherwise be so many times.
+        """
+        limit = self.split.window_blocks(tuple(self._paths.values()))
+        return wished if limit is None else min(wished, limit)
+
+    def tables(self, device: torch.device) -> dict[str, Tables]:
+        """What ``decoded`` needs on ``device`` for the fields stored as integers."""
+        return {
+            name: {n: torch.tensor(v, device=device) for n, v in part.tables.items()}
+            for name, part in self.encodings.items()
+        }
 
     def _add_teacher_edges(
         self,
@@ -154,13 +182,20 @@ def read_paths(fields: Sequence[str]) -> dict[str, str]:
     return {name: FIELDS[name].path for name in names}
 
 
-def decoded(batch: Data, fields: Sequence[str]) -> Data:
-    """``batch`` with its ``fields`` in the numbers that losses use: halves as float32.
+def decoded(batch: Data, fields: Sequence[str], tables: Mapping[str, Tables]) -> Data:
+    """``batch`` with its ``fields`` in the numbers that losses use, as float32.
 
-    To be called on the device, so that only the stored bytes travel to it.
+    Halves are converted, integers decoded with the ``tables`` of their field. To be
+    called on the device, so that only the stored bytes travel to it.
     """
     batch = copy.copy(batch)
     for name in fields:
-        if batch[name].dtype == torch.float16:
-            batch[name] = batch[name].float()
+        values = batch[name]
+        if name in tables:
+            scale = batch[name + SCALE].float() if name + SCALE in batch else None
+            if scale is not None:
+                scale = scale.reshape(-1, *[1] * (values.ndim - 1))
+            batch[name] = dequantized(values.float(), scale, tables[name])
+        elif values.dtype == torch.float16:
+            batch[name] = values.float()
     return batch

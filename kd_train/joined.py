@@ -9,9 +9,11 @@ import numpy.typing as npt
 
 from pipeline.errors import SpecError, StoreError
 from pipeline.fields import Level
+from pipeline.store.encoding import Encoding
 from pipeline.store.reader import ArrayInfo
 
 Indices = npt.NDArray[np.int64]
+Arrays = dict[str, npt.NDArray[Any]]
 
 
 class Split(Protocol):
@@ -46,10 +48,17 @@ class Split(Protocol):
     def block_positions(self, block: int) -> range:
         """Positions of the samples of ``block``."""
 
-    def read(
-        self, positions: npt.ArrayLike, paths: Sequence[str]
-    ) -> dict[str, npt.NDArray[Any]]:
+    def encoding(self, path: str) -> Encoding | None:
+        """What the numbers of `read_stored` mean; None for those that are meant."""
+
+    def window_blocks(self, paths: Sequence[str]) -> int | None:
+        """Blocks to read samples of these arrays from at a time; None for any."""
+
+    def read(self, positions: npt.ArrayLike, paths: Sequence[str]) -> Arrays:
         """Rows of the samples at ``positions``, in that order, as fresh arrays."""
+
+    def read_stored(self, positions: npt.ArrayLike, paths: Sequence[str]) -> Arrays:
+        """The same without decoding; paths may be those of scales of rows too."""
 
 
 class JoinedSplit:
@@ -123,9 +132,19 @@ class JoinedSplit:
         shift = int(self._bounds[part])
         return range(own.start + shift, own.stop + shift)
 
-    def read(
-        self, positions: npt.ArrayLike, paths: Sequence[str]
-    ) -> dict[str, npt.NDArray[Any]]:
+    def encoding(self, path: str) -> None:
+        """None: each split has its own encoding, so this class reads decoded rows."""
+
+    def window_blocks(self, paths: Sequence[str]) -> int | None:
+        """Blocks to read samples of these arrays from at a time; None for any."""
+        limits = [part.window_blocks(paths) for part in self._parts]
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def read_stored(self, positions: npt.ArrayLike, paths: Sequence[str]) -> Arrays:
+        """The same as `read`."""
+        return self.read(positions, paths)
+
+    def read(self, positions: npt.ArrayLike, paths: Sequence[str]) -> Arrays:
         """Rows of the samples at ``positions``, in that order, as fresh arrays.
 
         Shapes are those of ``SplitReader.read``; each split is read once.

@@ -99,6 +99,7 @@ class Run:
             fused=True,
         )
         self.train_samples = self._samples(config.train_split, self.learner.fields)
+        self.tables = self.train_samples.tables(device)
         self.val_samples = self._samples(config.val_split, ())
         if config.batch_atoms is not None:
             split = self.train_samples.split
@@ -142,7 +143,7 @@ class Run:
 
     def on_device(self, batch: Data) -> Data:
         """``batch`` where the student is, its features decoded."""
-        return decoded(moved(batch, self.device), self.learner.fields)
+        return decoded(moved(batch, self.device), self.learner.fields, self.tables)
 
     def step(self, batch: Data) -> dict[str, Tensor]:
         """One optimiser step on ``batch``; returns the loss and its terms, detached."""
@@ -200,7 +201,7 @@ class Run:
             config.seed,
             config.batch_size,
             config.batch_atoms,
-            config.buffer_blocks,
+            self.train_samples.window_blocks(config.buffer_blocks),
             progress.world_size,
         )
         draws = training_batches(

@@ -1,120 +1,29 @@
 """Plan a store, fill its blocks, seal it; continues whatever an earlier run left."""
 
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from pipeline.calibrating import calibrate_fields
-from pipeline.datasets import Dataset, open_dataset
-from pipeline.errors import DataError, StoreError
-from pipeline.fields import FIELDS
-from pipeline.planning import (
-    CountEdges,
-    plan_split,
-    scan_dataset,
-    store_attributes,
-    wanted_features,
-)
+from pipeline.errors import StoreError
+from pipeline.planning import plan_split, scan_dataset, store_attributes
 from pipeline.preview import preview
+from pipeline.source import Source
 from pipeline.spec import CacheSpec
 from pipeline.statistics import check_energy_kinds
-from pipeline.store.calibration import Calibration
-from pipeline.store.index import SplitIndex
-from pipeline.store.layout import IntArray, storage_order
+from pipeline.store.reader import FeatureStore
 from pipeline.store.writer import SplitPlan, StoreWriter, create_store
-from pipeline.structure import Sample
-from pipeline.teacher import Arrays, Teacher
 
 log = logging.getLogger("pipeline.build")
 Report = Callable[[str, int, int], None]
-
-
-@dataclass(frozen=True)
-class Source:
-    """All that a process needs to fill blocks of a planned store.
-
-    ``orders`` gives for every split the dataset index at each storage position.
-    """
-
-    spec: CacheSpec
-    datasets: dict[str, Dataset]
-    orders: dict[str, IntArray]
-    teacher: Teacher | None
-
-    @classmethod
-    def open(cls, spec: CacheSpec, device: str = "cpu") -> "Source":
-        """Datasets and teacher of ``spec``; reads no sample.
-
-        Raises
-        ------
-        SpecError, DataError, CheckpointError
-            A file is not what the spec says, or the teacher lacks a field.
-        """
-        layers = {n: f.layer for n, f in spec.features.items() if f.layer is not None}
-        teacher = None
-        if spec.teacher is not None:
-            teacher = Teacher.load(spec.teacher, device, layers)
-            teacher.check_fields(tuple(spec.features))
-        datasets = {
-            name: open_dataset(
-                s.format,
-                s.path,
-                offset=s.offset,
-                limit=s.limit,
-                every=s.every,
-                energy=s.energy,
-            )
-            for name, s in spec.splits.items()
-        }
-        seed = spec.store.seed
-        orders = {n: storage_order(len(d), seed) for n, d in datasets.items()}
-        return cls(spec, datasets, orders, teacher)
-
-    def fill_block(self, writer: StoreWriter, split: str, block: int) -> int:
-        """Compute and write one block unless it is there; returns its samples.
-
-        Raises
-        ------
-        DataError
-            A structure is not the one that was planned.
-        """
-        index = writer.splits[split]
-        positions = index.block_positions(block)
-        with writer.claim_block(split, block) as missing:
-            if missing:
-                chosen = self.orders[split][positions.start : positions.stop]
-                samples = [self.datasets[split][int(i)] for i in chosen]
-                _check_unchanged(index, positions, samples)
-                writer.write_block(split, block, self._block_arrays(split, samples))
-        return len(positions)
-
-    def _block_arrays(self, split: str, samples: Sequence[Sample]) -> Arrays:
-        values = _source_arrays(samples)
-        if self.teacher is not None:
-            values |= self.teacher.predict(samples, self.fields(split))
-        return {FIELDS[name].path: array for name, array in values.items()}
-
-    def fields(self, split: str) -> tuple[str, ...]:
-        """Fields that the teacher is asked for in ``split``."""
-        return tuple(wanted_features(self.spec, self.spec.splits[split]))
-
-    def calibrations(self, split: str) -> dict[str, Calibration]:
-        """Encodings for the features of ``split`` that are not stored faithfully."""
-        wanted = wanted_features(self.spec, self.spec.splits[split])
-        if self.teacher is None:
-            return {}
-        return calibrate_fields(self.datasets[split], self.teacher, wanted)
-
-    def edge_counter(self, split: str) -> CountEdges | None:
-        """Counts the teacher's edges, where this split is to keep them."""
-        if self.teacher is None or "edge_features" not in self.fields(split):
-            return None
-        return self.teacher.count_edges
+# Of a process that fills blocks: one has the teacher, the other the disk.
+_THREADS = 2
+_starting = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -125,16 +34,15 @@ class Job:
     plans: dict[str, SplitPlan]
     attributes: dict[str, Any]
 
-    @property
-    def path(self) -> Path:
-        """Where the store lies."""
-        return Path(self.source.spec.store.path)
 
-
-def prepare(spec: CacheSpec, device: str = "cpu") -> Job:
+def prepare(
+    spec: CacheSpec, device: str = "cpu", before: FeatureStore | None = None
+) -> Job:
     """Load the teacher, read every dataset once, plan every split; writes nothing.
 
-    Edges are counted only for a store that is not there yet: one that is knows them.
+    Edges are counted and encodings calibrated only for a store that is not there yet:
+    one that is knows them. With ``before``, the store there is planned anew, its own
+    encodings kept.
 
     Raises
     ------
@@ -143,7 +51,8 @@ def prepare(spec: CacheSpec, device: str = "cpu") -> Job:
     """
     source = Source.open(spec, device)
     check_energy_kinds(spec.splits, source.datasets)
-    new = not Path(spec.store.path).exists()
+    new = before is not None or not Path(spec.store.path).exists()
+    old = {} if before is None else before.splits
     scans = {
         name: scan_dataset(
             dataset,
@@ -152,6 +61,10 @@ def prepare(spec: CacheSpec, device: str = "cpu") -> Job:
         )
         for name, dataset in source.datasets.items()
     }
+    calibrations = {
+        name: source.calibrations(name, old[name].index if name in old else None)
+        for name in (source.datasets if new else ())
+    }
     plans = {
         name: plan_split(
             spec,
@@ -159,7 +72,7 @@ def prepare(spec: CacheSpec, device: str = "cpu") -> Job:
             dataset,
             scans[name],
             source.teacher,
-            source.calibrations(name) if new else {},
+            calibrations.get(name, {}),
         )
         for name, dataset in source.datasets.items()
     }
@@ -193,58 +106,107 @@ def build_store(
         another process.
     """
     job = prepare(spec, device)
-    create_or_match(job)
-    writer = StoreWriter(job.path)
+    path = Path(spec.store.path)
+    create_or_match(job, path)
+    writer = StoreWriter(path)
     if writer.sealed:
         return True
-    pending = [
-        (split, block)
-        for split in job.plans
-        for block in writer.pending_blocks(split, verify=True)
-        if blocks is None or blocks[0] <= block < blocks[1]
-    ]
-    log.info("%s: %d blocks to do", job.path, len(pending))
-    source = job.source
-    done = (
-        ((split, source.fill_block(writer, split, block)) for split, block in pending)
-        if workers == 0
-        else _fill_with_dask(spec, pending, device, workers)
-    )
-    for number, (split, samples) in enumerate(done, 1):
-        report(split, samples, len(pending) - number)
-        log.info("%s: block %d of %d written", split, number, len(pending))
+    fill_blocks(job.source, writer, Filling(device, workers, blocks), report)
     if any(writer.pending_blocks(split) for split in job.plans):
         return False
     writer.seal()
-    log.info("%s: sealed", job.path)
+    log.info("%s: sealed", path)
     return True
 
 
-def create_or_match(job: Job) -> None:
+@dataclass(frozen=True)
+class Filling:
+    """Who fills blocks, and which: a half-open range of every split, or all.
+
+    Splits that are in the store ``before`` take over what they have there.
+    """
+
+    device: str = "cpu"
+    workers: int = 0
+    blocks: tuple[int, int] | None = None
+    before: Path | None = None
+
+
+def fill_blocks(
+    source: Source, writer: StoreWriter, filling: Filling, report: Report
+) -> None:
+    """Fill every pending block, in this process or in workers."""
+    pending = [
+        (split, block)
+        for split in writer.splits
+        for block in writer.pending_blocks(split, verify=True)
+        if filling.blocks is None or filling.blocks[0] <= block < filling.blocks[1]
+    ]
+    log.info("%s: %d blocks to do", writer.path, len(pending))
+    if filling.workers:
+        done = _fill_with_dask(source.spec, writer.path, filling, pending)
+    else:
+        done = _fill_here(_BlockFiller(source, writer, filling.before), pending)
+    for number, (split, samples) in enumerate(done, 1):
+        report(split, samples, len(pending) - number)
+        log.info("%s: block %d of %d written", split, number, len(pending))
+
+
+class _BlockFiller:
+    """Fills blocks of one store; called from several threads at once."""
+
+    def __init__(
+        self, source: Source, writer: StoreWriter, before: Path | None
+    ) -> None:
+        self._source = source
+        self._writer = writer
+        self._before = {} if before is None else FeatureStore.open(before).splits
+
+    def __call__(self, split: str, block: int) -> tuple[str, int]:
+        """Fill ``block``; returns the split and the samples of the block."""
+        known = self._before.get(split)
+        before = None if known is None else known.index
+        return split, self._source.fill_block(self._writer, split, block, before)
+
+
+def _fill_here(
+    fill: _BlockFiller, pending: list[tuple[str, int]]
+) -> Iterator[tuple[str, int]]:
+    """Two blocks at a time: one is computed while the other is read or written."""
+    queue = iter(pending)
+    with ThreadPoolExecutor(_THREADS) as threads:
+        flying = deque(threads.submit(fill, *item) for item in _take(queue, _THREADS))
+        while flying:
+            yield flying.popleft().result()
+            flying.extend(threads.submit(fill, *item) for item in _take(queue, 1))
+
+
+def create_or_match(job: Job, path: Path) -> None:
     """Plan the store on disk, or accept the one there if its fingerprint agrees."""
-    if not job.path.exists():
-        create_store(job.path, list(job.plans.values()), job.attributes)
+    if not path.exists():
+        create_store(path, list(job.plans.values()), job.attributes)
         return
-    found = StoreWriter(job.path).attributes["fingerprint"]
+    found = StoreWriter(path).attributes["fingerprint"]
     wanted = job.attributes["fingerprint"]
     if found != wanted:
         raise StoreError(
-            f"{job.path} was planned for another spec (its fingerprint is "
-            f"{found[:12]}…, this spec's {wanted[:12]}…); remove it or set store.path."
+            f"{path} was planned for another spec (its fingerprint is {found[:12]}…, "
+            f"this spec's {wanted[:12]}…); where the spec gained a field or a split, "
+            "run `kd-cache add-field SPEC`, else remove the store or set store.path."
         )
 
 
 def _fill_with_dask(
-    spec: CacheSpec, pending: list[tuple[str, int]], device: str, workers: int
+    spec: CacheSpec, path: Path, filling: Filling, pending: list[tuple[str, int]]
 ) -> Iterator[tuple[str, int]]:
     """Blocks through a local cluster, two in flight per worker; arrays stay there."""
     from distributed import Client, LocalCluster, as_completed
 
-    document = spec.model_dump_json()
+    task = partial(_fill_in_worker, spec.model_dump_json(), path, filling)
     with (
         LocalCluster(
-            n_workers=workers,
-            threads_per_worker=1,
+            n_workers=filling.workers,
+            threads_per_worker=_THREADS,
             processes=True,
             dashboard_address="127.0.0.1:0",  # any free port
             silence_logs=logging.CRITICAL,
@@ -253,14 +215,12 @@ def _fill_with_dask(
     ):
         queue = iter(pending)
         flying = as_completed()
-        for split, block in _take(queue, 2 * workers):
-            flying.add(client.submit(_fill_in_worker, document, device, split, block))
+        for item in _take(queue, _THREADS * filling.workers):
+            flying.add(client.submit(task, *item))
         for future in flying:
             yield future.result()
-            for split, block in _take(queue, 1):
-                flying.add(
-                    client.submit(_fill_in_worker, document, device, split, block)
-                )
+            for item in _take(queue, 1):
+                flying.add(client.submit(task, *item))
 
 
 def _take(queue: Iterator[tuple[str, int]], count: int) -> list[tuple[str, int]]:
@@ -268,43 +228,15 @@ def _take(queue: Iterator[tuple[str, int]], count: int) -> list[tuple[str, int]]
 
 
 def _fill_in_worker(
-    document: str, device: str, split: str, block: int
+    document: str, path: Path, filling: Filling, split: str, block: int
 ) -> tuple[str, int]:
-    source, writer = _worker_state(document, device)
-    return split, source.fill_block(writer, split, block)
+    with _starting:
+        fill = _worker_filler(document, path, filling)
+    return fill(split, block)
 
 
 @lru_cache(maxsize=1)
-def _worker_state(document: str, device: str) -> tuple[Source, StoreWriter]:
+def _worker_filler(document: str, path: Path, filling: Filling) -> _BlockFiller:
     """Datasets and teacher, loaded once in each worker process."""
-    source = Source.open(CacheSpec.model_validate_json(document), device)
-    return source, StoreWriter(source.spec.store.path)
-
-
-def _check_unchanged(
-    index: SplitIndex, positions: range, samples: Sequence[Sample]
-) -> None:
-    """Raise unless ``samples`` are those that the store was planned for."""
-    for position, sample in zip(positions, samples, strict=True):
-        planned = int(index.checksums[position]), str(index.sample_ids[position])
-        if planned != (sample.structure.checksum, sample.sample_id):
-            raise DataError(
-                f"splits.{index.name}: sample {planned[1]!r} is not what it was when "
-                f"{index.place} was planned; restore the dataset or choose another "
-                "store.path."
-            )
-
-
-def _source_arrays(samples: Sequence[Sample]) -> Arrays:
-    """Structures and labels of ``samples`` by field name, node fields concatenated."""
-    structures = [sample.structure for sample in samples]
-    return {
-        "atomic_numbers": np.concatenate([s.atomic_numbers for s in structures]),
-        "positions": np.concatenate([s.positions for s in structures]),
-        "fixed": np.concatenate([s.fixed for s in structures]).astype(np.uint8),
-        "tags": np.concatenate([s.tags for s in structures]),
-        "cell": np.stack([s.cell for s in structures]),
-        "pbc": np.stack([s.pbc for s in structures]).astype(np.uint8),
-        "energy": np.array([sample.energy for sample in samples]),
-        "forces": np.concatenate([sample.forces for sample in samples]),
-    }
+    source = Source.open(CacheSpec.model_validate_json(document), filling.device)
+    return _BlockFiller(source, StoreWriter(path), filling.before)

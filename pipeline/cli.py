@@ -5,11 +5,15 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import click
 from tqdm import tqdm
 
 from pipeline.commands import chosen_device, log_to_file, one_sentence_errors
+
+if TYPE_CHECKING:
+    from pipeline.convert import Conversion
 
 CHECK_FAILED = 1
 
@@ -110,12 +114,129 @@ def _write_receipt(receipt: Path, store: Path) -> None:
     write_atomically(receipt, text.encode() + b"\n")
 
 
+@main.command(name="add-field")
+@click.argument("spec", type=click.Path(path_type=Path))
+@click.option("--out", help="Where the store lies; overrides store.path.")
+@click.option(
+    "--device", default=None, help="cpu, cuda, cuda:1; default: a GPU if any."
+)
+@click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option("--set", "overrides", multiple=True, help="key.subkey=value of the spec.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of torch.")
+@one_sentence_errors
+def add_field(
+    spec: Path,
+    out: str | None,
+    device: str | None,
+    workers: int,
+    overrides: tuple[str, ...],
+    threads: int | None,
+) -> None:
+    """Add to a finished store what its SPEC gained: features, or whole splits.
+
+    What the store has stays as it is, byte for byte, and readable all the time.
+    """
+    from pipeline.spec import load_spec
+
+    if out is not None:
+        overrides = (*overrides, f"store.path={Path(out).resolve()}")
+    chosen = load_spec(spec, overrides)
+
+    import torch
+
+    from pipeline.extend import extend_store
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    place = str(chosen_device(device))
+    store = Path(chosen.store.path)
+    log_to_file("pipeline", store.with_name(store.name + ".log"))
+    with _progress() as report:
+        added = extend_store(chosen, device=place, workers=workers, report=report)
+    what = ", ".join(added) if added else "nothing, it has all of it already"
+    click.echo(f"{store}: added {what}; complete and sealed.")
+
+
+def _convert(store: str, out: Path, conversion: "Conversion") -> None:
+    from pipeline.convert import convert_store
+
+    log_to_file("pipeline", out.with_name(out.name + ".log"))
+    with _progress() as report:
+        convert_store(store, out, conversion, report)
+    click.echo(f"{out}: complete and sealed.")
+
+
+_field_option = click.option(
+    "--field", "fields", multiple=True, help="Only this feature; may be repeated."
+)
+
+
 @main.command()
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--profile",
+    type=click.Choice(["compact", "q8"]),
+    default="compact",
+    show_default=True,
+    help="compact: smallest; q8: a quarter of float32, read at once.",
+)
+@click.option(
+    "--error",
+    type=float,
+    help="Of compact: squared error relative to the variance; default 0.001.",
+)
+@_field_option
+@one_sentence_errors
+def compact(
+    store: str,
+    out: Path,
+    profile: Literal["compact", "q8"],
+    error: float | None,
+    fields: tuple[str, ...],
+) -> None:
+    """Write STORE to OUT with smaller features."""
+    from pipeline.convert import conversion_of
+
+    _convert(store, out, conversion_of(profile, error=error, fields=fields))
+
+
+@main.command()
+@click.argument("store")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option(
+    "--profile",
+    type=click.Choice(["faithful", "q8"]),
+    default="faithful",
+    show_default=True,
+    help="Both are read without decoding chunks.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float16", "float32"]),
+    help="Of faithful; default: the field's own.",
+)
+@_field_option
+@one_sentence_errors
+def hydrate(
+    store: str,
+    out: Path,
+    profile: Literal["faithful", "q8"],
+    dtype: Literal["float16", "float32"] | None,
+    fields: tuple[str, ...],
+) -> None:
+    """Write STORE, which may be a URL, to OUT with features that are fast to read."""
+    from pipeline.convert import conversion_of
+
+    _convert(store, out, conversion_of(profile, dtype=dtype, fields=fields))
+
+
+@main.command()
+@click.argument("store")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 @one_sentence_errors
-def info(store: Path, as_json: bool) -> None:
-    """Say what is inside STORE."""
+def info(store: str, as_json: bool) -> None:
+    """Say what is inside STORE: a folder, a zip archive or a URL."""
     from pipeline.inspect import describe_store, render_description
 
     description = describe_store(store)
@@ -126,10 +247,31 @@ def info(store: Path, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store")
 @click.option("--repair", is_flag=True, help="Discard damaged blocks for `build`.")
+@click.option(
+    "--teacher",
+    is_flag=True,
+    help="Also run the teacher on random samples and compare.",
+)
+@click.option(
+    "--samples",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Of every split, to compare with the teacher.",
+)
+@click.option("--set", "overrides", multiple=True, help="teacher.checkpoint=PATH etc.")
+@click.option("--device", default=None, help="Of the teacher; default: a GPU if any.")
 @one_sentence_errors
-def verify(store: Path, repair: bool) -> None:
+def verify(
+    store: str,
+    repair: bool,
+    teacher: bool,
+    samples: int,
+    overrides: tuple[str, ...],
+    device: str | None,
+) -> None:
     """Check every byte of STORE; exit 1 when something is damaged."""
     from pipeline.store.verify import verify_store
 
@@ -138,12 +280,28 @@ def verify(store: Path, repair: bool) -> None:
         click.echo(f"{problem}", err=True)
     if not problems:
         click.echo(f"{store}: everything checked, nothing damaged.")
+        if teacher:
+            _compare_with_teacher(store, samples, device, overrides)
         return
     if repair:
         from pipeline.inspect import discard_damaged
 
         click.echo(discard_damaged(store, problems), err=True)
     sys.exit(CHECK_FAILED)
+
+
+def _compare_with_teacher(
+    store: str, samples: int, device: str | None, overrides: tuple[str, ...]
+) -> None:
+    from pipeline.spotcheck import spot_check
+
+    place = str(chosen_device(device))
+    found, compared = spot_check(store, samples, device=place, overrides=overrides)
+    for difference in found:
+        click.echo(f"{difference}", err=True)
+    if found:
+        sys.exit(CHECK_FAILED)
+    click.echo(f"{store}: {compared} fields of samples are what the teacher gives.")
 
 
 @main.command()

@@ -45,3 +45,15 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def make_folder_durably(folder: Path, root: Path) -> None:
+    """Create ``folder`` below ``root`` with all that is missing on the way to it."""
+    missing = []
+    parent = folder
+    while parent != root and not parent.exists():
+        missing.append(parent)
+        parent = parent.parent
+    folder.mkdir(parents=True, exist_ok=True)
+    for created in missing:
+        sync_folder(created.parent)

@@ -187,7 +187,7 @@ def _array_plans(
             path=FIELDS[name].path,
             level=FIELDS[name].level,
             shape=width_shape(name, widths.get(name, 0)),
-            dtype=_stored_dtype(name, wanted.get(name)),
+            dtype=stored_dtype(name, wanted.get(name)),
             attributes=array_attributes(name, wanted.get(name)),
             calibration=calibrations.get(name),
         )
@@ -195,7 +195,8 @@ def _array_plans(
     )
 
 
-def _stored_dtype(name: str, feature: FeatureSpec | None) -> str:
+def stored_dtype(name: str, feature: FeatureSpec | None) -> str:
+    """Dtype in which field ``name`` is stored when stored as ``feature`` says."""
     if feature is None:
         return FIELDS[name].dtype
     return DTYPES.get(feature.profile) or feature.dtype or FIELDS[name].dtype

@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.store.encoding import Encoding, Floats, Profile
+from pipeline.store.index import ArrayInfo
 from pipeline.store.packed import PACKED_ROWS, PackedLayout
 
 # Rows to calibrate with; more change the result by less than a percent.
@@ -23,6 +24,13 @@ class Calibration:
 
     encoding: Encoding
     effort: int | None = None
+
+
+def known_calibration(info: ArrayInfo | None) -> Calibration | None:
+    """Calibration that an existing array has; None where it has none."""
+    if info is None or info.encoding is None:
+        return None
+    return Calibration(info.encoding, info.effort)
 
 
 def calibrate(

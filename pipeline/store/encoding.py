@@ -38,6 +38,11 @@ class Encoding:
     rotation: Floats | None = None
 
     @property
+    def has_row_scales(self) -> bool:
+        """Whether every row has a scale of its own."""
+        return self.profile == "q8"
+
+    @property
     def tables(self) -> dict[str, Floats]:
         """Parameters by name, those in use."""
         values = {name: getattr(self, name) for name in TABLES}

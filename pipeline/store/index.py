@@ -1,5 +1,6 @@
 """What is known of a store without its shards: arrays, index, names of files."""
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -79,7 +80,7 @@ class ArrayInfo:
         """Paths of the arrays that belong to this one and have no use without it."""
         if self.encoding is None:
             return ()
-        suffixes = (SCALE, ERROR) if self.encoding.profile == "q8" else (ERROR,)
+        suffixes = (SCALE, ERROR) if self.encoding.has_row_scales else (ERROR,)
         return tuple(self.path + suffix for suffix in suffixes)
 
     def layout(self, rows: int) -> ShardLayout:
@@ -109,6 +110,11 @@ class SplitIndex:
     sample_row: IntArray
     checksums: npt.NDArray[np.uint64]
     edges: EdgeAxis | None = None
+
+    def attributes(self, path: str) -> dict[str, Any]:
+        """Attributes of array ``path``, such as its unit."""
+        document = json.loads(self.place.read(f"{self.name}/{path}/{METADATA}"))
+        return dict(document.get("attributes", {}))
 
     @cached_property
     def fields(self) -> dict[str, ArrayInfo]:

@@ -89,7 +89,7 @@ class SplitReader:
     """Samples of one split by storage position, 0 to ``len(self) - 1``."""
 
     def __init__(self, index: SplitIndex, cache: ChunkCache) -> None:
-        self._index = index
+        self.index = index
         self._cache = cache
         self._readers: dict[str, ArrayReader] = {
             path: array_reader(index, info, cache)
@@ -100,42 +100,42 @@ class SplitReader:
         self._cold_reads = 0
 
     def __len__(self) -> int:
-        return len(self._index.start)
+        return len(self.index.start)
 
     @property
     def name(self) -> str:
         """Name of the split."""
-        return self._index.name
+        return self.index.name
 
     @property
     def sample_ids(self) -> npt.NDArray[Any]:
         """(n,) ids, of numpy's string dtype."""
-        return self._index.sample_ids
+        return self.index.sample_ids
 
     @property
     def n_atoms(self) -> npt.NDArray[np.int32]:
         """(n,) atoms of every sample."""
-        return self._index.n_atoms
+        return self.index.n_atoms
 
     @property
     def n_edges(self) -> IntArray:
         """(n,) edges of every sample, in a split that has edge-level arrays."""
-        if self._index.edges is None:
+        if self.index.edges is None:
             raise StoreError(
-                f"Split {self.name!r} of {self._index.place} has no edges; ask for "
+                f"Split {self.name!r} of {self.index.place} has no edges; ask for "
                 "edge_features in the spec and build the store again."
             )
-        return self._index.edges.n_edges
+        return self.index.edges.n_edges
 
     @property
     def checksums(self) -> npt.NDArray[np.uint64]:
         """(n,) hash of every sample's structure, see ``Structure.checksum``."""
-        return self._index.checksums
+        return self.index.checksums
 
     @property
     def arrays(self) -> dict[str, ArrayInfo]:
         """Dtype, trailing shape and level of every array by its path."""
-        return self._index.fields
+        return self.index.fields
 
     def encoding(self, path: str) -> Encoding | None:
         """What the stored integers of an array mean; None for plain numbers."""
@@ -154,20 +154,20 @@ class SplitReader:
     def bytes_stored(self, path: str) -> int:
         """Bytes that the samples take of an array and of what belongs to it."""
         paths = (path, *self._info(path).companions)
-        return sum(self._bytes_of(self._index.arrays[one]) for one in paths)
+        return sum(self._bytes_of(self.index.arrays[one]) for one in paths)
 
     def _bytes_of(self, info: ArrayInfo) -> int:
         if info.effort is None:
-            _, rows = self._index.spans(info.level, slice(None))
+            _, rows = self.index.spans(info.level, slice(None))
             return int(rows.sum()) * info.row_bytes
-        index, blocks = self._index, range(self.n_blocks)
+        index, blocks = self.index, range(self.n_blocks)
         names = [index.shard_name(info.path, block) for block in blocks]
         return sum(index.place.size(name) or 0 for name in names)
 
     def missing_blocks(self) -> list[int]:
         """Blocks that are not written yet, in a store that is not sealed."""
         blocks = range(self.n_blocks)
-        return [block for block in blocks if not is_committed(self._index, block)]
+        return [block for block in blocks if not is_committed(self.index, block)]
 
     def window_blocks(self, paths: Sequence[str]) -> int | None:
         """Blocks whose chunks of these arrays fit into memory together, at least 1.
@@ -176,25 +176,25 @@ class SplitReader:
         and again. None where rows are read where they lie, from any number of blocks.
         """
         chunked = [
-            self._index.rows(info.level) * info.row_bytes
+            self.index.rows(info.level) * info.row_bytes
             for path in self._with_scales(paths)
             if not isinstance(self._readers[path], MappedArray)
-            for info in [self._index.arrays[path]]
+            for info in [self.index.arrays[path]]
         ]
         return max(1, self._cache.limit // sum(chunked)) if chunked else None
 
     @property
     def n_blocks(self) -> int:
         """Number of blocks."""
-        return self._index.n_blocks
+        return self.index.n_blocks
 
     def block_positions(self, block: int) -> range:
         """Storage positions of the samples of ``block``."""
-        return self._index.block_positions(block)
+        return self.index.block_positions(block)
 
     def position(self, sample_id: str) -> int:
         """Storage position of the sample with this id."""
-        ids = self._index.sample_ids
+        ids = self.index.sample_ids
         if self._by_id is None:
             self._by_id = np.argsort(ids, kind="stable")
         # A key of another dtype would make numpy convert all ids.
@@ -203,7 +203,7 @@ class SplitReader:
         if place < len(ids) and ids[self._by_id[place]] == sample_id:
             return int(self._by_id[place])
         raise StoreError(
-            f"Split {self.name!r} of {self._index.place} has no sample {sample_id!r}."
+            f"Split {self.name!r} of {self.index.place} has no sample {sample_id!r}."
         )
 
     def read(self, positions: npt.ArrayLike, paths: Sequence[str]) -> Arrays:
@@ -223,7 +223,7 @@ class SplitReader:
         stored = self.read_stored(positions, self._with_scales(paths))
         decoded = {}
         for path in paths:
-            encoding = self._index.arrays[path].encoding
+            encoding = self.index.arrays[path].encoding
             rows = stored[path]
             if encoding is not None:
                 rows = encoding.decode(rows, stored.get(path + SCALE))
@@ -245,7 +245,7 @@ class SplitReader:
             reader = self._readers[info.path]
             key = info.level, reader.layout.inner_rows
             if key not in cut:
-                cut[key] = pieces_of(self._index, info.level, chosen, key[1])
+                cut[key] = pieces_of(self.index, info.level, chosen, key[1])
             readers.append((reader, cut[key]))
         views = [reader.views(pieces) for reader, pieces in readers]
         copies = [reader.empty(pieces) for reader, pieces in readers]
@@ -261,11 +261,11 @@ class SplitReader:
         }
 
     def _info(self, path: str) -> ArrayInfo:
-        info = self._index.arrays.get(path)
+        info = self.index.arrays.get(path)
         if info is None:
             raise StoreError(
-                f"Split {self.name!r} of {self._index.place} has no array {path!r}; it "
-                f"has {', '.join(self._index.fields)}."
+                f"Split {self.name!r} of {self.index.place} has no array {path!r}; it "
+                f"has {', '.join(self.index.fields)}."
             )
         return info
 

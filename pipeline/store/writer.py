@@ -16,7 +16,8 @@ import numpy.typing as npt
 from filelock import FileLock, Timeout
 
 from pipeline.errors import DamagedStoreError, StoreError
-from pipeline.files import sync_folder, write_atomically
+from pipeline.files import make_folder_durably, sync_folder, write_atomically
+from pipeline.store.adoption import Adoption
 from pipeline.store.edges import CELL_OFFSETS, EDGE_INDEX, edge_faults
 from pipeline.store.index import (
     METADATA,
@@ -114,31 +115,36 @@ class StoreWriter:
                 self._claimed.discard((split, block))
 
     def write_block(
-        self, split: str, block: int, arrays: Mapping[str, npt.NDArray[Any]]
+        self,
+        split: str,
+        block: int,
+        arrays: Mapping[str, npt.NDArray[Any]],
+        adopted: Adoption | None = None,
     ) -> None:
         """Write all shards of a block, then its commit record; durable on return.
 
         ``arrays`` gives for every array of the split the rows of the block's samples
         in storage order: (atoms of the block, *shape), (edges of it, *shape) or
         (samples of it, *shape). Edges of a sample come sorted by (target, source,
-        shift), as many as were planned.
+        shift), as many as were planned. Arrays that are ``adopted`` are not given.
         """
         if (split, block) not in self._claimed:
             with self.claim_block(split, block):
-                self.write_block(split, block, arrays)
+                self.write_block(split, block, arrays, adopted)
             return
         self._refuse_if_sealed()
         index = self._split(split)
-        if arrays.keys() != index.fields.keys():
-            wrong = sorted(arrays.keys() ^ index.fields.keys())
+        taken = set() if adopted is None else set(adopted.paths)
+        if arrays.keys() != index.fields.keys() - taken:
+            wrong = sorted(arrays.keys() ^ (index.fields.keys() - taken))
             raise StoreError(
                 f"Block {block} of split {split!r} needs exactly the planned arrays; "
                 f"missing or unplanned: {', '.join(wrong)}."
             )
         rows: dict[str, npt.NDArray[Any]] = {}
-        for path, info in index.fields.items():
-            rows |= stored_rows(index, block, info, arrays[path])
-        if index.edges is not None:
+        for path, given in arrays.items():
+            rows |= stored_rows(index, block, index.fields[path], given)
+        if EDGE_INDEX in rows:
             _check_edges(index, block, rows)
         record = self.path / index.record_name(block)
         if record.exists():
@@ -147,8 +153,12 @@ class StoreWriter:
             sync_folder(record.parent)
         hashes = []
         for path, info in index.arrays.items():
-            shard = index.layout(path).encode(_padded(index, info, rows.pop(path)))
             file = self.path / index.shard_name(path, block)
+            if adopted is not None and path in taken:
+                make_folder_durably(file.parent, self.path)
+                hashes.append(adopted.put(path, block, file))
+                continue
+            shard = index.layout(path).encode(_padded(index, info, rows.pop(path)))
             _write_durably(file, shard, self.path)
             hashes.append(shard_hash(shard))
         _write_durably(record, encode_record(hashes), self.path)
@@ -270,12 +280,5 @@ def _padded(
 
 
 def _write_durably(file: Path, content: bytes, root: Path) -> None:
-    """Write atomically, and make the folders created on the way durable too."""
-    created = []
-    folder = file.parent
-    while folder != root and not folder.exists():
-        created.append(folder)
-        folder = folder.parent
+    make_folder_durably(file.parent, root)
     write_atomically(file, content)
-    for folder in created:
-        sync_folder(folder.parent)

@@ -89,7 +89,7 @@ def test_half_precision_features_travel_as_stored_and_become_float32(
     samples = CachedSamples(split, RULE, ELEMENTS, tuple(half))
     stored = samples.batch(np.arange(6))
     assert stored.node_features.dtype == torch.float16
-    batch = decoded(stored, tuple(half))
+    batch = decoded(stored, tuple(half), samples.tables(torch.device("cpu")))
     assert stored.node_features.dtype == torch.float16
     assert batch.node_features.dtype == torch.float32
     assert batch.vector_features is stored.vector_features

@@ -124,7 +124,7 @@ def test_a_dataset_that_changes_after_planning_is_refused(tmp_path: Path) -> Non
     texts = collision_frames(6)
     data = write_frames(tmp_path / "d.extxyz", texts)
     spec = _labels_spec(tmp_path, data)
-    create_or_match(prepare(spec))
+    create_or_match(prepare(spec), Path(spec.store.path))
     write_frames(data, [*texts[:4], texts[5], texts[4]])
     planned = prepare(spec).plans["train"].blocks.order
     writer = StoreWriter(spec.store.path)
@@ -148,7 +148,7 @@ def test_filling_needs_no_pass_over_the_dataset(tmp_path: Path) -> None:
     spec = _labels_spec(
         tmp_path, write_frames(tmp_path / "d.extxyz", collision_frames(120))
     )
-    create_or_match(prepare(spec))
+    create_or_match(prepare(spec), Path(spec.store.path))
     writer = StoreWriter(spec.store.path)
     assert writer.splits["train"].n_blocks > 1
     source = Source.open(spec)

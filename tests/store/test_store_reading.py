@@ -196,7 +196,7 @@ def test_cold_pages_are_asked_for_ahead(store: FeatureStore, monkeypatch):
     monkeypatch.setattr(module, "major_faults", lambda: next(faults))
     monkeypatch.setattr(module, "prefetch", lambda view: asked.append(len(view)))
     path = "features/node_features"
-    reader = SplitReader(store.splits["train"]._index, ChunkCache(0))
+    reader = SplitReader(store.splits["train"].index, ChunkCache(0))
     reader.read([3], [path])
     asked.clear()
     monkeypatch.setattr(reader, "_faults", 1)
