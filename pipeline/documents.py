@@ -1,6 +1,7 @@
 """YAML documents as closed pydantic models: dotted overrides, one-sentence errors."""
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -131,3 +132,8 @@ def _without_none(annotation: Any) -> Any:
     if get_origin(annotation) is not UnionType:
         return annotation
     return next(a for a in get_args(annotation) if a is not type(None))
+
+
+def as_json(value: Any) -> Any:
+    """``value`` as it comes back from JSON, where tuples are lists."""
+    return json.loads(json.dumps(value))

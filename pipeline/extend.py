@@ -23,6 +23,7 @@ from pipeline.build import (
     fill_blocks,
     prepare,
 )
+from pipeline.documents import as_json
 from pipeline.errors import SpecError, StoreError
 from pipeline.files import sync_folder
 from pipeline.spec import CacheSpec
@@ -63,7 +64,7 @@ def extend_store(
         if before.fingerprint == job.attributes["fingerprint"]:
             shutil.rmtree(staging, ignore_errors=True)
             return []
-        added = _additions(before.attributes, job.attributes)
+        added = _additions(before.attributes, as_json(job.attributes))
         log.info("%s: adding %s", path, ", ".join(added))
         _build_beside(job, staging, Filling(device, workers, before=path), report)
         _exchange(staging, path)

@@ -1,6 +1,5 @@
 """Asks the teacher again, to see whether it gives what a store says it gave."""
 
-import json
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.documents import apply_overrides, validate
+from pipeline.documents import apply_overrides, as_json, validate
 from pipeline.errors import SpecError
 from pipeline.fields import (
     CACHEABLE_FIELDS,
@@ -102,7 +101,7 @@ def _teacher_of(store: FeatureStore, device: str, overrides: Iterable[str]) -> T
             "with --set teacher.checkpoint=PATH."
         )
     teacher = Teacher.load(spec, device, known["layers"])
-    identity = _plain(teacher.identity)
+    identity = as_json(teacher.identity)
     for key in sorted(known.keys() - _NO_IDENTITY):
         if identity.get(key) != known[key]:
             raise SpecError(
@@ -110,11 +109,6 @@ def _teacher_of(store: FeatureStore, device: str, overrides: Iterable[str]) -> T
                 f"{store.path}; give the teacher that the store was made with."
             )
     return teacher
-
-
-def _plain(identity: dict[str, Any]) -> dict[str, Any]:
-    """As it comes back from JSON, where tuples are lists."""
-    return dict(json.loads(json.dumps(identity)))
 
 
 def _differences(
