@@ -26,8 +26,9 @@ def compare(options: argparse.Namespace, folder: Path) -> None:
     samples = Samples(options.samples, columns())
     cases = chosen_cases(options.only)
     print(
-        f"{len(samples):,} samples of 40-80 atoms, {int(samples.n_atoms.sum()):,} atoms, "
-        f"{samples.n_bytes / 1e9:.2f} GB raw, fully shuffled batches of {BATCH}"
+        f"{len(samples):,} samples of 40-80 atoms, "
+        f"{int(samples.n_atoms.sum()):,} atoms, {samples.n_bytes / 1e9:.2f} GB raw, "
+        f"fully shuffled batches of {BATCH}"
     )
     writes = write_rounds(cases, folder, samples, options.write_rounds)
     checked = check_identical(cases, folder, samples)

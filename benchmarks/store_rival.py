@@ -20,7 +20,6 @@ import torch
 from nvalchemi.data import AtomicData, Batch
 from nvalchemi.data.datapipes import AtomicDataZarrReader, DataLoader, Dataset
 from nvalchemi.data.datapipes.backends.zarr import AtomicDataZarrWriter
-
 from stores.data import Arrays, Indices, Samples, columns, shuffled_batches
 from stores.timing import Stopwatch, files_of
 

@@ -28,11 +28,18 @@ class FlatFile:
 
 
 class Memmap:
-    """A file an array, rows in the dataset's order."""
+    """A file an array, rows in the dataset's order.
 
-    name = "np.memmap"
+    ``plain`` slices bare arrays over the maps, for slicing ``np.memmap`` itself costs
+    a microsecond or two a slice.
+    """
+
     files = "memmap"
     slow = False
+
+    def __init__(self, name: str, plain: bool) -> None:
+        self.name = name
+        self._plain = plain
 
     def write(self, folder: Path, samples: Samples, watch: Stopwatch) -> None:
         """Append part by part, sync every file once."""
@@ -51,26 +58,28 @@ class Memmap:
 
     def open(self, folder: Path, samples: Samples) -> "MemmapReader":
         """Mapped files."""
-        return MemmapReader(folder, samples)
+        return MemmapReader(folder, samples, self._plain)
 
 
 class MemmapReader:
     """Slices of the maps, joined with numpy."""
 
-    def __init__(self, folder: Path, samples: Samples) -> None:
+    def __init__(self, folder: Path, samples: Samples, plain: bool) -> None:
         self._columns = samples.columns
         ends = np.cumsum(samples.n_atoms)
         self._bounds = {
             True: (ends - samples.n_atoms, ends),
             False: (np.arange(len(samples)), np.arange(1, len(samples) + 1)),
         }
-        # Plain arrays over the maps: slicing the memmap class itself is slower.
-        self._maps = {
-            column.path: np.asarray(
-                np.memmap(flat_file(folder, column.path), column.dtype, "r")
+        maps = {
+            column.path: np.memmap(
+                flat_file(folder, column.path), column.dtype, "r"
             ).reshape(-1, *column.shape)
             for column in samples.columns
         }
+        self._maps: Arrays = dict(maps)
+        if plain:
+            self._maps = {path: np.asarray(rows) for path, rows in maps.items()}
 
     def read(self, batch: Indices) -> Arrays:
         """See `Reader`."""

@@ -1,4 +1,4 @@
-"""This project's store, and zarr-python's reads of the very same files."""
+"""Our own store, and zarr-python's reads of the very same files."""
 
 from collections.abc import Callable
 from pathlib import Path

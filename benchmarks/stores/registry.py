@@ -7,7 +7,7 @@ from stores.lmdb_records import Lmdb
 from stores.ours import Ours, ZarrOnOurs
 from stores.safetensors_file import Safetensors
 
-MEMMAP = Memmap()
+MEMMAP = Memmap("np.memmap", plain=False)
 OURS = Ours("ours")
 
 # Another profile of our store is one more `Ours(name, plan)` here.
@@ -19,6 +19,7 @@ def all_cases() -> list[Case]:
     hdf5 = [Hdf5()] if Hdf5.available else []
     return [
         MEMMAP,
+        Memmap("np.memmap as bare arrays", plain=True),
         *PROFILES,
         Lmdb("LMDB, readahead on", readahead=True),
         Lmdb("LMDB, readahead off", readahead=False),
@@ -29,12 +30,13 @@ def all_cases() -> list[Case]:
 
 
 def chosen_cases(names: str | None) -> list[Case]:
-    """The yardstick and the cases whose name begins with one of ``names``.
+    """Both memory maps and the cases whose name begins with one of ``names``.
 
     ``names`` are separated by commas; None stands for all.
     """
     if names is None:
         return all_cases()
     wanted = tuple(names.split(","))
-    first, *others = all_cases()
-    return [first, *(case for case in others if case.name.startswith(wanted))]
+    first, second, *others = all_cases()
+    chosen = [case for case in others if case.name.startswith(wanted)]
+    return [first, second, *chosen]

@@ -1,14 +1,15 @@
 """Cost of a sample, time to open and memory against the number of samples."""
 
 import json
-import resource
 import shutil
 import subprocess
 import sys
 import time
 from contextlib import closing
 from pathlib import Path
+from statistics import median
 
+from stores.case import Reader
 from stores.data import Samples, columns, shuffled_batches
 from stores.reading import BATCH
 from stores.registry import MEMMAP, PROFILES
@@ -20,11 +21,12 @@ WIDTH = 16
 BATCHES = 125
 REPEATS = 5
 LEGEND = f"""\
-{WIDTH} channels, fully shuffled batches of {BATCH}, {BATCHES} of them, page cache warm
-open: seconds until the first read can start
-first, later: microseconds of processor time a sample in the first {BATCHES} batches
-(checksums of every chunk touched) and in the {REPEATS} times {BATCHES} after them (median)
-own MB: resident memory that is not pages of files, after opening and after all reads"""
+{WIDTH} channels, fully shuffled batches of {BATCH}, page cache warm
+open s: seconds from a path to a reader
+first, later us: microseconds of processor time a sample, in the whole first epoch
+(with all checksums) and in {BATCHES} batches after it (median of {REPEATS})
+open, after MB: memory of the process's own (no file behind it), after opening and
+after all reads; RSS MB: everything, with the pages of mapped files, at the end"""
 
 
 def print_scale(folder: Path) -> None:
@@ -41,7 +43,16 @@ def print_scale(folder: Path) -> None:
             cells = json.loads(output)
             rows.append([f"{size:,}", case.name, *cells])
             shutil.rmtree(place)
-    head = ["samples", "store", "open s", "first us", "later us", "own MB", "after MB"]
+    head = [
+        "samples",
+        "store",
+        "open s",
+        "first us",
+        "later us",
+        "open MB",
+        "after MB",
+        "RSS MB",
+    ]
     print_table("cost against size", head, rows, LEGEND)
 
 
@@ -50,26 +61,30 @@ def measure_here(size: int, place: Path) -> None:
     case = next(c for c in (MEMMAP, *PROFILES) if c.files == place.name)
     samples = Samples(size, columns(WIDTH, 0))
     warm_up(place)
-    before = own_memory()
+    before = resident("RssAnon")
     begin = time.perf_counter()
     with closing(case.open(place, samples)) as reader:
         opened = time.perf_counter() - begin
-        after_open = own_memory() - before
-        costs = []
-        for repeat in range(REPEATS + 1):
-            batches = shuffled_batches(size, BATCH, BATCHES, repeat)
-            cost = time_reads(reader.read, batches, samples.bytes_of)
-            costs.append(cost.cpu / cost.samples * 1e6)
-        after_reads = own_memory() - before
-    first, later = costs[0], sorted(costs[1:])[REPEATS // 2]
-    cells = [opened, first, later, after_open, after_reads]
+        after_open = resident("RssAnon") - before
+        first = _microseconds(reader, samples, limit=size, seed=0)
+        later = [
+            _microseconds(reader, samples, BATCHES, seed)
+            for seed in range(1, REPEATS + 1)
+        ]
+        after_reads = resident("RssAnon") - before
+        whole = resident("VmRSS")
+    cells = [opened, first, median(later), after_open, after_reads, whole]
     print(json.dumps([f"{cell:.3g}" for cell in cells]))
 
 
-def own_memory() -> float:
-    """Megabytes of this process that no file backs."""
-    fields = dict(
-        line.split(":", 1)
-        for line in Path("/proc/self/status").read_text().splitlines()
-    )
-    return int(fields["RssAnon"].split()[0]) * resource.getpagesize() / 4096 / 1e3
+def _microseconds(reader: Reader, samples: Samples, limit: int, seed: int) -> float:
+    batches = shuffled_batches(len(samples), BATCH, limit, seed)
+    cost = time_reads(reader.read, batches, samples.bytes_of)
+    return cost.cpu / cost.samples * 1e6
+
+
+def resident(kind: str) -> float:
+    """Megabytes of this process: ``RssAnon``, its own; ``VmRSS``, with files' pages."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    value = next(line for line in lines if line.startswith(kind)).split()[1]
+    return int(value) * 1024 / 1e6

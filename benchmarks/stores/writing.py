@@ -34,7 +34,7 @@ def write_rounds(
             watch.pause()
             cost = Cost(watch.wall, watch.cpu, len(samples), samples.n_bytes)
             costs.setdefault(case.files, []).append(cost)
-        shutil.rmtree(folder / flat.files)
+            shutil.rmtree(folder / flat.files, ignore_errors=True)
     return costs
 
 
