@@ -20,6 +20,7 @@ SIZES = (4_000, 40_000, 400_000)
 WIDTH = 16
 BATCHES = 125
 REPEATS = 5
+COLUMNS = ("open s", "first us", "later us", "open MB", "after MB", "RSS MB")
 LEGEND = f"""\
 {WIDTH} channels, fully shuffled batches of {BATCH}, page cache warm
 open s: seconds from a path to a reader
@@ -43,16 +44,7 @@ def print_scale(folder: Path) -> None:
             cells = json.loads(output)
             rows.append([f"{size:,}", case.name, *cells])
             shutil.rmtree(place)
-    head = [
-        "samples",
-        "store",
-        "open s",
-        "first us",
-        "later us",
-        "open MB",
-        "after MB",
-        "RSS MB",
-    ]
+    head = ["samples", "store", *COLUMNS]
     print_table("cost against size", head, rows, LEGEND)
 
 
