@@ -17,19 +17,24 @@ class Reader(Protocol):
         """Let go of files and maps."""
 
 
-class Case(Protocol):
+class Writer(Protocol):
+    """A way to write samples; what it leaves is in the folder ``files``."""
+
+    name: str
+    files: str
+
+    def write(self, folder: Path, samples: Samples, watch: Stopwatch) -> None:
+        """Write all samples durably; making the samples is not on the watch."""
+
+
+class Case(Writer, Protocol):
     """A way to write and read samples.
 
     Cases of equal ``files`` read the same files, which the first of them writes.
     ``slow`` marks what needs so long for a batch that a few have to do.
     """
 
-    name: str
-    files: str
     slow: bool
-
-    def write(self, folder: Path, samples: Samples, watch: Stopwatch) -> None:
-        """Write all samples durably; making the samples is not on the watch."""
 
     def open(self, folder: Path, samples: Samples) -> Reader:
         """Reader of what was written there."""

@@ -23,7 +23,7 @@ class FlatFile:
         with (folder / "all.bin").open("wb", buffering=0) as stream:
             for _, part in watch.outside(samples.parts(PART)):
                 for rows in part.values():
-                    stream.write(memoryview(rows.reshape(-1).view(np.uint8)))
+                    stream.write(rows.reshape(-1).view(np.uint8).data)
             os.fsync(stream.fileno())
 
 
@@ -52,7 +52,7 @@ class Memmap:
             }
             for _, part in watch.outside(samples.parts(PART)):
                 for path, rows in part.items():
-                    streams[path].write(memoryview(rows.reshape(-1).view(np.uint8)))
+                    streams[path].write(rows.reshape(-1).view(np.uint8).data)
             for stream in streams.values():
                 os.fsync(stream.fileno())
 

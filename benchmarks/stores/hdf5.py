@@ -30,8 +30,8 @@ class Hdf5:
         atoms = int(samples.n_atoms.sum())
         with h5py.File(file, "w") as store:
             for column in samples.columns:
-                rows = atoms if column.per_atom else len(samples)
-                store.create_dataset(column.path, (rows, *column.shape), column.dtype)
+                length = atoms if column.per_atom else len(samples)
+                store.create_dataset(column.path, (length, *column.shape), column.dtype)
             done = {column.path: 0 for column in samples.columns}
             for _, part in watch.outside(samples.parts(PART)):
                 for path, rows in part.items():

@@ -32,7 +32,7 @@ class Safetensors:
             stream.write(header)
             for _, part in watch.outside(samples.parts(PART)):
                 for path, rows in part.items():
-                    raw = memoryview(rows.reshape(-1).view(np.uint8))
+                    raw = rows.reshape(-1).view(np.uint8).data
                     os.pwrite(stream.fileno(), raw, len(header) + offsets[path])
                     offsets[path] += len(raw)
             os.fsync(stream.fileno())

@@ -9,7 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from statistics import median
 
-from stores.case import Reader
+from stores.case import Case, Reader
 from stores.data import Samples, columns, shuffled_batches
 from stores.reading import BATCH
 from stores.registry import MEMMAP, PROFILES
@@ -20,6 +20,7 @@ SIZES = (4_000, 40_000, 400_000)
 WIDTH = 16
 BATCHES = 125
 REPEATS = 5
+CASES: tuple[Case, ...] = (MEMMAP, *PROFILES)
 COLUMNS = ("open s", "first us", "later us", "open MB", "after MB", "RSS MB")
 LEGEND = f"""\
 {WIDTH} channels, fully shuffled batches of {BATCH}, page cache warm
@@ -34,12 +35,13 @@ def print_scale(folder: Path) -> None:
     """Measure every size in a process of its own and print the table."""
     rows = []
     for size in SIZES:
-        for case in (MEMMAP, *PROFILES):
+        for case in CASES:
             samples = Samples(size, columns(WIDTH, 0))
             place = folder / case.files
             place.mkdir()
             case.write(place, samples, Stopwatch())
-            command = [sys.executable, *sys.argv[:1], "--scale-step", str(size), place]
+            command = [sys.executable, *sys.argv[:1], "--scale-step"]
+            command += [str(size), str(place)]
             output = subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout
             cells = json.loads(output)
             rows.append([f"{size:,}", case.name, *cells])
@@ -50,7 +52,7 @@ def print_scale(folder: Path) -> None:
 
 def measure_here(size: int, place: Path) -> None:
     """Open and read the store at ``place``; prints a JSON list of the table's cells."""
-    case = next(c for c in (MEMMAP, *PROFILES) if c.files == place.name)
+    case = next(c for c in CASES if c.files == place.name)
     samples = Samples(size, columns(WIDTH, 0))
     warm_up(place)
     before = resident("RssAnon")

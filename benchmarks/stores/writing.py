@@ -4,7 +4,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from stores.case import Case
+from stores.case import Case, Writer
 from stores.data import Samples
 from stores.flat import FlatFile
 from stores.reading import Costs
@@ -22,18 +22,19 @@ def write_rounds(
 ) -> Costs:
     """Costs of every store; the files of the last round stay, but for the flat one."""
     flat = FlatFile()
-    writers = {case.files: case for case in reversed(cases)}
-    writers = {case.files: writers[case.files] for case in cases}
+    writers: dict[str, Writer] = {flat.files: flat}
+    for case in cases:
+        writers.setdefault(case.files, case)
     costs: Costs = {}
     for _ in range(n_rounds):
-        for case in (flat, *writers.values()):
-            shutil.rmtree(folder / case.files, ignore_errors=True)
-            (folder / case.files).mkdir()
+        for files, writer in writers.items():
+            shutil.rmtree(folder / files, ignore_errors=True)
+            (folder / files).mkdir()
             watch = Stopwatch()
-            case.write(folder / case.files, samples, watch)
+            writer.write(folder / files, samples, watch)
             watch.pause()
             cost = Cost(watch.wall, watch.cpu, len(samples), samples.n_bytes)
-            costs.setdefault(case.files, []).append(cost)
+            costs.setdefault(files, []).append(cost)
             shutil.rmtree(folder / flat.files, ignore_errors=True)
     return costs
 
