@@ -30,13 +30,12 @@ def all_cases() -> list[Case]:
 
 
 def chosen_cases(names: str | None) -> list[Case]:
-    """Both memory maps and the cases whose name begins with one of ``names``.
+    """The yardstick and the cases whose name begins with one of ``names``.
 
     ``names`` are separated by commas; None stands for all.
     """
     if names is None:
         return all_cases()
     wanted = tuple(names.split(","))
-    first, second, *others = all_cases()
-    chosen = [case for case in others if case.name.startswith(wanted)]
-    return [first, second, *chosen]
+    first, *others = all_cases()
+    return [first, *(case for case in others if case.name.startswith(wanted))]
