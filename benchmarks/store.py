@@ -14,7 +14,14 @@ import tempfile
 from pathlib import Path
 
 from stores.data import Samples, columns
-from stores.reading import BATCH, Rounds, check_identical, print_phases, read_rounds
+from stores.reading import (
+    BATCH,
+    Rounds,
+    check_identical,
+    evicted_rounds,
+    print_phases,
+    warm_rounds,
+)
 from stores.registry import MEMMAP, chosen_cases
 from stores.rival import Rival
 from stores.scale import measure_here, print_scale
@@ -36,18 +43,13 @@ def compare(options: argparse.Namespace, folder: Path) -> None:
     print_writes(writes, folder, samples)
     rounds = Rounds(folder, samples, options.batches)
     if options.rival_python is None:
-        read_rounds(cases, rounds, folder, options.rounds, options.evicted_rounds)
+        warm_rounds(cases, rounds, folder, options.rounds)
     else:
         with Rival(options.rival_python, folder, samples) as rival:
             rival.print_write(writes[MEMMAP.files])
-            read_rounds(
-                cases,
-                rounds,
-                folder,
-                options.rounds,
-                options.evicted_rounds,
-                rival.add_round,
-            )
+            warm_rounds(cases, rounds, folder, options.rounds, rival.add_round)
+    print_phases(rounds.phases, MEMMAP.name)
+    evicted_rounds(cases, rounds, options.evicted_rounds)
     print_phases(rounds.phases, MEMMAP.name)
 
 

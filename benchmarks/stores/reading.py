@@ -80,29 +80,33 @@ class Rounds:
         self.phases.setdefault(phase, {}).setdefault(case.name, []).append(cost)
 
 
-def read_rounds(
+def warm_rounds(
     cases: Sequence[Case],
     rounds: Rounds,
     folder: Path,
-    n_warm: int,
-    n_evicted: int,
+    count: int,
     after_round: Callable[[Rounds], None] = lambda _: None,
 ) -> None:
-    """All rounds; ``after_round`` may add another store's costs to each warm one."""
+    """Warm rounds; ``after_round`` may add another store's costs to each."""
     for case in cases:
         warm_up(folder / case.files)
-    for _ in range(n_warm):
+    for _ in range(count):
         for case in cases:
             rounds.warm(case)
         after_round(rounds)
-    for _ in range(n_evicted):
+
+
+def evicted_rounds(cases: Sequence[Case], rounds: Rounds, count: int) -> None:
+    """Rounds with an empty page cache."""
+    for _ in range(count):
         for case in cases:
             rounds.evicted(case)
 
 
 def print_phases(phases: Phases, base: str) -> None:
-    """A table for every phase, ratios to the store named ``base``."""
+    """A table for every phase, ratios to the store named ``base``; forgets them."""
     for number, (phase, costs) in enumerate(phases.items()):
         rows = [[name, *cost_cells(c, costs[base])] for name, c in costs.items()]
         head = ["store", "samples/s", "MB/s", "CPU s", "x base"]
         print_table(phase, head, rows, LEGEND if number == 0 else "")
+    phases.clear()
