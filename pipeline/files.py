@@ -15,7 +15,7 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_atomically(path: Path, content: bytes) -> None:
+def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Replace ``path`` with ``content`` so that a kill leaves the old or the new file.
 
     The bytes are durable on return: the file and its folder are both synced.

@@ -24,7 +24,7 @@ class Adoption:
     paths: Collection[str]
     link: bool = False
 
-    def put(self, path: str, block: int, file: Path) -> tuple[int, int]:
+    def put(self, path: str, block: int, file: Path, hashing: str) -> tuple[int, int]:
         """Make ``file`` the shard of ``path``, durable on return; returns its hash.
 
         Raises
@@ -45,12 +45,12 @@ class Adoption:
             content = source.place.read(name)
         except FileNotFoundError:
             raise shard_damage(source.place, name, "is missing", block) from None
-        if shard_hash(content) != expected:
+        if shard_hash(content, source.hashing) != expected:
             what = "does not match its commit record"
             raise shard_damage(source.place, name, what, block)
         if not (self.link and _link(Path(source.place.label(name)), file)):
             write_atomically(file, content)
-        return shard_hash(content)
+        return shard_hash(content, hashing)
 
 
 def _link(source: Path, file: Path) -> bool:

@@ -17,11 +17,8 @@ from pipeline.store.packed import PackedLayout
 from pipeline.store.places import Place
 from pipeline.store.shard import RawLayout, ShardLayout
 
-# A store is written under the lowest version that has what it holds.
-FORMAT_VERSION = 1
-EDGE_FORMAT_VERSION = 2
-ENCODED_FORMAT_VERSION = 3
-NEWEST_FORMAT_VERSION = ENCODED_FORMAT_VERSION
+# Stores are written in this version; those of all older ones are read.
+FORMAT_VERSION = 3
 ROOT_KEY = "kd_cache"
 SPLITS_KEY = "kd_splits"
 SPLIT_KEY = "kd_split"
@@ -30,6 +27,8 @@ DIGESTS = "digests"
 COMMIT = "index/commit"
 TABLES_GROUP = "encodings"
 INDEX_CHUNK = 1 << 20
+# What commit records are made with; stores of versions 1 and 2 have BLAKE2b.
+BLAKE2B, XXH3 = "blake2b-128", "xxh3-128"
 # Path and dtype of the (n,) arrays that say where samples lie.
 INDEX_COLUMNS = {
     "index/sample_id": "string",
@@ -110,6 +109,7 @@ class SplitIndex:
     sample_row: IntArray
     checksums: npt.NDArray[np.uint64]
     edges: EdgeAxis | None = None
+    hashing: str = XXH3
 
     def attributes(self, path: str) -> dict[str, Any]:
         """Attributes of array ``path``, such as its unit."""
@@ -212,15 +212,6 @@ def index_chunk(n_samples: int) -> int:
 def index_columns(levels: Iterable[Level]) -> dict[str, str]:
     """Path and dtype of the index arrays of a split with arrays of these levels."""
     return INDEX_COLUMNS | (EDGE_COLUMNS if "edge" in levels else {})
-
-
-def format_version(arrays: Iterable[ArrayInfo]) -> int:
-    """Lowest version of the format that has such arrays."""
-    needed = [FORMAT_VERSION]
-    for info in arrays:
-        needed += [EDGE_FORMAT_VERSION] if info.level == "edge" else []
-        needed += [ENCODED_FORMAT_VERSION] if info.encoding is not None else []
-    return max(needed)
 
 
 def table_path(array: str, table: str) -> str:

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from pipeline.errors import DamagedStoreError
-from pipeline.store.index import DIGESTS, METADATA, SplitFiles, SplitIndex
+from pipeline.store.index import DIGESTS, METADATA, XXH3, SplitFiles, SplitIndex
 from pipeline.store.messages import name_blocks
 from pipeline.store.metadata import damaged
 from pipeline.store.places import Place
@@ -23,9 +24,12 @@ DIGEST_FILE = f"{DIGESTS}/c/0"
 _HEX = 32
 
 
-def shard_hash(shard: Any) -> tuple[int, int]:
-    """BLAKE2b-128 of a shard file's bytes as two little-endian 64-bit words."""
-    digest = hashlib.blake2b(shard, digest_size=16).digest()
+def shard_hash(shard: Any, algorithm: str) -> tuple[int, int]:
+    """128-bit hash of a shard file's bytes as two little-endian 64-bit words."""
+    if algorithm == XXH3:
+        digest = xxhash.xxh3_128_digest(shard)
+    else:
+        digest = hashlib.blake2b(shard, digest_size=16).digest()
     return int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
 
 
@@ -61,8 +65,10 @@ def mismatching_shards(split: SplitIndex, block: int, record: Record) -> list[st
     """Arrays whose shard of ``block`` has other bytes than its commit record says."""
     wrong = []
     for path, expected in zip(split.arrays, record.tolist(), strict=True):
-        content = split.place.read(split.shard_name(path, block))
-        if shard_hash(content) != tuple(expected):
+        name = split.shard_name(path, block)
+        place = split.place
+        content = place.map(name) if place.mappable else place.read(name)
+        if shard_hash(content, split.hashing) != tuple(expected):
             wrong.append(path)
     return wrong
 

@@ -5,7 +5,7 @@ a tenfold of the time, and would serve a missing chunk as zeros.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import numpy as np
@@ -16,14 +16,15 @@ from pipeline.errors import DamagedStoreError, StoreError
 from pipeline.fields import Level
 from pipeline.store.encoding import DTYPES, TABLES, Encoding, Profile
 from pipeline.store.index import (
+    BLAKE2B,
     EDGE_IDENTITY,
     FORMAT_VERSION,
     LEVELS,
     METADATA,
-    NEWEST_FORMAT_VERSION,
     ROOT_KEY,
     SPLIT_KEY,
     SPLITS_KEY,
+    XXH3,
     ArrayInfo,
     SplitIndex,
     index_chunk,
@@ -62,13 +63,13 @@ def read_root(place: Place) -> dict[str, Any]:
             f"{ROOT_KEY!r}; give the path that `kd-cache build` wrote."
         )
     version = header.get("format_version")
-    if isinstance(version, int) and version > NEWEST_FORMAT_VERSION:
+    if isinstance(version, int) and version > FORMAT_VERSION:
         raise StoreError(
             f"{place} has format version {version} and this program reads up to "
-            f"{NEWEST_FORMAT_VERSION}; update kd-train or build the store again."
+            f"{FORMAT_VERSION}; update kd-train or build the store again."
         )
     names = attributes.get(SPLITS_KEY)
-    known = isinstance(version, int) and version >= FORMAT_VERSION
+    known = isinstance(version, int) and version >= 1
     sound = known and isinstance(header.get("complete"), bool)
     if not sound or not isinstance(names, list):
         raise damaged(place, METADATA, "lacks its version, state or splits")
@@ -116,6 +117,9 @@ def read_split(place: Place, name: str) -> SplitIndex:
         entries = [_array_entry(item) for item in plan["arrays"]]
         totals = {"index/n_atoms": int(plan["n_atoms"])}
         levels = [entry.level for entry in entries]
+        hashing = plan.get("hash", BLAKE2B)
+        if hashing not in (BLAKE2B, XXH3):
+            raise ValueError
         if "edge" in levels:
             totals["edges/n_edges"] = int(plan["n_edges"])
             numbers["edge_rows_per_block"] = int(plan["edge_rows_per_block"])
@@ -131,7 +135,8 @@ def read_split(place: Place, name: str) -> SplitIndex:
             raise damaged(
                 place, file, f"says {total} {what}, which is not the sum of its counts"
             )
-    return _split_index(place, name, numbers, entries, columns)
+    index = _split_index(place, name, numbers, entries, columns)
+    return replace(index, hashing=hashing)
 
 
 def _array_entry(item: dict[str, Any]) -> _ArrayEntry:
@@ -165,7 +170,9 @@ def _split_index(
     return SplitIndex(
         place=place,
         name=name,
-        **numbers,
+        n_blocks=n_blocks,
+        rows_per_block=numbers["rows_per_block"],
+        samples_per_block=numbers["samples_per_block"],
         arrays=arrays,
         sample_ids=columns["index/sample_id"],
         start=columns["index/start"],

@@ -15,6 +15,7 @@ from pipeline.store.layout import IntArray
 from pipeline.store.shard import (
     CRC_BYTES,
     INDEX_ENTRY_BYTES,
+    Buffer,
     Bytes,
     Rows,
     ShardLayout,
@@ -51,9 +52,11 @@ class PackedLayout(ShardLayout):
         least = self.index_bytes + self.n_chunks * (_HEADER_BYTES + CRC_BYTES)
         return None if n_bytes >= least else f"has only {n_bytes} bytes"
 
-    def encode(self, rows: Rows) -> bytes:
-        """Shard file that holds ``rows`` (S, *shape)."""
-        chunks = rows.reshape(self.n_chunks, -1, *self.shape)
+    def encode(self, rows: Rows, fill: float = 0) -> Buffer:
+        """Shard file of ``rows`` (n, *shape), n at most S, and then of ``fill``."""
+        rest = np.full((self.rows - len(rows), *self.shape), fill, self.dtype)
+        whole = np.concatenate((rows, rest)) if len(rest) else rows
+        chunks = whole.reshape(self.n_chunks, -1, *self.shape)
         parts = [self.encode_chunk(chunk) for chunk in chunks]
         ends = np.cumsum([len(part) for part in parts], dtype=np.int64)
         begins = np.concatenate(([0], ends[:-1]))

@@ -29,14 +29,15 @@ from pipeline.store.index import (
     DIGESTS,
     EDGE_COLUMNS,
     EDGE_IDENTITY,
+    FORMAT_VERSION,
     LEVELS,
     ROOT_KEY,
     SPLIT_KEY,
     SPLITS_KEY,
     TABLES_GROUP,
+    XXH3,
     ArrayInfo,
     SplitFiles,
-    format_version,
     index_chunk,
     index_columns,
     table_path,
@@ -203,8 +204,7 @@ def _build_and_rename(
 def _write_hierarchy(
     folder: Path, splits: Sequence[SplitPlan], attributes: dict[str, Any]
 ) -> None:
-    version = format_version(array.info for split in splits for array in split.stored)
-    header = {"format_version": version, "complete": False, **attributes}
+    header = {"format_version": FORMAT_VERSION, "complete": False, **attributes}
     names = [split.name for split in splits]
     root = zarr.create_group(
         folder, zarr_format=3, attributes={ROOT_KEY: header, SPLITS_KEY: names}
@@ -266,6 +266,7 @@ def _split_numbers(split: SplitPlan) -> dict[str, Any]:
         numbers["edge_rows_per_block"] = blocks.edges.rows_per_block
     return {
         **numbers,
+        "hash": XXH3,
         "arrays": [_array_entry(array.info) for array in split.stored],
     }
 

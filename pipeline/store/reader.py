@@ -15,7 +15,7 @@ from pipeline.store.encoding import ERROR, SCALE, Encoding, relative_error
 from pipeline.store.index import ROOT_KEY, SPLITS_KEY, ArrayInfo, SplitIndex
 from pipeline.store.layout import IntArray
 from pipeline.store.ledger import check_metadata, is_committed, unsealed_message
-from pipeline.store.mapping import major_faults, prefetch
+from pipeline.store.mapping import disk_reads, prefetch
 from pipeline.store.metadata import read_root, read_split
 from pipeline.store.pieces import Pieces, pieces_of
 from pipeline.store.places import Place, open_place
@@ -96,8 +96,8 @@ class SplitReader:
             for path, info in index.arrays.items()
         }
         self._by_id: IntArray | None = None
-        self._faults = major_faults()
-        self._cold_reads = 0
+        self._disk_reads = disk_reads()
+        self._cold_reads = _COLD_READS
 
     def __len__(self) -> int:
         return len(self.index.start)
@@ -291,9 +291,9 @@ class SplitReader:
 
     def _is_cold(self) -> bool:
         """Whether pages lately came from disk, so that asking for them ahead pays."""
-        faults = major_faults()
-        if faults != self._faults:
-            self._faults = faults
+        now = disk_reads()
+        if now != self._disk_reads:
+            self._disk_reads = now
             self._cold_reads = _COLD_READS
         elif self._cold_reads:
             self._cold_reads -= 1

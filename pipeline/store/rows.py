@@ -10,6 +10,14 @@ from pipeline.store.encoding import ERROR, SCALE, Encoding
 from pipeline.store.index import ArrayInfo, SplitIndex
 
 _PIECE_ROWS = 4096
+# Numbers looked at together: they stay in the processor's cache.
+_PIECE_BITS = 65536
+# By bytes of a number: integers of its size, and the exponent of infinity among them.
+_EXPONENTS: dict[int, tuple[Any, int]] = {
+    2: (np.uint16, 0x7C00),
+    4: (np.uint32, 0x7F800000),
+    8: (np.uint64, 0x7FF0000000000000),
+}
 
 
 def stored_rows(
@@ -82,15 +90,28 @@ def _checked_rows(
         return _checked_integers(index, block, info, rows)
     if rows.dtype.kind != "f":
         raise StoreError(f"{where} has dtype {rows.dtype}, planned is {info.dtype}.")
-    bad = ~np.isfinite(rows)
-    if info.may_be_nan:
-        bad &= ~np.isnan(rows)
-    if bad.any():
-        raise DataError(
-            f"{_blame(index, block, info, bad)} has a NaN or infinite value in "
-            f"{info.path!r}; check this structure or leave it out."
-        )
+    if not _all_finite(rows):
+        bad = ~np.isfinite(rows)
+        if info.may_be_nan:
+            bad &= ~np.isnan(rows)
+        if bad.any():
+            raise DataError(
+                f"{_blame(index, block, info, bad)} has a NaN or infinite value in "
+                f"{info.path!r}; check this structure or leave it out."
+            )
     return _rounded(index, block, info, rows)
+
+
+def _all_finite(rows: npt.NDArray[Any]) -> bool:
+    """Whether no number is NaN or infinite, told by exponents.
+
+    Many times faster than numpy's own test of half precision, and without a mask.
+    """
+    kind, exponent = _EXPONENTS[rows.dtype.itemsize]
+    bits = np.ascontiguousarray(rows).reshape(-1).view(kind)
+    magnitude = kind(np.iinfo(kind).max >> 1)
+    pieces = (bits[i : i + _PIECE_BITS] for i in range(0, len(bits), _PIECE_BITS))
+    return all((piece & magnitude).max(initial=0) < exponent for piece in pieces)
 
 
 def _rounded(
@@ -98,15 +119,15 @@ def _rounded(
 ) -> npt.NDArray[Any]:
     """``rows`` in the planned precision, which must have room for them."""
     limit = np.finfo(info.dtype).max
-    if rows.dtype.itemsize > info.dtype.itemsize:
+    narrower = rows.dtype.itemsize > info.dtype.itemsize and rows.size > 0
+    if narrower and max(np.nanmax(rows), -np.nanmin(rows)) > limit:
         large = np.abs(rows) > limit
-        if large.any():
-            raise DataError(
-                f"{_blame(index, block, info, large)} has a value above {limit:g} in "
-                f"{info.path!r}, too large for {info.dtype.name}; set `dtype: "
-                f"{'float32' if info.dtype.itemsize == 2 else 'float64'}` for that "
-                "field in the spec."
-            )
+        raise DataError(
+            f"{_blame(index, block, info, large)} has a value above {limit:g} in "
+            f"{info.path!r}, too large for {info.dtype.name}; set `dtype: "
+            f"{'float32' if info.dtype.itemsize == 2 else 'float64'}` for that "
+            "field in the spec."
+        )
     return rows.astype(info.dtype, copy=False)
 
 

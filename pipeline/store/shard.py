@@ -20,6 +20,7 @@ INDEX_ENTRY_BYTES = 16
 
 Bytes = npt.NDArray[np.uint8]
 Rows = npt.NDArray[Any]
+Buffer = bytes | memoryview
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ class ShardLayout(ABC):
         """What is wrong with a shard of ``n_bytes``; None where it may be sound."""
 
     @abstractmethod
-    def encode(self, rows: Rows) -> bytes:
-        """Shard file that holds ``rows`` (S, *shape)."""
+    def encode(self, rows: Rows, fill: float = 0) -> Buffer:
+        """Shard file of ``rows`` (n, *shape), n at most S, and then of ``fill``."""
 
     @abstractmethod
     def read_index(self, index: bytes, n_bytes: int) -> IntArray | None:
@@ -125,19 +126,25 @@ class RawLayout(ShardLayout):
             return None
         return f"has {n_bytes} bytes instead of {self.n_bytes}"
 
-    def encode(self, rows: Rows) -> bytes:
-        """Shard file that holds ``rows`` (S, *shape), as zarr-python writes it."""
-        flat = little_endian(rows).reshape(-1).view(np.uint8)
-        raw = flat.reshape(self.n_chunks, -1)
+    def encode(self, rows: Rows, fill: float = 0) -> Buffer:
+        """Shard file of ``rows`` and ``fill``, as zarr-python writes it."""
         shard = np.empty(self.n_bytes, np.uint8)
         body = shard[: -self.index_bytes].reshape(self.n_chunks, self.stride)
-        body[:, : self.chunk_bytes] = raw
-        for chunk, source in zip(body, raw, strict=True):
-            checksum = crc_bytes(google_crc32c.value(source))
-            chunk[self.chunk_bytes :] = np.frombuffer(checksum, np.uint8)
+        for number, stored in enumerate(body):
+            # Each chunk is copied and summed up while it is in the processor's cache.
+            first = number * self.inner_rows
+            content = stored[: self.chunk_bytes]
+            part = _as_bytes(rows[first : first + self.inner_rows])
+            content[: len(part)] = part
+            if len(part) < self.chunk_bytes:
+                missing = self.inner_rows - len(part) // self.row_bytes
+                rest = np.full((missing, *self.shape), fill, self.dtype)
+                content[len(part) :] = _as_bytes(rest)
+            checksum = crc_bytes(google_crc32c.value(content))
+            stored[self.chunk_bytes :] = np.frombuffer(checksum, np.uint8)
         index = encode_index(self.places)
         shard[-self.index_bytes :] = np.frombuffer(index, np.uint8)
-        return shard.tobytes()
+        return shard.data
 
     def read_index(self, index: bytes, n_bytes: int) -> IntArray | None:
         """(n_chunks, 2) begin and end of every inner chunk, as they must be."""
@@ -155,6 +162,10 @@ class RawLayout(ShardLayout):
 def little_endian(rows: Rows) -> Rows:
     """``rows`` contiguous and in little-endian order."""
     return np.ascontiguousarray(rows, rows.dtype.newbyteorder("<"))
+
+
+def _as_bytes(rows: Rows) -> Bytes:
+    return little_endian(rows).reshape(-1).view(np.uint8)
 
 
 def encode_index(places: IntArray) -> bytes:

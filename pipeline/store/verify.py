@@ -190,7 +190,7 @@ def _check_shard(
     if size_fault:
         return [size_fault], None
     faults = []
-    if shard_hash(shard) != expected:
+    if shard_hash(shard, split.hashing) != expected:
         faults.append("does not match its commit record")
     index = layout.index_of(shard)
     if index is None:

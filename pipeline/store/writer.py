@@ -7,11 +7,11 @@ record is on disk, which is written after all of its shards.
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
 
@@ -23,7 +23,6 @@ from pipeline.store.index import (
     METADATA,
     ROOT_KEY,
     SPLITS_KEY,
-    ArrayInfo,
     SplitIndex,
 )
 from pipeline.store.ledger import (
@@ -44,6 +43,7 @@ from pipeline.store.plan import (
     remove_leftovers,
 )
 from pipeline.store.rows import stored_rows
+from pipeline.store.shard import Buffer
 
 __all__ = ["ArrayPlan", "SplitPlan", "StoreWriter", "create_store"]
 
@@ -151,17 +151,34 @@ class StoreWriter:
             # Shards are about to change, so the old record must not vouch for them.
             record.unlink()
             sync_folder(record.parent)
-        hashes = []
-        for path, info in index.arrays.items():
-            file = self.path / index.shard_name(path, block)
-            if adopted is not None and path in taken:
-                make_folder_durably(file.parent, self.path)
-                hashes.append(adopted.put(path, block, file))
-                continue
-            shard = index.layout(path).encode(_padded(index, info, rows.pop(path)))
-            _write_durably(file, shard, self.path)
-            hashes.append(shard_hash(shard))
+        hashes = self._write_shards(index, block, rows, adopted)
         _write_durably(record, encode_record(hashes), self.path)
+
+    def _write_shards(
+        self,
+        index: SplitIndex,
+        block: int,
+        rows: dict[str, npt.NDArray[Any]],
+        adopted: Adoption | None,
+    ) -> list[tuple[int, int]]:
+        """Hashes of the shards of a block, all durable; one is written behind."""
+        hashes = []
+        with ThreadPoolExecutor(1) as disk:
+            writing: Future[None] | None = None
+            for path, info in index.arrays.items():
+                file = self.path / index.shard_name(path, block)
+                if adopted is not None and path in adopted.paths:
+                    make_folder_durably(file.parent, self.path)
+                    hashes.append(adopted.put(path, block, file, index.hashing))
+                    continue
+                shard = index.layout(path).encode(rows.pop(path), info.fill)
+                hashes.append(shard_hash(shard, index.hashing))
+                if writing is not None:
+                    writing.result()
+                writing = disk.submit(_write_durably, file, shard, self.path)
+            if writing is not None:
+                writing.result()
+        return hashes
 
     def discard_block(self, split: str, block: int) -> None:
         """Forget a block, so that the next build writes it again; unseals the store."""
@@ -270,15 +287,6 @@ def _check_edges(
         )
 
 
-def _padded(
-    index: SplitIndex, info: ArrayInfo, rows: npt.NDArray[Any]
-) -> npt.NDArray[Any]:
-    padded = np.empty((index.rows(info.level), *info.shape), info.dtype)
-    padded[: len(rows)] = rows
-    padded[len(rows) :] = info.fill
-    return padded
-
-
-def _write_durably(file: Path, content: bytes, root: Path) -> None:
+def _write_durably(file: Path, content: Buffer, root: Path) -> None:
     make_folder_durably(file.parent, root)
     write_atomically(file, content)

@@ -199,11 +199,9 @@ def test_edge_rows_follow_the_atoms_blocks(samples, rows, seed):
     assert plan.rows("edge") == (max(largest, 1) if largest <= 1024 else chunked)
 
 
-def test_version_2_is_only_for_stores_with_edges(bonds: Path, tmp_path: Path):
-    assert FeatureStore.open(bonds).attributes["format_version"] == 2
+def test_a_split_without_edges_says_so(tmp_path: Path):
     toy_store.build(tmp_path / "val.zarr", ("val",))
     store = FeatureStore.open(tmp_path / "val.zarr")
-    assert store.attributes["format_version"] == 1
     with pytest.raises(StoreError, match=r"'val' of .* has no edges; ask for"):
         _ = store.splits["val"].n_edges
 

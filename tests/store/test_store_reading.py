@@ -193,13 +193,14 @@ def test_cold_pages_are_asked_for_ahead(store: FeatureStore, monkeypatch):
     asked: list[int] = []
     faults = iter([1, 2, 2, 2])
     monkeypatch.setattr(module, "_COLD_READS", 1)
-    monkeypatch.setattr(module, "major_faults", lambda: next(faults))
+    monkeypatch.setattr(module, "disk_reads", lambda: next(faults))
     monkeypatch.setattr(module, "prefetch", lambda view: asked.append(len(view)))
     path = "features/node_features"
     reader = SplitReader(store.splits["train"].index, ChunkCache(0))
     reader.read([3], [path])
     asked.clear()
-    monkeypatch.setattr(reader, "_faults", 1)
+    monkeypatch.setattr(reader, "_disk_reads", 1)
+    monkeypatch.setattr(reader, "_cold_reads", 0)
     reader.read([3], [path])
     assert sum(asked) == int(reader.n_atoms[3]) * 10
     asked.clear()

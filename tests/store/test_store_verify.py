@@ -9,7 +9,7 @@ import toy_store
 
 from pipeline.store import plan as plan_module
 from pipeline.store import rows as rows_module
-from pipeline.store import writer as writer_module
+from pipeline.store.index import ArrayInfo
 from pipeline.store.verify import verify_store
 from pipeline.store.writer import create_store
 
@@ -50,14 +50,8 @@ def test_inconsistent_index_is_found(tmp_path: Path, monkeypatch, plan, fault: s
 
 
 def test_values_beyond_the_samples_are_found(tmp_path: Path, monkeypatch):
-    def zeros(index, info, rows):
-        padded = np.zeros((index.rows(info.level), *info.shape), info.dtype)
-        padded[: len(rows)] = rows
-        if info.path == "structures/tags":
-            padded[len(rows) :] = 3
-        return padded
-
-    monkeypatch.setattr(writer_module, "_padded", zeros)
+    fill = property(lambda info: 3 if info.path == "structures/tags" else 0)
+    monkeypatch.setattr(ArrayInfo, "fill", fill)
     path = tmp_path / "toy.zarr"
     toy_store.build(path, ("train",))
     problems = verify_store(path)

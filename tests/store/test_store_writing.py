@@ -47,7 +47,7 @@ def first_sample(block: int) -> str:
 def test_planned_store_has_all_metadata_and_nothing_else(planned: Path):
     writer = StoreWriter(planned)
     assert writer.attributes == {
-        "format_version": 1,
+        "format_version": 3,
         "complete": False,
         "fingerprint": "abc",
     }
@@ -331,7 +331,7 @@ def test_a_kill_while_rewriting_leaves_the_block_pending(planned: Path, monkeypa
     assert 0 not in writer.pending_blocks("train")
     from pipeline.store.shard import RawLayout
 
-    def fail(layout: RawLayout, rows: np.ndarray) -> bytes:
+    def fail(layout: RawLayout, rows: np.ndarray, fill: float) -> bytes:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(RawLayout, "encode", fail)
