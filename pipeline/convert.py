@@ -128,15 +128,14 @@ def convert_store(
 def _convert_block(
     split: SplitReader, writer: StoreWriter, block: int, paths: Collection[str]
 ) -> int:
-    positions = split.block_positions(block)
     with writer.claim_block(split.name, block) as missing:
         if missing:
             target = writer.splits[split.name]
             anew = {path for p in paths for path in (p, *target.fields[p].companions)}
-            rows = split.read(np.arange(positions.start, positions.stop), list(paths))
+            rows = split.read_block(block, list(paths))
             adopted = Adoption(split.index, target.arrays.keys() - anew)
             writer.write_block(split.name, block, rows, adopted)
-    return len(positions)
+    return len(split.block_positions(block))
 
 
 def _plan(

@@ -193,18 +193,31 @@ class SplitReader:
         return self.index.block_positions(block)
 
     def position(self, sample_id: str) -> int:
-        """Storage position of the sample with this id."""
+        """Storage position of the sample with this id; StoreError without one."""
+        return int(self.positions([sample_id])[0])
+
+    def positions(self, sample_ids: Sequence[str]) -> IntArray:
+        """(m,) storage positions of the samples with these ids, in their order.
+
+        Raises
+        ------
+        StoreError
+            There is no sample of some id; names the first.
+        """
         ids = self.index.sample_ids
         if self._by_id is None:
             self._by_id = np.argsort(ids, kind="stable")
-        # A key of another dtype would make numpy convert all ids.
-        key = np.array(sample_id, ids.dtype)
-        place = int(np.searchsorted(ids, key, sorter=self._by_id))
-        if place < len(ids) and ids[self._by_id[place]] == sample_id:
-            return int(self._by_id[place])
-        raise StoreError(
-            f"Split {self.name!r} of {self.index.place} has no sample {sample_id!r}."
-        )
+        # Keys of another dtype would make numpy convert all ids.
+        keys = np.array(list(sample_ids), ids.dtype)
+        places = np.searchsorted(ids, keys, sorter=self._by_id)
+        found = self._by_id[np.minimum(places, len(ids) - 1)]
+        unknown = ids[found] != keys
+        if unknown.any():
+            first = str(keys[unknown.argmax()])
+            raise StoreError(
+                f"Split {self.name!r} of {self.index.place} has no sample {first!r}."
+            )
+        return found
 
     def read(self, positions: npt.ArrayLike, paths: Sequence[str]) -> Arrays:
         """Rows of the samples at ``positions``, in that order, as fresh arrays.
@@ -229,6 +242,11 @@ class SplitReader:
                 rows = encoding.decode(rows, stored.get(path + SCALE))
             decoded[path] = rows
         return decoded
+
+    def read_block(self, block: int, paths: Sequence[str]) -> Arrays:
+        """Rows of all samples of ``block`` in storage order, see `read`."""
+        positions = self.block_positions(block)
+        return self.read(np.arange(positions.start, positions.stop), paths)
 
     def read_stored(self, positions: npt.ArrayLike, paths: Sequence[str]) -> Arrays:
         """As `read`, without decoding: the numbers as they are stored.

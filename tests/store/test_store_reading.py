@@ -48,6 +48,10 @@ def test_index_is_what_was_planned(store: FeatureStore, split: str):
     assert [p.start for p in positions] == plan.blocks.block_bounds[:-1].tolist()
     for position in range(0, len(reader), 13):
         assert reader.position(plan.sample_ids[position]) == position
+    everyone = np.random.default_rng(2).permutation(len(reader))
+    names = [plan.sample_ids[position] for position in everyone]
+    np.testing.assert_array_equal(reader.positions(names), everyone)
+    assert reader.positions([]).tolist() == []
     described = [(i.path, i.level, i.shape, i.dtype) for i in reader.arrays.values()]
     assert described == [
         (a.path, a.level, a.shape, np.dtype(a.dtype)) for a in plan.arrays
@@ -74,8 +78,12 @@ STORES: dict[str, SplitReader] = {}
 @pytest.mark.parametrize("split", SPLITS)
 def test_whole_blocks_and_the_whole_split(store: FeatureStore, split: str):
     reader = store.splits[split]
+    paths = list(reader.arrays)
     for block in range(reader.n_blocks):
-        check_read(reader, np.array(reader.block_positions(block)))
+        positions = np.array(reader.block_positions(block))
+        check_read(reader, positions)
+        for path, rows in reader.read_block(block, paths).items():
+            np.testing.assert_array_equal(rows, reader.read(positions, [path])[path])
     check_read(reader, range(len(reader)))
     check_read(reader, list(range(len(reader)))[::-1])
     check_read(reader, [])
@@ -220,6 +228,8 @@ def test_unknown_names_are_refused(store: FeatureStore):
         reader.read([0], ["features/x"])
     with pytest.raises(StoreError, match="no sample 'nobody'"):
         reader.position("nobody")
+    with pytest.raises(StoreError, match="no sample 'zzz'"):
+        reader.positions([str(reader.sample_ids[3]), "zzz", "a"])
     with pytest.raises(StoreError, match="blocks 0 to"):
         reader.block_positions(99)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import toy_store
+import xxhash
 import zarr
 from filelock import FileLock
 
@@ -58,6 +59,17 @@ def test_planned_store_has_all_metadata_and_nothing_else(planned: Path):
         for f in planned.rglob("*")
         if f.is_file() and f.name.isdigit() and "index" not in f.parts
     ]
+
+
+def test_commit_records_are_what_the_format_says(planned: Path):
+    StoreWriter(planned).write_block("train", 1, rows_of(1))
+    shards = [
+        planned.joinpath("train", array.path, "c", "1", *["0"] * len(array.shape))
+        for array in PLAN.arrays
+    ]
+    hashes = b"".join(xxhash.xxh3_128(s.read_bytes()).digest() for s in shards)
+    record = planned / "train/index/commit/c/1/0/0"
+    assert record.read_bytes() == with_crc(hashes)
 
 
 def test_unsealed_store_is_refused_by_name_of_missing_blocks(planned: Path):
