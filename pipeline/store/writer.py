@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from pipeline.errors import DamagedStoreError, StoreError
 from pipeline.files import make_folder_durably, sync_folder, write_atomically
 from pipeline.store.adoption import Adoption
+from pipeline.store.creation import create_store, remove_leftovers
 from pipeline.store.edges import CELL_OFFSETS, EDGE_INDEX, edge_faults
 from pipeline.store.index import (
     METADATA,
@@ -36,12 +37,7 @@ from pipeline.store.ledger import (
 )
 from pipeline.store.metadata import read_json, read_root, read_split
 from pipeline.store.places import FolderPlace
-from pipeline.store.plan import (
-    ArrayPlan,
-    SplitPlan,
-    create_store,
-    remove_leftovers,
-)
+from pipeline.store.plan import ArrayPlan, SplitPlan
 from pipeline.store.rows import stored_rows
 from pipeline.store.shard import Buffer
 

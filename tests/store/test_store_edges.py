@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import DamagedStoreError, DataError, SpecError, StoreError
-from pipeline.store import plan as plan_module
+from pipeline.store import creation as creation_module
 from pipeline.store import writer as writer_module
 from pipeline.store.layout import EdgeAxis, plan_blocks
 from pipeline.store.metadata import read_split
@@ -380,7 +380,7 @@ def test_verify_finds_edges_to_atoms_of_other_samples(tmp_path: Path, monkeypatc
 def test_verify_finds_an_edge_axis_that_does_not_follow(
     tmp_path: Path, monkeypatch, edges: EdgeAxis
 ):
-    monkeypatch.setattr(plan_module, "_check_split", lambda split: None)
+    monkeypatch.setattr(creation_module, "check_split", lambda split: None)
     plan = replace(PLAN, blocks=replace(PLAN.blocks, edges=edges))
     create_store(tmp_path / "toy.zarr", [plan], {})
     _, problem = verify_store(tmp_path / "toy.zarr")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import toy_store
 
-from pipeline.store import plan as plan_module
+from pipeline.store import creation as creation_module
 from pipeline.store import rows as rows_module
 from pipeline.store.index import ArrayInfo
 from pipeline.store.verify import verify_store
@@ -41,7 +41,7 @@ LAST_OF_BLOCK = int(PLAN.blocks.block_bounds[1]) - 1
     ],
 )
 def test_inconsistent_index_is_found(tmp_path: Path, monkeypatch, plan, fault: str):
-    monkeypatch.setattr(plan_module, "_check_split", lambda split: None)
+    monkeypatch.setattr(creation_module, "check_split", lambda split: None)
     create_store(tmp_path / "toy.zarr", [plan], {})
     _, *problems = verify_store(tmp_path / "toy.zarr")
     index = tmp_path / "toy.zarr/train/index"

@@ -11,8 +11,8 @@ import zarr
 from filelock import FileLock
 
 from pipeline.errors import DamagedStoreError, DataError, SpecError, StoreError
+from pipeline.store import creation as creation_module
 from pipeline.store import index as index_module
-from pipeline.store import plan as plan_module
 from pipeline.store.reader import FeatureStore
 from pipeline.store.shard import with_crc
 from pipeline.store.verify import verify_store
@@ -208,7 +208,7 @@ def test_failed_creation_leaves_nothing(tmp_path: Path, monkeypatch):
     def fail(folder: Path) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(plan_module, "_sync_tree", fail)
+    monkeypatch.setattr(creation_module, "_sync_tree", fail)
     with pytest.raises(OSError, match="disk full"):
         create_store(tmp_path / "toy.zarr", [PLAN], {})
     assert list(tmp_path.iterdir()) == []
