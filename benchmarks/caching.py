@@ -13,7 +13,7 @@ from pathlib import Path
 import click
 import torch
 
-from pipeline.build import create_or_match, prepare
+from pipeline.build import Filling, create_or_match, fill_blocks, prepare
 from pipeline.inspect import describe_store
 from pipeline.spec import load_spec
 from pipeline.store.writer import StoreWriter
@@ -47,21 +47,24 @@ def main(spec: Path, overrides: tuple[str, ...], threads: int) -> None:
         chosen = load_spec(spec, (*overrides, f"store.path={store}"))
         begin = time.perf_counter()
         job = prepare(chosen)
-        create_or_match(job)
+        create_or_match(job, store)
         planned = time.perf_counter()
         teacher = job.source.teacher
         assert teacher is not None, "the spec needs a teacher"
         forward = ForwardTime(teacher.loaded.model)
         writer = StoreWriter(store)
-        samples = 0
-        for split in job.plans:
-            for block in writer.pending_blocks(split):
-                samples += job.source.fill_block(writer, split, block)
+        filled: list[int] = []
+        fill_blocks(
+            job.source,
+            writer,
+            Filling(),
+            lambda _, samples, left: filled.append(samples),
+        )
         writer.seal()
         done = time.perf_counter()
         fill = done - planned
         click.echo(
-            f"{samples} samples, {threads} thread(s), planning and first look "
+            f"{sum(filled)} samples, {threads} thread(s), planning and first look "
             f"{planned - begin:.1f} s, filling {fill:.1f} s"
         )
         click.echo(f"filling ÷ forward passes: {fill / forward.seconds:.3f}")
