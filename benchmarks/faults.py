@@ -15,6 +15,7 @@ from pathlib import Path
 
 import click
 import torch
+import faults_flips
 from faults_kills import OPERATIONS, Tally, run_ordeals
 
 _folder = click.option(
@@ -64,6 +65,38 @@ def _print_kills(tallies: dict[tuple[str, str], Tally]) -> None:
     for (name, way), tally in tallies.items():
         for failure in tally.failures:
             print(f"{name}, {way}: {failure}")
+
+
+@main.command()
+@click.option("--count", type=int, default=1000, show_default=True, help="At least.")
+@_seed
+@_folder
+def flips(count: int, seed: int, folder: Path | None) -> None:
+    with tempfile.TemporaryDirectory(dir=folder) as made:
+        tallies = faults_flips.run_flips(count, seed, Path(made))
+    _print_flips(tallies)
+    if any(tally.failures for tally in tallies.values()):
+        sys.exit(1)
+
+
+def _print_flips(tallies: dict[str, faults_flips.Tally]) -> None:
+    row = "{:<25}{:>6}{:>6}{:>11}{:>10}{:>9}{:>14}{:>16}{:>10}".format
+    ways = ("bit", "truncation", "deletion")
+    ends = ("found", "read refused", "all read right", "failures")
+    print(row("kind of file", "files", "bits", "truncated", "deleted", *ends))
+    total = [0] * 8
+    for kind, tally in sorted(tallies.items()):
+        numbers = [
+            len(tally.files),
+            *(tally.ways[way] for way in ways),
+            *(tally.found, tally.refused, tally.right, len(tally.failures)),
+        ]
+        print(row(kind, *numbers))
+        total = [a + b for a, b in zip(total, numbers, strict=True)]
+    print(row("together", *total))
+    for tally in tallies.values():
+        for failure in tally.failures:
+            print(failure)
 
 
 if __name__ == "__main__":
