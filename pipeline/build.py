@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import StoreError
+from pipeline.files import told_when_full
 from pipeline.planning import plan_split, scan_dataset, store_attributes
 from pipeline.preview import preview
 from pipeline.source import Source
@@ -107,16 +108,17 @@ def build_store(
     """
     job = prepare(spec, device)
     path = Path(spec.store.path)
-    create_or_match(job, path)
-    writer = StoreWriter(path)
-    if writer.sealed:
+    with told_when_full(path):
+        create_or_match(job, path)
+        writer = StoreWriter(path)
+        if writer.sealed:
+            return True
+        fill_blocks(job.source, writer, Filling(device, workers, blocks), report)
+        if any(writer.pending_blocks(split) for split in job.plans):
+            return False
+        writer.seal()
+        log.info("%s: sealed", path)
         return True
-    fill_blocks(job.source, writer, Filling(device, workers, blocks), report)
-    if any(writer.pending_blocks(split) for split in job.plans):
-        return False
-    writer.seal()
-    log.info("%s: sealed", path)
-    return True
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from pipeline.build import (
 )
 from pipeline.documents import as_json
 from pipeline.errors import SpecError, StoreError
-from pipeline.files import sync_folder
+from pipeline.files import sync_folder, told_when_full
 from pipeline.spec import CacheSpec
 from pipeline.store.reader import FeatureStore
 from pipeline.store.writer import StoreWriter
@@ -57,7 +57,7 @@ def extend_store(
     """
     path = Path(spec.store.path)
     staging = path.with_name(f".{path.name}.extended")
-    with _only_one(path):
+    with told_when_full(path), _only_one(path):
         _finish_exchange(path, staging)
         before = FeatureStore.open(path)
         job = prepare(spec, device, before)
