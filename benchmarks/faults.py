@@ -3,9 +3,10 @@
     python benchmarks/faults.py kills --count 200
     python benchmarks/faults.py flips --count 1000
 
-``kills`` ends build, add-field, compact and hydrate with SIGKILL, at random moments and
-in front of randomly chosen changes to the folder, and starts them again until they are
-done; ``flips`` damages every file of a sealed store. Exit code 1 when anything is wrong.
+``kills`` ends build, add-field, compact and hydrate with SIGKILL, at random moments
+and in front of randomly chosen changes to the folder, and starts them again until they
+are done; ``flips`` damages every file of a sealed store. Exit code 1 when anything is
+wrong.
 """
 
 import logging
@@ -14,8 +15,8 @@ import tempfile
 from pathlib import Path
 
 import click
-import torch
 import faults_flips
+import torch
 from faults_kills import OPERATIONS, Tally, run_ordeals
 
 _folder = click.option(

@@ -1,7 +1,7 @@
 """Small real stores for the fault tests: teachers, data, specs and what is in a folder.
 
-Everything is drawn from fixed seeds. Stores record the path they are built at, so two of
-them have the same bytes only when they were built at the same place.
+Everything is drawn from fixed seeds. Stores record the path they are built at, so two
+of them have the same bytes only when they were built at the same place.
 """
 
 from collections.abc import Mapping
