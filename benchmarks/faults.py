@@ -2,11 +2,12 @@
 
     python benchmarks/faults.py kills --count 200
     python benchmarks/faults.py flips --count 1000
+    python benchmarks/faults.py together --count 20
 
 ``kills`` ends build, add-field, compact and hydrate with SIGKILL, at random moments
 and in front of randomly chosen changes to the folder, and starts them again until they
-are done; ``flips`` damages every file of a sealed store. Exit code 1 when anything is
-wrong.
+are done; ``flips`` damages every file of a sealed store; ``together`` lets several
+processes at one store. Exit code 1 when anything is wrong.
 """
 
 import logging
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import click
 import faults_flips
+import faults_together
 import torch
 from faults_kills import OPERATIONS, Tally, run_ordeals
 
@@ -98,6 +100,24 @@ def _print_flips(tallies: dict[str, faults_flips.Tally]) -> None:
     for tally in tallies.values():
         for failure in tally.failures:
             print(failure)
+
+
+@main.command()
+@click.option("--count", type=int, default=20, show_default=True, help="Of each scene.")
+@_folder
+def together(count: int, folder: Path | None) -> None:
+    with tempfile.TemporaryDirectory(dir=folder) as made:
+        tallies = faults_together.run_scenes(count, Path(made))
+    row = "{:<24}{:>8}{:>10}  {}".format
+    print(row("at one store", "rounds", "failures", "what was seen"))
+    for name, tally in tallies.items():
+        seen = ", ".join(f"{what} {times}" for what, times in tally.seen.items())
+        print(row(name, tally.rounds, len(tally.failures), seen))
+    for name, tally in tallies.items():
+        for failure in tally.failures:
+            print(f"{name}: {failure}")
+    if any(tally.failures for tally in tallies.values()):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

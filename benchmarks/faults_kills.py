@@ -153,14 +153,14 @@ class Ordeal:
             time.sleep(rng.uniform(0, self.duration))
             os.kill(child, signal.SIGKILL)
 
-        self._round(tally, at_most, lambda: _fork(self._run), kill)
+        self._round(tally, at_most, lambda: forked(self._run), kill)
 
     def kill_at_points(self, rng: random.Random, tally: Tally, at_most: int) -> None:
         """The same, where the child kills itself in front of a change to the folder."""
 
         def fork() -> int:
             number = rng.randint(1, self.points)
-            return _fork(lambda: _die_before_change(self._run, number))
+            return forked(lambda: _die_before_change(self._run, number))
 
         self._round(tally, at_most, fork, lambda child: None)
 
@@ -175,10 +175,10 @@ class Ordeal:
         tally.rounds += 1
         for attempt in range(at_most + 1):
             last = attempt == at_most
-            child = _fork(self._run) if last else fork()
+            child = forked(self._run) if last else fork()
             if not last:
                 kill(child)
-            code = _wait(child)
+            code = wait(child)
             tally.restarts += attempt > 0
             if code == 0:
                 break
@@ -201,7 +201,7 @@ class Ordeal:
                 mine == {n: b for n, b in state.items() if n.startswith(_STORE)}
                 for state in (self.before, self.after)
             )
-            sound = _wait(_fork(lambda: _require_sound(store))) == 0
+            sound = wait(forked(lambda: _require_sound(store))) == 0
             return [] if whole and sound else ["is neither the old nor the new store"]
         # Whatever bears its final name has its final bytes, but for the seal.
         wrong = [
@@ -211,7 +211,7 @@ class Ordeal:
             and self.after.get(name, 0) != content
             and name != f"{_STORE}/zarr.json"
         ]
-        if store.exists() and _wait(_fork(lambda: _require_refused(store))):
+        if store.exists() and wait(forked(lambda: _require_refused(store))):
             wrong.append("opens as if it were finished")
         return [f"{name} between two tries" for name in wrong]
 
@@ -219,7 +219,7 @@ class Ordeal:
         self.operation.run(self.materials, self.work)
 
     def _do(self, step: Callable[[Path, Path], object]) -> None:
-        code = _wait(_fork(lambda: step(self.materials, self.work)))
+        code = wait(forked(lambda: step(self.materials, self.work)))
         if code:
             sys.exit(f"{self.operation.name}: ended with {code} although undisturbed")
 
@@ -251,7 +251,7 @@ def _require_refused(store: Path) -> None:
         _require_sound(store)
 
 
-def _fork(action: Callable[[], object]) -> int:
+def forked(action: Callable[[], object]) -> int:
     child = os.fork()
     if child:
         return child
@@ -266,7 +266,7 @@ def _fork(action: Callable[[], object]) -> int:
         os._exit(code)
 
 
-def _wait(child: int) -> int:
+def wait(child: int) -> int:
     """Exit code of ``child``, the negative number of the signal that ended it."""
     deadline = time.monotonic() + _ANSWER_S
     while time.monotonic() < deadline:
