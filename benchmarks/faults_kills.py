@@ -108,8 +108,13 @@ OPERATIONS = {
 
 @dataclass
 class Tally:
-    """What happened to one operation under one way of killing."""
+    """What happened to one operation under one way of killing.
 
+    ``seconds`` and ``changes`` to its folder are those of a run that nobody kills.
+    """
+
+    seconds: float
+    changes: int
     rounds: int = 0
     kills: int = 0
     restarts: int = 0
@@ -130,9 +135,6 @@ class Ordeal:
         self.before = contents(self.work)
         shutil.copytree(self.work, self.start)
         passed = folder / "changes"
-        # The first run of all also pays for what is imported late.
-        self._do(operation.run)
-        self._restore()
         begin = time.monotonic()
         self._do(operation.run)
         self.duration = time.monotonic() - begin
@@ -320,23 +322,20 @@ def _before_changes(call: Callable[[int], None]) -> Callable[[], int]:
 
 def run_ordeals(
     names: list[str], count: int, points: int, seed: int, folder: Path
-) -> dict[tuple[str, str], Tally]:
+) -> dict[str, Tally]:
     """Kill every operation ``count`` times at random and ``points`` times at points."""
     make_materials(folder / "materials")
     tallies = {}
     for name in names:
         ordeal = Ordeal(OPERATIONS[name], folder / "materials", folder / name)
-        print(
-            f"{name}: {ordeal.duration:.2f} s undisturbed, {ordeal.points} changes",
-            flush=True,
-        )
         rng = random.Random(f"{seed} {name}")
         ways = {
-            "moments": (ordeal.kill_at_random, count),
-            "changes": (ordeal.kill_at_points, points),
+            "at moments": (ordeal.kill_at_random, count),
+            "at changes": (ordeal.kill_at_points, points),
         }
         for way, (kill, wanted) in ways.items():
-            tally = tallies[name, way] = Tally()
+            tally = Tally(ordeal.duration, ordeal.points)
+            tallies[f"{name} {way}"] = tally
             while tally.kills < wanted and len(tally.failures) < 10:
                 kill(rng, tally, min(rng.randint(1, 3), wanted - tally.kills))
     return tallies

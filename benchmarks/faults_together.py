@@ -7,9 +7,11 @@ have the bytes that a single process gives it, and no reader may see a wrong num
 import json
 import os
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -101,17 +103,26 @@ def _count_outcomes(tally: Tally, given: list[Any]) -> list[str]:
     return sentences
 
 
-def two_builds(folder: Path, materials: Path, rounds: int) -> Tally:
+def two_builds(
+    folder: Path, materials: Path, rounds: int, begin: Act = lambda: None
+) -> Tally:
     """Two builds of one spec."""
 
     def build() -> object:
         return build_store(spec_of(materials, folder / "work/s.zarr", MANY))
 
     tally = Tally()
-    stage = Stage(folder, materials, lambda: None, build)
+    stage = Stage(folder, materials, begin, build)
     for _ in range(rounds):
         _count_outcomes(tally, stage.play(tally, build, build))
     return tally
+
+
+def two_restarts(folder: Path, materials: Path, rounds: int) -> Tally:
+    """Two builds of one spec, which an earlier one began."""
+    spec = spec_of(materials, folder / "work/s.zarr", MANY)
+    begin = partial(build_store, spec, blocks=(2, 3))
+    return two_builds(folder, materials, rounds, begin)
 
 
 def two_ranges(folder: Path, materials: Path, rounds: int) -> Tally:
@@ -236,6 +247,7 @@ class _Watcher:
         while not sealed:
             store = self._try(lambda: FeatureStore.open(self.path, allow_unsealed=True))
             if store is None:
+                time.sleep(0.001)
                 continue
             sealed = bool(store.attributes["complete"])
             self._compare(store)
@@ -314,6 +326,7 @@ class _Watcher:
 
 SCENES = {
     "two builds": two_builds,
+    "two restarts": two_restarts,
     "two builds, own blocks": two_ranges,
     "two add-fields": two_extensions,
     "two compacts": two_conversions,

@@ -5,6 +5,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -113,7 +114,8 @@ def build_store(
         writer = StoreWriter(path)
         if writer.sealed:
             return True
-        fill_blocks(job.source, writer, Filling(device, workers, blocks), report)
+        with nullcontext() if blocks else writer.claim_all():
+            fill_blocks(job.source, writer, Filling(device, workers, blocks), report)
         if any(writer.pending_blocks(split) for split in job.plans):
             return False
         writer.seal()
@@ -186,8 +188,12 @@ def _fill_here(
 def create_or_match(job: Job, path: Path) -> None:
     """Plan the store on disk, or accept the one there if its fingerprint agrees."""
     if not path.exists():
-        create_store(path, list(job.plans.values()), job.attributes)
-        return
+        try:
+            create_store(path, list(job.plans.values()), job.attributes)
+        except StoreError:
+            # Another process that builds the same may have been faster.
+            if not path.exists():
+                raise
     found = StoreWriter(path).attributes["fingerprint"]
     wanted = job.attributes["fingerprint"]
     if found != wanted:
