@@ -5,12 +5,14 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import StoreError
+from pipeline.files import told_when_full
 from pipeline.planning import plan_split, scan_dataset, store_attributes
 from pipeline.preview import preview
 from pipeline.source import Source
@@ -107,16 +109,18 @@ def build_store(
     """
     job = prepare(spec, device)
     path = Path(spec.store.path)
-    create_or_match(job, path)
-    writer = StoreWriter(path)
-    if writer.sealed:
+    with told_when_full(path):
+        create_or_match(job, path)
+        writer = StoreWriter(path)
+        if writer.sealed:
+            return True
+        with nullcontext() if blocks else writer.claim_all():
+            fill_blocks(job.source, writer, Filling(device, workers, blocks), report)
+        if any(writer.pending_blocks(split) for split in job.plans):
+            return False
+        writer.seal()
+        log.info("%s: sealed", path)
         return True
-    fill_blocks(job.source, writer, Filling(device, workers, blocks), report)
-    if any(writer.pending_blocks(split) for split in job.plans):
-        return False
-    writer.seal()
-    log.info("%s: sealed", path)
-    return True
 
 
 @dataclass(frozen=True)
@@ -184,8 +188,12 @@ def _fill_here(
 def create_or_match(job: Job, path: Path) -> None:
     """Plan the store on disk, or accept the one there if its fingerprint agrees."""
     if not path.exists():
-        create_store(path, list(job.plans.values()), job.attributes)
-        return
+        try:
+            create_store(path, list(job.plans.values()), job.attributes)
+        except StoreError:
+            # Another process that builds the same may have been faster.
+            if not path.exists():
+                raise
     found = StoreWriter(path).attributes["fingerprint"]
     wanted = job.attributes["fingerprint"]
     if found != wanted:

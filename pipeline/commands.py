@@ -40,13 +40,23 @@ def _refuse(text: str) -> None:
     sys.exit(BAD_INPUT)
 
 
+class _LogFile(logging.FileHandler):
+    """Says nothing where the log cannot be written, as on a full disk.
+
+    The work itself meets the same disk and ends with one sentence.
+    """
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
 def log_to_file(name: str, path: Path) -> None:
     """Append what logger ``name`` says to the file at ``path``, created if missing.
 
     Warnings also go to standard error.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handler = logging.FileHandler(path)
+    handler = _LogFile(path)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger = logging.getLogger(name)
     logger.setLevel(logging.INFO)

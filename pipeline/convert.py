@@ -12,6 +12,7 @@ import numpy as np
 
 from pipeline.errors import SpecError, StoreError
 from pipeline.fields import FIELDS
+from pipeline.files import told_when_full
 from pipeline.planning import array_attributes, array_identity, stored_dtype
 from pipeline.spec import FeatureSpec
 from pipeline.store.adoption import Adoption
@@ -100,29 +101,30 @@ def convert_store(
             "`kd-cache info` tells what it has."
         )
     fingerprint = _fingerprint(store, conversion, chosen)
-    if not out.exists():
-        plans = [
-            _plan(split, conversion.feature, chosen[name])
-            for name, split in store.splits.items()
+    with told_when_full(out):
+        if not out.exists():
+            plans = [
+                _plan(split, conversion.feature, chosen[name])
+                for name, split in store.splits.items()
+            ]
+            create_store(out, plans, _attributes(store, plans, conversion, fingerprint))
+        writer = StoreWriter(out)
+        if writer.attributes.get("fingerprint") != fingerprint:
+            raise StoreError(
+                f"{out} was not made from {source} with these options; choose another "
+                "place or remove it."
+            )
+        if writer.sealed:
+            return
+        pending = [
+            (name, block)
+            for name in store.splits
+            for block in writer.pending_blocks(name, verify=True)
         ]
-        create_store(out, plans, _attributes(store, plans, conversion, fingerprint))
-    writer = StoreWriter(out)
-    if writer.attributes.get("fingerprint") != fingerprint:
-        raise StoreError(
-            f"{out} was not made from {source} with these options; choose another "
-            "place or remove it."
-        )
-    if writer.sealed:
-        return
-    pending = [
-        (name, block)
-        for name in store.splits
-        for block in writer.pending_blocks(name, verify=True)
-    ]
-    for number, (name, block) in enumerate(pending, 1):
-        samples = _convert_block(store.splits[name], writer, block, chosen[name])
-        report(name, samples, len(pending) - number)
-    writer.seal()
+        for number, (name, block) in enumerate(pending, 1):
+            samples = _convert_block(store.splits[name], writer, block, chosen[name])
+            report(name, samples, len(pending) - number)
+        writer.seal()
 
 
 def _convert_block(

@@ -25,8 +25,10 @@ from pipeline.build import (
 )
 from pipeline.documents import as_json
 from pipeline.errors import SpecError, StoreError
-from pipeline.files import sync_folder
+from pipeline.files import sync_folder, told_when_full
 from pipeline.spec import CacheSpec
+from pipeline.store.index import METADATA
+from pipeline.store.plan import remove_leftovers
 from pipeline.store.reader import FeatureStore
 from pipeline.store.writer import StoreWriter
 
@@ -57,30 +59,49 @@ def extend_store(
     """
     path = Path(spec.store.path)
     staging = path.with_name(f".{path.name}.extended")
-    with _only_one(path):
+    with told_when_full(path), _only_one(path):
         _finish_exchange(path, staging)
         before = FeatureStore.open(path)
         job = prepare(spec, device, before)
         if before.fingerprint == job.attributes["fingerprint"]:
-            shutil.rmtree(staging, ignore_errors=True)
+            _remove(staging)
             return []
         added = _additions(before.attributes, as_json(job.attributes))
         log.info("%s: adding %s", path, ", ".join(added))
         _build_beside(job, staging, Filling(device, workers, before=path), report)
         _exchange(staging, path)
-        shutil.rmtree(staging)
+        _remove(staging)
         return added
 
 
 def _build_beside(job: Job, staging: Path, filling: Filling, report: Report) -> None:
     wanted = job.attributes["fingerprint"]
-    if staging.exists() and StoreWriter(staging).attributes["fingerprint"] != wanted:
-        shutil.rmtree(staging)
+    if staging.exists() and not _continues(staging, wanted):
+        _remove(staging)
     create_or_match(job, staging)
     writer = StoreWriter(staging)
     if not writer.sealed:
         fill_blocks(job.source, writer, filling, report)
         writer.seal()
+
+
+def _continues(staging: Path, fingerprint: str) -> bool:
+    """Whether ``staging`` is the beginning of the store with this fingerprint."""
+    try:
+        return StoreWriter(staging).attributes["fingerprint"] == fingerprint
+    except StoreError:
+        # A store that was being removed when it was killed.
+        return False
+
+
+def _remove(staging: Path) -> None:
+    """Remove a store that is not needed and what its creation may have left.
+
+    Its root goes first, so that after a kill the rest passes for no store.
+    """
+    remove_leftovers(staging)
+    (staging / METADATA).unlink(missing_ok=True)
+    shutil.rmtree(staging, ignore_errors=True)
 
 
 def _additions(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -1,9 +1,36 @@
 """Atomic writes and content hashes of files; knows nothing of what is in them."""
 
+import errno
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from pipeline.errors import StoreError
+
+
+@contextmanager
+def told_when_full(store: Path) -> Iterator[None]:
+    """Name ``store`` and the way on where its disk has no room for what is written.
+
+    The error of the system names no file, or a working file that is gone by then.
+
+    Raises
+    ------
+    StoreError
+        The disk or the quota is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise StoreError(
+            f"There is no space left on the disk of {store} ({error.strerror}); make "
+            "room and give the same command again, it goes on where it stopped."
+        ) from error
 
 
 def sha256_of(path: Path) -> str:

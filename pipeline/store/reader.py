@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.errors import StoreError
+from pipeline.errors import DamagedStoreError, StoreError
 from pipeline.store.arrays import ArrayReader, MappedArray, array_reader
 from pipeline.store.chunks import ChunkCache
 from pipeline.store.encoding import ERROR, SCALE, Encoding, relative_error
@@ -63,6 +63,16 @@ class FeatureStore:
             Metadata or index are not what was sealed.
         """
         place = open_place(path)
+        try:
+            return cls._opened(place, allow_unsealed, cache_bytes)
+        except DamagedStoreError:
+            # While files were read, add-field may have put its store in this place.
+            return cls._opened(place, allow_unsealed, cache_bytes)
+
+    @classmethod
+    def _opened(
+        cls, place: Place, allow_unsealed: bool, cache_bytes: int
+    ) -> "FeatureStore":
         root = read_root(place)
         header = root[ROOT_KEY]
         if header["complete"]:

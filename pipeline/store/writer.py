@@ -45,6 +45,7 @@ __all__ = ["ArrayPlan", "SplitPlan", "StoreWriter", "create_store"]
 
 _LOCKS = ".locks"
 _SEAL = "seal"
+_ALL = "all"
 
 
 class StoreWriter:
@@ -80,11 +81,30 @@ class StoreWriter:
         index = self._split(split)
         pending = []
         for block in range(index.n_blocks):
-            if not is_committed(index, block, verify):
+            if not is_committed(index, block):
                 pending.append(block)
-                if verify and is_committed(index, block):
-                    self.discard_block(split, block)
+            elif verify and not is_committed(index, block, verify):
+                # Asked in this order: what another writer commits in between stays.
+                pending.append(block)
+                self.discard_block(split, block)
         return pending
+
+    @contextmanager
+    def claim_all(self) -> Iterator[None]:
+        """Keep out whoever else would fill all blocks; single blocks stay free.
+
+        Raises
+        ------
+        StoreError
+            Another process is at it.
+        """
+        with self._lock(_ALL) as held:
+            if not held:
+                raise StoreError(
+                    f"{self.path} is being built by another process; wait for it, or "
+                    "share the work with --blocks."
+                )
+            yield
 
     @contextmanager
     def claim_block(self, split: str, block: int) -> Iterator[bool]:
@@ -104,6 +124,7 @@ class StoreWriter:
                     f"Block {block} of split {split!r} of {self.path} is being written "
                     "by another process; wait for it or build other blocks."
                 )
+            self._refuse_if_sealed()
             self._claimed.add((split, block))
             try:
                 yield not is_committed(index, block)
@@ -194,19 +215,21 @@ class StoreWriter:
             return
         for index in self.splits.values():
             self._check_committed(index)
+        with self._lock(_SEAL, wait=True):
+            # Another process may have been faster, with the same bytes.
+            if not self.sealed:
+                self._write_seal()
+
+    def _write_seal(self) -> None:
         files = protected_files(split.files for split in self.splits.values())
         root = self._root_bytes(complete=True)
 
         def content_of(name: str) -> bytes:
             return root if name == METADATA else (self.path / name).read_bytes()
 
-        with self._lock(_SEAL) as held:
-            if not held:
-                raise StoreError(f"{self.path} is being sealed by another process.")
-            digests = encode_digests(files, content_of)
-            _write_durably(self.path / DIGEST_FILE, digests, self.path)
-            write_atomically(self.path / METADATA, root)
-            shutil.rmtree(self.path / _LOCKS, ignore_errors=True)
+        digests = encode_digests(files, content_of)
+        _write_durably(self.path / DIGEST_FILE, digests, self.path)
+        write_atomically(self.path / METADATA, root)
 
     def _check_committed(self, index: SplitIndex) -> None:
         if any(not is_committed(index, block) for block in range(index.n_blocks)):
@@ -239,12 +262,12 @@ class StoreWriter:
         return json.dumps(document, indent=2).encode()
 
     @contextmanager
-    def _lock(self, name: str) -> Iterator[bool]:
+    def _lock(self, name: str, wait: bool = False) -> Iterator[bool]:
         folder = self.path / _LOCKS
         folder.mkdir(exist_ok=True)
         lock = FileLock(folder / f"{name}.lock")
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=-1 if wait else 0)
         except Timeout:
             yield False
             return
@@ -252,6 +275,12 @@ class StoreWriter:
             yield True
         finally:
             lock.release()
+            self._remove_needless_locks()
+
+    def _remove_needless_locks(self) -> None:
+        """A sealed store has no locks, whoever came too late to see that it is one."""
+        if self.sealed:
+            shutil.rmtree(self.path / _LOCKS, ignore_errors=True)
 
     def _sweep(self) -> None:
         """Remove half-written files, except those of blocks that someone holds."""
@@ -260,8 +289,7 @@ class StoreWriter:
             with self._lock(self._owner(orphan)) as held:
                 if held:
                     orphan.unlink(missing_ok=True)
-        if self.sealed:
-            shutil.rmtree(self.path / _LOCKS, ignore_errors=True)
+        self._remove_needless_locks()
 
     def _owner(self, orphan: Path) -> str:
         """Name of the lock under which this half-written file was made."""
