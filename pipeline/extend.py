@@ -27,8 +27,8 @@ from pipeline.documents import as_json
 from pipeline.errors import SpecError, StoreError
 from pipeline.files import sync_folder, told_when_full
 from pipeline.spec import CacheSpec
+from pipeline.store.creation import remove_leftovers
 from pipeline.store.index import METADATA
-from pipeline.store.plan import remove_leftovers
 from pipeline.store.reader import FeatureStore
 from pipeline.store.writer import StoreWriter
 

@@ -4,7 +4,7 @@ A record is the last thing written of a block; the digests the last but one of a
 """
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -123,23 +123,34 @@ def read_digests(place: Place) -> dict[str, str]:
     return {line[_HEX + 1 :]: line[:_HEX] for line in lines}
 
 
-def changed_files(place: Place, digests: dict[str, str]) -> list[str]:
+def changed_files(contents: Mapping[str, bytes], digests: dict[str, str]) -> list[str]:
     """Names of the files that are gone or differ from their digest."""
-    return [name for name, known in digests.items() if not _matches(place, name, known)]
+    return [
+        name
+        for name, known in digests.items()
+        if name not in contents or _hash(contents[name]) != known
+    ]
 
 
-def check_metadata(place: Place) -> None:
-    """Raise unless metadata and index of a sealed store are as they were sealed.
+def check_metadata(place: Place) -> dict[str, bytes]:
+    """Metadata and index of a sealed store by name, as they were sealed.
 
     Commit records are left out: reading needs none, and there is one per block.
+
+    Raises
+    ------
+    DamagedStoreError
+        A file is missing or differs from its digest; names the first.
     """
     digests = {
         name: known
         for name, known in read_digests(place).items()
         if "/index/commit/c/" not in name
     }
-    for name in changed_files(place, digests):
+    contents = place.read_all(list(digests))
+    for name in changed_files(contents, digests):
         raise damaged(place, name, "is not what was sealed")
+    return contents
 
 
 def shard_damage(place: Place, name: str, what: str, block: int) -> DamagedStoreError:
@@ -148,13 +159,6 @@ def shard_damage(place: Place, name: str, what: str, block: int) -> DamagedStore
         f"{place.label(name)} {what}; run `kd-cache verify {place} --repair`, then "
         f"`kd-cache build SPEC` writes block {block} again."
     )
-
-
-def _matches(place: Place, name: str, known: str) -> bool:
-    try:
-        return _hash(place.read(name)) == known
-    except FileNotFoundError:
-        return False
 
 
 def _hash(content: bytes) -> str:

@@ -6,9 +6,10 @@ Names of files are relative to the store, with slashes.
 import time
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -22,6 +23,8 @@ Result = TypeVar("Result")
 _METADATA = "zarr.json"
 _LOCAL_HEADER = 30
 _TRIES = 4
+# Requests in flight; servers drop connections that come in hundreds.
+_AT_ONCE = 16
 # Seconds before a request is made again; doubled each time.
 FIRST_PAUSE = 0.4
 
@@ -47,6 +50,14 @@ class Place(ABC):
     @abstractmethod
     def read(self, name: str) -> bytes:
         """Content of a file; FileNotFoundError where there is none."""
+
+    def read_all(self, names: Sequence[str]) -> dict[str, bytes]:
+        """Contents of small files by name; those that are not there are left out."""
+        found = {}
+        for name in names:
+            with suppress(FileNotFoundError):
+                found[name] = self.read(name)
+        return found
 
     @abstractmethod
     def size(self, name: str) -> int | None:
@@ -153,7 +164,7 @@ class RemotePlace(Place):
         from fsspec.core import url_to_fs
 
         try:
-            self._files, self._root = url_to_fs(self.url)
+            self._files, self._root = url_to_fs(self.url, **_options(self.url))
         except (ImportError, ValueError) as error:
             raise StoreError(
                 f"{url} cannot be opened ({error}); `pip install 'kd-train[remote]'` "
@@ -162,23 +173,44 @@ class RemotePlace(Place):
 
     def read(self, name: str) -> bytes:
         """Content of a file; FileNotFoundError where there is none."""
-        return self._patiently(lambda: self._files.cat_file(self._path(name)))
+        return self._patiently(self._files.cat_file, self._path(name))
+
+    def read_all(self, names: Sequence[str]) -> dict[str, bytes]:
+        """Contents of small files by name, all requested at once."""
+        paths = {self._path(name): name for name in names}
+        found: dict[str, object] = {}
+        for group in _groups(list(paths)):
+            found |= self._patiently(self._files.cat, group, on_error="return")
+        # What failed for another reason than being absent is asked for again.
+        contents = {}
+        for path, content in found.items():
+            name = paths[path]
+            if isinstance(content, bytes):
+                contents[name] = content
+            elif not isinstance(content, FileNotFoundError):
+                contents[name] = self.read(name)
+        return contents
 
     def size(self, name: str) -> int | None:
         """Bytes of a file; None where there is none."""
         try:
-            found = self._patiently(lambda: self._files.size(self._path(name)))
+            found = self._patiently(self._files.size, self._path(name))
         except FileNotFoundError:
             return None
         return None if found is None else int(found)
 
     def ranges(self, name: str, spans: Sequence[Span]) -> list[Bytes]:
-        """Bytes of every span, all requested at once."""
-        paths = [self._path(name)] * len(spans)
-        begins, ends = [begin for begin, _ in spans], [end for _, end in spans]
-        contents = self._patiently(
-            lambda: self._files.cat_ranges(paths, begins, ends, on_error="raise")
-        )
+        """Bytes of every span, many requested at once."""
+        path = self._path(name)
+        contents: list[bytes] = []
+        for group in _groups(spans):
+            contents += self._patiently(
+                self._files.cat_ranges,
+                [path] * len(group),
+                [begin for begin, _ in group],
+                [end for _, end in group],
+                on_error="raise",
+            )
         for (begin, end), content in zip(spans, contents, strict=True):
             if len(content) > end - begin:
                 raise StoreError(
@@ -190,11 +222,13 @@ class RemotePlace(Place):
     def _path(self, name: str) -> str:
         return f"{self._root.rstrip('/')}/{name}"
 
-    def _patiently(self, request: Callable[[], Result]) -> Result:
-        """Result of ``request``, asked again a few times where the network fails."""
+    def _patiently(
+        self, request: Callable[..., Result], *what: Any, **options: Any
+    ) -> Result:
+        """Result of a request, made again a few times where the network fails."""
         for number in range(1, _TRIES + 1):
             try:
-                return request()
+                return request(*what, **options)
             except (FileNotFoundError, PermissionError):
                 raise
             except Exception as error:
@@ -206,6 +240,49 @@ class RemotePlace(Place):
                     ) from error
                 time.sleep(FIRST_PAUSE * 2 ** (number - 1))
         raise AssertionError
+
+
+def _options(url: str) -> dict[str, Any]:
+    """Settings of the protocol: http has no limits of its own for a silent server."""
+    if not url.startswith(("http://", "https://")):
+        return {}
+    try:
+        from aiohttp import ClientTimeout
+    except ImportError:
+        return {}
+    timeout = ClientTimeout(total=None, sock_connect=10, sock_read=60)
+    return {"client_kwargs": {"timeout": timeout}}
+
+
+def _groups(items: Sequence[Result]) -> Iterator[list[Result]]:
+    """``items``, as many at a time as are requested at once."""
+    for first in range(0, len(items), _AT_ONCE):
+        yield list(items[first : first + _AT_ONCE])
+
+
+class HeldPlace(Place):
+    """Another place, some of whose files have been read already."""
+
+    mappable = False
+
+    def __init__(self, place: Place, held: Mapping[str, bytes]) -> None:
+        super().__init__(place.url)
+        self._place = place
+        self._held = held
+
+    def read(self, name: str) -> bytes:
+        """Content of a file; FileNotFoundError where there is none."""
+        held = self._held.get(name)
+        return self._place.read(name) if held is None else held
+
+    def size(self, name: str) -> int | None:
+        """Bytes of a file; None where there is none."""
+        held = self._held.get(name)
+        return self._place.size(name) if held is None else len(held)
+
+    def ranges(self, name: str, spans: Sequence[Span]) -> list[Bytes]:
+        """Bytes from begin to end for every span."""
+        return self._place.ranges(name, spans)
 
 
 def open_place(path: Path | str) -> Place:

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from pipeline.store.ledger import check_metadata, is_committed, unsealed_message
 from pipeline.store.mapping import disk_reads, prefetch
 from pipeline.store.metadata import read_root, read_split
 from pipeline.store.pieces import Pieces, pieces_of
-from pipeline.store.places import Place, open_place
+from pipeline.store.places import HeldPlace, Place, open_place
 
 __all__ = ["ArrayInfo", "FeatureStore", "SplitReader"]
 
@@ -75,9 +76,12 @@ class FeatureStore:
     ) -> "FeatureStore":
         root = read_root(place)
         header = root[ROOT_KEY]
-        if header["complete"]:
-            check_metadata(place)
-        splits = {name: read_split(place, name) for name in root[SPLITS_KEY]}
+        # What was checked is what is parsed, and nothing is read twice.
+        held = HeldPlace(place, check_metadata(place) if header["complete"] else {})
+        splits = {
+            name: replace(read_split(held, name), place=place)
+            for name in root[SPLITS_KEY]
+        }
         if not header["complete"] and not allow_unsealed:
             raise StoreError(unsealed_message(place, splits.values()))
         cache = ChunkCache(cache_bytes)

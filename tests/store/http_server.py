@@ -11,6 +11,8 @@ from pathlib import Path
 class FolderServer(ThreadingHTTPServer):
     """Serves ``folder``; keeps what was asked for, and can be told to misbehave."""
 
+    request_queue_size = 64
+
     def __init__(self, folder: Path) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.folder = folder
