@@ -27,6 +27,8 @@ from pipeline.teachers.irreps import Channels, invariants, vectors
 from pipeline.teachers.weights import NUMPY_ARRAYS, checked_options, refuse_code
 
 OPTIONS = {"pretrained": "7net-0", "modal": None}
+# A pass with gradients keeps each number of a convolution about so often, as float32.
+_KEPT = 2.5
 
 
 def load(spec: TeacherSpec) -> "SevenNet":
@@ -150,6 +152,17 @@ class SevenNet(Potential):
         graph = super().graph(sample)
         towards_source = edge_vectors(graph.structure, graph.edges)
         return replace(graph, extra=towards_source.astype(np.float32))
+
+    def memory_of(self, graph: Graph) -> int:
+        """Bytes of the messages and filters of all convolutions, measured on CPUs."""
+        sizes = [
+            module.convolution.weight_numel
+            + module.convolution.irreps_in1.dim
+            + module.convolution.irreps_out.dim
+            for name, module in self.model.named_children()
+            if name.endswith("_convolution")
+        ]
+        return int(_KEPT * 4 * sum(sizes) * len(graph.edges))
 
     def forward(
         self, graphs: Sequence[Graph], fields: Sequence[str], layers: Mapping[str, str]

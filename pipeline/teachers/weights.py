@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy._core.multiarray import _reconstruct  # type: ignore[attr-defined]
+from numpy._core.multiarray import _reconstruct
 from torch import nn
 
 from pipeline.errors import CheckpointError, SpecError
