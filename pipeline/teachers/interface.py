@@ -50,11 +50,13 @@ class FieldOffer:
 class Claims:
     """What a potential promises beyond what all must keep; the contract checks it.
 
+    ``permutation``: renumbered atoms change nothing but the order of rows.
     ``reflections``: mirroring a structure changes no invariant and mirrors vectors.
     ``sum_of_atoms``: energies are the sum of ``per_atom_energy`` and of the
     normaliser's mean and references. ``gradient_forces``: forces are ``-dE/dx``.
     """
 
+    permutation: bool = True
     reflections: bool = True
     sum_of_atoms: bool = True
     gradient_forces: bool = True

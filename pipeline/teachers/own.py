@@ -67,7 +67,11 @@ class OwnPotential(Potential):
         # With two scales, forces are not the gradient of the energy in eV.
         scaled_alike = self.normalizer.energy_std == self.normalizer.force_std
         direct = model.hyperparameters.get("direct_forces", False)
-        self.claims = Claims(gradient_forces=scaled_alike and not direct)
+        self.claims = Claims(
+            # Which edges a limit keeps when they come in pairs depends on the order.
+            permutation=not model.graph_rule.symmetric,
+            gradient_forces=scaled_alike and not direct,
+        )
         self._device = torch.device("cpu")
 
     @property

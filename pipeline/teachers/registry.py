@@ -1,6 +1,7 @@
 """Finds the potential that a spec names: our own models, our plug-ins, others'."""
 
 import importlib
+import importlib.util
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 
@@ -15,6 +16,8 @@ OWN_MODELS = ("gemnet_oc", "painn", "schnet")
 PLUGINS = {
     "sevennet": ("pipeline.teachers.sevennet", "sevenn", "sevennet"),
     "chgnet": ("pipeline.teachers.chgnet", "chgnet", "chgnet"),
+    "mace": ("pipeline.teachers.mace", "mace", "mace"),
+    "fairchem": ("pipeline.teachers.fairchem", "fairchem", "fairchem"),
 }
 
 
@@ -55,15 +58,11 @@ def _loader(name: str) -> Callable[[TeacherSpec], Potential]:
 
 def _plugin(name: str) -> Callable[[TeacherSpec], Potential]:
     module, package, extra = PLUGINS[name]
-    try:
-        importlib.import_module(package)
-    except ModuleNotFoundError as error:
-        if error.name != package:
-            raise
+    if importlib.util.find_spec(package) is None:
         raise SpecError(
             f"teacher.model: {name} needs the package {package!r}, which is not "
             f"installed; pip install 'kd-train[{extra}]'."
-        ) from None
+        )
     loader: Callable[[TeacherSpec], Potential] = importlib.import_module(module).load
     return loader
 
