@@ -28,7 +28,7 @@ _ENERGY_SCALE = 0.1
 # Forces of relaxed structures are compared to this instead of to themselves (eV/Å).
 _FORCE_SCALE = 0.1
 # Atoms move by at most this in finite differences (Å), whose error is larger.
-_STEP = 5e-3
+_STEP = 1e-3
 _SLOPE_TOLERANCE = 0.02
 
 
