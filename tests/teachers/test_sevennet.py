@@ -128,6 +128,11 @@ def test_wrong_options_are_named(changes: dict, said: str) -> None:
         load_potential(TeacherSpec(model="sevennet", **changes))
 
 
+def test_precision_that_it_lacks_is_named() -> None:
+    with pytest.raises(SpecError, match=r"bfloat16.*runs in float32, tf32"):
+        Teacher.load(TeacherSpec(model="sevennet", precision="bfloat16"))
+
+
 def test_a_file_that_could_run_code_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "evil.pth"
     torch.save({"config": Path("x"), "model_state_dict": {}}, path)
