@@ -36,7 +36,8 @@ def describe_store(path: Path) -> dict[str, Any]:
 
 def _teacher_summary(teacher: dict[str, Any]) -> dict[str, Any]:
     kept = ("model", "checkpoint_sha256", "weights", "precision", "graph_rule")
-    return {key: teacher[key] for key in kept} | {"layers": teacher.get("layers", {})}
+    found = {key: teacher[key] for key in kept if key in teacher}
+    return found | {"layers": teacher.get("layers", {})}
 
 
 def _describe_split(split: SplitReader, missing: int) -> dict[str, Any]:
@@ -70,7 +71,8 @@ def render_description(description: dict[str, Any]) -> str:
         "teacher      none (labels only)"
         if teacher is None
         else f"teacher      {teacher['model']}, {teacher['precision']}, weights "
-        f"{teacher['weights']}, sha256 {teacher['checkpoint_sha256'][:16]}…",
+        f"{teacher.get('weights', 'its own')}, "
+        f"sha256 {teacher['checkpoint_sha256'][:16]}…",
     ]
     if teacher is not None:
         lines += [

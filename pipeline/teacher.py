@@ -111,7 +111,6 @@ class Teacher:
         return {
             **self.potential.identity,
             "model": self.spec.model,
-            "weights": self.spec.weights,
             "precision": self.spec.precision,
             "layers": dict(self.layers),
             "batch_atoms": self.spec.batch_atoms,

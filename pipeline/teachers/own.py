@@ -12,6 +12,7 @@ from pipeline.fields import CACHEABLE_FIELDS
 from pipeline.files import sha256_of
 from pipeline.graphs.batch import collate
 from pipeline.models.checkpoint import LoadedModel, load_checkpoint
+from pipeline.models.contents import Weights
 from pipeline.models.network import Network
 from pipeline.spec import TeacherSpec
 from pipeline.teachers.interface import Claims, FieldOffer, Graph, Potential
@@ -47,7 +48,7 @@ def load(spec: TeacherSpec) -> "OwnPotential":
             f"{spec.checkpoint} holds a model without forces, which every store "
             "keeps; choose a teacher that predicts them."
         )
-    return OwnPotential(loaded, scale_file)
+    return OwnPotential(loaded, spec.weights, scale_file)
 
 
 class OwnPotential(Potential):
@@ -55,8 +56,11 @@ class OwnPotential(Potential):
 
     precisions = ("float32", "tf32", "bfloat16")
 
-    def __init__(self, loaded: LoadedModel, scale_file: Path | None = None) -> None:
+    def __init__(
+        self, loaded: LoadedModel, weights: Weights, scale_file: Path | None
+    ) -> None:
         self.loaded = loaded
+        self._weights = weights
         self._scale_file_sha256 = None if scale_file is None else sha256_of(scale_file)
         model = loaded.model.eval().requires_grad_(False)
         self.offers = _offers(model)
@@ -82,6 +86,7 @@ class OwnPotential(Potential):
             "checkpoint_sha256": self.loaded.sha256,
             "scale_file_sha256": self._scale_file_sha256,
             "scale_factors": self.loaded.provenance.get("scale_factors"),
+            "weights": self._weights,
             "vector_direction": "target to source",
         }
 
