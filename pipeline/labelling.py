@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from ase.data import chemical_symbols
 
-from pipeline.datasets import open_dataset
+from pipeline.datasets import open_split
 from pipeline.errors import SpecError
 from pipeline.files import write_atomically
 from pipeline.spec import CacheSpec
@@ -37,14 +37,7 @@ def label_splits(
     teacher = Teacher.load(spec.teacher, device)
     files = []
     for name, split in spec.splits.items():
-        dataset = open_dataset(
-            split.format,
-            split.path,
-            offset=split.offset,
-            limit=split.limit,
-            every=split.every,
-            energy=split.energy,
-        )
+        dataset = open_split(split)
         frames: list[str] = []
         for begin in range(0, len(dataset), _SAMPLES):
             chosen = range(begin, min(begin + _SAMPLES, len(dataset)))

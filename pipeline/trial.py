@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import torch
 
-from pipeline.datasets import open_dataset
+from pipeline.datasets import open_split
 from pipeline.errors import SpecError
 from pipeline.spec import CacheSpec
 from pipeline.structure import Sample
@@ -34,14 +34,6 @@ def try_teacher(
 
 def _spread(spec: CacheSpec, count: int) -> list[Sample]:
     """``count`` samples, evenly over the first split."""
-    split = next(iter(spec.splits.values()))
-    dataset = open_dataset(
-        split.format,
-        split.path,
-        offset=split.offset,
-        limit=split.limit,
-        every=split.every,
-        energy=split.energy,
-    )
+    dataset = open_split(next(iter(spec.splits.values())))
     chosen = np.linspace(0, len(dataset) - 1, min(count, len(dataset)), dtype=int)
     return [dataset[int(number)] for number in chosen]

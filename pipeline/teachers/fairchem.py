@@ -76,8 +76,7 @@ class Fairchem(Potential):
         self._options = {k: options[k] for k in ("task", "charge", "spin")}
         self._sha256 = sha256_of(path)
         backbone = unit.model.module.backbone
-        self._energies = _energy_blocks(unit.model.module)
-        self.offers = _offers(backbone, len(self._energies) == 1)
+        self.offers = _offers(backbone, len(_energy_blocks(unit.model.module)) == 1)
         self.graph_rule = GraphRule(
             float(backbone.cutoff), int(backbone.max_neighbors), symmetric=False
         )
@@ -114,20 +113,21 @@ class Fairchem(Potential):
         model = self._unit.model.module
         blocks = {f"block{k}": m for k, m in enumerate(model.backbone.blocks, 1)}
         final = {"final": model.backbone}
-        atoms = dict.fromkeys(["atoms"], _energy_blocks(model)[0])
+        heads = {f"head{k}": m for k, m in enumerate(_energy_blocks(model))}
         with (
             torch.enable_grad(),
             caught_outputs(blocks) as states,
             caught_outputs(final, lambda out: out["node_embedding"]) as last,
-            caught_outputs(atoms) as energies,
+            caught_outputs(heads) as energies,
         ):
             output = self._unit.predict(batch)
-        scale = self.normalizer.energy_std
         values = {
             "teacher_energy": output["energy"].detach().double(),
             "teacher_forces": output["forces"],
-            "per_atom_energy": energies["atoms"].detach().reshape(-1) * scale,
         }
+        if "per_atom_energy" in fields:
+            atoms = energies["head0"].detach().reshape(-1)
+            values["per_atom_energy"] = atoms * self.normalizer.energy_std
         spheres = {**states, **last}
         for name in fields:
             if name not in values:

@@ -63,7 +63,15 @@ def require_trust(spec: TeacherSpec) -> None:
 
 
 def checked_options(spec: TeacherSpec, known: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of ``spec`` over their defaults ``known``; SpecError for others."""
+    """The options of ``spec`` over their defaults ``known``.
+
+    Raises
+    ------
+    SpecError
+        An option is unknown, or a key is set that only our own models have.
+    """
+    if spec.scale_file is not None:
+        raise SpecError(f"teacher.scale_file: {spec.model} takes none.")
     unknown = sorted(spec.options.keys() - known.keys())
     if unknown:
         raise SpecError(
