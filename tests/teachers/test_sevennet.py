@@ -1,5 +1,7 @@
 """SevenNet beside its own ASE calculator, and under the contract."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import ase
@@ -16,7 +18,7 @@ from pipeline.structure import Sample
 from pipeline.teacher import Teacher
 from pipeline.teachers.contract import Subject, check_potential
 from pipeline.teachers.registry import load_potential
-from tests.stores import spec_document, write_spec
+from tests.stores import STUDENTS, spec_document, write_spec
 from tests.teachers.shared_data import made_samples, real_samples, shared_file
 
 pytest.importorskip("sevenn")
@@ -112,6 +114,24 @@ def test_store_of_real_frames_is_sound(tmp_path: Path) -> None:
     arrays = store.splits["molecules"].arrays
     assert arrays["features/node_features"].shape == (128,)
     assert arrays["features/vector_features"].shape == (3, 64)
+    _train_without_sevennet(tmp_path / "s.zarr", tmp_path / "run")
+
+
+def _train_without_sevennet(store: Path, run: Path) -> None:
+    """In a process that cannot import what the store was made with."""
+    program = (
+        "import sys; sys.modules.update({'sevenn': None, 'e3nn': None}); "
+        "from kd_train.cli import main; main()"
+    )
+    student = STUDENTS["painn-small-demo"].items()
+    options = [f"--set=student.hyperparameters.{key}={value}" for key, value in student]
+    options += ["--set=steps=2", "--set=batch_size=2", f"--out={run}"]
+    options += ["--set=train_split=molecules", "--set=val_split=slabs"]
+    options += ["--strategy=n2n+v2v", "--student=painn-small-demo"]
+    command = [sys.executable, "-c", program, f"--cache={store}", *options]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (run / "student.safetensors").exists()
 
 
 @pytest.mark.parametrize(
