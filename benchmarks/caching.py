@@ -51,7 +51,7 @@ def main(spec: Path, overrides: tuple[str, ...], threads: int) -> None:
         planned = time.perf_counter()
         teacher = job.source.teacher
         assert teacher is not None, "the spec needs a teacher"
-        forward = ForwardTime(teacher.loaded.model)
+        forward = ForwardTime(teacher.potential.loaded.model)
         writer = StoreWriter(store)
         filled: list[int] = []
         fill_blocks(

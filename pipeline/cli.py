@@ -304,6 +304,65 @@ def _compare_with_teacher(
     click.echo(f"{store}: {compared} fields of samples are what the teacher gives.")
 
 
+@main.command("check-teacher")
+@click.argument("spec", type=click.Path(path_type=Path))
+@click.option("--samples", type=click.IntRange(min=1), default=3, show_default=True)
+@click.option("--tolerance", type=float, default=1e-3, show_default=True)
+@click.option("--device", default=None, help="cpu, cuda, ...; default: a GPU if any.")
+@click.option("--set", "overrides", multiple=True, help="key.subkey=value of the spec.")
+@one_sentence_errors
+def check_teacher(
+    spec: Path,
+    samples: int,
+    tolerance: float,
+    device: str | None,
+    overrides: tuple[str, ...],
+) -> None:
+    """Try the teacher of SPEC on some of its samples; exit 1 if it breaks a promise.
+
+    Batches, rotations, renumbered atoms, sums over atoms, slopes of the energy: what
+    the teacher declares and claims. Deviations are relative to a field's size.
+    """
+    from pipeline.errors import ContractError
+    from pipeline.spec import load_spec
+
+    chosen = load_spec(spec, overrides)
+
+    from pipeline.trial import try_teacher
+
+    try:
+        for name, worst in try_teacher(
+            chosen, samples, tolerance, chosen_device(device)
+        ):
+            click.echo(f"{name:16} kept (largest deviation {worst:.1e})")
+    except ContractError as error:
+        click.echo(f"{error}", err=True)
+        sys.exit(CHECK_FAILED)
+
+
+@main.command()
+@click.argument("spec", type=click.Path(path_type=Path))
+@click.option("--out", required=True, type=click.Path(path_type=Path))
+@click.option("--device", default=None, help="cpu, cuda, ...; default: a GPU if any.")
+@click.option("--set", "overrides", multiple=True, help="key.subkey=value of the spec.")
+@one_sentence_errors
+def label(
+    spec: Path, out: Path, device: str | None, overrides: tuple[str, ...]
+) -> None:
+    """Write the structures of SPEC to the folder OUT with the teacher's labels.
+
+    One extended-XYZ file per split, for structures that have no labels of their own.
+    """
+    from pipeline.spec import load_spec
+
+    chosen = load_spec(spec, overrides)
+
+    from pipeline.labelling import label_splits
+
+    for file in label_splits(chosen, out, str(chosen_device(device))):
+        click.echo(f"{file}")
+
+
 @main.command()
 def schema() -> None:
     """Print the JSON schema of spec files."""

@@ -17,6 +17,10 @@ class CheckpointError(PipelineError, ValueError):
     """A model file lacks something or belongs to another model."""
 
 
+class ContractError(PipelineError, ValueError):
+    """A teacher does not keep what it declares; the message says by how much."""
+
+
 class StoreError(PipelineError, RuntimeError):
     """A store cannot be used as asked; the message names the way out."""
 

@@ -40,7 +40,8 @@ def describe_store(path: Path | str) -> dict[str, Any]:
 
 def _teacher_summary(teacher: dict[str, Any]) -> dict[str, Any]:
     kept = ("model", "checkpoint_sha256", "weights", "precision", "graph_rule")
-    return {key: teacher[key] for key in kept} | {"layers": teacher.get("layers", {})}
+    found = {key: teacher[key] for key in kept if key in teacher}
+    return found | {"layers": teacher.get("layers", {})}
 
 
 def _describe_split(split: SplitReader, complete: bool) -> dict[str, Any]:
@@ -128,7 +129,8 @@ def _teacher_lines(teacher: dict[str, Any] | None) -> list[str]:
         return ["teacher      none (labels only)"]
     first = (
         f"teacher      {teacher['model']}, {teacher['precision']}, weights "
-        f"{teacher['weights']}, sha256 {teacher['checkpoint_sha256'][:16]}…"
+        f"{teacher.get('weights', 'its own')}, "
+        f"sha256 {teacher['checkpoint_sha256'][:16]}…"
     )
     layers = [f"layer        {name} from {k}" for name, k in teacher["layers"].items()]
     return [first, *layers]

@@ -250,7 +250,7 @@ def store_attributes(
         "fingerprint": hashlib.sha256(text.encode()).hexdigest(),
         "provenance": {
             "spec": spec.model_dump(),
-            "teacher": None if teacher is None else teacher.loaded.provenance,
+            "teacher": None if teacher is None else dict(teacher.potential.provenance),
             "software": {n: version(n) for n in ("kd-train", "torch", "zarr", "vesin")},
         },
     }

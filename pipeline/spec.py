@@ -27,8 +27,18 @@ COMPACT_ERROR = 1e-3
 class TeacherSpec(ClosedModel):
     """Which network is run, and how."""
 
-    model: str = Key(description="gemnet_oc | painn | schnet")
-    checkpoint: str = Key(description="OCP/fairchem-1.x .pt or our .safetensors")
+    model: str = Key(
+        description="gemnet_oc | painn | schnet | sevennet | chgnet | mace | fairchem "
+        "| the name of an installed plug-in"
+    )
+    checkpoint: str | None = Key(
+        None,
+        description="file of weights: OCP/fairchem-1.x .pt or our .safetensors, or the "
+        "plug-in's own; without, the weights that ship in the plug-in's package",
+    )
+    options: dict[str, Any] = Key(
+        default_factory=dict, description="what a plug-in takes, docs/teachers.md"
+    )
     source: str | None = Key(None, description="where the checkpoint is published")
     scale_file: str | None = Key(
         None, description="only for checkpoints without scale factors"
@@ -180,7 +190,8 @@ def _refuse_missing(spec: CacheSpec, folder: Path) -> None:
     named: list[tuple[str, str, str | None]] = []
     if spec.teacher is not None:
         teacher = spec.teacher
-        named.append(("teacher.checkpoint", teacher.checkpoint, teacher.source))
+        if teacher.checkpoint is not None:
+            named.append(("teacher.checkpoint", teacher.checkpoint, teacher.source))
         if teacher.scale_file is not None:
             named.append(("teacher.scale_file", teacher.scale_file, None))
     for name, split in spec.splits.items():

@@ -1,26 +1,23 @@
-"""A trained network in, named fields in eV and Å out; knows nothing of the store."""
+"""A trained potential in, named fields in eV and Å out; knows nothing of the store."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.errors import CheckpointError, SpecError
+from pipeline.errors import SpecError
 from pipeline.fields import EDGE_IDENTITY_FIELDS, FIELDS, PREDICTION_FIELDS
-from pipeline.files import sha256_of
-from pipeline.graphs.batch import collate
-from pipeline.graphs.neighbors import Edges, neighbor_edges, sample_edges
-from pipeline.models.checkpoint import LoadedModel, load_checkpoint
-from pipeline.models.elements import check_elements
+from pipeline.graphs.neighbors import neighbor_edges
 from pipeline.spec import TeacherSpec
 from pipeline.structure import Sample, Structure
+from pipeline.teachers.interface import FieldOffer, Graph, Potential
+from pipeline.teachers.registry import load_potential
 
 log = logging.getLogger("pipeline.teacher")
 Arrays = dict[str, npt.NDArray[Any]]
@@ -29,12 +26,12 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class Teacher:
-    """A frozen network on a device, with what it takes to name its outputs.
+    """A potential on a device, with what it takes to run it over a dataset.
 
     ``layers`` names the layer of every field that is not taken from the default one.
     """
 
-    loaded: LoadedModel
+    potential: Potential
     spec: TeacherSpec
     device: torch.device
     layers: Mapping[str, str] = field(default_factory=dict)
@@ -53,38 +50,22 @@ class Teacher:
         CheckpointError
             The file is not what the spec says, or lacks scale factors.
         SpecError
-            The model has no such layer for a field.
+            There is no such teacher here, or the model has no such layer for a field.
         """
-        scale_file = None if spec.scale_file is None else Path(spec.scale_file)
-        loaded = load_checkpoint(
-            Path(spec.checkpoint), scale_file=scale_file, weights=spec.weights
-        )
-        if loaded.name != spec.model:
-            raise CheckpointError(
-                f"{spec.checkpoint} holds a {loaded.name}, but teacher.model is "
-                f"{spec.model!r}; set teacher.model={loaded.name}."
-            )
-        if not loaded.model.hyperparameters["regress_forces"]:
-            raise CheckpointError(
-                f"{spec.checkpoint} holds a model without forces, which every store "
-                "keeps; choose a teacher that predicts them."
-            )
-        loaded.model.to(device).eval().requires_grad_(False)
-        teacher = cls(loaded, spec, torch.device(device), dict(layers or {}))
+        potential = load_potential(spec)
+        potential.to(torch.device(device))
+        teacher = cls(potential, spec, torch.device(device), dict(layers or {}))
         teacher._check_layers()
-        if spec.precision == "tf32" and teacher.device.type != "cuda":
-            log.warning("teacher.precision: tf32 changes nothing on %s", device)
+        teacher._check_precision()
         return teacher
 
     @property
     def widths(self) -> dict[str, int]:
         """Width of every field this teacher can give; 0 for fields without channels."""
-        model = self.loaded.model
-        chosen = {
-            name: model.layer_width(name, layer) or 0
-            for name, layer in self.layers.items()
-        }
-        return {"per_atom_energy": 0, **model.widths, **chosen}
+        offers = self.potential.offers
+        default = {n: o.width for n, o in offers.items() if o.width is not None}
+        chosen = {n: offers[n].layers[layer] for n, layer in self.layers.items()}
+        return default | chosen
 
     def check_fields(self, names: Sequence[str]) -> None:
         """Raise SpecError when a field of the spec is none of this teacher's."""
@@ -97,43 +78,50 @@ class Teacher:
 
     def _elsewhere(self, name: str) -> str:
         """Say at which layers a field exists that the default layer lacks."""
-        model = self.loaded.model
-        layers = [layer for layer in model.layers if model.layer_width(name, layer)]
+        layers = self._layers_of(name)
         return f", and {name} with layer: {' | '.join(layers)}" if layers else ""
 
+    def _layers_of(self, name: str) -> tuple[str, ...]:
+        return tuple(self.potential.offers.get(name, FieldOffer(name, None)).layers)
+
     def _check_layers(self) -> None:
-        model = self.loaded.model
         for name, layer in self.layers.items():
-            offered = [one for one in model.layers if model.layer_width(name, one)]
+            offered = self._layers_of(name)
             if layer not in offered:
                 raise SpecError(
                     f"features.{name}.layer is {layer!r}; teacher {self.spec.model!r} "
                     f"offers {', '.join(offered) or 'no other layer'} for it."
                 )
 
+    def _check_precision(self) -> None:
+        precision, offered = self.spec.precision, self.potential.precisions
+        if precision not in offered:
+            raise SpecError(
+                f"teacher.precision is {precision}; teacher {self.spec.model!r} runs "
+                f"in {', '.join(offered)}."
+            )
+        if precision == "tf32" and self.device.type != "cuda":
+            log.warning(
+                "teacher.precision: tf32 changes nothing on %s", self.device.type
+            )
+
     @property
     def identity(self) -> dict[str, Any]:
         """Everything about the teacher that decides its numbers; JSON-able."""
-        scale = self.spec.scale_file
         return {
+            **self.potential.identity,
             "model": self.spec.model,
-            "hyperparameters": self.loaded.model.hyperparameters,
-            "checkpoint_sha256": self.loaded.sha256,
-            "scale_file_sha256": None if scale is None else sha256_of(Path(scale)),
-            "scale_factors": self.loaded.provenance.get("scale_factors"),
-            "weights": self.spec.weights,
             "precision": self.spec.precision,
             "layers": dict(self.layers),
-            "vector_direction": "target to source",
             "batch_atoms": self.spec.batch_atoms,
             "batch_gib": self.spec.batch_gib,
-            "graph_rule": asdict(self.loaded.model.graph_rule),
-            "normalizer": self.loaded.normalizer.to_dict(),
+            "graph_rule": asdict(self.potential.graph_rule),
+            "normalizer": self.potential.normalizer.to_dict(),
         }
 
     def count_edges(self, structure: Structure) -> int:
         """Number of edges that ``edge_features`` of a structure will have."""
-        return len(neighbor_edges(structure, self.loaded.model.graph_rule))
+        return len(neighbor_edges(structure, self.potential.graph_rule))
 
     def predict(self, samples: Sequence[Sample], fields: Sequence[str]) -> Arrays:
         """Energies, forces and ``fields`` of ``samples``, in their order.
@@ -177,13 +165,13 @@ class Teacher:
             errors[name] = difference / scale if scale else 0.0
         return errors
 
-    def _groups(self, samples: Sequence[Sample]) -> Iterator[list["_Graph"]]:
-        """Consecutive samples with their edges, as many as one forward pass takes."""
-        group: list[_Graph] = []
+    def _groups(self, samples: Sequence[Sample]) -> Iterator[list[Graph]]:
+        """Consecutive samples as graphs, as many as one forward pass takes."""
+        group: list[Graph] = []
         atoms = size = 0
         for sample in samples:
-            graph = _Graph(sample.structure, self._edges(sample))
-            need = self.loaded.model.memory_of(graph.edges, len(graph.structure))
+            graph = self.potential.graph(sample)
+            need = self.potential.memory_of(graph)
             many = atoms + len(graph.structure) > self.spec.batch_atoms
             if group and (many or size + need > self.spec.batch_gib * 2**30):
                 yield group
@@ -194,45 +182,25 @@ class Teacher:
         if group:
             yield group
 
-    def _predict_group(self, group: Sequence["_Graph"], names: Sequence[str]) -> Arrays:
-        edges = [graph.edges for graph in group]
-        batch = collate([graph.structure for graph in group], edges)
-        batch = batch.to(self.device)
+    def _predict_group(self, group: Sequence[Graph], names: Sequence[str]) -> Arrays:
         layers = {name: self.layers[name] for name in names if name in self.layers}
+        wanted = [
+            n for n in names if n not in (*PREDICTION_FIELDS, *EDGE_IDENTITY_FIELDS)
+        ]
         with torch.no_grad(), _computing_in(self.spec.precision, self.device):
-            output = self.loaded.model(batch, layers)
-        normalizer = self.loaded.normalizer
-        values = {
-            "teacher_energy": normalizer.denormalize_energy(
-                output.energy, batch.atomic_numbers, batch.batch
-            ),
-            "teacher_forces": normalizer.denormalize_forces(output.forces.float()),
-            "per_atom_energy": output.per_atom_energy.float() * normalizer.energy_std,
-        }
+            values = self.potential.forward(group, wanted, layers)
         identity = {
-            "edge_index": np.concatenate([e.edge_index.T for e in edges]),
-            "cell_offsets": np.concatenate([e.cell_offsets for e in edges]),
+            "edge_index": np.concatenate([g.edges.edge_index.T for g in group]),
+            "cell_offsets": np.concatenate([g.edges.cell_offsets for g in group]),
         }
         arrays: Arrays = {}
         for name in names:
             if name in identity:
                 arrays[name] = identity[name]  # the writer checks that they fit
                 continue
-            tensor = values[name] if name in values else getattr(output, name).float()
-            arrays[name] = tensor.detach().cpu().numpy()
+            single = values[name] if name == "teacher_energy" else values[name].float()
+            arrays[name] = single.detach().cpu().numpy()
         return arrays
-
-    def _edges(self, sample: Sample) -> Edges:
-        model = self.loaded.model
-        numbers = sample.structure.atomic_numbers
-        check_elements(numbers, model.elements, [sample.sample_id] * len(numbers))
-        return sample_edges(sample.sample_id, sample.structure, model.graph_rule)
-
-
-@dataclass(frozen=True)
-class _Graph:
-    structure: Structure
-    edges: Edges
 
 
 def width_shape(name: str, width: int) -> tuple[int, ...]:

@@ -8,8 +8,9 @@ from pipeline.datasets.base import Dataset, Selection
 from pipeline.datasets.extxyz import ExtxyzDataset
 from pipeline.datasets.oc20_lmdb import Oc20LmdbDataset
 from pipeline.datasets.oc20_raw import Energy, Oc20RawDataset
+from pipeline.spec import SplitSpec
 
-__all__ = ["Dataset", "open_dataset"]
+__all__ = ["Dataset", "open_dataset", "open_split"]
 
 READERS: dict[str, Callable[[str, Selection], Dataset]] = {
     "extxyz": ExtxyzDataset,
@@ -46,3 +47,15 @@ def open_dataset(
         dataset = READERS[format](path, selection)
     dataset.check_ids()
     return dataset
+
+
+def open_split(split: SplitSpec) -> Dataset:
+    """The dataset that a resolved split of a spec names; errors of open_dataset."""
+    return open_dataset(
+        split.format,
+        split.path,
+        offset=split.offset,
+        limit=split.limit,
+        every=split.every,
+        energy=split.energy,
+    )

@@ -96,7 +96,7 @@ def test_edge_arrays_are_planned_and_their_size_is_told(
 ) -> None:
     assert spec.teacher is not None
     teacher = Teacher.load(spec.teacher)
-    rule = teacher.loaded.model.graph_rule
+    rule = teacher.potential.loaded.model.graph_rule
     scan = scan_dataset(train, "none", lambda s: len(neighbor_edges(s, rule)))
     assert scan.n_edges is not None
     with caplog.at_level(logging.WARNING):
@@ -135,7 +135,9 @@ def test_stored_edges_are_the_teachers(
         position = split.position(sample.sample_id)
         names = ("edge_index", "cell_offsets", "edge_features")
         rows = split.read([position], [f"edges/{name}" for name in names])
-        graph = neighbor_edges(sample.structure, teacher.loaded.model.graph_rule)
+        graph = neighbor_edges(
+            sample.structure, teacher.potential.loaded.model.graph_rule
+        )
         assert teacher.count_edges(sample.structure) == len(graph)
         assert rows["edges/edge_index"].tolist() == graph.edge_index.T.tolist()
         assert rows["edges/cell_offsets"].tolist() == graph.cell_offsets.tolist()

@@ -312,7 +312,7 @@ def test_asking_the_teacher_again(
 
     def changed(*arguments: Any, **more: Any) -> Teacher:
         teacher = load(*arguments, **more)
-        first = next(iter(teacher.loaded.model.parameters()))
+        first = next(iter(teacher.potential.loaded.model.parameters()))
         first.data.mul_(1.5)
         return teacher
 

@@ -146,7 +146,7 @@ def test_budgets_decide_the_passes_and_not_the_numbers(
 ) -> None:
     teacher = Teacher.load(_spec(gemnet_file, **change))
     sizes: list[int] = []
-    teacher.loaded.model.register_forward_pre_hook(
+    teacher.potential.loaded.model.register_forward_pre_hook(
         lambda _, inputs: sizes.append(inputs[0].num_graphs)
     )
     found = teacher.predict(samples, EDGE_FIELDS)

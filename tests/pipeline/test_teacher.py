@@ -94,7 +94,7 @@ def test_batches_do_not_change_numbers_or_order(
     def noted(module: torch.nn.Module, inputs: tuple) -> None:
         sizes.append(len(inputs[0].positions))
 
-    teacher.loaded.model.register_forward_pre_hook(noted)
+    teacher.potential.loaded.model.register_forward_pre_hook(noted)
     found = teacher.predict(samples, FIELDS)
     for name, values in reference.items():
         assert np.allclose(found[name], values, atol=2e-5), name
@@ -105,7 +105,7 @@ def test_batches_do_not_change_numbers_or_order(
 
 
 def test_teacher_is_frozen_and_in_evaluation_mode(teacher_file: Path) -> None:
-    model = Teacher.load(_spec(teacher_file)).loaded.model
+    model = Teacher.load(_spec(teacher_file)).potential.loaded.model
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
 

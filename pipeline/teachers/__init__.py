@@ -1,0 +1,1 @@
+"""Potentials as teachers: the interface, its contract, our own models and plug-ins."""

@@ -1,0 +1,71 @@
+"""Finds the potential that a spec names: our own models, our plug-ins, others'."""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from importlib.metadata import EntryPoint, entry_points
+
+from pipeline.documents import nearest
+from pipeline.errors import SpecError
+from pipeline.spec import TeacherSpec
+from pipeline.teachers.interface import Potential
+
+GROUP = "pipeline.teachers"
+OWN_MODELS = ("gemnet_oc", "painn", "schnet")
+# Module with a ``load``, the package it needs, and the extra that brings that package.
+PLUGINS = {
+    "sevennet": ("pipeline.teachers.sevennet", "sevenn", "sevennet"),
+    "chgnet": ("pipeline.teachers.chgnet", "chgnet", "chgnet"),
+    "mace": ("pipeline.teachers.mace", "mace", "mace"),
+    "fairchem": ("pipeline.teachers.fairchem", "fairchem", "fairchem"),
+}
+
+
+def load_potential(spec: TeacherSpec) -> Potential:
+    """The potential that ``spec.model`` names, on the CPU.
+
+    Raises
+    ------
+    SpecError
+        No teacher has this name, or the package it needs is not installed.
+    CheckpointError
+        The file is not what the spec says.
+    """
+    return _loader(spec.model)(spec)
+
+
+def teacher_names() -> list[str]:
+    """Names that ``teacher.model`` can have here, sorted."""
+    return sorted({*OWN_MODELS, *PLUGINS, *_entry_points()})
+
+
+def _loader(name: str) -> Callable[[TeacherSpec], Potential]:
+    if name in OWN_MODELS:
+        from pipeline.teachers.own import load
+
+        return load
+    if name in PLUGINS:
+        return _plugin(name)
+    found = _entry_points()
+    if name not in found:
+        raise SpecError(
+            f"teacher.model: no teacher is called {name!r}"
+            f"{nearest(name, teacher_names())}."
+        )
+    loader: Callable[[TeacherSpec], Potential] = found[name].load()
+    return loader
+
+
+def _plugin(name: str) -> Callable[[TeacherSpec], Potential]:
+    module, package, extra = PLUGINS[name]
+    if importlib.util.find_spec(package) is None:
+        raise SpecError(
+            f"teacher.model: {name} needs the package {package!r}, which is not "
+            f"installed; pip install 'kd-train[{extra}]'."
+        )
+    loader: Callable[[TeacherSpec], Potential] = importlib.import_module(module).load
+    return loader
+
+
+def _entry_points() -> dict[str, EntryPoint]:
+    return {point.name: point for point in entry_points(group=GROUP)}
