@@ -1,7 +1,8 @@
 """Shards of compressed integers: ``[transpose, bytes, blosc, crc32c]`` inner chunks.
 
-Channels come first inside a chunk and their bits are shuffled, since neighbouring rows
-of one channel resemble each other more than channels do.
+Channels come first inside a chunk and upper bytes behind lower ones. It is compressed
+in blocks of a few channels, each with a code of its own: values of one channel are
+distributed alike, those of another with another width.
 """
 
 import struct
@@ -27,6 +28,8 @@ from pipeline.store.shard import (
 
 PACKED_ROWS = 256
 CODEC: Literal["zstd"] = "zstd"
+SHUFFLE: Literal["shuffle"] = "shuffle"
+BLOCK_BYTES = 16384
 _HEADER_BYTES = 16
 
 
@@ -64,7 +67,7 @@ class PackedLayout(ShardLayout):
         """Stored bytes of one inner chunk."""
         values = little_endian(rows.transpose(self.transposed))
         stored = blosc.compress(
-            values.reshape(-1), CODEC.encode(), self.effort, blosc.BITSHUFFLE
+            values.reshape(-1), CODEC.encode(), self.effort, blosc.SHUFFLE, BLOCK_BYTES
         )
         return with_crc(bytes(stored))
 
