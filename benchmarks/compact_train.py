@@ -3,6 +3,8 @@
 import json
 import statistics
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 from pathlib import Path
 
 import click
@@ -18,6 +20,7 @@ FIELDS = {
     "e2n": "edge_to_node_features",
     "v2v": "vector_features",
 }
+Found = dict[tuple[str, str], list[dict[str, float]]]
 METRICS = {"energy_mae": "energy MAE [meV]", "forces_mae": "force MAE [meV/Å]"}
 
 
@@ -33,24 +36,24 @@ def loaded_dtype(store: Path, strategy: str) -> str:
 def run_all(
     stores: Sequence[Path],
     out: Path,
-    config: Path,
+    options: Sequence[str],
     strategies: Sequence[str],
-    seeds: Sequence[int],
-    steps: int,
-) -> dict[tuple[str, str], list[dict[str, float]]]:
+    seeds: Sequence[str],
+    jobs: int,
+) -> Found:
     """Metrics of every seed by strategy and store; finished runs are not repeated."""
-    found: dict[tuple[str, str], list[dict[str, float]]] = {}
-    for seed in seeds:
-        for strategy in strategies:
-            for store in stores:
-                folder = out / f"{strategy}-{store.stem}-s{seed}"
-                arguments = ["--cache", str(store), "--strategy", strategy]
-                arguments += ["--student", "painn-small-demo", "--threads", "1"]
-                arguments += ["--config", str(config), "--seed", str(seed)]
-                arguments += ["--set", f"steps={steps}", "--set", f"eval_every={steps}"]
-                failure = train(folder, arguments)
-                if failure is not None:
-                    raise click.ClickException(failure)
-                metrics = json.loads((folder / "metrics.json").read_text())
-                found.setdefault((strategy, store.stem), []).append(metrics)
+    cases = list(product(seeds, strategies, stores))
+    folders = [out / f"{s}-{store.stem}-s{seed}" for seed, s, store in cases]
+    arguments = [
+        ["--cache", str(store), "--strategy", s, "--seed", seed, *options]
+        for seed, s, store in cases
+    ]
+    with ThreadPoolExecutor(jobs) as pool:
+        failures = [f for f in pool.map(train, folders, arguments) if f is not None]
+    if failures:
+        raise click.ClickException("; ".join(failures))
+    found: Found = {}
+    for (_, strategy, store), folder in zip(cases, folders, strict=True):
+        metrics = json.loads((folder / "metrics.json").read_text())["metrics"]
+        found.setdefault((strategy, store.stem), []).append(metrics)
     return found

@@ -7,7 +7,8 @@ import numpy.typing as npt
 
 from pipeline.store.encoding import Encoding, Floats, Profile
 from pipeline.store.index import ArrayInfo
-from pipeline.store.packed import PACKED_ROWS, PackedLayout
+from pipeline.store.layout import INNER_ROWS
+from pipeline.store.packed import PackedLayout
 
 # Rows to calibrate with; more change the result by less than a percent.
 CALIBRATION_ROWS = 8192
@@ -119,6 +120,6 @@ def _rounding_error(values: Floats, step: float) -> float:
 
 
 def _packed_bytes(integers: npt.NDArray[np.int16], effort: int) -> int:
-    rows = len(integers) // PACKED_ROWS * PACKED_ROWS or len(integers)
+    rows = len(integers) // INNER_ROWS * INNER_ROWS or len(integers)
     layout = PackedLayout(rows, integers.dtype, integers.shape[1:], effort)
     return len(layout.encode(integers[:rows]))

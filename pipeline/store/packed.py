@@ -12,7 +12,7 @@ from typing import Literal
 import numpy as np
 from numcodecs import blosc
 
-from pipeline.store.layout import IntArray
+from pipeline.store.layout import IntArray, inner_rows
 from pipeline.store.shard import (
     CRC_BYTES,
     INDEX_ENTRY_BYTES,
@@ -26,7 +26,6 @@ from pipeline.store.shard import (
     without_crc,
 )
 
-PACKED_ROWS = 256
 CODEC: Literal["zstd"] = "zstd"
 SHUFFLE: Literal["shuffle"] = "shuffle"
 BLOCK_BYTES = 16384
@@ -35,14 +34,14 @@ _HEADER_BYTES = 16
 
 @dataclass(frozen=True)
 class PackedLayout(ShardLayout):
-    """Rows compressed by blosc-zstd at level ``effort``, in chunks of 256."""
+    """Rows compressed by blosc-zstd at level ``effort``, in chunks of 1024."""
 
     effort: int
 
     @property
     def inner_rows(self) -> int:
-        """Rows of one inner chunk: 256, or all of a shard that 256 does not divide."""
-        return self.rows if self.rows % PACKED_ROWS else PACKED_ROWS
+        """Rows of one inner chunk."""
+        return inner_rows(self.rows)
 
     @property
     def transposed(self) -> tuple[int, ...]:

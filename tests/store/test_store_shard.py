@@ -118,9 +118,9 @@ def test_every_flipped_byte_is_found_where_it_is(layout: ShardLayout):
 
 
 def test_hostile_packed_chunks_are_damage():
-    layout = PackedLayout(256, np.dtype("<i2"), (4,), 2)
-    other = PackedLayout(256, np.dtype("<i2"), (8,), 2)
-    values = np.arange(256 * 8, dtype=np.int16).reshape(256, 8)
+    layout = PackedLayout(1024, np.dtype("<i2"), (4,), 2)
+    other = PackedLayout(1024, np.dtype("<i2"), (8,), 2)
+    values = np.arange(1024 * 8, dtype=np.int16).reshape(1024, 8)
     # Right checksum, but more inside than the array has room for.
     assert layout.decode_chunk(as_bytes(other.encode_chunk(values))) is None
     # Says it is longer than it is: reading on would leave the buffer.
@@ -133,7 +133,7 @@ def test_hostile_packed_chunks_are_damage():
 
 
 def test_packed_index_must_be_dense():
-    layout = PackedLayout(512, np.dtype("<i2"), (), 2)
+    layout = PackedLayout(2048, np.dtype("<i2"), (), 2)
     table = np.array([[0, 30], [30, 40]], "<u8")
     size = 70 + layout.index_bytes
     assert layout.read_index(with_crc(table.tobytes()), size).tolist() == [
