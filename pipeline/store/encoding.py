@@ -28,8 +28,9 @@ class Encoding:
     """Meaning of the integers of one array.
 
     ``channel_scale`` (C,) and ``mean`` (C,) float32; ``rotation`` (C, C) float32 is
-    orthogonal; ``zero`` (C,) float32 is the integer that means the mean. Vectors (3, C) have no mean, so that an encoding of a rotated structure
-    decodes to rotated vectors, up to the error.
+    orthogonal; ``zero`` (C,) float32 is the integer that stands for the mean. Vectors
+    (3, C) have no mean, so that an encoding of a rotated structure decodes to rotated
+    vectors, up to the error.
     """
 
     profile: Profile
