@@ -57,3 +57,29 @@ def run_all(
         metrics = json.loads((folder / "metrics.json").read_text())["metrics"]
         found.setdefault((strategy, store.stem), []).append(metrics)
     return found
+
+
+def train_table(found: Found, stores: Sequence[str]) -> list[str]:
+    """Mean and standard deviation over seeds, and the paired difference to the first.
+
+    A difference within the spread of the first store's seeds is noise.
+    """
+    first = stores[0]
+    lines = []
+    for metric, title in METRICS.items():
+        lines.append(f"{title:20} " + "".join(f"{name:>22}" for name in stores))
+        for strategy in dict.fromkeys(s for s, _ in found):
+            cells = [_cell([run[metric] for run in found[strategy, first]])]
+            for name in stores[1:]:
+                pairs = zip(found[strategy, name], found[strategy, first], strict=True)
+                values = [run[metric] for run in found[strategy, name]]
+                moved = [one[metric] - other[metric] for one, other in pairs]
+                cells.append(f"{_cell(values)} ({statistics.mean(moved):+.1f})")
+            lines.append(f"  {strategy:18} " + "".join(f"{cell:>22}" for cell in cells))
+    lines.append("In brackets: mean difference to the first store, seed by seed.")
+    return lines
+
+
+def _cell(values: Sequence[float]) -> str:
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.1f} ± {spread:.1f}"
