@@ -34,7 +34,7 @@ def _rendered(line: Line) -> str:
         for value in (entropy, gaussian)
     )
     size = f"{bits / 32:9.3f} {32 / bits:7.2f}x"
-    return f"{name:26} {size} {error:8.1e}  {how:8} {bounds}".rstrip()
+    return f"{name:26} {size} {error:8.2e}  {how:8} {bounds}".rstrip()
 
 
 def _lines(sample: Sample) -> Iterator[Line]:

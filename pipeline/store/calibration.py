@@ -54,15 +54,16 @@ def calibrate(
     centered = exact - mean
     if profile == "q8":
         return Calibration(Encoding("q8", _root_scale(centered), mean))
-    # Components are fitted on one half and judged on the other, which they never saw.
-    fitted, judged = _halves(centered)
+    # Components are fitted on one half, and their size is that of the other.
+    fitted, _ = _halves(centered)
     choices = []
     for rotation in (None, _principal_axes(fitted)):
-        rotated = judged if rotation is None else judged @ rotation.T
+        rotated = centered if rotation is None else centered @ rotation.T
         step = _largest_step(rotated, MARGIN * error)
         scale = np.full(exact.shape[-1], step, np.float32)
         encoding = Encoding("compact", scale, mean, rotation, np.full_like(scale, ZERO))
-        integers = np.rint(rotated / step + np.float32(ZERO)).astype(np.int16)
+        _, judged = _halves(rotated)
+        integers = np.rint(judged / step + np.float32(ZERO)).astype(np.int16)
         choices.append((_packed_bytes(integers), encoding))
     return Calibration(min(choices, key=lambda choice: choice[0])[1], EFFORT)
 
