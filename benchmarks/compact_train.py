@@ -28,8 +28,8 @@ def loaded_dtype(store: Path, strategy: str) -> str:
     """Dtype in which the loader of students hands over the field of a strategy."""
     split = FeatureStore.open(store).splits["train"]
     field = FIELDS[strategy]
-    rule = GraphRule(cutoff=5.0, max_neighbors=50)
-    samples = CachedSamples(split, rule, range(1, 100), [field])  # type: ignore[arg-type]
+    rule = GraphRule(cutoff=5.0, max_neighbors=50, symmetric=False)
+    samples = CachedSamples(split, rule, range(1, 100), [field])
     return str(samples.batch(np.array([0]))[field].dtype).removeprefix("torch.")
 
 
