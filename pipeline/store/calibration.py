@@ -51,7 +51,7 @@ def calibrate(
     mean = np.zeros(exact.shape[-1], np.float32)
     if exact.ndim == 2:
         mean = exact.mean(axis=0, dtype=np.float64).astype(np.float32)
-    centered = exact - mean
+    centered: Floats = exact - mean
     if profile == "q8":
         return Calibration(Encoding("q8", _root_scale(centered), mean))
     # Components are fitted on one half, and their size is that of the other.
