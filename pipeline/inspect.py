@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.fields import FIELDS
+from pipeline.store.packed import SHUFFLE
 from pipeline.store.reader import ArrayInfo, FeatureStore, SplitReader
 from pipeline.store.verify import Problem
 from pipeline.store.writer import StoreWriter
@@ -76,7 +77,7 @@ def _codec(info: ArrayInfo) -> str:
         return "bytes+crc32c"
     rotated = info.encoding is not None and info.encoding.rotation is not None
     turned = "rotation+" if rotated else ""
-    return f"{turned}transpose+blosc-zstd{info.effort}-bitshuffle+crc32c"
+    return f"{turned}transpose+blosc-zstd{info.effort}-{SHUFFLE}+crc32c"
 
 
 def _advice(store: FeatureStore) -> list[str]:

@@ -35,7 +35,7 @@ from pipeline.store.index import (
 )
 from pipeline.store.layout import BlockPlan
 from pipeline.store.ledger import digests_size, protected_files
-from pipeline.store.packed import CODEC, PackedLayout
+from pipeline.store.packed import BLOCK_BYTES, CODEC, SHUFFLE, PackedLayout
 from pipeline.store.plan import ArrayPlan, SplitPlan, check_split
 
 _AXES = {"node": "atom", "edge": "edge", "sample": "sample"}
@@ -206,8 +206,9 @@ def _create_sharded(group: zarr.Group, plan: ArrayPlan, blocks: BlockPlan) -> No
         packing = BloscCodec(
             cname=CODEC,
             clevel=layout.effort,
-            shuffle="bitshuffle",
+            shuffle=SHUFFLE,
             typesize=layout.dtype.itemsize,
+            blocksize=BLOCK_BYTES,
         )
         compressors.insert(0, packing)
     group.create_array(

@@ -1,8 +1,8 @@
 """Lossy profiles: features as small integers, and what those integers mean.
 
-``x = ((q · row scale) · channel scale) @ rotation + mean``, where ``q8`` has int8 and
-a scale for every row, ``compact`` int16, one step for all and, where that packs better,
-an orthogonal rotation of the channels.
+``x = (((q - zero) · row scale) · channel scale) @ rotation + mean``, where ``q8`` has
+int8, a scale for every row and no zero; ``compact`` int16, one step for all and, where
+that packs better, an orthogonal rotation of the channels.
 """
 
 from collections.abc import Mapping
@@ -17,7 +17,7 @@ Profile = Literal["q8", "compact"]
 
 PROFILES: tuple[Profile, ...] = ("q8", "compact")
 DTYPES: dict[str, str] = {"q8": "int8", "compact": "int16"}
-TABLES = ("channel_scale", "mean", "rotation")
+TABLES = ("channel_scale", "mean", "rotation", "zero")
 # Arrays beside an encoded one: scales of rows (q8), squared error and size by sample.
 SCALE, ERROR = "_scale", "_error"
 _MAX_HALF = float(np.finfo(np.float16).max)
@@ -28,14 +28,16 @@ class Encoding:
     """Meaning of the integers of one array.
 
     ``channel_scale`` (C,) and ``mean`` (C,) float32; ``rotation`` (C, C) float32 is
-    orthogonal. Vectors (3, C) have no mean, so that an encoding of a rotated structure
-    decodes to rotated vectors, up to the error.
+    orthogonal; ``zero`` (C,) float32 is the integer that stands for the mean. Vectors
+    (3, C) have no mean, so that an encoding of a rotated structure decodes to rotated
+    vectors, up to the error.
     """
 
     profile: Profile
     channel_scale: Floats
     mean: Floats
     rotation: Floats | None = None
+    zero: Floats | None = None
 
     @property
     def has_row_scales(self) -> bool:
@@ -62,6 +64,8 @@ class Encoding:
         if self.rotation is not None:
             scaled = scaled @ self.rotation.T
         scaled /= self.channel_scale
+        if self.zero is not None:
+            scaled += self.zero
         if self.profile == "compact":
             return _integers(scaled, np.dtype(np.int16)), None
         scale = _row_scale(scaled)
@@ -91,6 +95,8 @@ def dequantized(values: Any, row_scale: Any, tables: Mapping[str, Any]) -> Any:
 
     ``row_scale`` is None or broadcasts against ``values`` (M, ..., C).
     """
+    if "zero" in tables:
+        values = values - tables["zero"]
     scaled = values * tables["channel_scale"]
     if row_scale is not None:
         scaled = scaled * row_scale

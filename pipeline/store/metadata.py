@@ -33,7 +33,7 @@ from pipeline.store.index import (
     table_path,
 )
 from pipeline.store.layout import EdgeAxis, block_rows
-from pipeline.store.packed import CODEC, PackedLayout
+from pipeline.store.packed import CODEC, SHUFFLE, PackedLayout
 from pipeline.store.places import Place
 from pipeline.store.shard import without_crc
 
@@ -251,7 +251,7 @@ def _is_packed(inner: dict[str, Any], layout: PackedLayout) -> bool:
     return (
         transpose["order"] == list(layout.transposed)
         and compressor["cname"] == CODEC
-        and compressor["shuffle"] == "bitshuffle"
+        and compressor["shuffle"] == SHUFFLE
         and compressor["typesize"] == layout.dtype.itemsize
     )
 

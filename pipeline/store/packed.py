@@ -1,7 +1,8 @@
 """Shards of compressed integers: ``[transpose, bytes, blosc, crc32c]`` inner chunks.
 
-Channels come first inside a chunk and their bits are shuffled, since neighbouring rows
-of one channel resemble each other more than channels do.
+Channels come first inside a chunk and upper bytes behind lower ones. It is compressed
+in blocks of a few channels, each with a code of its own: values of one channel are
+distributed alike, those of another with another width.
 """
 
 import struct
@@ -11,7 +12,7 @@ from typing import Literal
 import numpy as np
 from numcodecs import blosc
 
-from pipeline.store.layout import IntArray
+from pipeline.store.layout import IntArray, inner_rows
 from pipeline.store.shard import (
     CRC_BYTES,
     INDEX_ENTRY_BYTES,
@@ -26,21 +27,22 @@ from pipeline.store.shard import (
     without_crc,
 )
 
-PACKED_ROWS = 256
 CODEC: Literal["zstd"] = "zstd"
+SHUFFLE: Literal["shuffle"] = "shuffle"
+BLOCK_BYTES = 16384
 _HEADER_BYTES = 16
 
 
 @dataclass(frozen=True)
 class PackedLayout(ShardLayout):
-    """Rows compressed by blosc-zstd at level ``effort``, in chunks of 256."""
+    """Rows compressed by blosc-zstd at level ``effort``, in chunks of 1024."""
 
     effort: int
 
     @property
     def inner_rows(self) -> int:
-        """Rows of one inner chunk: 256, or all of a shard that 256 does not divide."""
-        return self.rows if self.rows % PACKED_ROWS else PACKED_ROWS
+        """Rows of one inner chunk."""
+        return inner_rows(self.rows)
 
     @property
     def transposed(self) -> tuple[int, ...]:
@@ -67,7 +69,7 @@ class PackedLayout(ShardLayout):
         """Stored bytes of one inner chunk."""
         values = little_endian(rows.transpose(self.transposed))
         stored = blosc.compress(
-            values.reshape(-1), CODEC.encode(), self.effort, blosc.BITSHUFFLE
+            values.reshape(-1), CODEC.encode(), self.effort, blosc.SHUFFLE, BLOCK_BYTES
         )
         return with_crc(bytes(stored))
 

@@ -12,6 +12,7 @@ import zarr
 from pipeline.errors import DamagedStoreError, DataError
 from pipeline.store.calibration import calibrate
 from pipeline.store.encoding import Encoding, relative_error
+from pipeline.store.packed import PackedLayout
 from pipeline.store.reader import FeatureStore, SplitReader
 from pipeline.store.verify import verify_store
 from pipeline.store.writer import StoreWriter, create_store
@@ -43,7 +44,8 @@ def decoded_in_plain_python(rows, scales, tables) -> np.ndarray:
     """The documented formula, one row at a time, in double precision."""
     found = []
     for number, row in enumerate(rows):
-        values = row.astype(np.float64) * tables["channel_scale"].astype(np.float64)
+        values = row.astype(np.float64) - tables.get("zero", 0.0)
+        values = values * tables["channel_scale"].astype(np.float64)
         if scales is not None:
             values = values * float(scales[number])
         if "rotation" in tables:
@@ -118,6 +120,21 @@ def test_compact_is_small_and_rotates_where_that_helps(reader):
     assert reader.encoding(path).rotation is not None
     assert reader.bytes_stored("features/node_features") > atoms * 12
     assert reader.bytes_stored(path) < 0.6 * atoms * 24 * 2
+
+
+def test_integers_pack_nearly_to_their_entropy():
+    """Channels of different widths, each coded nearly as well as by its own code."""
+    rng = np.random.default_rng(9)
+    values = rng.standard_normal((4096, 64)) * np.geomspace(0.5, 2, 64)
+    found = calibrate(values[:2048].astype(np.float32), "compact", 1e-3)
+    integers, _ = found.encoding.encode(values[2048:])
+    bits = 0.0
+    for channel in integers.T:
+        _, counts = np.unique(channel, return_counts=True)
+        bits -= (counts * np.log2(counts / len(channel))).sum()
+    assert found.effort is not None
+    layout = PackedLayout(2048, integers.dtype, (64,), found.effort)
+    assert bits / 8 < len(layout.encode(integers)) < 1.1 * bits / 8
 
 
 @pytest.mark.parametrize("profile", ["q8", "compact"])
@@ -221,7 +238,7 @@ def test_a_damaged_packed_chunk_is_named_and_nothing_else_lost(coded, tmp_path):
         else:
             np.testing.assert_array_equal(got, intact.read([position], [path])[path])
     assert f"{name} has a damaged inner chunk 0" in message
-    assert lost == [p for p in split.block_positions(2) if first[p] < 2 * 512 + 256]
+    assert lost == [p for p in split.block_positions(2) if first[p] < 2 * 2048 + 1024]
     (one, two) = verify_store(victim)
     assert (one.split, one.block, one.file) == ("coded", 2, name)
     assert "does not match its commit record" in one.message
@@ -229,8 +246,6 @@ def test_a_damaged_packed_chunk_is_named_and_nothing_else_lost(coded, tmp_path):
 
 
 def test_chunks_are_kept_up_to_a_limit(coded, monkeypatch):
-    from pipeline.store.packed import PackedLayout
-
     decoded = []
     original = PackedLayout.decode_chunk
 
@@ -249,7 +264,7 @@ def test_chunks_are_kept_up_to_a_limit(coded, monkeypatch):
     assert roomy.window_blocks([path]) >= roomy.n_blocks
     assert roomy.window_blocks(["features/node_features"]) is None
     # Room for one block: every pass over all of them decodes everything again.
-    tight = FeatureStore.open(coded, cache_bytes=512 * 24).splits["coded"]
+    tight = FeatureStore.open(coded, cache_bytes=2048 * 24).splits["coded"]
     assert tight.window_blocks([path]) == 1
     decoded.clear()
     for _ in range(2):

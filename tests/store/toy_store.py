@@ -48,7 +48,7 @@ SHAPES = {
     "val": (np.random.default_rng(1).integers(5, 60, 25), 300),
     "tiny": (np.ones(2600, np.int64), 2048),
     "bonds": (np.random.default_rng(2).integers(1, 40, 50), 300),
-    "coded": (np.random.default_rng(4).integers(1, 70, 60), 512),
+    "coded": (np.random.default_rng(4).integers(1, 70, 240), 2048),
 }
 # Those whose arrays are read back exactly.
 SPLITS = ("train", "val", "tiny", "bonds")
