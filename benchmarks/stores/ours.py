@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import zarr
 
+from pipeline.store.calibration import CALIBRATION_ROWS, calibrate
+from pipeline.store.encoding import ERROR
 from pipeline.store.layout import BlockPlan, plan_blocks
 from pipeline.store.reader import FeatureStore
 from pipeline.store.writer import ArrayPlan, SplitPlan, StoreWriter, create_store
@@ -22,8 +24,21 @@ def faithful(column: Column) -> ArrayPlan:
     return ArrayPlan(column.path, level, column.shape, column.dtype)
 
 
+def q8(column: Column) -> ArrayPlan:
+    """Array that keeps features as int8 with a scale for every row."""
+    if column.dtype != "float16":
+        return faithful(column)
+    rows = np.random.default_rng(1).standard_normal((CALIBRATION_ROWS, *column.shape))
+    chosen = calibrate(rows.astype(np.float32), "q8", 0.0)
+    return ArrayPlan(column.path, "node", column.shape, "int8", {}, chosen)
+
+
 class Ours:
-    """Our store; ``plan`` says how an array is kept, which is all a profile changes."""
+    """Our store; ``plan`` says how an array is kept, which is all a profile changes.
+
+    A store that is not ``exact`` is read as it is stored, as training does, and decoded
+    only to be checked.
+    """
 
     slow = False
 
@@ -32,6 +47,7 @@ class Ours:
     ) -> None:
         self.name = name
         self.files = name
+        self.exact = plan is faithful
         self._plan = plan
 
     def write(self, folder: Path, samples: Samples, watch: Stopwatch) -> None:
@@ -52,20 +68,31 @@ class Ours:
 
     def open(self, folder: Path, samples: Samples) -> "OurReader":
         """Opened store."""
-        return OurReader(folder / "store", samples)
+        return OurReader(folder / "store", samples, self.exact)
 
 
 class OurReader:
     """Reads through `FeatureStore`, by storage position."""
 
-    def __init__(self, path: Path, samples: Samples) -> None:
+    def __init__(self, path: Path, samples: Samples, exact: bool) -> None:
+        self.exact = exact
         self._split = FeatureStore.open(path).splits[SPLIT]
         self._paths = [column.path for column in samples.columns]
+        self._stored = [
+            path
+            for field in self._paths
+            for path in (field, *self._split.arrays[field].companions)
+            if not path.endswith(ERROR)
+        ]
         # Ids were written as the numbers of the dataset's order.
         self._position = np.argsort(self._split.sample_ids.astype(np.int64))
 
     def read(self, batch: Indices) -> Arrays:
         """See `Reader`."""
+        return self._split.read_stored(self._position[batch], self._stored)
+
+    def decoded(self, batch: Indices) -> Arrays:
+        """The same decoded."""
         return self._split.read(self._position[batch], self._paths)
 
     def close(self) -> None:

@@ -4,14 +4,14 @@ from stores.case import Case
 from stores.flat import Memmap
 from stores.hdf5 import Hdf5
 from stores.lmdb_records import Lmdb
-from stores.ours import Ours, ZarrOnOurs
+from stores.ours import Ours, ZarrOnOurs, q8
 from stores.safetensors_file import Safetensors
 
 MEMMAP = Memmap("np.memmap", plain=False)
 OURS = Ours("ours")
 
 # Another profile of our store is one more `Ours(name, plan)` here.
-PROFILES: tuple[Ours, ...] = (OURS,)
+PROFILES: tuple[Ours, ...] = (OURS, Ours("ours-q8", q8))
 
 
 def all_cases() -> list[Case]:
