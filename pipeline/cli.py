@@ -14,6 +14,7 @@ from pipeline.commands import chosen_device, log_to_file, one_sentence_errors
 
 if TYPE_CHECKING:
     from pipeline.convert import Conversion
+    from pipeline.spec import CacheSpec
 
 CHECK_FAILED = 1
 
@@ -32,12 +33,45 @@ def _block_range(text: str | None) -> tuple[int, int] | None:
     return int(first), int(last)
 
 
+def _spec_for_store(
+    spec: Path, out: str | None, overrides: tuple[str, ...]
+) -> "CacheSpec":
+    from pipeline.spec import load_spec
+
+    if out is not None:
+        overrides = (*overrides, f"store.path={Path(out).resolve()}")
+    return load_spec(spec, overrides)
+
+
+def _started(
+    spec: "CacheSpec", device: str | None, threads: int | None
+) -> tuple[Path, str]:
+    """Where the store lies and the device, with threads and the log set up."""
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    place = str(chosen_device(device))
+    store = Path(spec.store.path)
+    log_to_file("pipeline", store.with_name(store.name + ".log"))
+    return store, place
+
+
+_device_option = click.option(
+    "--device", default=None, help="cpu, cuda, cuda:1; default: a GPU if any."
+)
+_set_option = click.option(
+    "--set", "overrides", multiple=True, help="key.subkey=value of the spec."
+)
+_threads_option = click.option(
+    "--threads", type=click.IntRange(min=1), help="CPU threads of torch."
+)
+
+
 @main.command()
 @click.argument("spec", type=click.Path(path_type=Path))
 @click.option("--out", help="Where the store goes; overrides store.path.")
-@click.option(
-    "--device", default=None, help="cpu, cuda, cuda:1; default: a GPU if any."
-)
+@_device_option
 @click.option(
     "--workers",
     type=click.IntRange(min=0),
@@ -46,8 +80,8 @@ def _block_range(text: str | None) -> tuple[int, int] | None:
     help="Processes to fill blocks with; 0: this one.",
 )
 @click.option("--blocks", help="Half-open range A:B of blocks, for array jobs.")
-@click.option("--set", "overrides", multiple=True, help="key.subkey=value of the spec.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of torch.")
+@_set_option
+@_threads_option
 @click.option(
     "--receipt",
     type=click.Path(path_type=Path),
@@ -65,22 +99,12 @@ def build(
     receipt: Path | None,
 ) -> None:
     """Build the store of SPEC, or continue it; a finished store is left alone."""
-    from pipeline.spec import load_spec
-
-    if out is not None:
-        overrides = (*overrides, f"store.path={Path(out).resolve()}")
-    chosen = load_spec(spec, overrides)
+    chosen = _spec_for_store(spec, out, overrides)
     block_range = _block_range(blocks)
-
-    import torch
 
     from pipeline.build import build_store
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    place = str(chosen_device(device))
-    store = Path(chosen.store.path)
-    log_to_file("pipeline", store.with_name(store.name + ".log"))
+    store, place = _started(chosen, device, threads)
     with _progress() as report:
         sealed = build_store(
             chosen, device=place, workers=workers, blocks=block_range, report=report
@@ -117,12 +141,10 @@ def _write_receipt(receipt: Path, store: Path) -> None:
 @main.command(name="add-field")
 @click.argument("spec", type=click.Path(path_type=Path))
 @click.option("--out", help="Where the store lies; overrides store.path.")
-@click.option(
-    "--device", default=None, help="cpu, cuda, cuda:1; default: a GPU if any."
-)
+@_device_option
 @click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True)
-@click.option("--set", "overrides", multiple=True, help="key.subkey=value of the spec.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of torch.")
+@_set_option
+@_threads_option
 @one_sentence_errors
 def add_field(
     spec: Path,
@@ -136,21 +158,11 @@ def add_field(
 
     What the store has stays as it is, byte for byte, and readable all the time.
     """
-    from pipeline.spec import load_spec
-
-    if out is not None:
-        overrides = (*overrides, f"store.path={Path(out).resolve()}")
-    chosen = load_spec(spec, overrides)
-
-    import torch
+    chosen = _spec_for_store(spec, out, overrides)
 
     from pipeline.extend import extend_store
 
-    if threads is not None:
-        torch.set_num_threads(threads)
-    place = str(chosen_device(device))
-    store = Path(chosen.store.path)
-    log_to_file("pipeline", store.with_name(store.name + ".log"))
+    store, place = _started(chosen, device, threads)
     with _progress() as report:
         added = extend_store(chosen, device=place, workers=workers, report=report)
     what = ", ".join(added) if added else "nothing, it has all of it already"
@@ -308,8 +320,8 @@ def _compare_with_teacher(
 @click.argument("spec", type=click.Path(path_type=Path))
 @click.option("--samples", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--tolerance", type=float, default=1e-3, show_default=True)
-@click.option("--device", default=None, help="cpu, cuda, ...; default: a GPU if any.")
-@click.option("--set", "overrides", multiple=True, help="key.subkey=value of the spec.")
+@_device_option
+@_set_option
 @one_sentence_errors
 def check_teacher(
     spec: Path,
@@ -343,8 +355,8 @@ def check_teacher(
 @main.command()
 @click.argument("spec", type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path))
-@click.option("--device", default=None, help="cpu, cuda, ...; default: a GPU if any.")
-@click.option("--set", "overrides", multiple=True, help="key.subkey=value of the spec.")
+@_device_option
+@_set_option
 @one_sentence_errors
 def label(
     spec: Path, out: Path, device: str | None, overrides: tuple[str, ...]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pipeline.calibrating import calibrate_fields
-from pipeline.datasets import Dataset, open_dataset
+from pipeline.datasets import Dataset, open_split
 from pipeline.errors import DataError
 from pipeline.fields import FIELDS
 from pipeline.planning import CountEdges, wanted_features
@@ -48,17 +48,7 @@ class Source:
         if spec.teacher is not None:
             teacher = Teacher.load(spec.teacher, device, layers)
             teacher.check_fields(tuple(spec.features))
-        datasets = {
-            name: open_dataset(
-                s.format,
-                s.path,
-                offset=s.offset,
-                limit=s.limit,
-                every=s.every,
-                energy=s.energy,
-            )
-            for name, s in spec.splits.items()
-        }
+        datasets = {name: open_split(split) for name, split in spec.splits.items()}
         seed = spec.store.seed
         orders = {n: storage_order(len(d), seed) for n, d in datasets.items()}
         return cls(spec, datasets, orders, teacher)

@@ -14,7 +14,7 @@ import xxhash
 from pipeline.errors import DamagedStoreError
 from pipeline.store.index import DIGESTS, METADATA, XXH3, SplitFiles, SplitIndex
 from pipeline.store.messages import name_blocks
-from pipeline.store.metadata import damaged
+from pipeline.store.metadata import damaged, read_checked
 from pipeline.store.places import Place
 from pipeline.store.shard import with_crc, without_crc
 
@@ -113,13 +113,7 @@ def encode_digests(files: Iterable[str], content_of: Callable[[str], bytes]) -> 
 
 def read_digests(place: Place) -> dict[str, str]:
     """Hash of every protected file of a sealed store by its name."""
-    try:
-        raw = without_crc(place.read(DIGEST_FILE))
-    except FileNotFoundError:
-        raw = None
-    if raw is None:
-        raise damaged(place, DIGEST_FILE, "is missing or does not match its checksum")
-    lines = raw.decode().splitlines()
+    lines = read_checked(place, DIGEST_FILE).decode().splitlines()
     return {line[_HEX + 1 :]: line[:_HEX] for line in lines}
 
 

@@ -285,7 +285,7 @@ def _read_table(
     if (document.get("shape"), document.get("data_type")) != (list(shape), "float32"):
         raise damaged(place, f"{path}/{METADATA}", "does not fit its array")
     name = f"{path}/{shard_key(len(shape) - 1, 0)}"
-    raw = _read_checked(place, name)
+    raw = read_checked(place, name)
     if len(raw) != 4 * int(np.prod(shape)):
         raise damaged(place, name, f"does not hold {shape} values")
     values = np.frombuffer(raw, "<f4").reshape(shape)
@@ -319,7 +319,7 @@ def _read_column(
 
 
 def _read_chunk(place: Place, name: str, dtype: str, rows: int) -> npt.NDArray[Any]:
-    raw = _read_checked(place, name)
+    raw = read_checked(place, name)
     try:
         if dtype == "string":
             values = VLenUTF8().decode(raw).astype(np.dtypes.StringDType())
@@ -332,7 +332,7 @@ def _read_chunk(place: Place, name: str, dtype: str, rows: int) -> npt.NDArray[A
     return values
 
 
-def _read_checked(place: Place, name: str) -> bytes:
+def read_checked(place: Place, name: str) -> bytes:
     """Content of a chunk in front of its crc32c."""
     try:
         raw = without_crc(place.read(name))
