@@ -79,6 +79,7 @@ class MappedArray(ArrayReader):
 
     def __init__(self, split: SplitIndex, info: ArrayInfo) -> None:
         super().__init__(split, info)
+        self._stride = self.layout.stride
         self._shards: list[Bytes] = [_UNMAPPED] * split.n_blocks
         self._checked = np.zeros(split.n_blocks * self.layout.n_chunks, np.bool_)
         self._unchecked = len(self._checked)
@@ -89,7 +90,7 @@ class MappedArray(ArrayReader):
         if self._unchecked and not self._checked[pieces.number].all():
             self._check(pieces.number)
         shards, row_bytes = self._shards, self._row_bytes
-        begin = pieces.chunk * self.layout.stride + pieces.row * row_bytes
+        begin = pieces.chunk * self._stride + pieces.row * row_bytes
         end = begin + pieces.rows * row_bytes
         ranges = zip(pieces.blocks, begin.tolist(), end.tolist(), strict=True)
         return [shards[block][i:j] for block, i, j in ranges]
@@ -103,8 +104,8 @@ class MappedArray(ArrayReader):
                 shard = self._shards[block]
                 if shard is _UNMAPPED:
                     shard = self._shards[block] = self._map(block)
-                begin = chunk * self.layout.stride
-                stored = shard[begin : begin + self.layout.stride]
+                begin = chunk * self._stride
+                stored = shard[begin : begin + self._stride]
                 prefetch(stored)
                 located.append((number, stored))
             for number, stored in located:
