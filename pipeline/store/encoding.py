@@ -60,7 +60,7 @@ class Encoding:
         OverflowError
             A value is too far from the others for these integers.
         """
-        scaled = values.astype(np.float32) - self.mean
+        scaled = values.astype(np.float32, copy=False) - self.mean
         if self.rotation is not None:
             scaled = scaled @ self.rotation.T
         scaled /= self.channel_scale
@@ -71,7 +71,8 @@ class Encoding:
         scale = _row_scale(scaled)
         # Rows of zeros have scale 0.
         divisor = np.where(scale > 0, scale, 1).astype(np.float32)
-        return _integers(scaled / _broadcast(divisor, scaled), np.dtype(np.int8)), scale
+        scaled /= _broadcast(divisor, scaled)
+        return _integers(scaled, np.dtype(np.int8)), scale
 
     def decode(
         self, integers: npt.NDArray[Any], scale: npt.NDArray[np.float16] | None
@@ -84,10 +85,12 @@ class Encoding:
         self, values: npt.NDArray[Any], decoded: Floats
     ) -> npt.NDArray[np.float64]:
         """(M, 2) squared error of every row, and its squared distance to the mean."""
-        exact = values.astype(np.float64)
-        wrong = np.square(decoded - exact)
-        size = np.square(exact - self.mean)
-        return np.stack([v.reshape(len(v), -1).sum(1) for v in (wrong, size)], axis=1)
+        exact = values.astype(np.float32, copy=False)
+        sums = np.empty((len(values), 2))
+        for column, difference in enumerate((decoded - exact, exact - self.mean)):
+            rows = difference.reshape(len(values), -1)
+            sums[:, column] = np.einsum("ij,ij->i", rows, rows)
+        return sums
 
 
 def dequantized(values: Any, row_scale: Any, tables: Mapping[str, Any]) -> Any:
@@ -113,15 +116,22 @@ def relative_error(sums: npt.NDArray[np.float64]) -> float:
 
 def _integers(values: Floats, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     limit = np.iinfo(dtype).max
-    rounded = np.rint(values)
-    largest = float(np.abs(rounded).max(initial=0))
+    np.rint(values, out=values)
+    largest = _largest(values)
     if largest > limit:
         raise OverflowError(f"{largest:.3g} steps from the mean, {limit} fit")
-    return rounded.astype(dtype)
+    return values.astype(dtype)
+
+
+def _largest(values: Floats) -> float:
+    return float(max(values.max(initial=0), -values.min(initial=0)))
 
 
 def _row_scale(scaled: Floats) -> npt.NDArray[np.float16]:
-    largest = np.abs(scaled).reshape(len(scaled), -1).max(axis=1, initial=0) / 127
+    rows = scaled.reshape(len(scaled), -1)
+    largest = (
+        np.maximum(rows.max(axis=1, initial=0), -rows.min(axis=1, initial=0)) / 127
+    )
     if largest.max(initial=0) > _MAX_HALF:
         raise OverflowError(f"a row scale of {largest.max():.3g}, {_MAX_HALF:g} fits")
     half = largest.astype(np.float16)

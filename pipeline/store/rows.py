@@ -9,7 +9,7 @@ from pipeline.errors import DataError, StoreError
 from pipeline.store.encoding import ERROR, SCALE, Encoding
 from pipeline.store.index import ArrayInfo, SplitIndex
 
-_PIECE_ROWS = 4096
+_PIECE_BYTES = 1 << 20
 # Numbers looked at together: they stay in the processor's cache.
 _PIECE_BITS = 65536
 # By bytes of a number: integers of its size, and the exponent of infinity among them.
@@ -60,15 +60,15 @@ def _encoded(
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.float16] | None, npt.NDArray[np.float64]]:
     """Integers, scales of rows and `Encoding.error` of ``exact``.
 
-    A few rows at a time: the sums of squares are taken in double precision, four times
-    the size of a block of features.
+    A few rows at a time, which stay in the processor's cache.
     """
     integers = np.empty(exact.shape, info.dtype)
     scales = np.empty(len(exact), np.float16)
     sums = np.empty((len(exact), 2), np.float64)
     scaled = False
-    for first in range(0, len(exact), _PIECE_ROWS):
-        piece = slice(first, first + _PIECE_ROWS)
+    step = max(1, _PIECE_BYTES // (4 * int(np.prod(info.shape))))
+    for first in range(0, len(exact), step):
+        piece = slice(first, first + step)
         integers[piece], scale = encoding.encode(exact[piece])
         if scale is not None:
             scales[piece] = scale
