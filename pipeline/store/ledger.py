@@ -117,18 +117,24 @@ def read_digests(place: Place) -> dict[str, str]:
     return {line[_HEX + 1 :]: line[:_HEX] for line in lines}
 
 
-def changed_files(contents: Mapping[str, bytes], digests: dict[str, str]) -> list[str]:
-    """Names of the files that are gone or differ from their digest."""
+def changed_files(
+    place: Place, digests: dict[str, str], contents: Mapping[str, bytes]
+) -> list[str]:
+    """Names of the files that are gone or differ from their digest.
+
+    Where files cannot be mapped, their ``contents`` have been read before.
+    """
     return [
         name
         for name, known in digests.items()
-        if name not in contents or _hash(contents[name]) != known
+        if not _matches(place, name, known, contents)
     ]
 
 
 def check_metadata(place: Place) -> dict[str, bytes]:
-    """Metadata and index of a sealed store by name, as they were sealed.
+    """Check metadata and index of a sealed store; what was read for that, by name.
 
+    Mapped files are not kept: the index of millions of samples would be there twice.
     Commit records are left out: reading needs none, and there is one per block.
 
     Raises
@@ -141,8 +147,8 @@ def check_metadata(place: Place) -> dict[str, bytes]:
         for name, known in read_digests(place).items()
         if "/index/commit/c/" not in name
     }
-    contents = place.read_all(list(digests))
-    for name in changed_files(contents, digests):
+    contents = {} if place.mappable else place.read_all(list(digests))
+    for name in changed_files(place, digests, contents):
         raise damaged(place, name, "is not what was sealed")
     return contents
 
@@ -155,5 +161,16 @@ def shard_damage(place: Place, name: str, what: str, block: int) -> DamagedStore
     )
 
 
-def _hash(content: bytes) -> str:
+def _matches(
+    place: Place, name: str, known: str, contents: Mapping[str, bytes]
+) -> bool:
+    if not place.mappable:
+        return name in contents and _hash(contents[name]) == known
+    try:
+        return _hash(place.map(name)) == known
+    except FileNotFoundError:
+        return False
+
+
+def _hash(content: Any) -> str:
     return hashlib.blake2b(content, digest_size=_HEX // 2).hexdigest()

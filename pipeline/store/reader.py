@@ -76,7 +76,7 @@ class FeatureStore:
     ) -> "FeatureStore":
         root = read_root(place)
         header = root[ROOT_KEY]
-        # What was checked is what is parsed, and nothing is read twice.
+        # Over a network nothing is asked for twice.
         held = HeldPlace(place, check_metadata(place) if header["complete"] else {})
         splits = {
             name: replace(read_split(held, name), place=place)

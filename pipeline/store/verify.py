@@ -91,7 +91,8 @@ def _metadata_problems(place: Place, sealed: bool) -> Iterator[Problem]:
     except DamagedStoreError as error:
         yield Problem("", str(error))
         return
-    for name in changed_files(place.read_all(list(digests)), digests):
+    contents = {} if place.mappable else place.read_all(list(digests))
+    for name in changed_files(place, digests, contents):
         split, _, rest = name.partition("/")
         what = "is not what was sealed"
         if rest.startswith("index/commit/c/"):
