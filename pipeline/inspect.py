@@ -85,6 +85,8 @@ def _advice(store: FeatureStore) -> list[str]:
     lines = []
     for name, split in store.splits.items():
         features = [path for path in split.arrays if path in _FEATURES]
+        if not features:
+            continue
         size = sum(split.bytes_stored(path) for path in features)
         window = split.window_blocks(features)
         if window is not None:
@@ -100,6 +102,11 @@ def _advice(store: FeatureStore) -> list[str]:
                 f"{_memory() / 1e9:.0f} GB of memory here, so every epoch reads the "
                 "disk; keep the store on a local one, or store q8, half the size"
             )
+        else:
+            lines.append(
+                f"split {name}: {size / 1e6:.1f} MB of features fit into memory; they "
+                "are read where they lie, in any order"
+            )
     return lines
 
 
@@ -114,6 +121,7 @@ def render_description(description: dict[str, Any]) -> str:
         f"{description['path']}  (format {description['format_version']}, {state})",
         f"fingerprint  {description['fingerprint']}",
         *_teacher_lines(description["teacher"]),
+        "codec        bytes+crc32c where nothing else is said",
     ]
     for split, found in description["preview"].items():
         errors = found.get("precision_error", {})
