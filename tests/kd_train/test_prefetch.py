@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def _no_thread_is_left() -> Iterator[None]:
-    # By name, not by number: threads of other tests may end meanwhile.
+    # Which ones, not how many: threads of other tests may end meanwhile.
     before = set(threading.enumerate())
     yield
     assert set(threading.enumerate()) <= before
