@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline.errors import SpecError, StoreError
-from pipeline.fields import FIELDS
+from pipeline.fields import CHANNEL_FIELDS
 from pipeline.files import told_when_full
 from pipeline.planning import array_attributes, array_identity, stored_dtype
 from pipeline.spec import FeatureSpec
@@ -22,15 +22,14 @@ from pipeline.store.calibration import (
     calibrate,
     known_calibration,
 )
-from pipeline.store.index import SplitIndex
+from pipeline.store.index import METADATA, SplitIndex
 from pipeline.store.layout import BlockPlan
+from pipeline.store.metadata import read_attributes
 from pipeline.store.reader import FeatureStore, SplitReader
 from pipeline.store.writer import ArrayPlan, SplitPlan, StoreWriter, create_store
 
 log = logging.getLogger("pipeline.convert")
 Report = Callable[[str, int, int], None]
-
-FEATURES = {f.path: name for name, f in FIELDS.items() if None in f.shape}
 
 
 @dataclass(frozen=True)
@@ -52,12 +51,12 @@ class Conversion:
             A named field is no feature.
         """
         for name in self.fields:
-            if name not in FEATURES.values():
-                known = ", ".join(FEATURES.values())
+            if name not in CHANNEL_FIELDS.values():
+                known = ", ".join(CHANNEL_FIELDS.values())
                 raise SpecError(f"--field {name!r} is no feature; choose of {known}.")
         chosen = {
             path
-            for path, name in FEATURES.items()
+            for path, name in CHANNEL_FIELDS.items()
             if path in split.arrays and (not self.fields or name in self.fields)
         }
         return {path for path in chosen if not self._is_there(split, path)}
@@ -67,7 +66,7 @@ class Conversion:
         wanted = self.feature
         encoding = split.encoding(path)
         if encoding is None:
-            dtype = stored_dtype(FEATURES[path], wanted)
+            dtype = stored_dtype(CHANNEL_FIELDS[path], wanted)
             return wanted.profile == "faithful" and split.arrays[path].dtype == dtype
         return encoding.profile == wanted.profile == "q8"
 
@@ -159,10 +158,10 @@ def _plan(
         else _kept(split.index, path)
         for path in split.arrays
     )
-    return copied_plan(split.index, arrays)
+    return _copied_plan(split.index, arrays)
 
 
-def copied_plan(index: SplitIndex, arrays: tuple[ArrayPlan, ...]) -> SplitPlan:
+def _copied_plan(index: SplitIndex, arrays: tuple[ArrayPlan, ...]) -> SplitPlan:
     """Plan of a split with the blocks of ``index`` and other arrays."""
     blocks = BlockPlan(
         order=np.arange(len(index.start)),
@@ -181,7 +180,7 @@ def copied_plan(index: SplitIndex, arrays: tuple[ArrayPlan, ...]) -> SplitPlan:
 def _stored_anew(
     split: SplitReader, path: str, feature: FeatureSpec, chosen: Calibration | None
 ) -> ArrayPlan:
-    info, name = split.arrays[path], FEATURES[path]
+    info, name = split.arrays[path], CHANNEL_FIELDS[path]
     return ArrayPlan(
         path=path,
         level=info.level,
@@ -199,7 +198,7 @@ def _kept(index: SplitIndex, path: str) -> ArrayPlan:
         info.level,
         info.shape,
         info.dtype.name,
-        index.attributes(path),
+        read_attributes(index.place, f"{index.name}/{path}/{METADATA}"),
         known_calibration(info),
     )
 

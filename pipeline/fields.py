@@ -126,5 +126,7 @@ PREDICTION_FIELDS = ("teacher_energy", "teacher_forces")
 FEATURE_FIELDS = tuple(f.name for f in _TABLE if f.group == "features")
 # They say which edge a row of edge features belongs to and are stored with them.
 EDGE_IDENTITY_FIELDS = ("edge_index", "cell_offsets")
+# Path to name of the fields with channels of the teacher's width.
+CHANNEL_FIELDS = {f.path: f.name for f in _TABLE if None in f.shape}
 # What a spec's `features:` section may ask for.
 CACHEABLE_FIELDS = ("per_atom_energy", *FEATURE_FIELDS, "edge_features")

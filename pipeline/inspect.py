@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pipeline.fields import FIELDS
+from pipeline.fields import CHANNEL_FIELDS
 from pipeline.store.packed import SHUFFLE
 from pipeline.store.reader import ArrayInfo, FeatureStore, SplitReader
 from pipeline.store.verify import Problem
@@ -13,7 +13,6 @@ from pipeline.store.writer import StoreWriter
 
 _LETTERS = {"node": "N", "edge": "E", "sample": "S"}
 _COUNTED = {"sample": "samples", "node": "atoms", "edge": "edges"}
-_FEATURES = {f.path for f in FIELDS.values() if None in f.shape}
 
 
 def describe_store(path: Path | str) -> dict[str, Any]:
@@ -84,7 +83,7 @@ def _advice(store: FeatureStore) -> list[str]:
     """What a user who trains on this store should know of reading it."""
     lines = []
     for name, split in store.splits.items():
-        features = [path for path in split.arrays if path in _FEATURES]
+        features = [path for path in split.arrays if path in CHANNEL_FIELDS]
         if not features:
             continue
         size = sum(split.bytes_stored(path) for path in features)

@@ -1,6 +1,7 @@
 """Reads ``.pt`` files without running anything that is in them."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -43,17 +44,22 @@ def _named(error: UnpicklingError) -> str:
     return f" ({found.group(1)})" if found else ""
 
 
-def read_torch_file(path: Path) -> dict[Any, Any]:
-    """Mapping stored in a ``.pt`` file, tensors on the CPU.
+def load_restricted(path: Path, harmless: Sequence[Any]) -> Any:
+    """Content of a ``.pt`` file, tensors on the CPU; nothing in it is run.
 
-    Only tensors, plain containers and numbers are admitted; a file with anything else,
-    or damaged, is refused with :class:`CheckpointError`.
+    ``harmless`` names types to admit beside tensors, plain containers and numbers, as
+    for ``torch.serialization.safe_globals``.
+
+    Raises
+    ------
+    CheckpointError
+        The file is missing, damaged, or holds anything else.
     """
     try:
-        with torch.serialization.safe_globals(_HARMLESS):
-            content = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(list(harmless)):
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise CheckpointError(f"There is no file {path}.") from error
+        raise CheckpointError(f"There is no checkpoint file {path}.") from error
     except UnpicklingError as error:
         raise CheckpointError(
             f"{path} is refused: it is damaged or holds more than tensors and plain "
@@ -65,6 +71,15 @@ def read_torch_file(path: Path) -> dict[Any, Any]:
             f"{path} is not a readable torch file ({type(error).__name__}); it may be "
             "incomplete, so fetch it again."
         ) from error
+
+
+def read_torch_file(path: Path) -> dict[Any, Any]:
+    """Mapping stored in a ``.pt`` file, tensors on the CPU.
+
+    Only tensors, plain containers and numbers are admitted; a file with anything else,
+    or damaged, is refused with :class:`CheckpointError`.
+    """
+    content = load_restricted(path, _HARMLESS)
     if not isinstance(content, dict):
         raise CheckpointError(
             f"{path} holds a {type(content).__name__} instead of a mapping of names."

@@ -45,12 +45,13 @@ class Adoption:
             content = source.place.read(name)
         except FileNotFoundError:
             raise shard_damage(source.place, name, "is missing", block) from None
-        if shard_hash(content, source.hashing) != expected:
+        found = shard_hash(content, source.hashing)
+        if found != expected:
             what = "does not match its commit record"
             raise shard_damage(source.place, name, what, block)
         if not (self.link and _link(Path(source.place.label(name)), file)):
             write_atomically(file, content)
-        return shard_hash(content, hashing)
+        return found if hashing == source.hashing else shard_hash(content, hashing)
 
 
 def _link(source: Path, file: Path) -> bool:

@@ -15,7 +15,6 @@ import numpy.typing as npt
 Floats = npt.NDArray[np.float32]
 Profile = Literal["q8", "compact"]
 
-PROFILES: tuple[Profile, ...] = ("q8", "compact")
 DTYPES: dict[str, str] = {"q8": "int8", "compact": "int16"}
 TABLES = ("channel_scale", "mean", "rotation", "zero")
 # Arrays beside an encoded one: scales of rows (q8), squared error and size by sample.

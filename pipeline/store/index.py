@@ -1,6 +1,5 @@
 """What is known of a store without its shards: arrays, index, names of files."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -110,11 +109,6 @@ class SplitIndex:
     checksums: npt.NDArray[np.uint64]
     edges: EdgeAxis | None = None
     hashing: str = XXH3
-
-    def attributes(self, path: str) -> dict[str, Any]:
-        """Attributes of array ``path``, such as its unit."""
-        document = json.loads(self.place.read(f"{self.name}/{path}/{METADATA}"))
-        return dict(document.get("attributes", {}))
 
     @cached_property
     def fields(self) -> dict[str, ArrayInfo]:

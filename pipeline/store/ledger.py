@@ -147,7 +147,7 @@ def check_metadata(place: Place) -> dict[str, bytes]:
         for name, known in read_digests(place).items()
         if "/index/commit/c/" not in name
     }
-    contents = {} if place.mappable else place.read_all(list(digests))
+    contents = place.fetch(list(digests))
     for name in changed_files(place, digests, contents):
         raise damaged(place, name, "is not what was sealed")
     return contents

@@ -7,7 +7,6 @@ import time
 import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -51,13 +50,12 @@ class Place(ABC):
     def read(self, name: str) -> bytes:
         """Content of a file; FileNotFoundError where there is none."""
 
-    def read_all(self, names: Sequence[str]) -> dict[str, bytes]:
-        """Contents of small files by name; those that are not there are left out."""
-        found = {}
-        for name in names:
-            with suppress(FileNotFoundError):
-                found[name] = self.read(name)
-        return found
+    def fetch(self, names: Sequence[str]) -> dict[str, bytes]:
+        """Contents of small files that have to be read anyway; none where mapped.
+
+        Those that are not there are left out.
+        """
+        return {}
 
     @abstractmethod
     def size(self, name: str) -> int | None:
@@ -175,8 +173,8 @@ class RemotePlace(Place):
         """Content of a file; FileNotFoundError where there is none."""
         return self._patiently(self._files.cat_file, self._path(name))
 
-    def read_all(self, names: Sequence[str]) -> dict[str, bytes]:
-        """Contents of small files by name, all requested at once."""
+    def fetch(self, names: Sequence[str]) -> dict[str, bytes]:
+        """Contents of small files by name, many requested at once."""
         paths = {self._path(name): name for name in names}
         found: dict[str, object] = {}
         for group in _groups(list(paths)):

@@ -91,8 +91,7 @@ def _metadata_problems(place: Place, sealed: bool) -> Iterator[Problem]:
     except DamagedStoreError as error:
         yield Problem("", str(error))
         return
-    contents = {} if place.mappable else place.read_all(list(digests))
-    for name in changed_files(place, digests, contents):
+    for name in changed_files(place, digests, place.fetch(list(digests))):
         split, _, rest = name.partition("/")
         what = "is not what was sealed"
         if rest.startswith("index/commit/c/"):

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,8 @@ import torch
 from numpy._core.multiarray import _reconstruct
 from torch import nn
 
-from pipeline.errors import CheckpointError, SpecError
+from pipeline.errors import SpecError
+from pipeline.models.torch_file import load_restricted
 from pipeline.spec import TeacherSpec
 
 # Arrays of numbers, by the names that numpy 1 and 2 gave their parts.
@@ -35,21 +35,7 @@ def refuse_code(path: Path, harmless: Sequence[Any] = ()) -> None:
     CheckpointError
         The file is missing, damaged, or holds something that could run code.
     """
-    try:
-        with torch.serialization.safe_globals(list(harmless)):
-            torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"There is no checkpoint file {path}.") from None
-    except UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is refused: it is damaged or holds more than tensors and plain "
-            "values, which could run code when loaded; fetch it again."
-        ) from error
-    except Exception as error:  # damaged archives fail in many ways inside torch
-        raise CheckpointError(
-            f"{path} is not a readable torch file ({type(error).__name__}); it may be "
-            "incomplete, so fetch it again."
-        ) from error
+    load_restricted(path, harmless)
 
 
 def require_trust(spec: TeacherSpec) -> None:
