@@ -36,6 +36,9 @@ class OptimizerConfig(ClosedModel):
 
     lr: float = Key(1e-3, gt=0)
     weight_decay: float = Key(2e-6, ge=0)
+    decayed: Literal["all", "matrices"] = Key(
+        "all", description="matrices: no decay of biases, embeddings and scalars"
+    )
     amsgrad: bool = True
     eps: float = Key(1e-7, gt=0)
     clip_norm: float | None = Key(10.0, gt=0, description="of all gradients together")
@@ -44,20 +47,46 @@ class OptimizerConfig(ClosedModel):
 class ScheduleConfig(ClosedModel):
     """Linear warm-up, then the learning rate falls."""
 
-    kind: Literal["constant", "exponential", "cosine"] = Key(
+    kind: Literal["constant", "exponential", "cosine", "milestones"] = Key(
         "exponential",
-        description="exponential: decay_rate^(step / decay_steps); cosine: to 0",
+        description="exponential: decay_rate^(step / decay_steps); cosine: to 0; "
+        "milestones: decay_rate at each of them",
     )
     warmup_steps: int = Key(3750, ge=0)
+    warmup_start: float = Key(
+        0.0, ge=0, le=1, description="share of the rate that the warm-up begins from"
+    )
     decay_rate: float = Key(0.01, gt=0, le=1)
     decay_steps: int = Key(4_000_000, ge=1)
+    milestones: tuple[int, ...] = Key((), description="steps, ascending")
 
 
 class LossConfig(ClosedModel):
-    """L0 = energy_weight * MAE(E) + force_weight * mean over free atoms of |dF|."""
+    """L0 = energy_weight * MAE(E) + force_weight * force error over free atoms."""
 
     energy_weight: float = Key(1.0, ge=0)
     force_weight: float = Key(100.0, ge=0)
+    force_error: Literal["l2", "mae"] = Key(
+        "l2", description="l2: mean of |dF|; mae: mean over components"
+    )
+    teacher_labels: float = Key(
+        0.0,
+        ge=0,
+        description="weight in L0 of samples without reference labels, with the "
+        "teacher's energy and forces; 0 leaves them to the distillation terms",
+    )
+
+
+class LambdaSchedule(ClosedModel):
+    """Factor of all distillation weights, by the step."""
+
+    kind: Literal["constant", "linear", "cosine"] = Key(
+        "constant", description="how the factor goes from start to end; constant: start"
+    )
+    start: float = Key(1.0, ge=0)
+    end: float = Key(0.0, ge=0)
+    first_step: int = Key(0, ge=0, description="the factor is start before")
+    steps: int | None = Key(None, ge=1, description="default: to the end of training")
 
 
 class DistillConfig(ClosedModel):
@@ -69,6 +98,13 @@ class DistillConfig(ClosedModel):
     v2v: float = Key(10000.0, ge=0)
     vanilla1: float = Key(1.0, ge=0)
     vanilla2: float = Key(100.0, ge=0)
+    schedule: LambdaSchedule = LambdaSchedule()
+    balance: float | None = Key(
+        None,
+        gt=0,
+        description="keep the weighted terms together at this fraction of L0; the "
+        "weights then only say how they share it",
+    )
 
 
 class TrainConfig(ClosedModel):
@@ -77,7 +113,10 @@ class TrainConfig(ClosedModel):
     strategy: str = Key("none", description="one of the strategies, or several with +")
     student: StudentConfig = StudentConfig()
     seed: int = Key(0, ge=0)
-    steps: int = Key(10_000, ge=1)
+    steps: int = Key(10_000, ge=1, description="optimiser steps")
+    accumulate: int = Key(
+        1, ge=1, description="batches in a step, of every process; as one large batch"
+    )
     batch_size: int = Key(32, ge=1, description="samples in a step at most")
     batch_atoms: int | None = Key(
         None, ge=1, description="atoms in a step at most; replaces batch_size when set"
@@ -92,11 +131,28 @@ class TrainConfig(ClosedModel):
     schedule: ScheduleConfig = ScheduleConfig()
     loss: LossConfig = LossConfig()
     distill: DistillConfig = DistillConfig()
-    ema_decay: float = Key(0.999, ge=0, lt=1)
+    ema_decay: float = Key(
+        0.999, ge=0, lt=1, description="of the moving average; 0: the last weights"
+    )
+    precision: Literal["float32", "tf32", "bfloat16"] = Key(
+        "float32", description="of matrix products; bfloat16 by autocast"
+    )
+    compile: bool = Key(False, description="torch.compile the student")
+    deterministic: bool = Key(
+        False, description="refuse operations that may differ between two runs"
+    )
     eval_every: int = Key(1000, ge=1, description="steps between validations")
     export: Literal["best", "last"] = Key(
-        "best",
-        description="which weights student.safetensors holds, by validation loss",
+        "best", description="which weights student.safetensors holds"
+    )
+    best_by: Literal["loss", "energy_mae", "forces_mae", "forces_cos", "efwt"] = Key(
+        "loss",
+        description="what the best validation is chosen by; loss is L0 over the split",
+    )
+    patience: int | None = Key(
+        None,
+        ge=1,
+        description="stop after so many validations without a better one",
     )
 
     @field_validator("strategy")
