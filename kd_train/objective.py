@@ -7,23 +7,30 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from kd_train.losses import Term, joint_mean
+from kd_train.numerics import forward_precision, in_float32
 
 
 class Objective(nn.Module):
     """Totals of all terms, so that one module holds everything that has gradients.
 
-    ``modules`` has the ``student`` and the ``adapters`` that the terms use.
+    ``modules`` has the ``student`` and the ``adapters`` that the terms use. Only the
+    student's forward pass has the reduced ``precision``.
     """
 
-    def __init__(self, modules: nn.ModuleDict, terms: Sequence[Term]) -> None:
+    def __init__(
+        self, modules: nn.ModuleDict, terms: Sequence[Term], precision: str
+    ) -> None:
         super().__init__()
         self.learned = modules
+        self._precision = precision
         self.terms = tuple(terms)
         self._sizes = [len(term.part_weights) for term in self.terms]
 
     def forward(self, batch: Data) -> Tensor:
         """(P,) summed errors of ``batch``, term after term, with their gradient."""
-        output = self.learned["student"](batch)
+        with forward_precision(self._precision, batch.positions.device):
+            output = self.learned["student"](batch)
+        output = in_float32(output)
         return torch.cat([term.totals(output, batch) for term in self.terms])
 
     def counts(self, batch: Data) -> Tensor:

@@ -38,7 +38,7 @@ class Learner:
     """The plain student, its training-only adapters, and the units it works in.
 
     ``fields`` are what training reads from the store beside structures and labels;
-    ``supervised`` is L0 as it is trained, ``validation`` against the labels alone.
+    ``supervised`` is L0.
     """
 
     model_name: str
@@ -48,7 +48,6 @@ class Learner:
     normalizer: Normalizer
     fields: tuple[str, ...]
     supervised: OutputError
-    validation: OutputError
     initial_digest: str
 
 
@@ -91,7 +90,6 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
         normalizer,
         fields,
         OutputError("l0", supervised_labels(config.loss), normalizer, config.loss),
-        OutputError("l0", reference_labels, normalizer, config.loss),
         weights_digest(student),
     )
 

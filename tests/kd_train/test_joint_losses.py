@@ -195,7 +195,7 @@ def test_validation_knows_no_label_of_the_teacher(
         run = make_run(
             partly_labelled, tmp_path, train_config(loss={"teacher_labels": weight})
         )
-        rows.append(run.evaluate(run.learner.student))
+        rows.append(run.validator(run.learner.student))
     assert rows[0].loss == rows[1].loss
     assert rows[0].metrics == rows[1].metrics
 

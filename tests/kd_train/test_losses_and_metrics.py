@@ -12,12 +12,10 @@ from kd_train.config import LossConfig
 from kd_train.data import CachedSamples
 from kd_train.evaluate import evaluate, teacher_metrics
 from kd_train.losses import (
-    OutputError,
     energy_total,
     force_l2_total,
     force_mae_total,
     joint_mean,
-    reference_labels,
 )
 from kd_train.metrics import MetricSums, gap_closed
 from kd_train.order import ordered_batches
@@ -295,8 +293,7 @@ def test_evaluation_equals_predictions_of_single_samples(
     weights = LossConfig(energy_weight=2.0, force_weight=5.0)
     cpu = torch.device("cpu")
     batches = map(samples.batch, ordered_batches(len(samples), 7))
-    term = OutputError("l0", reference_labels, loaded.normalizer, weights)
-    result = evaluate(student, batches, loaded.normalizer, term, cpu)
+    result = evaluate(student, batches, loaded.normalizer, weights, cpu)
     assert student.training
     assert student.modes == {False}
 
