@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, TypeVar
 from pipeline.errors import PipelineError, SpecError
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
     from torch.distributed import Store
 
@@ -158,8 +157,42 @@ def _number(
         ) from None
 
 
+def process_device(world: World, name: str | None) -> str | None:
+    """Device that a process of ``world`` is to use where the user named ``name``.
+
+    Every process has the GPU of its ``LOCAL_RANK``; None where the choice is free.
+
+    Raises
+    ------
+    SpecError
+        All processes would share one GPU, or there are more of them than GPUs.
+    """
+    if world.size == 1 or not _on_gpus(name):
+        return name
+    import torch
+
+    if name not in (None, "cuda"):
+        raise SpecError(
+            f"--device {name!r} is one GPU for {world.size} processes; leave it out, "
+            "every process takes the one of its LOCAL_RANK."
+        )
+    if world.local_rank >= torch.cuda.device_count():
+        raise SpecError(
+            f"Process {world.rank} has LOCAL_RANK={world.local_rank}, but its machine "
+            f"has {torch.cuda.device_count()} GPUs; start fewer processes a machine."
+        )
+    torch.cuda.set_device(world.local_rank)
+    return f"cuda:{world.local_rank}"
+
+
+def _on_gpus(name: str | None) -> bool:
+    import torch
+
+    return torch.cuda.is_available() and (name or "cuda").startswith("cuda")
+
+
 @contextmanager
-def joined(world: World, device: "torch.device") -> Iterator[None]:
+def joined(world: World, device: str | None) -> Iterator[None]:
     """Let the processes talk to each other inside; the first error ends all of them.
 
     The process that fails first speaks: its error is raised. The others, which may be
@@ -190,12 +223,12 @@ def joined(world: World, device: "torch.device") -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def _meet(world: World, device: "torch.device") -> "Store":
+def _meet(world: World, device: str | None) -> "Store":
     """Connect the processes; returns the keys and values that they share."""
     import torch.distributed as dist
 
     # Counts of batches and the like stay on the CPU, gradients on the GPU.
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if _on_gpus(device) else "gloo"
     try:
         store, rank, size = next(
             dist.rendezvous("env://", world.rank, world.size, timeout=_TIMEOUT)

@@ -1,5 +1,6 @@
 """The training loop, top to bottom: one store, one student, one run folder."""
 
+import inspect
 import itertools
 import logging
 import math
@@ -217,7 +218,11 @@ class Run:
             return self.objective
         start = f"{self.header()} {weights_digest(self.modules)}"
         self.world.require_equal(start, "Store, configuration or initial weights")
-        return DistributedDataParallel(self.objective, broadcast_buffers=False)
+        # Buffers are constants; the option to leave them alone changed its name.
+        known = inspect.signature(DistributedDataParallel).parameters
+        new = "forward_sync_buffers"
+        option = new if new in known else "broadcast_buffers"
+        return DistributedDataParallel(self.objective, **{option: False})
 
     def _gradients_kept(self, kept: bool) -> Any:
         """Context of a batch after which gradients are not yet exchanged."""

@@ -79,7 +79,19 @@ def determinism(wanted: bool, device: torch.device) -> Iterator[None]:
 
 
 def compile_student(student: Network) -> None:
-    """Compile the forward pass of ``student`` in place; its state keeps its names."""
+    """Compile the forward pass of ``student`` in place; its state keeps its names.
+
+    Raises
+    ------
+    SpecError
+        Its forces are gradients, whose training needs second derivatives.
+    """
+    if not student.hyperparameters.get("direct_forces"):
+        raise SpecError(
+            "compile: the student's forces are gradients of its energy, and the "
+            "compiler knows no second derivatives; set compile=false or choose a "
+            "student with direct forces."
+        )
     student.compile(dynamic=True)
 
 
