@@ -93,12 +93,12 @@ def _train(
     always, if_started = resume
     if started and not always and not if_started:
         raise SpecError(f"{folder} holds a run; add --resume or change --out.")
+    if not world.is_first:
+        logging.getLogger("kd_train").addHandler(logging.NullHandler())
     run = Run(chosen, store, folder, place, world)
     if world.is_first:
         folder.mkdir(parents=True, exist_ok=True)
         log_to_file("kd_train", folder / "train.log")
-    else:
-        logging.getLogger("kd_train").addHandler(logging.NullHandler())
     summary = run.train(resume=always or (if_started and started))
     metrics = ", ".join(
         f"{k} {v:.4g}" for k, v in summary["metrics"].items() if v is not None

@@ -79,10 +79,8 @@ class World:
 
     def wait(self) -> None:
         """Go on when all processes have come here."""
-        if self.size > 1:
-            import torch.distributed as dist
-
-            dist.barrier()
+        # A barrier of the library's own would have to choose a device.
+        self.texts("here")
 
     def texts(self, text: str) -> list[str]:
         """``text`` of every process, in order of rank."""
@@ -215,11 +213,11 @@ def joined(world: World, device: str | None) -> Iterator[None]:
         watch.stop()
         expected = isinstance(error, (PipelineError, OSError))
         if not watch.is_ours(expected=expected):
-            sys.exit(_STATUS)
+            _leave()
         raise
     # Before the first process, which may keep the keys, can be gone.
     watch.stop()
-    dist.barrier()
+    world.wait()
     dist.destroy_process_group()
 
 
@@ -293,5 +291,12 @@ class _Watch:
             if self._owner() is not None:
                 # Time for the main thread to end by itself, if it can.
                 if not self._done.wait(_GRACE_SECONDS):
-                    os._exit(_STATUS)
+                    _leave()
                 return
+
+
+def _leave() -> None:
+    """End this process at once; an orderly end might wait for the others."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(_STATUS)

@@ -10,6 +10,7 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 import yaml
 from torch import Tensor, nn
@@ -22,12 +23,7 @@ from kd_train.config import TrainConfig
 from kd_train.data import CachedSamples, decoded
 from kd_train.distributed import ALONE, World
 from kd_train.losses import Term
-from kd_train.numerics import (
-    compile_student,
-    compiler_errors,
-    determinism,
-    matmul_precision,
-)
+from kd_train.numerics import compile_student, determinism, training_numerics
 from kd_train.objective import Objective
 from kd_train.optimizer import make_optimizer
 from kd_train.order import BatchRule, Draw, check_budget, grouped, training_batches
@@ -127,6 +123,7 @@ class Run:
         window = Window()
         started = time.monotonic() - progress.seconds
         self.modules.train()
+        self._settle()
         stream = closing(self._training_stream())
         shown = self.world.is_first
         with progress_bar(config, progress.step, shown) as bar, stream as batches:
@@ -160,10 +157,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        with (
-            matmul_precision(self.config.precision),
-            compiler_errors(self.config.compile),
-        ):
+        with training_numerics(self.config):
             values = self._accumulate(batches)
         if self.config.optimizer.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(
@@ -221,8 +215,21 @@ class Run:
         # Buffers are constants; the option to leave them alone changed its name.
         known = inspect.signature(DistributedDataParallel).parameters
         new = "forward_sync_buffers"
-        option = new if new in known else "broadcast_buffers"
-        return DistributedDataParallel(self.objective, **{option: False})
+        options: dict[str, Any] = {new if new in known else "broadcast_buffers": False}
+        return DistributedDataParallel(self.objective, **options)
+
+    def _settle(self) -> None:
+        """Let the exchange of gradients find its order, as it does after a first pass.
+
+        Sums over more than two processes depend on that order, and a resumed run would
+        else have another one in its first step.
+        """
+        if self._parallel is self.objective:
+            return
+        batch = self.on_device(self.train_samples.batch(np.arange(1)))
+        with training_numerics(self.config):
+            (0 * self._parallel(batch).sum()).backward()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _gradients_kept(self, kept: bool) -> Any:
         """Context of a batch after which gradients are not yet exchanged."""

@@ -7,12 +7,20 @@ from dataclasses import fields, replace
 
 import torch
 
+from kd_train.config import TrainConfig
 from pipeline.errors import PipelineError, SpecError
 from pipeline.models.network import Network
 from pipeline.models.output import ModelOutput
 
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _WORKSPACES = (":4096:8", ":16:8")
+
+
+@contextmanager
+def training_numerics(config: TrainConfig) -> Iterator[None]:
+    """Context of forward and backward passes: precision, errors of the compiler."""
+    with matmul_precision(config.precision), compiler_errors(config.compile):
+        yield
 
 
 @contextmanager

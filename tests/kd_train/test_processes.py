@@ -13,10 +13,10 @@ import torch
 
 from kd_train.checkpoint import read_checkpoint
 from kd_train.cli import main
-from kd_train.distributed import World, in_turns, process_device, world_of
+from kd_train.distributed import World, in_turns, joined, process_device, world_of
 from kd_train.evaluate import evaluate
 from kd_train.order import BatchRule, epoch_parts, ordered_batches
-from pipeline.errors import SpecError
+from pipeline.errors import PipelineError, SpecError
 from pipeline.models.checkpoint import load_checkpoint
 from pipeline.store.reader import FeatureStore
 from tests.commands import refusal
@@ -228,6 +228,17 @@ def test_one_process_needs_no_variable() -> None:
     assert world_of({}) == world_of({"WORLD_SIZE": "1"}) == World()
     four = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}
     assert world_of(four) == World(3, 4, 1)
+
+
+def test_a_process_that_cannot_reach_the_others_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with (
+        pytest.raises(PipelineError, match="Process 0 of 2 .*MASTER_ADDR"),
+        joined(World(0, 2, 0), "cpu"),
+    ):
+        pass
 
 
 def test_every_process_gets_the_gpu_of_its_local_rank(
