@@ -120,10 +120,10 @@ class Run:
     def _train(self) -> None:
         """Take all steps that are left."""
         config, progress = self.config, self.progress
-        window = Window()
-        started = time.monotonic() - progress.seconds
         self.modules.train()
         self._settle()
+        window = Window()
+        started = time.monotonic() - progress.seconds
         stream = closing(self._training_stream())
         shown = self.world.is_first
         with progress_bar(config, progress.step, shown) as bar, stream as batches:

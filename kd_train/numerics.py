@@ -1,5 +1,6 @@
 """How exactly a run computes: precision, determinism, compilation."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -100,6 +101,8 @@ def compile_student(student: Network) -> None:
             "compiler knows no second derivatives; set compile=false or choose a "
             "student with direct forces."
         )
+    # It would tell of every place where a network reads a number from the device.
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
     student.compile(dynamic=True)
 
 

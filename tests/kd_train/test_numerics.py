@@ -1,13 +1,16 @@
 """Reduced precision against float32, deterministic mode, compilation."""
 
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from kd_train.numerics import determinism, matmul_precision
-from pipeline.errors import SpecError
+from kd_train.checkpoint import read_checkpoint
+from kd_train.numerics import compiler_errors, determinism, matmul_precision
+from pipeline.errors import PipelineError, SpecError
 from pipeline.store.reader import FeatureStore
 from tests.kd_train.runs import distilling, make_run
 from tests.stores import train_config
@@ -107,3 +110,55 @@ def test_a_workspace_of_cublas_that_is_not_deterministic_is_refused(
         determinism(True, torch.device("cuda")),
     ):
         pass
+
+
+def test_compiled_student_keeps_its_names(
+    small_store: FeatureStore, tmp_path: Path
+) -> None:
+    """Run as it stands instead of compiled, which would take a minute."""
+    states, exports = [], []
+    with torch.compiler.set_stance("force_eager"):
+        for compiled in (False, True):
+            folder = tmp_path / str(compiled)
+            config = distilling(steps=2, eval_every=2, compile=compiled)
+            make_run(small_store, folder, config).train(resume=False)
+            states.append(read_checkpoint(folder / "last.pt"))
+            exports.append(load_file(folder / "student.safetensors"))
+    for key in ("modules", "average"):
+        plain, other = (state[key] for state in states)
+        assert list(plain) == list(other)
+        assert all(torch.equal(plain[name], other[name]) for name in plain)
+    assert list(exports[0]) == list(exports[1])
+
+
+@pytest.mark.skipif("KD_TRAIN_COMPILE" not in os.environ, reason="takes minutes")
+def test_compiled_student_gives_the_losses_of_the_plain_one(
+    small_store: FeatureStore, tmp_path: Path
+) -> None:
+    losses = []
+    for compiled in (False, True):
+        run = make_run(small_store, tmp_path, distilling(compile=compiled))
+        for first in (0, 9, 20):
+            batch = run.train_samples.batch(np.arange(first, first + 4 + first))
+            found = run.step(run.on_device(batch))
+            losses.append({name: value.item() for name, value in found.items()})
+    for plain, other in zip(losses[:3], losses[3:], strict=True):
+        assert other == pytest.approx(plain, rel=1e-4)
+
+
+def test_forces_that_are_gradients_cannot_be_compiled(
+    small_store: FeatureStore, tmp_path: Path
+) -> None:
+    config = train_config("schnet-demo", compile=True)
+    with pytest.raises(SpecError, match=r"compile: .* gradients .* compile=false"):
+        make_run(small_store, tmp_path, config)
+
+
+def test_errors_of_the_compiler_are_one_sentence() -> None:
+    from torch._dynamo.exc import TorchDynamoException
+
+    with (
+        pytest.raises(PipelineError, match=r"\(No working compiler\); install a C\+\+"),
+        compiler_errors(True),
+    ):
+        raise TorchDynamoException("No working compiler.\n\nFrom user code: ...")
