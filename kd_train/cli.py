@@ -55,14 +55,14 @@ def main(
     import torch
 
     from kd_train.loop import Run
-    from kd_train.setup import with_student
+    from kd_train.setup import resolved
     from pipeline.store.reader import FeatureStore
 
     if threads is not None:
         torch.set_num_threads(threads)
     place = chosen_device(device)
     store = FeatureStore.open(cache)
-    chosen = with_student(chosen, store)
+    chosen = resolved(chosen, store)
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     name = f"{chosen.student.preset}-{chosen.strategy}-s{chosen.seed}-{stamp}"
     folder = out or Path("runs") / name

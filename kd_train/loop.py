@@ -42,7 +42,7 @@ from kd_train.records import (
     write_rows,
 )
 from kd_train.schedule import learning_rate
-from kd_train.setup import Learner, chosen_split, make_learner, with_student
+from kd_train.setup import Learner, chosen_split, make_learner, resolved
 from pipeline.errors import PipelineError, SpecError
 from pipeline.files import write_atomically
 from pipeline.models.checkpoint import load_checkpoint, save_model
@@ -78,7 +78,7 @@ class Run:
         folder: Path,
         device: torch.device,
     ) -> None:
-        self.config = config = with_student(config, store)
+        self.config = config = resolved(config, store)
         self.store = store
         self.folder = folder
         self.device = device
