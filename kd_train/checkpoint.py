@@ -17,7 +17,9 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     write_atomically(path, buffer.getvalue())
 
 
-STATE = frozenset({"header", "progress", "rows", "modules", "average", "optimizer"})
+STATE = frozenset(
+    {"header", "progress", "rows", "modules", "average", "optimizer", "weighting"}
+)
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -39,6 +41,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     except Exception:
         # torch raises many classes for torn and for hostile files alike.
         raise CheckpointError(
-            f"{path} is damaged or not a checkpoint of kd-train; start the run anew."
+            f"{path} is damaged or not a checkpoint of this version of kd-train; start "
+            "the run anew."
         ) from None
     return dict(state)

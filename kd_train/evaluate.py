@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from kd_train.config import LossConfig
+from kd_train.distributed import ALONE, World, in_turns
 from kd_train.joined import Split
-from kd_train.losses import output_loss
-from kd_train.metrics import MetricSums
+from kd_train.losses import OutputError, joint_mean, reference_labels
+from kd_train.metrics import METRICS, MetricSums
 from kd_train.order import ordered_batches
 from kd_train.prefetch import moved
 from pipeline.fields import FIELDS
@@ -22,7 +23,10 @@ from pipeline.models.normalizer import Normalizer
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics, the supervised loss L0, and predictions in eV and eV/Å."""
+    """Metrics, the supervised loss L0, and predictions in eV and eV/Å.
+
+    The loss is NaN where no sample has a label.
+    """
 
     metrics: dict[str, float]
     loss: float
@@ -35,46 +39,101 @@ def evaluate(
     normalizer: Normalizer,
     weights: LossConfig,
     device: torch.device,
+    world: World = ALONE,
 ) -> Evaluation:
     """Run ``model`` over ``batches``, leaving its mode as it was.
 
     Predictions come in the order of the batches, with ``n_atoms`` of every sample. The
-    loss is the mean of those of batches, weighted by samples.
+    loss is L0 over all samples at once, whatever the batches. Of several processes each
+    has every ``world.size``-th batch, from its rank on, and each gets the whole result:
+    bit for bit that of one process, since the sums of batches are added in their order.
     """
     was_training = model.training
     model.eval()
-    sums = MetricSums()
-    kept: dict[str, list[Tensor]] = {}
-    total, seen = 0.0, 0
+    term = OutputError("l0", reference_labels, normalizer, weights)
+    rows = [torch.zeros(0, _WIDTH, dtype=torch.float64)]
+    kept = [_no_results()]
     with torch.no_grad():
         for batch in batches:
             batch = moved(batch, device)
             output = model(batch)
-            loss = output_loss(
-                output, batch, batch.energy, batch.forces, normalizer, weights
-            )
-            total += float(loss) * batch.num_graphs
-            seen += batch.num_graphs
-            energy = normalizer.denormalize_energy(
-                output.energy, batch.atomic_numbers, batch.batch
-            )
-            forces = normalizer.denormalize_forces(output.forces)
+            sums = MetricSums()
+            results = _results(output, batch, normalizer)
             sums.add(
-                energy, forces, batch.energy, batch.forces, batch.batch, batch.fixed
+                results["energy"],
+                results["forces"],
+                batch.energy,
+                batch.forces,
+                batch.batch,
+                batch.fixed,
             )
-            results = {
-                "energy": energy,
-                "forces": forces,
-                "energy_label": batch.energy,
-                "forces_label": batch.forces,
-                "fixed": batch.fixed,
-                "n_atoms": batch.natoms,
-            }
-            for name, tensor in results.items():
-                kept.setdefault(name, []).append(tensor.detach().cpu())
+            parts = [term.totals(output, batch).double(), term.counts(batch)]
+            sizes = torch.tensor([batch.num_graphs, batch.num_nodes]).double()
+            row = torch.cat([sizes, *(part.cpu() for part in parts), sums.row()])
+            rows.append(row[None])
+            kept.append({name: value.cpu() for name, value in results.items()})
     model.train(was_training)
-    predictions = {name: torch.cat(parts).numpy() for name, parts in kept.items()}
-    return Evaluation(sums.result(), total / max(seen, 1), predictions)
+    joint = {name: torch.cat([part[name] for part in kept]) for name in kept[0]}
+    return _together(torch.cat(rows), joint, term.part_weights, world)
+
+
+# Samples, atoms; two totals and two counts of the loss; sums and counts of metrics.
+_WIDTH = 2 + 4 + 2 * len(METRICS)
+
+
+def _together(
+    rows: Tensor,
+    results: dict[str, Tensor],
+    part_weights: tuple[float, ...],
+    world: World,
+) -> Evaluation:
+    """Join the batches of all processes; rows (n, W), results in their order."""
+    parts = world.gathered(rows)
+    sums = MetricSums()
+    total = torch.zeros(4, dtype=torch.float64)
+    for row in in_turns([list(part) for part in parts]):
+        total = total + row[2:6]
+        sums.add_row(row[6:])
+    loss = float(joint_mean(part_weights, total[:2], total[2:]))
+    predictions = {}
+    for name, values in results.items():
+        column = 1 if name in _PER_ATOM else 0
+        pieces = [
+            list(torch.split(value, part[:, column].long().tolist()))
+            for value, part in zip(world.gathered(values), parts, strict=True)
+        ]
+        predictions[name] = torch.cat([values[:0], *in_turns(pieces)]).numpy()
+    known = bool(total[2:].any())
+    return Evaluation(sums.result(), loss if known else float("nan"), predictions)
+
+
+_PER_ATOM = ("forces", "forces_label", "fixed")
+
+
+def _results(output: Any, batch: Data, normalizer: Normalizer) -> dict[str, Tensor]:
+    """What ``predictions.npz`` keeps of a batch, on its device."""
+    return {
+        "energy": normalizer.denormalize_energy(
+            output.energy, batch.atomic_numbers, batch.batch
+        ),
+        "forces": normalizer.denormalize_forces(output.forces),
+        "energy_label": batch.energy,
+        "forces_label": batch.forces,
+        "fixed": batch.fixed,
+        "n_atoms": batch.natoms,
+    }
+
+
+def _no_results() -> dict[str, Tensor]:
+    """The same of no samples, for a process without a batch."""
+    return {
+        "energy": torch.zeros(0, dtype=torch.float64),
+        "forces": torch.zeros(0, 3),
+        "energy_label": torch.zeros(0, dtype=torch.float64),
+        "forces_label": torch.zeros(0, 3),
+        "fixed": torch.zeros(0, dtype=torch.bool),
+        "n_atoms": torch.zeros(0, dtype=torch.int64),
+    }
 
 
 def teacher_metrics(split: Split) -> dict[str, float] | None:

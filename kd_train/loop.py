@@ -1,75 +1,62 @@
 """The training loop, top to bottom: one store, one student, one run folder."""
 
-import io
 import itertools
-import json
 import logging
 import math
 import time
-from collections.abc import Generator
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import torch
 import yaml
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch_geometric.data import Data
 
 from kd_train.checkpoint import read_checkpoint, save_checkpoint
 from kd_train.config import TrainConfig
 from kd_train.data import CachedSamples, decoded
-from kd_train.evaluate import Evaluation, evaluate, teacher_metrics
-from kd_train.losses import output_loss
-from kd_train.order import (
-    BatchRule,
-    Draw,
-    check_budget,
-    ordered_batches,
-    ordered_within,
-    training_batches,
+from kd_train.distributed import ALONE, World
+from kd_train.losses import Term
+from kd_train.numerics import (
+    compile_student,
+    compiler_errors,
+    determinism,
+    matmul_precision,
 )
+from kd_train.objective import Objective
+from kd_train.optimizer import make_optimizer
+from kd_train.order import BatchRule, Draw, check_budget, grouped, training_batches
 from kd_train.prefetch import moved, pinned, prefetch
-from kd_train.records import (
-    Window,
-    progress_bar,
-    require_same_run,
-    short,
-    without_nan,
-    write_rows,
-)
+from kd_train.progress import Progress
+from kd_train.records import Window, progress_bar, require_same_run, short, write_rows
+from kd_train.results import export_student, write_results
 from kd_train.schedule import learning_rate
-from kd_train.setup import Learner, chosen_split, make_learner, resolved
+from kd_train.setup import (
+    Learner,
+    chosen_split,
+    make_learner,
+    resolved,
+    weights_digest,
+)
+from kd_train.validate import Validator
+from kd_train.weighting import Weighting
 from pipeline.errors import PipelineError, SpecError
 from pipeline.files import write_atomically
-from pipeline.models.checkpoint import load_checkpoint, save_model
 from pipeline.models.network import Network
 from pipeline.store.reader import FeatureStore
 
 log = logging.getLogger("kd_train")
 
 
-@dataclass
-class Progress:
-    """Where a run stands; saved in every checkpoint.
-
-    The next batch is number ``offset`` of ``epoch``, in the order of ``world_size``
-    processes.
-    """
-
-    step: int = 0
-    epoch: int = 0
-    offset: int = 0
-    world_size: int = 1
-    best_loss: float = float("inf")
-    seconds: float = 0.0
-
-
 class Run:
-    """One training run: builds everything, then trains, validates and saves."""
+    """One training run: builds everything, then trains, validates and saves.
+
+    In each process of ``world``; the first one writes the folder.
+    """
 
     def __init__(
         self,
@@ -77,11 +64,13 @@ class Run:
         store: FeatureStore,
         folder: Path,
         device: torch.device,
+        world: World = ALONE,
     ) -> None:
         self.config = config = resolved(config, store)
         self.store = store
         self.folder = folder
         self.device = device
+        self.world = world
         self.learner: Learner = make_learner(config, store)
         self.modules = nn.ModuleDict(
             {"student": self.learner.student, "adapters": self.learner.adapters}
@@ -89,23 +78,24 @@ class Run:
         self.average: AveragedModel = AveragedModel(
             self.modules, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)
         )
-        options = config.optimizer
-        self.optimizer = torch.optim.AdamW(
-            [p for p in self.modules.parameters() if p.requires_grad],
-            lr=options.lr,
-            weight_decay=options.weight_decay,
-            amsgrad=options.amsgrad,
-            eps=options.eps,
-            fused=True,
-        )
+        if config.compile:
+            compile_student(self.learner.student)
+        terms: list[Term] = [self.learner.supervised, *self.learner.strategies]
+        self.objective = Objective(self.modules, terms, config.precision)
+        self.optimizer = make_optimizer(self.modules, config.optimizer)
+        self.weighting = Weighting(config, device)
         self.train_samples = self._samples(config.train_split, self.learner.fields)
         self.tables = self.train_samples.tables(device)
         self.val_samples = self._samples(config.val_split, ())
+        self.validator = Validator(
+            config, self.val_samples, self.learner.normalizer, device, world
+        )
         if config.batch_atoms is not None:
             split = self.train_samples.split
             check_budget(split.n_atoms, split.sample_ids, config.batch_atoms)
-        self.progress = Progress()
+        self.progress = Progress(world_size=world.size)
         self.rows: list[dict[str, Any]] = []
+        self._parallel = self._synchronised()
 
     def train(self, *, resume: bool) -> dict[str, Any]:
         """Train to the configured step and return the final metrics of the run.
@@ -113,53 +103,107 @@ class Run:
         Raises
         ------
         SpecError
-            The run to be resumed had another configuration or store.
+            The run to be resumed had another configuration or store, or an operation
+            of a deterministic run has no deterministic form.
         DataError, DamagedStoreError
             A sample cannot be used; names it.
         """
+        self.world.require_equal(str(resume), f"The files in {self.folder}")
         if resume:
             self._restore()
-        self._write_header()
+            state = f"{self.progress} {weights_digest(self.modules)}"
+            self.world.require_equal(state, f"The files in {self.folder}")
+        if self.world.is_first:
+            self._write_header()
+        with determinism(self.config.deterministic, self.device):
+            if not self.progress.is_done(self.config):
+                self._train()
+            return self._finish()
+
+    def _train(self) -> None:
+        """Take all steps that are left."""
         config, progress = self.config, self.progress
         window = Window()
         started = time.monotonic() - progress.seconds
         self.modules.train()
         stream = closing(self._training_stream())
-        with progress_bar(config, progress.step) as bar, stream as batches:
-            for draw, batch in batches:
-                losses = self.step(self.on_device(batch))
-                window.add(losses, batch.num_graphs)
+        shown = self.world.is_first
+        with progress_bar(config, progress.step, shown) as bar, stream as batches:
+            for drawn in grouped(batches, config.accumulate):
+                losses = self.step(*(self.on_device(batch) for _, batch in drawn))
+                window.add(losses, sum(batch.num_graphs for _, batch in drawn))
+                last = drawn[-1][0]
                 progress.step += 1
-                progress.epoch, progress.offset = draw.epoch, draw.offset + 1
+                progress.epoch, progress.offset = last.epoch, last.offset + 1
                 bar.update()
-                if progress.step % config.eval_every == 0:
-                    progress.seconds = time.monotonic() - started
-                    self._validate(window)
-                    window = Window()
-        if not self.rows or self.rows[-1]["step"] < progress.step:
-            progress.seconds = time.monotonic() - started
-            self._validate(window)
-        return self._finish()
+                if progress.step % config.eval_every and progress.step < config.steps:
+                    continue
+                progress.seconds = time.monotonic() - started
+                self._validate(window)
+                window = Window()
+                if progress.stopped_early(config):
+                    log.info("stopped early at step %d", progress.step)
+                    break
 
     def on_device(self, batch: Data) -> Data:
         """``batch`` where the student is, its features decoded."""
         return decoded(moved(batch, self.device), self.learner.fields, self.tables)
 
-    def step(self, batch: Data) -> dict[str, Tensor]:
-        """One optimiser step on ``batch``; returns the loss and its terms, detached."""
+    def step(self, *batches: Data) -> dict[str, Tensor]:
+        """One optimiser step on ``batches`` of all processes, as if they were one.
+
+        Returns this process's share of the loss and of its terms, detached: summed
+        over processes they are the values of the joint batch.
+        """
         rate = learning_rate(self.config, self.progress.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        losses = self.losses(batch)
-        losses["loss"].backward()
+        with (
+            matmul_precision(self.config.precision),
+            compiler_errors(self.config.compile),
+        ):
+            values = self._accumulate(batches)
         if self.config.optimizer.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(
                 self.modules.parameters(), self.config.optimizer.clip_norm
             )
         self.optimizer.step()
         self.average.update_parameters(self.modules)
-        return {name: value.detach() for name, value in losses.items()}
+        if self.weighting.needs_values:
+            joint = self.world.summed(torch.stack(list(values.values())))
+            self.weighting.note(dict(zip(values, joint, strict=True)))
+        return values
+
+    def _accumulate(self, batches: Sequence[Data]) -> dict[str, Tensor]:
+        """Gradients of the joint loss; returns this process's share of its values."""
+        counts = torch.stack([self.objective.counts(batch) for batch in batches])
+        counts = self.world.summed(counts.sum(dim=0))
+        values: dict[str, Tensor] = {}
+        for number, batch in enumerate(batches):
+            with self._gradients_kept(number < len(batches) - 1):
+                totals = self._parallel(batch)
+                shares = self._weighted(self.objective.values(totals, counts))
+                # Gradients are averaged over processes, and are to be summed.
+                (self.world.size * shares["loss"]).backward()
+            for name, share in shares.items():
+                values[name] = values.get(name, 0) + share.detach()
+        return values
+
+    def losses(self, batch: Data) -> dict[str, Tensor]:
+        """L0, every distillation term unweighted, and their weighted sum ``loss``.
+
+        Of ``batch`` alone, in this process alone.
+        """
+        counts = self.objective.counts(batch)
+        return self._weighted(self.objective.values(self.objective(batch), counts))
+
+    def _weighted(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``terms`` behind their weighted sum ``loss``."""
+        total = terms["l0"]
+        for name, weight in self.weighting.weights(self.progress.step).items():
+            total = total + weight * terms[name]
+        return {"loss": total, **terms}
 
     @property
     def averaged_student(self) -> Network:
@@ -167,22 +211,19 @@ class Run:
         modules = cast(nn.ModuleDict, self.average.module)
         return cast(Network, modules["student"])
 
-    def losses(self, batch: Data) -> dict[str, Tensor]:
-        """L0, every distillation term unweighted, and their weighted sum ``loss``."""
-        output = self.learner.student(batch)
-        l0 = output_loss(
-            output,
-            batch,
-            batch.energy,
-            batch.forces,
-            self.learner.normalizer,
-            self.config.loss,
-        )
-        terms = {s.name: s.loss(output, batch) for s in self.learner.strategies}
-        total = l0
-        for name, term in terms.items():
-            total = total + getattr(self.config.distill, name) * term
-        return {"loss": total, "l0": l0, **terms}
+    def _synchronised(self) -> nn.Module:
+        """The objective; of several processes, one that averages their gradients."""
+        if self.world.size == 1:
+            return self.objective
+        start = f"{self.header()} {weights_digest(self.modules)}"
+        self.world.require_equal(start, "Store, configuration or initial weights")
+        return DistributedDataParallel(self.objective, broadcast_buffers=False)
+
+    def _gradients_kept(self, kept: bool) -> Any:
+        """Context of a batch after which gradients are not yet exchanged."""
+        if kept and isinstance(self._parallel, DistributedDataParallel):
+            return self._parallel.no_sync()
+        return nullcontext()
 
     def _samples(self, split: str, fields: tuple[str, ...]) -> CachedSamples:
         student = self.learner.student
@@ -208,95 +249,68 @@ class Run:
             [split.block_positions(block) for block in range(split.n_blocks)],
             split.n_atoms,
             rule,
+            rank=self.world.rank,
             start=(progress.epoch, progress.offset),
         )
         load = pinned(self.train_samples.batch, self.device)
+        left = config.accumulate * (config.steps - progress.step)
         return prefetch(
             lambda draw: (draw, load(draw.positions)),
-            itertools.islice(draws, config.steps - progress.step),
+            itertools.islice(draws, left),
             threads=config.loader_threads,
         )
 
     def _validate(self, window: Window) -> None:
-        progress = self.progress
-        means = window.means()
+        config, progress = self.config, self.progress
+        means = window.means(self.world)
         if not math.isfinite(means["train_loss"]):
             raise PipelineError(
                 f"{self.folder}: the loss is no longer a finite number by step "
                 f"{progress.step}; lower optimizer.lr and start again."
             )
-        result = self._evaluate(self.averaged_student)
+        result = self.validator(self.averaged_student)
+        weights = self.weighting.weights(progress.step - 1)
         row = {
             "step": progress.step,
             "seconds": round(progress.seconds, 2),
-            "lr": learning_rate(self.config, progress.step - 1),
-            "samples_per_second": round(window.rate(), 1),
+            "lr": learning_rate(config, progress.step - 1),
+            "samples_per_second": round(window.rate(self.world), 1),
             **means,
+            **{f"weight_{name}": float(value) for name, value in weights.items()},
             "val_loss": result.loss,
             **{f"val_{name}": value for name, value in result.metrics.items()},
         }
         self.rows.append(row)
+        best = progress.note(float(row[f"val_{config.best_by}"]), config.best_by)
+        if not self.world.is_first:
+            return
         log.info("%s", ", ".join(f"{k} {short(v)}" for k, v in row.items()))
-        if result.loss < progress.best_loss or self.config.export == "last":
-            progress.best_loss = result.loss
-            self._export()
+        if best or config.export == "last":
+            export_student(
+                self.folder, self.learner, self.averaged_student, self._provenance()
+            )
         write_rows(self.folder / "metrics.csv", self.rows)
         save_checkpoint(self.folder / "last.pt", self._state())
 
-    def _evaluate(self, student: nn.Module) -> Evaluation:
-        """Metrics on the validation split, in storage order; twice a step's samples."""
-        config, samples = self.config, self.val_samples
-        if config.batch_atoms is None:
-            batches = ordered_batches(len(samples), 2 * config.batch_size)
-        else:
-            batches = ordered_within(samples.split.n_atoms, 2 * config.batch_atoms)
-        load = pinned(samples.batch, self.device)
-        with closing(prefetch(load, batches, threads=config.loader_threads)) as stream:
-            return evaluate(
-                student, stream, self.learner.normalizer, config.loss, self.device
-            )
-
-    def _export(self) -> None:
-        """Averaged weights of the plain student, without adapters."""
-        save_model(
-            self.folder / "student.safetensors",
-            self.learner.model_name,
-            self.averaged_student,
-            self.learner.normalizer,
-            {**self.header(), "step": self.progress.step},
-        )
-
     def _finish(self) -> dict[str, Any]:
         """Evaluate the exported student and write the run's results."""
-        student = load_checkpoint(self.folder / "student.safetensors").model
-        result = self._evaluate(student.to(self.device))
-        buffer = io.BytesIO()
-        np.savez_compressed(buffer, allow_pickle=False, **result.predictions)
-        write_atomically(self.folder / "predictions.npz", buffer.getvalue())
-        summary = {
-            "student": self.config.student.preset,
-            "strategy": self.config.strategy,
-            "seed": self.config.seed,
-            "steps": self.progress.step,
-            "seconds": self.progress.seconds,
-            "parameters": sum(p.numel() for p in student.parameters()),
-            "fingerprint": self.store.fingerprint,
-            "val_split": self.config.val_split,
-            "metrics": without_nan(result.metrics),
-            "teacher_metrics": without_nan(teacher_metrics(self.val_samples.split)),
-        }
-        text = json.dumps(summary, indent=2, sort_keys=True)
-        write_atomically(self.folder / "metrics.json", text.encode() + b"\n")
-        return summary
+        self.world.wait()
+        return write_results(
+            self.folder, self.config, self.store, self.progress, self.validator
+        )
 
     def header(self) -> dict[str, Any]:
         """Resolved configuration and what it is applied to."""
         return {
-            "config": self.config.model_dump(),
+            "config": self.config.model_dump(mode="json"),
             "hyperparameters": self.learner.student.hyperparameters,
             "fingerprint": self.store.fingerprint,
             "initial_weights": self.learner.initial_digest,
+            "processes": self.world.size,
         }
+
+    def _provenance(self) -> dict[str, Any]:
+        return {**self.header(), "step": self.progress.step}
 
     def _write_header(self) -> None:
         text = yaml.safe_dump(self.header(), sort_keys=False)
@@ -310,21 +324,24 @@ class Run:
             "modules": self.modules.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "weighting": self.weighting.state_dict(),
         }
 
     def _restore(self) -> None:
         state = read_checkpoint(self.folder / "last.pt")
         require_same_run(state["header"], self.header(), self.folder)
+        progress = Progress(**state["progress"])
+        if progress.world_size != self.world.size:
+            raise SpecError(
+                f"{self.folder} was trained by {progress.world_size} processes, now "
+                f"there are {self.world.size}; the order of samples depends "
+                "on it, so resume with as many or use another --out."
+            )
         self.modules.load_state_dict(state["modules"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])
-        progress = Progress(**state["progress"])
-        if progress.world_size != self.progress.world_size:
-            raise SpecError(
-                f"{self.folder} was trained by {progress.world_size} processes, now "
-                f"there are {self.progress.world_size}; the order of samples depends "
-                "on it, so resume with as many or use another --out."
-            )
+        self.weighting.load_state_dict(state["weighting"])
         self.progress = progress
         self.rows = state["rows"]
-        log.info("resumed %s at step %d", self.folder, self.progress.step)
+        if self.world.is_first:
+            log.info("resumed %s at step %d", self.folder, self.progress.step)

@@ -8,6 +8,7 @@ from torch_geometric.utils import scatter
 
 ENERGY_THRESHOLD = 0.02  # eV
 FORCE_THRESHOLD = 0.03  # eV/Å, largest component
+METRICS = ("energy_mae", "forces_mae", "forces_cos", "efwt")
 
 
 @dataclass
@@ -18,8 +19,8 @@ class MetricSums:
     metrics that need them.
     """
 
-    sums: dict[str, float] = field(default_factory=dict)
-    counts: dict[str, int] = field(default_factory=dict)
+    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(METRICS, 0.0))
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(METRICS, 0))
 
     def add(
         self,
@@ -47,8 +48,22 @@ class MetricSums:
         self._put("efwt", within[known & (free > 0)].double())
 
     def _put(self, name: str, values: Tensor) -> None:
-        self.sums[name] = self.sums.get(name, 0.0) + float(values.double().sum())
-        self.counts[name] = self.counts.get(name, 0) + values.numel()
+        self.sums[name] += float(values.double().sum())
+        self.counts[name] += values.numel()
+
+    def row(self) -> Tensor:
+        """(8,) float64 sums, then counts, which :meth:`add_row` takes in."""
+        values = [*self.sums.values(), *self.counts.values()]
+        return torch.tensor(values, dtype=torch.float64)
+
+    def add_row(self, row: Tensor) -> None:
+        """Take in what another one has summed."""
+        values = row.tolist()
+        for name, total, count in zip(
+            METRICS, values[: len(METRICS)], values[len(METRICS) :], strict=True
+        ):
+            self.sums[name] += total
+            self.counts[name] += int(count)
 
     def result(self) -> dict[str, float]:
         """energy_mae (meV), forces_mae (meV/Å), forces_cos, efwt (%); NaN if unseen."""

@@ -8,10 +8,12 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from kd_train.config import TrainConfig
+from kd_train.distributed import World
 from pipeline.errors import SpecError
 from pipeline.files import write_atomically
 
@@ -33,13 +35,18 @@ class Window:
         self._steps += 1
         self._samples += samples
 
-    def means(self) -> dict[str, float]:
-        """Mean of every loss, under ``train_NAME``."""
-        return {f"train_{k}": float(v) / self._steps for k, v in self._sums.items()}
+    def means(self, world: World) -> dict[str, float]:
+        """Mean of every loss over steps, shares of processes summed: ``train_NAME``."""
+        sums = world.summed(torch.stack(list(self._sums.values()))).tolist()
+        return {
+            f"train_{name}": total / self._steps
+            for name, total in zip(self._sums, sums, strict=True)
+        }
 
-    def rate(self) -> float:
-        """Samples per second since the window was opened."""
-        return self._samples / (time.monotonic() - self._started)
+    def rate(self, world: World) -> float:
+        """Samples per second of all processes since the window was opened."""
+        samples = int(world.summed(torch.tensor(self._samples)))
+        return samples / (time.monotonic() - self._started)
 
 
 def require_same_run(
@@ -72,9 +79,10 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     write_atomically(path, buffer.getvalue().encode())
 
 
-def progress_bar(config: TrainConfig, done: int) -> "tqdm[Any]":
+def progress_bar(config: TrainConfig, done: int, shown: bool = True) -> "tqdm[Any]":
     """Bar in steps with rate and ETA; lines where there is no terminal."""
     return tqdm(
+        disable=not shown,
         total=config.steps,
         initial=done,
         unit="step",

@@ -1,0 +1,264 @@
+"""The processes of one run, as ``torchrun`` or ``srun`` started them.
+
+Everything that a run does with other processes goes through :class:`World`. One process
+alone never touches ``torch.distributed``.
+"""
+
+import os
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, TypeVar
+
+from pipeline.errors import PipelineError, SpecError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from torch.distributed import Store
+
+Item = TypeVar("Item")
+
+# A process waits so long for one that is busy or gone before it gives up.
+_TIMEOUT = timedelta(minutes=10)
+# So long a broken connection may come before word of the error that broke it.
+_GRACE_SECONDS = 5.0
+_LOOK_SECONDS = 0.2
+_FAILED_KEY = "kd_train/failed"
+_STATUS = 2
+
+
+@dataclass(frozen=True)
+class World:
+    """One of ``size`` processes; methods are to be called by all of them together."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes files and talks to the user."""
+        return self.rank == 0
+
+    def summed(self, values: "Tensor") -> "Tensor":
+        """Sum of the processes' ``values``, on each of them, bit for bit the same."""
+        if self.size == 1:
+            return values
+        import torch.distributed as dist
+
+        values = values.clone()
+        dist.all_reduce(values)
+        return values
+
+    def gathered(self, rows: "Tensor") -> "list[Tensor]":
+        """``rows`` (n, ...) of every process, in order of rank; n may differ."""
+        if self.size == 1:
+            return [rows]
+        import torch
+        import torch.distributed as dist
+
+        counts = torch.zeros(self.size, dtype=torch.int64)
+        counts[self.rank] = len(rows)
+        counts = self.summed(counts)
+        if not counts.any():
+            return [rows] * self.size
+        # As bytes, because not every backend knows every dtype.
+        padded = rows.new_zeros((int(counts.max()), *rows.shape[1:]))
+        padded[: len(rows)] = rows
+        content = padded.contiguous().view(torch.uint8).reshape(-1)
+        received = [torch.empty_like(content) for _ in range(self.size)]
+        dist.all_gather(received, content)
+        return [
+            part.view(rows.dtype).reshape(padded.shape)[:count]
+            for part, count in zip(received, counts.tolist(), strict=True)
+        ]
+
+    def wait(self) -> None:
+        """Go on when all processes have come here."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.barrier()
+
+    def texts(self, text: str) -> list[str]:
+        """``text`` of every process, in order of rank."""
+        if self.size == 1:
+            return [text]
+        import torch
+
+        content = torch.tensor(list(text.encode()), dtype=torch.uint8)
+        return [bytes(part.tolist()).decode() for part in self.gathered(content)]
+
+    def require_equal(self, text: str, what: str) -> None:
+        """Refuse to go on unless ``text`` is the same in all processes.
+
+        Raises
+        ------
+        PipelineError
+            It is not; names ``what`` differs.
+        """
+        found = self.texts(text)
+        for rank, other in enumerate(found):
+            if other != found[0]:
+                raise PipelineError(
+                    f"{what} are not the same for processes 0 and {rank}; let all "
+                    "processes see the same files, with one version of the code."
+                )
+
+
+ALONE = World()
+
+
+def in_turns(parts: Sequence[Sequence[Item]]) -> list[Item]:
+    """Undo ``items[rank::size]``: the first item of every part, then the second, ..."""
+    longest = max(len(part) for part in parts)
+    return [part[n] for n in range(longest) for part in parts if n < len(part)]
+
+
+def world_of(environment: Mapping[str, str]) -> World:
+    """The process that a launcher's variables describe.
+
+    ``WORLD_SIZE``, ``RANK`` and ``LOCAL_RANK``, as ``torchrun`` sets them; without the
+    first there is one process.
+
+    Raises
+    ------
+    SpecError
+        A variable is missing or not a number in range.
+    """
+    size = _number(environment, "WORLD_SIZE", "1")
+    if size == 1:
+        return ALONE
+    rank = _number(environment, "RANK")
+    local_rank = _number(environment, "LOCAL_RANK")
+    if size < 1 or not 0 <= rank < size or local_rank < 0:
+        raise SpecError(
+            f"WORLD_SIZE={size}, RANK={rank} and LOCAL_RANK={local_rank} do not fit "
+            "together; start kd-train with torchrun."
+        )
+    return World(rank, size, local_rank)
+
+
+def _number(
+    environment: Mapping[str, str], name: str, default: str | None = None
+) -> int:
+    value = environment.get(name, default)
+    try:
+        return int(value or "")
+    except ValueError:
+        found = "not set" if value is None else f"{value!r}"
+        raise SpecError(
+            f"{name} is {found}; it has to be a number, start kd-train with torchrun "
+            "or set WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT."
+        ) from None
+
+
+@contextmanager
+def joined(world: World, device: "torch.device") -> Iterator[None]:
+    """Let the processes talk to each other inside; the first error ends all of them.
+
+    The process that fails first speaks: its error is raised. The others, which may be
+    waiting for it, end with the same exit status and say nothing.
+
+    Raises
+    ------
+    PipelineError
+        The others could not be reached.
+    """
+    if world.size == 1:
+        yield
+        return
+    import torch.distributed as dist
+
+    watch = _Watch(world, _meet(world, device))
+    try:
+        yield
+    except Exception as error:
+        watch.stop()
+        expected = isinstance(error, (PipelineError, OSError))
+        if not watch.is_ours(expected=expected):
+            sys.exit(_STATUS)
+        raise
+    # Before the first process, which may keep the keys, can be gone.
+    watch.stop()
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def _meet(world: World, device: "torch.device") -> "Store":
+    """Connect the processes; returns the keys and values that they share."""
+    import torch.distributed as dist
+
+    # Counts of batches and the like stay on the CPU, gradients on the GPU.
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    try:
+        store, rank, size = next(
+            dist.rendezvous("env://", world.rank, world.size, timeout=_TIMEOUT)
+        )
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT
+        )
+    except (RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or ["no reason given"])[0]
+        raise PipelineError(
+            f"Process {world.rank} of {world.size} did not reach the others "
+            f"({reason}); check MASTER_ADDR and MASTER_PORT."
+        ) from error
+    return store
+
+
+class _Watch:
+    """Looks for the error of another process, from a thread of its own.
+
+    Needed where a process waits on a GPU for one that has ended, since nothing else
+    would tell it.
+    """
+
+    def __init__(self, world: World, store: "Store") -> None:
+        self._rank = str(world.rank)
+        self._store = store
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread."""
+        self._done.set()
+        self._thread.join()
+
+    def is_ours(self, *, expected: bool) -> bool:
+        """Whether this process is the first to fail, and so the one to speak.
+
+        An error that is not ``expected`` may be a connection that another one closed,
+        whose claim is then waited for.
+        """
+        deadline = time.monotonic() + (0.0 if expected else _GRACE_SECONDS)
+        while self._owner() is None and time.monotonic() < deadline:
+            time.sleep(_LOOK_SECONDS)
+        try:
+            owner = self._store.compare_set(_FAILED_KEY, "", self._rank)
+        except RuntimeError:
+            return expected
+        return owner.decode() == self._rank
+
+    def _owner(self) -> str | None:
+        """The process that failed, if any; "" where the keys are gone with theirs."""
+        try:
+            if not self._store.check([_FAILED_KEY]):
+                return None
+            return self._store.get(_FAILED_KEY).decode()
+        except RuntimeError:
+            return ""
+
+    def _look(self) -> None:
+        while not self._done.wait(_LOOK_SECONDS):
+            if self._owner() is not None:
+                # Time for the main thread to end by itself, if it can.
+                if not self._done.wait(_GRACE_SECONDS):
+                    os._exit(_STATUS)
+                return

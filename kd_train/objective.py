@@ -1,0 +1,54 @@
+"""What training minimises: student and terms of the loss in one forward pass."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.data import Data
+
+from kd_train.losses import Term, joint_mean
+from kd_train.numerics import forward_precision, in_float32
+
+
+class Objective(nn.Module):
+    """Totals of all terms, so that one module holds everything that has gradients.
+
+    ``modules`` has the ``student`` and the ``adapters`` that the terms use. Only the
+    student's forward pass has the reduced ``precision``.
+    """
+
+    def __init__(
+        self, modules: nn.ModuleDict, terms: Sequence[Term], precision: str
+    ) -> None:
+        super().__init__()
+        self.learned = modules
+        self._precision = precision
+        self.terms = tuple(terms)
+        self._sizes = [len(term.part_weights) for term in self.terms]
+
+    def forward(self, batch: Data) -> Tensor:
+        """(P,) summed errors of ``batch``, term after term, with their gradient."""
+        with forward_precision(self._precision, batch.positions.device):
+            output = self.learned["student"](batch)
+        output = in_float32(output)
+        return torch.cat([term.totals(output, batch) for term in self.terms])
+
+    def counts(self, batch: Data) -> Tensor:
+        """(P,) float64: what :meth:`forward` of ``batch`` is to be divided by."""
+        return torch.cat([term.counts(batch) for term in self.terms])
+
+    def values(self, totals: Tensor, counts: Tensor) -> dict[str, Tensor]:
+        """Value of every term, scalars, by name.
+
+        With the ``counts`` of a whole step, a batch's share of its values.
+        """
+        parts = zip(
+            self.terms,
+            totals.split(self._sizes),
+            counts.split(self._sizes),
+            strict=True,
+        )
+        return {
+            term.name: joint_mean(term.part_weights, total, count)
+            for term, total, count in parts
+        }

@@ -1,0 +1,52 @@
+"""Where a run stands, which validation was its best, and when it has had enough."""
+
+import math
+from dataclasses import dataclass
+
+from kd_train.config import TrainConfig
+
+_LARGER_IS_BETTER = ("forces_cos", "efwt")
+
+
+@dataclass
+class Progress:
+    """Saved in every checkpoint.
+
+    The next batch is number ``offset`` of ``epoch``, in the order of ``world_size``
+    processes. ``best`` is NaN until a validation gave a number; ``since_best``
+    validations have passed since.
+    """
+
+    step: int = 0
+    epoch: int = 0
+    offset: int = 0
+    world_size: int = 1
+    seconds: float = 0.0
+    best: float = math.nan
+    since_best: int = 0
+
+    def note(self, value: float, best_by: str) -> bool:
+        """Take in a validation; returns whether it is the best, or none had a number.
+
+        NaN is never better than a number.
+        """
+        improved = is_better(value, self.best, best_by)
+        self.since_best = 0 if improved else self.since_best + 1
+        if improved:
+            self.best = value
+        return improved or math.isnan(self.best)
+
+    def is_done(self, config: TrainConfig) -> bool:
+        """Whether training has reached its last step or was stopped early."""
+        return self.step >= config.steps or self.stopped_early(config)
+
+    def stopped_early(self, config: TrainConfig) -> bool:
+        """Whether ``patience`` validations have passed without a better one."""
+        return config.patience is not None and self.since_best >= config.patience
+
+
+def is_better(value: float, best: float, best_by: str) -> bool:
+    """Whether ``value`` of metric ``best_by`` beats ``best``, which may be NaN."""
+    if math.isnan(value) or math.isnan(best):
+        return not math.isnan(value)
+    return value > best if best_by in _LARGER_IS_BETTER else value < best

@@ -1,0 +1,65 @@
+"""What a run leaves behind: the student's file, predictions, metrics."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kd_train.config import TrainConfig
+from kd_train.evaluate import teacher_metrics
+from kd_train.progress import Progress
+from kd_train.records import without_nan
+from kd_train.setup import Learner
+from kd_train.validate import Validator
+from pipeline.files import write_atomically
+from pipeline.models.checkpoint import load_checkpoint, save_model
+from pipeline.models.network import Network
+from pipeline.store.reader import FeatureStore
+
+_STUDENT = "student.safetensors"
+
+
+def export_student(
+    folder: Path, learner: Learner, student: Network, provenance: dict[str, Any]
+) -> None:
+    """Write the plain ``student``, without adapters."""
+    save_model(
+        folder / _STUDENT, learner.model_name, student, learner.normalizer, provenance
+    )
+
+
+def write_results(
+    folder: Path,
+    config: TrainConfig,
+    store: FeatureStore,
+    progress: Progress,
+    validator: Validator,
+) -> dict[str, Any]:
+    """Evaluate the exported student; returns what ``metrics.json`` says.
+
+    All processes evaluate, the first one writes.
+    """
+    student = load_checkpoint(folder / _STUDENT).model
+    result = validator(student.to(validator.device))
+    summary = {
+        "student": config.student.preset,
+        "strategy": config.strategy,
+        "seed": config.seed,
+        "steps": progress.step,
+        "stopped_early": progress.step < config.steps,
+        "seconds": progress.seconds,
+        "parameters": sum(p.numel() for p in student.parameters()),
+        "fingerprint": store.fingerprint,
+        "val_split": config.val_split,
+        "metrics": without_nan(result.metrics),
+        "teacher_metrics": without_nan(teacher_metrics(validator.samples.split)),
+    }
+    if validator.world.is_first:
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, allow_pickle=False, **result.predictions)
+        write_atomically(folder / "predictions.npz", buffer.getvalue())
+        text = json.dumps(summary, indent=2, sort_keys=True)
+        write_atomically(folder / "metrics.json", text.encode() + b"\n")
+    return summary
