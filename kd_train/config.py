@@ -135,6 +135,11 @@ class TrainConfig(ClosedModel):
     loader_threads: int = Key(2, ge=1, description="threads that make batches ahead")
     train_split: str = Key("train", description="a split, or several joined with +")
     val_split: str = Key("val", description="likewise")
+    test_split: str | None = Key(
+        None,
+        description="what the final metrics are of, by default val_split; of several "
+        "joined with + they are the plain mean",
+    )
     normalizer: Literal["store", "unit"] = Key(
         "store",
         description="store: the teacher's, or that of the labels; unit: energies and "
@@ -191,10 +196,10 @@ class TrainConfig(ClosedModel):
             raise ValueError("milestones belong to kind milestones, and to no other")
         return value
 
-    @field_validator("train_split", "val_split")
+    @field_validator("train_split", "val_split", "test_split")
     @classmethod
-    def _each_split_once(cls, value: str) -> str:
-        names = value.split("+")
+    def _each_split_once(cls, value: str | None) -> str | None:
+        names = [] if value is None else value.split("+")
         if len(set(names)) < len(names):
             raise ValueError("splits may be joined with + once each")
         return value

@@ -87,9 +87,11 @@ class Run:
         self.train_samples = self._samples(config.train_split, self.learner.fields)
         self.tables = self.train_samples.tables(device)
         self.val_samples = self._samples(config.val_split, ())
-        self.validator = Validator(
-            config, self.val_samples, self.learner.normalizer, device, world
-        )
+        self.validator = self._validator(self.val_samples)
+        self.testers = [self.validator]
+        if config.test_split is not None:
+            parts = [self._samples(n, ()) for n in config.test_split.split("+")]
+            self.testers = [self._validator(part) for part in parts]
         if config.batch_atoms is not None:
             split = self.train_samples.split
             check_budget(split.n_atoms, split.sample_ids, config.batch_atoms)
@@ -234,6 +236,10 @@ class Run:
             fields,
         )
 
+    def _validator(self, samples: CachedSamples) -> Validator:
+        units = self.learner.normalizer
+        return Validator(self.config, samples, units, self.device, self.world)
+
     def _training_stream(self) -> Generator[tuple[Draw, Data], None, None]:
         """Batches from where the run stands to its last step, made ahead."""
         config, progress = self.config, self.progress
@@ -296,7 +302,7 @@ class Run:
         """Evaluate the exported student and write the run's results."""
         self.world.wait()
         return write_results(
-            self.folder, self.config, self.store, self.progress, self.validator
+            self.folder, self.config, self.store, self.progress, self.testers
         )
 
     def header(self) -> dict[str, Any]:
