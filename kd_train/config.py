@@ -1,5 +1,6 @@
 """``TrainConfig``: the closed, documented configuration of one training run."""
 
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +17,8 @@ from pipeline.documents import (
 )
 from pipeline.errors import SpecError
 
+# Datasets of the paper; a file each in recipes/.
+RECIPES = ("coll", "oc20")
 STRATEGIES = ("none", "n2n", "e2n", "e2e", "v2v", "vanilla1", "vanilla2")
 
 
@@ -112,6 +115,11 @@ class TrainConfig(ClosedModel):
 
     strategy: str = Key("none", description="one of the strategies, or several with +")
     student: StudentConfig = StudentConfig()
+    recipe: Literal["auto", "none", "coll", "oc20"] = Key(
+        "auto",
+        description="where values come from that are not set: the paper's for this "
+        "student on COLL or OC20, or none; auto: by the student",
+    )
     seed: int = Key(0, ge=0)
     steps: int = Key(10_000, ge=1, description="optimiser steps")
     accumulate: int = Key(
@@ -127,6 +135,16 @@ class TrainConfig(ClosedModel):
     loader_threads: int = Key(2, ge=1, description="threads that make batches ahead")
     train_split: str = Key("train", description="a split, or several joined with +")
     val_split: str = Key("val", description="likewise")
+    test_split: str | None = Key(
+        None,
+        description="what the final metrics are of, by default val_split; of several "
+        "joined with + they are the plain mean",
+    )
+    normalizer: Literal["store", "unit"] = Key(
+        "store",
+        description="store: the teacher's, or that of the labels; unit: energies and "
+        "forces as they are, as the paper has it for COLL",
+    )
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     loss: LossConfig = LossConfig()
@@ -168,10 +186,20 @@ class TrainConfig(ClosedModel):
             )
         return value
 
-    @field_validator("train_split", "val_split")
+    @field_validator("schedule")
     @classmethod
-    def _each_split_once(cls, value: str) -> str:
-        names = value.split("+")
+    def _milestones_ascend(cls, value: ScheduleConfig) -> ScheduleConfig:
+        steps = value.milestones
+        if any(a >= b for a, b in itertools.pairwise(steps)):
+            raise ValueError("milestones must ascend")
+        if (value.kind == "milestones") != bool(steps):
+            raise ValueError("milestones belong to kind milestones, and to no other")
+        return value
+
+    @field_validator("train_split", "val_split", "test_split")
+    @classmethod
+    def _each_split_once(cls, value: str | None) -> str | None:
+        names = [] if value is None else value.split("+")
         if len(set(names)) < len(names):
             raise ValueError("splits may be joined with + once each")
         return value

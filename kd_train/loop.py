@@ -36,8 +36,8 @@ from kd_train.setup import (
     Learner,
     chosen_split,
     make_learner,
+    resolved,
     weights_digest,
-    with_student,
 )
 from kd_train.validate import Validator
 from kd_train.weighting import Weighting
@@ -63,7 +63,7 @@ class Run:
         device: torch.device,
         world: World = ALONE,
     ) -> None:
-        self.config = config = with_student(config, store)
+        self.config = config = resolved(config, store)
         self.store = store
         self.folder = folder
         self.device = device
@@ -84,9 +84,11 @@ class Run:
         self.train_samples = self._samples(config.train_split, self.learner.fields)
         self.tables = self.train_samples.tables(device)
         self.val_samples = self._samples(config.val_split, ())
-        self.validator = Validator(
-            config, self.val_samples, self.learner.normalizer, device, world
-        )
+        self.validator = self._validator(self.val_samples)
+        self.testers = [self.validator]
+        if config.test_split is not None:
+            parts = [self._samples(n, ()) for n in config.test_split.split("+")]
+            self.testers = [self._validator(part) for part in parts]
         if config.batch_atoms is not None:
             split = self.train_samples.split
             check_budget(split.n_atoms, split.sample_ids, config.batch_atoms)
@@ -246,6 +248,10 @@ class Run:
             fields,
         )
 
+    def _validator(self, samples: CachedSamples) -> Validator:
+        units = self.learner.normalizer
+        return Validator(self.config, samples, units, self.device, self.world)
+
     def _training_stream(self) -> Generator[tuple[Draw, Data], None, None]:
         """Batches from where the run stands to its last step, made ahead."""
         config, progress = self.config, self.progress
@@ -308,7 +314,7 @@ class Run:
         """Evaluate the exported student and write the run's results."""
         self.world.wait()
         return write_results(
-            self.folder, self.config, self.store, self.progress, self.validator
+            self.folder, self.config, self.store, self.progress, self.testers
         )
 
     def header(self) -> dict[str, Any]:

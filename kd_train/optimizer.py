@@ -9,10 +9,34 @@ from kd_train.config import OptimizerConfig
 def make_optimizer(modules: nn.Module, options: OptimizerConfig) -> torch.optim.AdamW:
     """AdamW over all trainable parameters of ``modules``."""
     return torch.optim.AdamW(
-        [p for p in modules.parameters() if p.requires_grad],
+        parameter_groups(modules, options),
         lr=options.lr,
-        weight_decay=options.weight_decay,
         amsgrad=options.amsgrad,
         eps=options.eps,
         fused=True,
     )
+
+
+def parameter_groups(
+    modules: nn.Module, options: OptimizerConfig
+) -> list[dict[str, object]]:
+    """Trainable parameters by their weight decay, each once.
+
+    With ``decayed: matrices`` biases, scales of norms and embeddings are not decayed:
+    all that has fewer than two axes, and the weights of ``nn.Embedding``.
+    """
+    trainable = [p for p in modules.parameters() if p.requires_grad]
+    if options.decayed == "all":
+        return [{"params": trainable, "weight_decay": options.weight_decay}]
+    embeddings = {
+        id(module.weight)
+        for module in modules.modules()
+        if isinstance(module, nn.Embedding)
+    }
+    spared = [p for p in trainable if p.ndim < 2 or id(p) in embeddings]
+    kept = {id(p) for p in spared}
+    matrices = [p for p in trainable if id(p) not in kept]
+    return [
+        {"params": matrices, "weight_decay": options.weight_decay},
+        {"params": spared, "weight_decay": 0.0},
+    ]

@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,16 @@ def write_results(
     config: TrainConfig,
     store: FeatureStore,
     progress: Progress,
-    validator: Validator,
+    validators: Sequence[Validator],
 ) -> dict[str, Any]:
     """Evaluate the exported student; returns what ``metrics.json`` says.
 
+    Metrics are plain means over the splits of ``validators``, as the paper has them.
     All processes evaluate, the first one writes.
     """
     student = load_checkpoint(folder / _STUDENT).model
-    result = validator(student.to(validator.device))
+    results = [v(student.to(v.device)) for v in validators]
+    of_teacher = [teacher_metrics(v.samples.split) for v in validators]
     summary = {
         "student": config.student.preset,
         "strategy": config.strategy,
@@ -52,14 +55,30 @@ def write_results(
         "seconds": progress.seconds,
         "parameters": sum(p.numel() for p in student.parameters()),
         "fingerprint": store.fingerprint,
-        "val_split": config.val_split,
-        "metrics": without_nan(result.metrics),
-        "teacher_metrics": without_nan(teacher_metrics(validator.samples.split)),
+        "val_split": config.test_split or config.val_split,
+        "metrics": without_nan(plain_mean([r.metrics for r in results])),
+        "teacher_metrics": without_nan(
+            plain_mean([metrics for metrics in of_teacher if metrics is not None])
+            if None not in of_teacher
+            else None
+        ),
     }
-    if validator.world.is_first:
+    if validators[0].world.is_first:
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, allow_pickle=False, **result.predictions)
+        predictions = {
+            name: np.concatenate([r.predictions[name] for r in results])
+            for name in results[0].predictions
+        }
+        np.savez_compressed(buffer, allow_pickle=False, **predictions)
         write_atomically(folder / "predictions.npz", buffer.getvalue())
         text = json.dumps(summary, indent=2, sort_keys=True)
         write_atomically(folder / "metrics.json", text.encode() + b"\n")
     return summary
+
+
+def plain_mean(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Mean over splits, each counting once; NaN where one split has no value."""
+    return {
+        name: sum(split[name] for split in metrics) / len(metrics)
+        for name in metrics[0]
+    }

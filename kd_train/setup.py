@@ -15,6 +15,7 @@ from kd_train.config import LossConfig, TrainConfig
 from kd_train.data import CachedSamples, read_paths
 from kd_train.joined import JoinedSplit, Split
 from kd_train.losses import Labels, OutputError, completed_labels, reference_labels
+from kd_train.recipe import with_recipe
 from kd_train.strategies import REGISTRY, Strategy
 from kd_train.strategies.base import Setting
 from pipeline.documents import nearest
@@ -71,7 +72,7 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
     student = build_model(name, hyperparameters | config.student.hyperparameters)
     if not student.is_fitted:
         student.fit(_fitting_batch(student, split))
-    normalizer = store_normalizer(store, config.train_split)
+    normalizer = run_normalizer(config, store)
     setting = Setting(
         student_name=preset,
         student_widths=student.widths,
@@ -120,24 +121,34 @@ def _require_predictions(split: Split) -> None:
             )
 
 
-def with_student(config: TrainConfig, store: FeatureStore) -> TrainConfig:
-    """``config`` with the student that the paper gave the store's teacher.
+def resolved(config: TrainConfig, store: FeatureStore) -> TrainConfig:
+    """``config`` with the student and the recipe that the store suggests.
 
-    Only where none is named: PaiNN-big learns from GemNet-OC, PaiNN-small from PaiNN
-    and from labels alone; of the sizes for OC20 where structures are periodic.
+    Where no student is named it is the paper's for the store's teacher: PaiNN-big for
+    GemNet-OC, else PaiNN-small; of the sizes for OC20 where structures are periodic.
+    Other values that are not set are those of the recipe, see ``kd_train.recipe``.
+
+    Raises
+    ------
+    SpecError
+        The store has no such split, or the recipe no such student.
     """
-    if config.student.preset:
-        return config
-    split = chosen_split(store, config.train_split)
     teacher = store.attributes["teacher"]
-    from_gemnet = teacher is not None and teacher["model"] == "gemnet_oc"
-    preset = "painn-big" if from_gemnet else "painn-small"
+    model = None if teacher is None else teacher["model"]
+    if not config.student.preset:
+        preset = "painn-big" if model == "gemnet_oc" else "painn-small"
+        if _is_periodic(chosen_split(store, config.train_split)):
+            preset += "-oc20"
+        student = config.student.model_copy(update={"preset": preset})
+        config = config.model_copy(update={"student": student})
+    return with_recipe(config, model)
+
+
+def _is_periodic(split: Split) -> bool:
+    """Whether any of the first samples is periodic."""
     path = FIELDS["pbc"].path
     positions = np.arange(min(KIND_SAMPLES, len(split)))
-    if split.read(positions, [path])[path].any():
-        preset += "-oc20"
-    student = config.student.model_copy(update={"preset": preset})
-    return config.model_copy(update={"student": student})
+    return bool(split.read(positions, [path])[path].any())
 
 
 def _fitting_batch(student: Network, split: Split) -> Data:
@@ -173,6 +184,25 @@ def stored_widths(split: Split) -> dict[str, int]:
         for name, field in FIELDS.items()
         if field.path in split.arrays
     }
+
+
+def run_normalizer(config: TrainConfig, store: FeatureStore) -> Normalizer:
+    """The units that student and losses work in.
+
+    Raises
+    ------
+    SpecError
+        ``normalizer: unit`` on a store whose teacher has other units.
+    """
+    if config.normalizer == "store":
+        return store_normalizer(store, config.train_split)
+    unit, teacher = Normalizer(), store.attributes["teacher"]
+    if teacher is not None and Normalizer.from_dict(teacher["normalizer"]) != unit:
+        raise SpecError(
+            "normalizer: unit needs a teacher that works in eV and eV/Å, this store's "
+            "has a scale of its own; set normalizer: store."
+        )
+    return unit
 
 
 def store_normalizer(store: FeatureStore, choice: str) -> Normalizer:

@@ -10,7 +10,7 @@ from ase.build import fcc111
 
 from kd_train.config import TrainConfig
 from kd_train.loop import Run
-from kd_train.setup import with_student
+from kd_train.setup import resolved
 from pipeline.errors import DataError
 from pipeline.models.gemnet.fitting import Scale
 from pipeline.spec import load_spec
@@ -125,10 +125,10 @@ def test_student_of_the_paper_is_taken_where_none_is_named(
     store: FeatureStore, labels_store: FeatureStore
 ) -> None:
     unnamed = TrainConfig()
-    assert with_student(unnamed, store).student.preset == "painn-big"
-    assert with_student(unnamed, labels_store).student.preset == "painn-small"
+    assert resolved(unnamed, store).student.preset == "painn-big"
+    assert resolved(unnamed, labels_store).student.preset == "painn-small"
     named = train_config("schnet-demo")
-    assert with_student(named, store) is named
+    assert resolved(named, store).student == named.student
 
 
 def test_periodic_structures_take_the_sizes_for_oc20(
@@ -143,4 +143,4 @@ def test_periodic_structures_take_the_sizes_for_oc20(
         "store": {"path": str(tmp_path / "s.zarr")},
     }
     store = build(write_spec(tmp_path / "s.yaml", document))
-    assert with_student(TrainConfig(), store).student.preset == "painn-small-oc20"
+    assert resolved(TrainConfig(), store).student.preset == "painn-small-oc20"

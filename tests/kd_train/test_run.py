@@ -140,9 +140,8 @@ def test_export_has_exactly_the_plain_architecture(finished: Path) -> None:
     loaded = load_checkpoint(finished / "student.safetensors")
     assert loaded.name == "painn"
     assert loaded.normalizer == teacher_normalizer()
-    assert loaded.provenance["config"] == distilling(eval_every=5).model_dump(
-        mode="json"
-    )
+    asked = distilling(eval_every=5, recipe="none")
+    assert loaded.provenance["config"] == asked.model_dump(mode="json")
 
 
 def test_export_of_the_last_step_is_the_average(
@@ -189,7 +188,8 @@ def test_folder_of_a_run_tells_the_same_everywhere(
     summary = json.loads((finished / "metrics.json").read_text())
     header = yaml.safe_load((finished / "config.yaml").read_text())
     assert summary["fingerprint"] == small_store.fingerprint == header["fingerprint"]
-    assert header["config"] == distilling(eval_every=5).model_dump(mode="json")
+    asked = distilling(eval_every=5, recipe="none")
+    assert header["config"] == asked.model_dump(mode="json")
     plain = _plain_student(distilling())
     assert summary["parameters"] == sum(p.numel() for p in plain.parameters())
     best = min(rows, key=lambda row: float(row["val_loss"]))
@@ -326,3 +326,25 @@ def test_digest_of_weights_sees_every_parameter() -> None:
             parameter.view(-1)[0] += 1e-3
         assert weights_digest(model) != before
         before = weights_digest(model)
+
+
+def test_final_metrics_are_the_plain_mean_over_the_test_splits(
+    small_store: FeatureStore, tmp_path: Path
+) -> None:
+    config = train_config(steps=2, val_split="val", test_split="train+val")
+    summary = make_run(small_store, tmp_path / "both", config).train(resume=False)
+    single = {}
+    for split in ("train", "val"):
+        one = train_config(steps=2, val_split="val", test_split=split)
+        run = make_run(small_store, tmp_path / split, one)
+        single[split] = run.train(resume=False)
+        predictions = np.load(tmp_path / split / "predictions.npz")
+        assert len(predictions["energy"]) == len(small_store.splits[split])
+    for of in ("metrics", "teacher_metrics"):
+        for name, value in summary[of].items():
+            parts = [single[split][of][name] for split in single]
+            assert value == pytest.approx(sum(parts) / 2)
+    assert single["train"]["metrics"] != single["val"]["metrics"]
+    assert summary["val_split"] == "train+val"
+    joined = np.load(tmp_path / "both" / "predictions.npz")["energy"]
+    assert len(joined) == sum(len(small_store.splits[s]) for s in single)

@@ -1,0 +1,124 @@
+"""Recipes: the paper's settings for a teacher, a student and a dataset, as data.
+
+The files in ``recipes/`` hold Tables 3 to 6 of arXiv:2306.14818. What the user sets
+himself always comes first.
+"""
+
+import logging
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field as Key
+
+from kd_train.config import RECIPES, DistillConfig, TrainConfig
+from pipeline.documents import ClosedModel, validate
+from pipeline.errors import SpecError
+
+log = logging.getLogger("kd_train")
+_FOLDER = Path(__file__).parent / "recipes"
+
+
+class Recipe(ClosedModel):
+    """Settings of one dataset: by student, and weights by teacher and student."""
+
+    students: dict[str, dict[str, Any]] = Key(min_length=1)
+    pairs: dict[str, dict[str, dict[str, float]]]
+
+
+@cache
+def read_recipe(name: str) -> Recipe:
+    """The recipe of dataset ``name``, one of ``RECIPES``."""
+    path = _FOLDER / f"{name}.yaml"
+    return validate(Recipe, yaml.safe_load(path.read_text()), path.name)
+
+
+def with_recipe(config: TrainConfig, teacher: str | None) -> TrainConfig:
+    """``config`` with the paper's values for everything that was not set.
+
+    Parameters
+    ----------
+    config
+        ``recipe: auto`` takes the recipe that has the student, if any; a dataset's
+        name takes that of the dataset; ``none`` leaves the built-in defaults.
+    teacher
+        Model of the store's teacher; None where no teacher ran.
+
+    Raises
+    ------
+    SpecError
+        The named recipe has no such student.
+    """
+    student = config.student.preset
+    name = _chosen(config.recipe, student)
+    if name == "none":
+        return config.model_copy(update={"recipe": name})
+    recipe = read_recipe(name)
+    settings: dict[str, Any] = {
+        **recipe.students[student],
+        "distill": _weights(recipe, name, teacher, student, config.strategies),
+    }
+    chosen = _merged(settings, config.model_dump(exclude_unset=True))
+    return validate(TrainConfig, {**chosen, "recipe": name}, f"recipe {name}")
+
+
+def _chosen(wished: str, student: str) -> str:
+    if wished == "none":
+        return "none"
+    if wished == "auto":
+        having = (name for name in RECIPES if student in read_recipe(name).students)
+        return next(having, "none")
+    known = read_recipe(wished).students
+    if student not in known:
+        raise SpecError(
+            f"Recipe {wished!r} has no student {student!r} (known: "
+            f"{', '.join(known)}); choose one of these or set recipe: none."
+        )
+    return wished
+
+
+def _weights(
+    recipe: Recipe,
+    name: str,
+    teacher: str | None,
+    student: str,
+    strategies: tuple[str, ...],
+) -> dict[str, float]:
+    """Table 6 for the pair; of another teacher where the paper has not this one."""
+    if teacher is None or not strategies:
+        return {}
+    known = {t: pairs[student] for t, pairs in recipe.pairs.items() if student in pairs}
+    weights = known.get(teacher)
+    if weights is None:
+        weights = next(iter(known.values()), {})
+        source = f"those of {next(iter(known))}" if known else "the defaults"
+        log.warning(
+            "recipe %s has no weights for %s to %s; %s are taken, so look for better "
+            "ones (distill.*)",
+            name,
+            teacher,
+            student,
+            source,
+        )
+    for strategy in strategies:
+        if weights and strategy not in weights:
+            log.warning(
+                "recipe %s has no weight of %s for %s; the default %g is taken",
+                name,
+                strategy,
+                student,
+                getattr(DistillConfig(), strategy),
+            )
+    return weights
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """``below`` with the keys of ``above`` on top, section by section."""
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            value = _merged(old, value)
+        merged[key] = value
+    return merged

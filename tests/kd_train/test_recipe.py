@@ -1,0 +1,174 @@
+"""Recipes: the paper's values, and that what the user sets comes first."""
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch.optim.lr_scheduler import LinearLR, MultiStepLR
+
+from kd_train.config import RECIPES, TrainConfig, load_config
+from kd_train.recipe import read_recipe, with_recipe
+from kd_train.schedule import learning_rate
+from kd_train.setup import run_normalizer
+from pipeline.errors import SpecError
+from pipeline.models.normalizer import Normalizer
+from pipeline.models.zoo import PRESETS
+from pipeline.store.reader import FeatureStore
+
+# arXiv:2306.14818, Table 6, typed from the page: vanilla1, vanilla2, n2n, e2n, v2v.
+TABLE_6 = {
+    ("gemnet_oc", "painn-big-oc20"): (1.0, 500, 10000, 10, 50000),
+    ("painn", "painn-small-oc20"): (1.0, 200, 100, None, 1000),
+    ("painn", "schnet-oc20"): (0.1, 0.1, 1000, None, None),
+    ("gemnet_oc", "painn-big"): (0.2, 100, 1000, 10, 100),
+    ("painn", "painn-small"): (1.0, 100, 100, None, 10000),
+    ("painn", "schnet"): (1.0, 100, 100, None, None),
+}
+
+
+def _config(**values: Any) -> TrainConfig:
+    student = values.pop("student")
+    return TrainConfig.model_validate({"student": {"preset": student}, **values})
+
+
+@pytest.mark.parametrize(("pair", "expected"), TABLE_6.items())
+def test_weights_are_those_of_the_paper(
+    pair: tuple[str, str], expected: tuple[float | None, ...]
+) -> None:
+    teacher, student = pair
+    chosen = with_recipe(_config(student=student, strategy="n2n"), teacher)
+    names = ("vanilla1", "vanilla2", "n2n", "e2n", "v2v")
+    for name, value in zip(names, expected, strict=True):
+        if value is not None:
+            assert getattr(chosen.distill, name) == value
+
+
+def test_every_recipe_is_a_valid_configuration_of_a_known_student() -> None:
+    for name in RECIPES:
+        for student in read_recipe(name).students:
+            assert student in PRESETS
+            for teacher in (None, "gemnet_oc", "painn"):
+                chosen = with_recipe(_config(student=student), teacher)
+                assert chosen.recipe == name
+                assert chosen.steps > 100_000
+
+
+def test_what_is_set_beats_the_recipe(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    document = {"optimizer": {"lr": 0.5}, "distill": {"n2n": 3}, "strategy": "n2n+v2v"}
+    path.write_text(yaml.safe_dump(document))
+    flags = {"student.preset": "painn-small", "steps": 7}
+    chosen = with_recipe(load_config(path, flags, ["ema_decay=0.5"]), "painn")
+    assert (chosen.optimizer.lr, chosen.distill.n2n) == (0.5, 3)
+    assert (chosen.steps, chosen.ema_decay) == (7, 0.5)
+    # The rest of the same sections is the recipe's.
+    assert (chosen.optimizer.eps, chosen.distill.v2v) == (1e-7, 10000)
+    assert chosen.eval_every == 3750
+
+
+def test_values_equal_to_the_default_are_kept_when_set() -> None:
+    default = TrainConfig().optimizer.lr
+    chosen = with_recipe(
+        _config(student="painn-big-oc20", optimizer={"lr": default}), None
+    )
+    assert chosen.optimizer.lr == default
+    assert with_recipe(_config(student="painn-big-oc20"), None).optimizer.lr == 1e-4
+
+
+def test_resolving_again_changes_nothing() -> None:
+    once = with_recipe(_config(student="schnet-oc20", strategy="n2n"), "painn")
+    saved = TrainConfig.model_validate(once.model_dump())
+    assert with_recipe(saved, "gemnet_oc") == once
+
+
+def test_a_recipe_can_be_refused_and_chosen() -> None:
+    plain = with_recipe(_config(student="painn-small", recipe="none"), "painn")
+    assert plain.steps == TrainConfig().steps
+    assert with_recipe(_config(student="painn-small-demo"), "painn").recipe == "none"
+    with pytest.raises(SpecError, match=r"no student 'painn-small' \(known: painn-big"):
+        with_recipe(_config(student="painn-small", recipe="oc20"), "painn")
+
+
+def test_a_pair_that_the_paper_lacks_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    chosen = with_recipe(_config(student="painn-small", strategy="n2n"), "sevennet")
+    assert chosen.distill.n2n == 100
+    assert "no weights for sevennet to painn-small" in caplog.text
+    caplog.clear()
+    with_recipe(_config(student="painn-small", strategy="n2n+e2e"), "painn")
+    assert "no weight of e2e for painn-small" in caplog.text
+    caplog.clear()
+    with_recipe(_config(student="painn-small", strategy="n2n"), "painn")
+    assert caplog.text == ""
+
+
+def _rates(config: TrainConfig, steps: list[int]) -> list[float]:
+    return [learning_rate(config, step) for step in steps]
+
+
+def test_painn_on_oc20_falls_at_its_milestones() -> None:
+    config = with_recipe(_config(student="painn-big-oc20"), None)
+    steps = [0, 159_999, 160_000, 319_999, 320_000, 480_000, 640_000, 999_999]
+    expected = [1e-4 * 0.45**k for k in (0, 0, 1, 1, 2, 3, 4, 4)]
+    assert _rates(config, steps) == pytest.approx(expected)
+
+
+def test_painn_on_coll_decays_as_its_formula() -> None:
+    config = with_recipe(_config(student="painn-small"), None)
+    steps = [0, 3748, 3749, 100_000, 1_874_999]
+    expected = [
+        1e-3 * min((1 + s) / 3750, 1) * math.pow(0.01, s / 4_000_000) for s in steps
+    ]
+    assert _rates(config, steps) == pytest.approx(expected)
+
+
+def test_warm_up_and_milestones_agree_with_torch() -> None:
+    schedule = {
+        "kind": "milestones",
+        "warmup_steps": 10,
+        "warmup_start": 0.1,
+        "milestones": [20, 30],
+        "decay_rate": 0.1,
+    }
+    config = TrainConfig.model_validate({"schedule": schedule})
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1e-3)
+    # Torch's warm-up has its first rate at step 0, ours after one step of ten.
+    warmup = LinearLR(optimizer, 0.1, total_iters=10)
+    steps = MultiStepLR(optimizer, [21, 31], 0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        for step in range(40):
+            warmup.step()
+            steps.step()
+            rate = optimizer.param_groups[0]["lr"]
+            assert learning_rate(config, step) == pytest.approx(rate)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "message"),
+    [
+        ({"kind": "milestones"}, "milestones belong to kind milestones"),
+        ({"milestones": [3]}, "milestones belong to kind milestones"),
+        ({"kind": "milestones", "milestones": [3, 3]}, "milestones must ascend"),
+    ],
+)
+def test_impossible_schedules_are_refused(
+    tmp_path: Path, schedule: dict[str, Any], message: str
+) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump({"schedule": schedule}))
+    with pytest.raises(SpecError, match=message):
+        load_config(path, {}, ())
+
+
+def test_labels_as_they_are_need_a_teacher_in_the_same_units(
+    small_store: FeatureStore, labels_store: FeatureStore
+) -> None:
+    unit = TrainConfig.model_validate({"normalizer": "unit"})
+    assert run_normalizer(unit, labels_store) == Normalizer()
+    assert run_normalizer(TrainConfig(), labels_store) != Normalizer()
+    with pytest.raises(SpecError, match="teacher that works in eV"):
+        run_normalizer(unit, small_store)
