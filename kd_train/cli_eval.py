@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 FORMATS = ("extxyz", "oc20_lmdb", "oc20_raw", "ase_db", "aselmdb")
 BATCH_ATOMS = 2048
+# For each number of --throughput.
+MEASURED_SECONDS = 1.0
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -88,7 +90,9 @@ def eval_main(
         score(student, part, batches_of(part, batch_size, batch_atoms), place)
         for part in parts
     ]
-    rate = measure(student, pool_of(parts[0]), place) if throughput else None
+    rate = None
+    if throughput:
+        rate = measure(student, pool_of(parts[0]), place, MEASURED_SECONDS)
     card = Scorecard(student, run, about, scores, rate)
     for warning in card.warnings:
         click.echo(f"Warning: {warning}", err=True)

@@ -86,9 +86,10 @@ class Score:
         elif self.energy_offset > KIND_DIFFERENCE:
             found.append(
                 f"{self.name}: half of the energies are more than "
-                f"{self.energy_offset:.3g} eV per atom away from the labels, so those "
-                "are of another kind than the student's (total, adsorption, another "
-                "level of theory); its energy metrics and EFwT mean nothing here."
+                f"{self.energy_offset:.3g} eV per atom away from the labels, so either "
+                "those are of another kind than the student's (total, adsorption, "
+                "another level of theory) or it is hardly trained; energy MAE and EFwT "
+                "do not say how good it is."
             )
         if math.isnan(self.metrics["energy_mae"]):
             found.append(f"{self.name}: no sample has a reference energy.")
