@@ -8,7 +8,6 @@ import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -115,7 +114,7 @@ def export_student(student: LoadedModel, path: Path) -> dict[str, float]:
     program = exported(student)
     torch.export.save(program, buffer, extra_files={HEADER: _header(student)})
     content = buffer.getvalue()
-    worst = _compared(student, content)
+    worst = compared(student, content)
     write_atomically(path, content)
     return worst
 
@@ -135,8 +134,14 @@ def exported(student: LoadedModel) -> ExportedProgram:
     return torch.export.export(recorded, inputs, dynamic_shapes=shapes)
 
 
-def _compared(student: LoadedModel, content: bytes) -> dict[str, float]:
-    """Largest deviations of the program in ``content``; refuses one that is wrong."""
+def compared(student: LoadedModel, content: bytes) -> dict[str, float]:
+    """Largest deviations of the program in ``content`` from ``student``.
+
+    Raises
+    ------
+    CheckpointError
+        They are more than rounding.
+    """
     program = torch.export.load(io.BytesIO(content)).module()
     worst = dict.fromkeys(OUTPUTS, 0.0)
     for natoms, periodic in (([8], True), ([3, 12, 5, 2, 6, 10, 4], False)):
@@ -204,11 +209,3 @@ def _structure(
         np.full(count, 2, np.int8),
         np.zeros(count, bool),
     )
-
-
-def loaded_header(path: Path) -> dict[str, Any]:
-    """The description in a file that :func:`export_student` wrote."""
-    files: dict[str, Any] = {HEADER: ""}
-    torch.export.load(path, extra_files=files)
-    header: dict[str, Any] = json.loads(files[HEADER])
-    return header

@@ -27,8 +27,8 @@ class Pairs:
 
     ``edge`` (P,) is the place of one edge of each pair in the graph, ``source`` and
     ``target`` (P,) are its ends. Only the first ``mirrored`` pairs have both edges.
-    ``recorded`` pairs are of a pass that becomes a program for any batch: neither shapes
-    nor loops may then depend on numbers, so that every edge is a pair of its own and
+    ``recorded`` pairs are of a pass that becomes a program for any batch: shapes and
+    loops may then not depend on numbers, so that every edge is a pair of its own and
     sums are those of the definition.
     """
 
