@@ -1,6 +1,5 @@
 """A finished student on splits of a store or on a dataset: metrics and predictions."""
 
-import logging
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import closing
@@ -30,7 +29,6 @@ from pipeline.models.checkpoint import LoadedModel
 from pipeline.statistics import KIND_DIFFERENCE
 from pipeline.structure import Structure
 
-log = logging.getLogger("kd_train")
 METRICS = ("energy_mae", "forces_mae", "forces_cos", "efwt")
 Arrays = dict[str, npt.NDArray[Any]]
 
