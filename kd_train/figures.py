@@ -111,4 +111,6 @@ def files_of(figure: Any, stem: str) -> dict[str, bytes]:
         buffer = io.BytesIO()
         figure.savefig(buffer, format=kind, dpi=_DPI, metadata=metadata)
         files[f"{stem}.{kind}"] = buffer.getvalue()
+        # Laid out once; both files are alike.
+        figure.set_layout_engine("none")
     return files

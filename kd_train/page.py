@@ -15,12 +15,12 @@ from kd_train.tables import COLUMNS, MISSING, TEACHER, Row, Table
 
 _PACKAGES = ("kd-train", "torch", "numpy", "matplotlib")
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 72rem;
+body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 76rem;
   margin: 2rem auto; padding: 0 1rem; }
 h2 { margin-top: 2.2rem; border-bottom: 1px solid #ddd; padding-bottom: .2rem; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .22rem .7rem; text-align: right; white-space: nowrap; }
+th, td { padding: .22rem .55rem; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 thead th { border-bottom: 2px solid #222; vertical-align: bottom; }
 th small { font-weight: normal; color: #666; }
@@ -103,7 +103,7 @@ def _html_table(table: Table) -> str:
     for column in COLUMNS:
         head.append(f"<th>{column.title}<br><small>{column.unit}</small></th>")
         if table.has_gaps:
-            head.append("<th>gap closed<br><small>%</small></th>")
+            head.append("<th>gap<br><small>% closed</small></th>")
     width = 2 + len(COLUMNS) * (1 + table.has_gaps)
     body = []
     for group in table.groups:

@@ -181,6 +181,11 @@ def _rows(
             _best_columns(means[variant.label], list(means.values())),
         )
         (plain if variant.is_plain else distilled).append(row)
+    seeds = {
+        tuple(run.summary.seed for run in variant.runs) for variant in cohort.variants
+    }
+    if len(seeds) > 1:
+        notes.append(f"{cohort.student}: rows do not have the same seeds.")
     for key, values in differing_settings(cohort).items():
         notes.append(f"{cohort.student}: runs differ in {key} ({'; '.join(values)}).")
     return plain, distilled
