@@ -1,6 +1,6 @@
 """Runs in the rows of a comparison, and refusing what cannot stand in one table."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,14 +8,14 @@ from kd_train.config import STRATEGIES
 from kd_train.runs import FinishedRun, Metrics, number
 from pipeline.errors import SpecError
 
-# Settings that may differ between a run and its baseline: what a comparison varies on
-# purpose, and what changes no number.
+# Settings that may differ between a run and its baseline beside those of distillation,
+# the last of which changes no number.
 _FREE = ("strategy", "seed", "train_split", "loss.teacher_labels", "loader_threads")
 
 
 @dataclass(frozen=True)
 class Variant:
-    """Runs of one row: alike but for the seed, which ascends.
+    """Runs of one row: alike in all settings but the seed, which ascends.
 
     ``settings`` says what tells the row from others of its strategy: ``λ=100``.
     """
@@ -96,21 +96,16 @@ def make_cohorts(runs: Sequence[FinishedRun]) -> list[Cohort]:
     ]
 
 
-def differing_settings(cohort: Cohort) -> dict[str, list[str]]:
-    """Settings on which the runs disagree though no row says so, with their values."""
-    seen: dict[str, dict[str, None]] = {}
-    for run in cohort.runs:
-        for key, value in _bound(run).items():
-            seen.setdefault(key, {})[str(value)] = None
-    return {key: list(values) for key, values in seen.items() if len(values) > 1}
-
-
 def _cohort(student: str, members: list[FinishedRun]) -> Cohort:
     _require_equal_training(student, members)
+    choices = [_choices(run) for run in members]
+    weights: dict[str, list[dict[str, Any]]] = {}
+    for run in members:
+        weights.setdefault(run.summary.strategy, []).append(_lambdas(run))
     rows: dict[tuple[Any, ...], list[FinishedRun]] = {}
     for run in sorted(members, key=lambda run: run.summary.seed):
-        same = [o for o in members if o.summary.strategy == run.summary.strategy]
-        told = _differing(run, same, _lambdas) | _differing(run, members, _choices)
+        told = _differing(_lambdas(run), weights[run.summary.strategy])
+        told |= _differing(_choices(run), choices)
         order = tuple(_sortable(value) for value in told.values())
         key = (_rank(run.summary.strategy), order, _words(told))
         rows.setdefault(key, []).append(run)
@@ -134,7 +129,7 @@ def _lambdas(run: FinishedRun) -> dict[str, Any]:
 
 
 def _choices(run: FinishedRun) -> dict[str, Any]:
-    """Other settings that a comparison varies on purpose; None for what is plain."""
+    """All other settings by the words of a label; None for what needs no word."""
     settings = run.settings
     chosen: dict[str, Any] = {}
     if run.strategies:
@@ -142,6 +137,8 @@ def _choices(run: FinishedRun) -> dict[str, Any]:
         chosen["λ schedule "] = _schedule(settings)
     chosen["teacher_labels="] = settings["loss.teacher_labels"] or None
     chosen["on "] = settings["train_split"]
+    for key, value in _bound(run).items():
+        chosen[f"{key}="] = "none" if value is None else value
     return chosen
 
 
@@ -158,17 +155,12 @@ def _schedule(settings: dict[str, Any]) -> str | None:
     return f"{kind} {number(start)}→{number(end)}{since}{length}"
 
 
-def _differing(
-    run: FinishedRun,
-    others: Sequence[FinishedRun],
-    settings_of: Callable[[FinishedRun], dict[str, Any]],
-) -> dict[str, Any]:
-    """Settings of ``run`` that another of ``others`` has otherwise."""
-    known = [settings_of(other) for other in others]
+def _differing(own: dict[str, Any], all_runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The ``own`` settings that another run has otherwise."""
     return {
         key: value
-        for key, value in settings_of(run).items()
-        if any(other.get(key, value) != value for other in known)
+        for key, value in own.items()
+        if any(other.get(key, value) != value for other in all_runs)
     }
 
 
@@ -184,10 +176,10 @@ def _sortable(value: Any) -> tuple[int, float, str]:
     return (0, 0.0, "") if value is None else (2, 0.0, str(value))
 
 
-def _bound(run: FinishedRun) -> dict[str, str]:
+def _bound(run: FinishedRun) -> dict[str, Any]:
     """Settings that a run must share with its baseline."""
     return {
-        key: str(value)
+        key: value
         for key, value in run.settings.items()
         if key not in _FREE and not key.startswith("distill.")
     }
@@ -227,13 +219,10 @@ def _require_every_seed_once(cohort: Cohort) -> None:
             first = seen.setdefault(run.summary.seed, run)
             if first is run:
                 continue
-            ours, theirs = _bound(first), _bound(run)
-            keys = [key for key in ours | theirs if ours.get(key) != theirs.get(key)]
-            apart = f" and differ in {', '.join(keys)}" if keys else ""
             raise SpecError(
                 f"{first.folder} and {run.folder} are both {cohort.student} with "
-                f"strategy {variant.label} and seed {run.summary.seed}{apart}; leave "
-                "one of them out."
+                f"strategy {variant.label} and seed {run.summary.seed}; leave one of "
+                "them out."
             )
 
 

@@ -82,12 +82,15 @@ class Throughput(_Open):
     device: str
     threads: int | None
     mean_atoms: float
+    device_name: str | None = None
 
     @property
     def place(self) -> str:
         """Device and threads in words."""
-        threads = "" if self.threads is None else f", {self.threads} threads"
-        return self.device + threads.replace(" 1 threads", " 1 thread")
+        name = self.device_name or self.device
+        if self.threads is None:
+            return name
+        return f"{name}, {self.threads} thread{'s' if self.threads > 1 else ''}"
 
 
 class Failure(_Open):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite, nan
 
-from kd_train.cohorts import Cohort, Variant, differing_settings
+from kd_train.cohorts import Cohort, Variant
 from kd_train.metrics import gap_closed
 from kd_train.runs import Metrics
 
@@ -186,8 +186,6 @@ def _rows(
     }
     if len(seeds) > 1:
         notes.append(f"{cohort.student}: rows do not have the same seeds.")
-    for key, values in differing_settings(cohort).items():
-        notes.append(f"{cohort.student}: runs differ in {key} ({'; '.join(values)}).")
     return plain, distilled
 
 

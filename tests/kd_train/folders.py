@@ -77,7 +77,7 @@ def write_curve(folder, rows):
     (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
 
 
-def write_throughput(folder, rate=100.0, device="cpu", threads=2):
+def write_throughput(folder, rate=100.0, device="cpu", threads=2, **more):
     """throughput.json as kd-eval writes it."""
     document = {
         "samples_per_second": rate,
@@ -86,5 +86,6 @@ def write_throughput(folder, rate=100.0, device="cpu", threads=2):
         "device": device,
         "threads": threads,
         "mean_atoms": 12.5,
+        **more,
     }
     (folder / "throughput.json").write_text(json.dumps(document))

@@ -290,7 +290,7 @@ def test_machines_are_not_mixed_silently(tmp_path):
     runs = [make_run(tmp_path, seed=seed) for seed in (0, 1, 2)]
     write_throughput(runs[0], 100.0)
     write_throughput(runs[1], 300.0)
-    write_throughput(runs[2], 9000.0, "NVIDIA H100", None)
+    write_throughput(runs[2], 9000.0, "cuda", None, device_name="NVIDIA H100")
     points = throughput_points(make_cohorts([read_run(run) for run in runs]))
     assert [(point.place, point.rate("samples_per_second")) for point in points] == [
         ("cpu, 2 threads", 200.0),
