@@ -43,10 +43,14 @@ _DPI = 160
 
 @dataclass(frozen=True)
 class Look:
-    """Colour (as ``#rrggbb``) and line style of a row."""
+    """Colour (as ``#rrggbb``) and line style of a row.
+
+    ``strategy_color`` is the same for all rows of a strategy: for panels of one row.
+    """
 
     color: str
     line: str
+    strategy_color: str
 
 
 def looks(cohorts: Sequence[Cohort]) -> dict[str, Look]:
@@ -66,7 +70,8 @@ def looks(cohorts: Sequence[Cohort]) -> dict[str, Look]:
         color = colors.get(strategy, _GREY)
         for i, label in enumerate(labels):
             share = _PALEST * i / max(len(labels) - 1, 1)
-            found[label] = Look(mixed(color, "#ffffff", share), _LINES[i % len(_LINES)])
+            shade, line = mixed(color, "#ffffff", share), _LINES[i % len(_LINES)]
+            found[label] = Look(shade, line, color)
     return found
 
 

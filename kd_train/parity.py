@@ -51,7 +51,7 @@ def _parity_rows(grid: Array, cohort: Cohort, chosen: dict[str, Look]) -> None:
             pair[1].remove()
             continue
         variant = cohort.variants[i]
-        found, color = data[variant.label], chosen[variant.label].color
+        found, color = data[variant.label], chosen[variant.label].strategy_color
         _energy_panel(pair[0], found, energy_limit, color)
         _force_panel(pair[1], found, force_limit, color)
         _describe(pair, cohort.student, variant, first=column == 0)

@@ -181,7 +181,6 @@ def throughput_points(cohorts: Sequence[Cohort]) -> list[Point]:
 def throughput_caption(points: Sequence[Point]) -> str:
     """What was measured on which machine; warns where there were several."""
     measured = [one for point in points for one in point.measured]
-    places = list(dict.fromkeys(one.place for one in measured))
     sizes = sorted({one.batch_size for one in measured})
     atoms = sorted({round(one.mean_atoms, 1) for one in measured})
     text = (
@@ -189,14 +188,21 @@ def throughput_caption(points: Sequence[Point]) -> str:
         "of graphs included (left) and excluded (right); batch size "
         f"{_range(sizes)}, {_range(atoms)} atoms a sample on average. "
     )
-    if len(places) == 1:
-        return text + f"Measured on {places[0]}."
+    several = _machines(points)
+    if several is None:
+        return f"{text}Measured on {measured[0].place}."
+    return (
+        f"{text}Measured on different machines ({several}): compare speeds within one "
+        "kind of marker only."
+    )
+
+
+def _machines(points: Sequence[Point]) -> str | None:
+    """Which marker stands for which machine; None where there is only one."""
+    places = dict.fromkeys(point.place for point in points)
     names = ("circles", "squares", "triangles", "diamonds", "tips", "stars")
     told = [f"{names[i % len(names)]}: {place}" for i, place in enumerate(places)]
-    return text + (
-        f"Measured on different machines ({'; '.join(told)}): compare speeds within "
-        "one kind of marker only."
-    )
+    return "; ".join(told) if len(told) > 1 else None
 
 
 def throughput_files(cohorts: Sequence[Cohort]) -> dict[str, bytes]:
@@ -218,6 +224,8 @@ def throughput_files(cohorts: Sequence[Cohort]) -> dict[str, bytes]:
             panel.set_xlabel(f"samples per second, {title}")
             _rate_axis(panel, [point.rate(kind) for point in points])
         _throughput_legend(grid[0, 1], grid[0, 0])
+        if (several := _machines(points)) is not None:
+            figure.suptitle(f"different machines: {several}", fontsize=7)
         return files_of(figure, "throughput")
 
 
