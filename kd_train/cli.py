@@ -109,9 +109,61 @@ def _train(
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder.")
+@click.option("--partial", is_flag=True, help="List unfinished and failed runs.")
+@click.option(
+    "--cka",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Folder that kd-cka wrote, to be shown as well.",
+)
 @one_sentence_errors
-def report_main(runs: tuple[Path, ...], out: Path) -> None:
+def report_main(
+    runs: tuple[Path, ...], out: Path, partial: bool, cka: tuple[Path, ...]
+) -> None:
     """Compare finished RUNS: gap-closed table, learning curves, parity plots."""
     from kd_train.report import write_report
 
-    click.echo(write_report(list(runs), out))
+    click.echo(write_report(list(runs), out, partial=partial, cka=cka))
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("models", nargs=2, metavar="MODEL_A MODEL_B")
+@click.option("--data", required=True, help="Store: a folder, zip archive or URL.")
+@click.option("--split", required=True, help="A split, or several joined with +.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder.")
+@click.option("--limit", type=click.IntRange(min=1), help="Samples at most.")
+@click.option(
+    "--batch-atoms", type=click.IntRange(min=1), default=2000, show_default=True
+)
+@click.option("--device", help="cpu, cuda, cuda:1; default: a GPU if any.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of torch.")
+@one_sentence_errors
+def cka_main(
+    models: tuple[str, str],
+    data: str,
+    split: str,
+    out: Path,
+    limit: int | None,
+    batch_atoms: int,
+    device: str | None,
+    threads: int | None,
+) -> None:
+    """Similarity (linear CKA) of node features between all layers of two models.
+
+    A model is a run folder, a model file, or the word teacher for the features that
+    the store holds.
+    """
+    import torch
+
+    from kd_train.cka import compare_models
+    from kd_train.heatmap import write_similarity
+    from pipeline.store.reader import FeatureStore
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    place = chosen_device(device)
+    store = FeatureStore.open(data)
+    found = compare_models(
+        models, store, split, place, limit=limit, batch_atoms=batch_atoms
+    )
+    click.echo(write_similarity(found, out), nl=False)
