@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing, nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -331,7 +332,8 @@ class Run:
         return {**self.header(), "step": self.progress.step}
 
     def _write_header(self) -> None:
-        text = yaml.safe_dump(self.header(), sort_keys=False)
+        versions = {name: version(name) for name in ("kd-train", "torch")}
+        text = yaml.safe_dump({**self.header(), "versions": versions}, sort_keys=False)
         write_atomically(self.folder / "config.yaml", text.encode())
 
     def _state(self) -> dict[str, Any]:
