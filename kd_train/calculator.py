@@ -15,7 +15,7 @@ from torch_geometric.data import Data
 from kd_train.trained import load_student, predict, without_reference
 from pipeline.commands import chosen_device
 from pipeline.datasets.samples import Fields, checked_sample
-from pipeline.errors import DataError
+from pipeline.errors import DataError, SpecError
 from pipeline.graphs.batch import collate
 from pipeline.graphs.neighbors import neighbor_edges
 from pipeline.models.elements import check_elements
@@ -45,6 +45,8 @@ class StudentCalculator(Calculator):
     ------
     CheckpointError
         There is no model, or its file is damaged.
+    SpecError
+        ``device`` or ``dtype`` cannot be used.
     DataError
         From calculations: an element is unknown, no atom has a neighbour, or the cell
         is impossible.
@@ -62,6 +64,8 @@ class StudentCalculator(Calculator):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        if dtype not in _DTYPES:
+            raise SpecError(f"dtype is {dtype!r}; choose one of {', '.join(_DTYPES)}.")
         self.device = chosen_device(device)
         self.dtype = _DTYPES[dtype]
         self.any_element = any_element

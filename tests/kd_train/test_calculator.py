@@ -17,7 +17,7 @@ from ase.optimize import BFGS
 from kd_train.calculator import StudentCalculator
 from kd_train.cli_eval import eval_main
 from pipeline.datasets import open_dataset
-from pipeline.errors import CheckpointError, DataError
+from pipeline.errors import CheckpointError, DataError, SpecError
 from pipeline.models.checkpoint import save_model
 from pipeline.models.normalizer import Normalizer
 from pipeline.models.zoo import build_model
@@ -213,6 +213,8 @@ def test_what_cannot_be_calculated_is_told(schnet: Path, tmp_path: Path) -> None
     assert np.isfinite(allowed.get_potential_energy())
     with pytest.raises(CheckpointError, match="no run folder or model file"):
         StudentCalculator(tmp_path / "absent")
+    with pytest.raises(SpecError, match="'float16'"):
+        StudentCalculator(schnet, device="cpu", dtype="float16")
 
 
 def test_a_lone_atom_is_warned_of_once(schnet: Path) -> None:
