@@ -13,8 +13,16 @@ from typing import Any
 
 from pipeline.errors import StoreError
 from pipeline.files import told_when_full
-from pipeline.planning import plan_split, scan_dataset, store_attributes
+from pipeline.planning import (
+    array_plans,
+    fingerprint_of,
+    plan_split,
+    scan_dataset,
+    store_attributes,
+    store_identity,
+)
 from pipeline.preview import preview
+from pipeline.scatter import Part
 from pipeline.source import Source
 from pipeline.spec import CacheSpec
 from pipeline.statistics import check_energy_kinds
@@ -123,9 +131,82 @@ def build_store(
         return True
 
 
+def plan_store(spec: CacheSpec, device: str = "cpu") -> Path:
+    """Plan the store of ``spec``, or accept the one there; fills nothing.
+
+    Raises as `build_store` does.
+    """
+    job = prepare(spec, device)
+    path = Path(spec.store.path)
+    with told_when_full(path):
+        create_or_match(job, path)
+    return path
+
+
+def build_part(
+    spec: CacheSpec,
+    part: Part,
+    *,
+    device: str = "cpu",
+    workers: int = 0,
+    report: Report = lambda split, samples, blocks_left: None,
+) -> None:
+    """Fill one part of a planned store, and leave sealing to `seal_store`.
+
+    Datasets are not read through again: the store knows what they held when it was
+    planned, and every sample is compared with that when its block is filled.
+
+    Raises
+    ------
+    StoreError
+        Nothing is planned yet, or it was for another spec, or another process is
+        writing a block of this part.
+    """
+    path = Path(spec.store.path)
+    if not path.exists():
+        raise StoreError(
+            f"{path} is not planned yet; run `kd-cache plan SPEC` once before the parts"
+        )
+    writer = StoreWriter(path)
+    if writer.sealed:
+        return
+    source = Source.open(spec, device)
+    _match(path, _planned_fingerprint(writer, source))
+    with told_when_full(path):
+        fill_blocks(source, writer, Filling(device, workers, part=part), report)
+
+
+def _planned_fingerprint(writer: StoreWriter, source: Source) -> str:
+    """What the store's fingerprint must be if ``source`` is what it was planned for."""
+    spec, known = source.spec, writer.attributes["splits"]
+    identity = store_identity(
+        spec,
+        {name: known.get(name, {}).get("content", "") for name in spec.splits},
+        {n: array_plans(spec, s, source.teacher) for n, s in spec.splits.items()},
+        source.teacher,
+    )
+    return fingerprint_of(identity)
+
+
+def seal_store(path: Path | str) -> None:
+    """Seal a store whose parts are all filled; needs neither teacher nor datasets.
+
+    Raises
+    ------
+    StoreError
+        Blocks are missing; names them.
+    DamagedStoreError
+        A block is not what was committed; it is discarded.
+    """
+    writer = StoreWriter(path)
+    with told_when_full(writer.path):
+        writer.seal()
+    log.info("%s: sealed", path)
+
+
 @dataclass(frozen=True)
 class Filling:
-    """Who fills blocks, and which: a half-open range of every split, or all.
+    """Who fills blocks, and which: a half-open range of every split, a part, or all.
 
     Splits that are in the store ``before`` take over what they have there.
     """
@@ -134,17 +215,25 @@ class Filling:
     workers: int = 0
     blocks: tuple[int, int] | None = None
     before: Path | None = None
+    part: Part | None = None
+
+    def chosen(self, n_blocks: dict[str, int]) -> dict[str, range]:
+        """Blocks to fill by split, of splits that have ``n_blocks``."""
+        if self.part is not None:
+            return self.part.blocks(n_blocks)
+        first, last = self.blocks or (0, max(n_blocks.values()))
+        return {name: range(first, min(last, n)) for name, n in n_blocks.items()}
 
 
 def fill_blocks(
     source: Source, writer: StoreWriter, filling: Filling, report: Report
 ) -> None:
     """Fill every pending block, in this process or in workers."""
+    n_blocks = {name: index.n_blocks for name, index in writer.splits.items()}
     pending = [
         (split, block)
-        for split in writer.splits
-        for block in writer.pending_blocks(split, verify=True)
-        if filling.blocks is None or filling.blocks[0] <= block < filling.blocks[1]
+        for split, among in filling.chosen(n_blocks).items()
+        for block in writer.pending_blocks(split, verify=True, among=among)
     ]
     log.info("%s: %d blocks to do", writer.path, len(pending))
     if filling.workers:
@@ -194,8 +283,12 @@ def create_or_match(job: Job, path: Path) -> None:
             # Another process that builds the same may have been faster.
             if not path.exists():
                 raise
+    _match(path, job.attributes["fingerprint"])
+
+
+def _match(path: Path, wanted: str) -> None:
+    """Raise unless the store at ``path`` has the fingerprint ``wanted``."""
     found = StoreWriter(path).attributes["fingerprint"]
-    wanted = job.attributes["fingerprint"]
     if found != wanted:
         raise StoreError(
             f"{path} was planned for another spec (its fingerprint is {found[:12]}…, "
