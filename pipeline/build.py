@@ -13,14 +13,7 @@ from typing import Any
 
 from pipeline.errors import StoreError
 from pipeline.files import told_when_full
-from pipeline.planning import (
-    array_plans,
-    fingerprint_of,
-    plan_split,
-    scan_dataset,
-    store_attributes,
-    store_identity,
-)
+from pipeline.planning import plan_split, scan_dataset, store_attributes
 from pipeline.preview import preview
 from pipeline.scatter import Part
 from pipeline.source import Source
@@ -95,42 +88,6 @@ def prepare(
     return Job(source, plans, attributes)
 
 
-def build_store(
-    spec: CacheSpec,
-    *,
-    device: str = "cpu",
-    workers: int = 0,
-    blocks: tuple[int, int] | None = None,
-    report: Report = lambda split, samples, blocks_left: None,
-) -> bool:
-    """Create or continue the store of ``spec``; True once it is sealed.
-
-    ``blocks`` restricts the work to that half-open range of every split, for array
-    jobs. ``workers`` > 0 runs blocks in that many processes of a Dask cluster; the
-    bytes written are the same.
-
-    Raises
-    ------
-    StoreError
-        A store of another fingerprint lies at the path, or a block is being built by
-        another process.
-    """
-    job = prepare(spec, device)
-    path = Path(spec.store.path)
-    with told_when_full(path):
-        create_or_match(job, path)
-        writer = StoreWriter(path)
-        if writer.sealed:
-            return True
-        with nullcontext() if blocks else writer.claim_all():
-            fill_blocks(job.source, writer, Filling(device, workers, blocks), report)
-        if any(writer.pending_blocks(split) for split in job.plans):
-            return False
-        writer.seal()
-        log.info("%s: sealed", path)
-        return True
-
-
 def plan_store(spec: CacheSpec, device: str = "cpu") -> Path:
     """Plan the store of ``spec``, or accept the one there; fills nothing.
 
@@ -143,65 +100,47 @@ def plan_store(spec: CacheSpec, device: str = "cpu") -> Path:
     return path
 
 
-def build_part(
+def build_store(
     spec: CacheSpec,
-    part: Part,
     *,
     device: str = "cpu",
     workers: int = 0,
+    blocks: tuple[int, int] | None = None,
+    part: Part | None = None,
     report: Report = lambda split, samples, blocks_left: None,
-) -> None:
-    """Fill one part of a planned store, and leave sealing to `seal_store`.
+) -> bool:
+    """Create or continue the store of ``spec``; True once it is sealed.
 
-    Datasets are not read through again: the store knows what they held when it was
-    planned, and every sample is compared with that when its block is filled.
+    ``blocks`` restricts the work to that half-open range of every split, ``part`` to
+    one of several shares of a planned store, which it leaves unsealed: checking all
+    blocks is no work for each of many jobs. ``workers`` > 0 runs blocks in that many
+    processes of a Dask cluster; the bytes written are the same.
 
     Raises
     ------
     StoreError
-        Nothing is planned yet, or it was for another spec, or another process is
-        writing a block of this part.
+        A store of another fingerprint lies at the path, or a block is being built by
+        another process, or there is no store yet to do a part of.
     """
     path = Path(spec.store.path)
-    if not path.exists():
+    if part is not None and not path.exists():
         raise StoreError(
             f"{path} is not planned yet; run `kd-cache plan SPEC` once before the parts"
         )
-    writer = StoreWriter(path)
-    if writer.sealed:
-        return
-    source = Source.open(spec, device)
-    _match(path, _planned_fingerprint(writer, source))
+    job = prepare(spec, device)
     with told_when_full(path):
-        fill_blocks(source, writer, Filling(device, workers, part=part), report)
-
-
-def _planned_fingerprint(writer: StoreWriter, source: Source) -> str:
-    """What the store's fingerprint must be if ``source`` is what it was planned for."""
-    spec, known = source.spec, writer.attributes["splits"]
-    identity = store_identity(
-        spec,
-        {name: known.get(name, {}).get("content", "") for name in spec.splits},
-        {n: array_plans(spec, s, source.teacher) for n, s in spec.splits.items()},
-        source.teacher,
-    )
-    return fingerprint_of(identity)
-
-
-def seal_store(path: Path | str) -> None:
-    """Seal a store whose parts are all filled; needs neither teacher nor datasets.
-
-    Raises
-    ------
-    StoreError
-        Blocks are missing; names them.
-    DamagedStoreError
-        A block is not what was committed; it is discarded.
-    """
-    writer = StoreWriter(path)
-    with told_when_full(writer.path):
+        create_or_match(job, path)
+        writer = StoreWriter(path)
+        if writer.sealed:
+            return True
+        filling = Filling(device, workers, blocks, part)
+        with nullcontext() if blocks or part else writer.claim_all():
+            fill_blocks(job.source, writer, filling, report)
+        if part or any(writer.pending_blocks(split) for split in job.plans):
+            return False
         writer.seal()
-    log.info("%s: sealed", path)
+        log.info("%s: sealed", path)
+        return True
 
 
 @dataclass(frozen=True)
@@ -214,8 +153,8 @@ class Filling:
     device: str = "cpu"
     workers: int = 0
     blocks: tuple[int, int] | None = None
-    before: Path | None = None
     part: Part | None = None
+    before: Path | None = None
 
     def chosen(self, n_blocks: dict[str, int]) -> dict[str, range]:
         """Blocks to fill by split, of splits that have ``n_blocks``."""
@@ -283,12 +222,8 @@ def create_or_match(job: Job, path: Path) -> None:
             # Another process that builds the same may have been faster.
             if not path.exists():
                 raise
-    _match(path, job.attributes["fingerprint"])
-
-
-def _match(path: Path, wanted: str) -> None:
-    """Raise unless the store at ``path`` has the fingerprint ``wanted``."""
     found = StoreWriter(path).attributes["fingerprint"]
+    wanted = job.attributes["fingerprint"]
     if found != wanted:
         raise StoreError(
             f"{path} was planned for another spec (its fingerprint is {found[:12]}…, "

@@ -123,20 +123,21 @@ def build(
     block_range = _block_range(blocks)
     share = _chosen_part(part, {"--blocks": blocks, "--receipt": receipt})
 
-    from pipeline.build import build_part, build_store
+    from pipeline.build import build_store
 
     store, place = _started(chosen, device, threads)
-    if share is not None:
-        with _progress() as report:
-            build_part(chosen, share, device=place, workers=workers, report=report)
-        click.echo(f"{store}: part {share.number} of {share.of} is filled.")
-        return
     with _progress() as report:
         sealed = build_store(
-            chosen, device=place, workers=workers, blocks=block_range, report=report
+            chosen,
+            device=place,
+            workers=workers,
+            blocks=block_range,
+            part=share,
+            report=report,
         )
     if not sealed:
-        click.echo(f"{store}: the blocks asked for are done, others are still missing.")
+        rest = "the store is not sealed" if share else "others are still missing"
+        click.echo(f"{store}: the blocks asked for are done, {rest}.")
         return
     click.echo(f"{store}: complete and sealed.")
     if receipt is not None:
@@ -197,10 +198,11 @@ def plan(
 @one_sentence_errors
 def seal(store: Path) -> None:
     """Check every block of STORE, whose parts are all filled, and seal it."""
-    from pipeline.build import seal_store
+    from pipeline.files import told_when_full
+    from pipeline.store.writer import StoreWriter
 
-    log_to_file("pipeline", store.with_name(store.name + ".log"))
-    seal_store(store)
+    with told_when_full(store):
+        StoreWriter(store).seal()
     click.echo(f"{store}: complete and sealed.")
 
 

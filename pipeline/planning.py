@@ -137,7 +137,7 @@ def plan_split(
         sample_ids=[dataset.sample_ids[int(i)] for i in blocks.order],
         checksums=scan.checksums[blocks.order],
         blocks=blocks,
-        arrays=array_plans(spec, spec.splits[name], teacher, calibrations),
+        arrays=_array_plans(spec, spec.splits[name], teacher, calibrations),
     )
     if blocks.edges is not None:
         _tell_edge_size(plan, blocks.edges.rows_per_block)
@@ -167,13 +167,12 @@ def _tell_edge_size(plan: SplitPlan, rows_per_block: int) -> None:
     )
 
 
-def array_plans(
+def _array_plans(
     spec: CacheSpec,
     split: SplitSpec,
     teacher: Teacher | None,
-    calibrations: Mapping[str, Calibration] = MappingProxyType({}),
+    calibrations: Mapping[str, Calibration],
 ) -> tuple[ArrayPlan, ...]:
-    """Arrays of a split, as ``spec`` and the widths of ``teacher`` have it."""
     names: list[str] = [*STRUCTURE_FIELDS, *LABEL_FIELDS]
     wanted: dict[str, FeatureSpec] = {}
     widths: dict[str, int] = {}
@@ -225,55 +224,36 @@ def store_attributes(
     teacher: Teacher | None,
 ) -> dict[str, Any]:
     """Provenance of the store and the fingerprint of all that decides its numbers."""
-    identity = store_identity(
-        spec,
-        {name: scan.content for name, scan in scans.items()},
-        {name: plan.arrays for name, plan in plans.items()},
-        teacher,
-    )
+    identity = {
+        "teacher": None if teacher is None else teacher.identity,
+        "splits": {
+            name: {
+                "features": s.features,
+                "content": scans[name].content,
+                "reference_energies": _references(s.reference_energies),
+            }
+            for name, s in spec.splits.items()
+        },
+        "arrays": {
+            name: [array_identity(array) for array in plan.arrays]
+            for name, plan in plans.items()
+        },
+        "rows_per_block": spec.store.rows_per_block,
+        "order_seed": spec.store.seed,
+    }
     # The statistics follow from what is above, but their last bits differ between
     # machines, so they are no part of the fingerprint.
+    text = json.dumps(identity, sort_keys=True)
     return {
         **identity,
         "label_statistics": {n: s.labels.to_dict() for n, s in scans.items()},
-        "fingerprint": fingerprint_of(identity),
+        "fingerprint": hashlib.sha256(text.encode()).hexdigest(),
         "provenance": {
             "spec": spec.model_dump(),
             "teacher": None if teacher is None else dict(teacher.potential.provenance),
             "software": {n: version(n) for n in ("kd-train", "torch", "zarr", "vesin")},
         },
     }
-
-
-def store_identity(
-    spec: CacheSpec,
-    contents: Mapping[str, str],
-    arrays: Mapping[str, tuple[ArrayPlan, ...]],
-    teacher: Teacher | None,
-) -> dict[str, Any]:
-    """All that decides the numbers of a store; ``contents`` as a scan tells them."""
-    return {
-        "teacher": None if teacher is None else teacher.identity,
-        "splits": {
-            name: {
-                "features": s.features,
-                "content": contents[name],
-                "reference_energies": _references(s.reference_energies),
-            }
-            for name, s in spec.splits.items()
-        },
-        "arrays": {
-            name: [array_identity(array) for array in planned]
-            for name, planned in arrays.items()
-        },
-        "rows_per_block": spec.store.rows_per_block,
-        "order_seed": spec.store.seed,
-    }
-
-
-def fingerprint_of(identity: Mapping[str, Any]) -> str:
-    """SHA-256 of what `store_identity` gives."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def array_identity(array: ArrayPlan) -> list[Any]:
