@@ -36,7 +36,7 @@ CONSTANTS = {
     "overhead": Constant(
         1.04, "× teacher's time", "docs/benchmarks.md: 1.01 to 1.04 on a CPU"
     ),
-    "plan_ms": Constant(0.40, "core ms a sample", "docs/scaling_cluster.md, OC20 LMDB"),
+    "plan_ms": Constant(0.6, "core ms a sample", "docs/scaling_cluster.md, OC20 LMDB"),
     "plan_processes": Constant(
         1.0, "processes", "a choice: that read datasets at once"
     ),
@@ -90,7 +90,7 @@ def projection(
         ("blocks a job, jobs = GPUs", _short(blocks / gpus)),
         ("written by all jobs, MB/s", _short(stream / 1e6)),
         (
-            "a job's share of its disk's rate",
+            "of what a job could write",
             f"{stream / gpus / of['write_mb'] / 1e4:.0f} %",
         ),
         ("RAM of a job, GB", _short(job)),

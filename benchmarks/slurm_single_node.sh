@@ -115,6 +115,10 @@ kill_two() {
   kill -9 $(scontrol listpids "$second" | awk 'NR > 1 && $1 > 0 {print $1}')
 }
 
+if [ -e "$work" ] && [ ! -d "$work/slurm" ]; then
+  echo "$work exists and was not made by this script; choose another folder." >&2
+  exit 2
+fi
 install
 rm -rf "$work"
 mkdir -p "$work"
@@ -141,13 +145,16 @@ kill_two &
   > snakemake.log 2>&1 || { tail -n 40 snakemake.log; exit 1; }
 wait %1
 grep -E '^Job [0-9]+ has been submitted|Error in rule|Trying to restart|steps.*done' \
-  snakemake.log
+  snakemake.log | sed "s|$work/||"
 
 say "jobs as Slurm saw them"
 squeue -t all -S i -O "jobid:7,state:12,timeused:10,tres-per-job:14,comment:60"
 
 say "what Snakemake measured (last attempts)"
 cut -f 1,2,4,10 results/caches/demo.jobs.tsv
+
+say "what the attempts at parts found to do, one after the other"
+grep -o '[0-9]* blocks to do' caches/demo.zarr.log | tail -n +2
 
 say "the store"
 cat results/caches/demo.log
