@@ -113,7 +113,7 @@ for spec in sorted(Path("cache_specs").glob("*.yaml")):
             shell:
                 "kd-cache build {input.spec} --out {params.store} --threads {threads} "
                 "{params.workers} --part {wildcards.part}/{params.jobs} "
-                "{params.overrides} >> {log} 2>&1"
+                "{params.overrides} > {log} 2>&1"
 
         rule:
             name:
