@@ -4,10 +4,12 @@ Everything that a run does with other processes goes through :class:`World`. One
 alone never touches ``torch.distributed``.
 """
 
+import atexit
 import os
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -204,8 +206,6 @@ def joined(world: World, device: str | None) -> Iterator[None]:
     if world.size == 1:
         yield
         return
-    import torch.distributed as dist
-
     watch = _Watch(world, _meet(world, device))
     try:
         yield
@@ -213,18 +213,23 @@ def joined(world: World, device: str | None) -> Iterator[None]:
         watch.stop()
         expected = isinstance(error, (PipelineError, OSError))
         if not watch.is_ours(expected=expected):
-            _leave()
+            _leave(_STATUS)
+        atexit.register(_leave, _STATUS if expected else 1)
         raise
     # Before the first process, which may keep the keys, can be gone.
     watch.stop()
     world.wait()
-    dist.destroy_process_group()
+    atexit.register(_leave, 0)
 
 
 def _meet(world: World, device: str | None) -> "Store":
     """Connect the processes; returns the keys and values that they share."""
+    # Where the first process has failed, the loss of its keys is no news.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch.distributed as dist
 
+    # Gradients of narrow layers may lie in memory in another, equal way.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     # Counts of batches and the like stay on the CPU, gradients on the GPU.
     backend = "cpu:gloo,cuda:nccl" if _on_gpus(device) else "gloo"
     try:
@@ -291,12 +296,17 @@ class _Watch:
             if self._owner() is not None:
                 # Time for the main thread to end by itself, if it can.
                 if not self._done.wait(_GRACE_SECONDS):
-                    _leave()
+                    _leave(_STATUS)
                 return
 
 
-def _leave() -> None:
-    """End this process at once; an orderly end might wait for the others."""
+def _leave(status: int) -> None:
+    """End this process at once.
+
+    An orderly end may last for ever: whoever frees the last use of the connections
+    holds Python's lock while waiting for a thread of theirs, which wants that lock to
+    free a tensor (seen with gloo in torch 2.13).
+    """
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(_STATUS)
+    os._exit(status)

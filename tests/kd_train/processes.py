@@ -20,17 +20,13 @@ def environment(**more: object) -> dict[str, str]:
 def torchrun(
     logs: Path, module: str, arguments: Sequence[object], size: int = 2
 ) -> "subprocess.Popen[bytes]":
-    """``torchrun -m module arguments``; what processes say goes to ``logs``.
-
-    The leader of a process group of its own, which can be killed as a whole.
-    """
+    """``torchrun -m module arguments``; what processes say goes to ``logs``."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(size), "--redirects", "3"]
     command += ["--log-dir", str(logs), "-m", module, *map(str, arguments)]
     return subprocess.Popen(
         command,
         env=environment(),
-        start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
