@@ -1,5 +1,6 @@
 # Stage one: `snakemake --cores 8 cache_X` for every cache_specs/X.yaml.
 # Both stages on the embedded example: `snakemake --cores 2 demo`.
+# Many students on one store: `snakemake --cores 8 sweep --config sweep=FILE`.
 from snakemake.utils import min_version
 
 min_version("9.0")
@@ -13,3 +14,4 @@ rule all:
 
 include: "pipeline/rules/cache.smk"
 include: "pipeline/rules/demo.smk"
+include: "pipeline/rules/sweep.smk"

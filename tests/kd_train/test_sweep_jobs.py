@@ -1,0 +1,80 @@
+"""How a run's process ends is told in one sentence, and killed ones go on."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kd_train.sweep.jobs import run_to_its_end
+
+KILL = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+
+
+def _run(program: str, folder: Path, *arguments: str) -> str | None:
+    command = [sys.executable, "-c", program, *arguments]
+    with (folder / "lock").open("w") as lock:
+        return run_to_its_end(command, folder / "log", 3, lock.fileno())
+
+
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [
+        ("", None),
+        ("import os; assert os.environ['OMP_NUM_THREADS'] == '3'", None),
+        ("import sys; print('x'); sys.exit('a\\rError: It broke.')", "It broke."),
+        ("import sys; sys.exit(7)", "exit code 7: it said nothing"),
+        ("1 / 0", "exit code 1: ZeroDivisionError: division by zero"),
+    ],
+)
+def test_the_end_is_told(program: str, expected: str | None, tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("Error: Of an earlier time.\n")
+    said = _run(program, tmp_path)
+    assert (said is None) == (expected is None)
+    assert expected is None or (said is not None and said.endswith(expected))
+
+
+def test_a_killed_process_is_started_again(tmp_path: Path) -> None:
+    """It adds a line each time and is killed in its first two lives."""
+    lives = tmp_path / "lives"
+    program = (
+        f"import pathlib; p = pathlib.Path({str(lives)!r}); p.open('a').write('x');\n"
+        f"if len(p.read_text()) < 3: {KILL}"
+    )
+    assert _run(program, tmp_path) is None
+    assert lives.read_text() == "xxx"
+
+
+def test_one_that_is_always_killed_is_given_up(tmp_path: Path) -> None:
+    said = _run(KILL, tmp_path)
+    assert said is not None
+    assert "SIGKILL 3 times" in said
+
+
+def test_the_training_holds_the_lock_itself(tmp_path: Path) -> None:
+    """So a run whose parent was killed cannot be trained by two at the same time."""
+    program = (
+        "import os; mine = [os.readlink(f'/proc/self/fd/{n}') "
+        "for n in os.listdir('/proc/self/fd') if os.path.exists(f'/proc/self/fd/{n}')];"
+        f"assert {str(tmp_path / 'lock')!r} in mine, mine"
+    )
+    assert _run(program, tmp_path) is None
+
+
+def test_a_terminated_job_takes_its_training_along(tmp_path: Path) -> None:
+    training = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    program = (
+        "import sys; from pathlib import Path; "
+        "from kd_train.sweep.jobs import run_to_its_end; "
+        f"log = Path({str(tmp_path / 'log')!r}); lock = log.open('a'); "
+        f"run_to_its_end([sys.executable, '-c', {training!r}], log, 1, lock.fileno())"
+    )
+    job = subprocess.Popen([sys.executable, "-c", program])
+    while not (tmp_path / "log").exists() or not (tmp_path / "log").read_text():
+        assert job.poll() is None
+    number = int((tmp_path / "log").read_text())
+    job.terminate()
+    assert job.wait() == 128 + 15
+    with pytest.raises(ProcessLookupError):
+        os.kill(number, 0)
