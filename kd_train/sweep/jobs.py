@@ -78,7 +78,7 @@ def run_job(sweep: Sweep, name: str, attempt: int = 1) -> Outcome:
             step=saved_step(folder),
             attempt=attempt,
         )
-        _record(sweep, name, outcome)
+        record(sweep, name, outcome)
     return outcome
 
 
@@ -150,7 +150,7 @@ def _last_words(log: Path, begin: int, code: int) -> str:
     return f"kd-train ended with exit code {code}: {last}"
 
 
-def _record(sweep: Sweep, name: str, outcome: Outcome) -> None:
+def record(sweep: Sweep, name: str, outcome: Outcome) -> None:
     """Write the outcome, and beside it ``failure.json`` where there is a failure."""
     failure = sweep.folder(name) / "failure.json"
     if outcome.state == "failed":

@@ -1,5 +1,6 @@
 """How a run's process ends is told in one sentence, and killed ones go on."""
 
+import json
 import os
 import subprocess
 import sys
@@ -7,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from kd_train.sweep.jobs import run_to_its_end
+from kd_train.sweep.grid import load_sweep
+from kd_train.sweep.jobs import Outcome, read_outcome, record, run_to_its_end
 
 KILL = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
 
@@ -78,3 +80,18 @@ def test_a_terminated_job_takes_its_training_along(tmp_path: Path) -> None:
     assert job.wait() == 128 + 15
     with pytest.raises(ProcessLookupError):
         os.kill(number, 0)
+
+
+def test_a_failure_is_kept_beside_the_run_until_it_is_overcome(tmp_path: Path) -> None:
+    path = tmp_path / "sweep.yaml"
+    path.write_text("{store: s, out: o, students: [schnet], strategies: [none]}")
+    sweep, name = load_sweep(path), "schnet_none_s0"
+    failure = sweep.folder(name) / "failure.json"
+    failed = Outcome(state="failed", error="It broke.", step=3, attempt=2)
+    record(sweep, name, failed)
+    assert read_outcome(sweep, name) == failed
+    assert json.loads(failure.read_text()) == {"error": "It broke.", "step": 3}
+    record(sweep, name, Outcome(state="done"))
+    assert not failure.exists()
+    (sweep.folder(name) / "outcome.json").write_text("torn")
+    assert read_outcome(sweep, name) is None

@@ -167,7 +167,6 @@ def test_only_what_is_new_changed_or_asked_for_is_due(
     settings = _document(small_store)["settings"] | {"steps": STEPS + 1}
     changes: dict[str, dict[str, Any]] = {
         "seed": {"seeds": [0, 3]},
-        "fewer": {"strategies": ["none", "n2n"], "weights": {"n2n": [2]}},
         "steps": {"settings": settings},
     }
     files = {
@@ -176,23 +175,24 @@ def test_only_what_is_new_changed_or_asked_for_is_due(
         )
         for name, change in changes.items()
     }
-    asked = {name: [file] for name, file in files.items()}
-    asked |= {"same": [swept.file], "retry": [swept.file, "retry_failed=true"]}
+    asked = {
+        "same": [swept.file],
+        "seed": [files["seed"], "retry_failed=true"],
+        "steps": [files["steps"]],
+    }
     started = {}
     for name, (file, *more) in asked.items():
         started[name] = _start(file, *more, "--dry-run")
     said = {name: _finish(process) for name, process in started.items()}
     assert _due(said["same"]) == set()
     assert "Nothing to be done" in said["same"]
-    assert _due(said["retry"]) == {FAILING}
     new = {f"{STUDENT}_{s}_s3" for s in ("none", "n2n=2", "n2n=1e+39", "vanilla2")}
-    assert _due(said["seed"]) == new
-    assert _due(said["fewer"]) == set()
+    assert _due(said["seed"]) == {FAILING, *new}
     assert _due(said["steps"]) == {FAILING, *FINE}
 
 
 def test_changed_settings_of_a_trained_run_are_refused(
-    swept: Swept, small_store: FeatureStore, tmp_path: Path
+    swept: Swept, small_store: FeatureStore
 ) -> None:
     settings = _document(small_store)["settings"] | {"batch_size": 9}
     file = swept.file.parent / "changed.yaml"
@@ -202,8 +202,6 @@ def test_changed_settings_of_a_trained_run_are_refused(
     assert outcome.state == "failed"
     assert "batch_size = 8, now it is 9" in str(outcome.error)
     assert sha256_of(changed.folder(FINE[0]) / "student.safetensors") == before
-    assert run_job(load_sweep(swept.file), FINE[0]).state == "done"
-    assert not (changed.folder(FINE[0]) / "failure.json").exists()
 
 
 def test_a_sweep_without_its_file_is_one_sentence() -> None:
