@@ -7,12 +7,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NoReturn
 
 import yaml
 
+from kd_train.sweep.gpus import free_gpu
 from kd_train.sweep.grid import Sweep
 from pipeline.documents import ClosedModel
 from pipeline.files import write_atomically
@@ -68,8 +70,7 @@ def run_job(sweep: Sweep, name: str, attempt: int = 1) -> Outcome:
         fcntl.flock(lock, fcntl.LOCK_EX)
         text = yaml.safe_dump(run.document, sort_keys=False)
         write_atomically(settings, text.encode())
-        command = _command(sweep, settings, folder)
-        error = run_to_its_end(command, log, sweep.config.threads, lock.fileno())
+        error = _trained(_command(sweep, settings, folder), log, sweep, lock.fileno())
         if error is not None:
             error = error.removeprefix(f"{folder}: ")
         outcome = Outcome(
@@ -89,15 +90,30 @@ def _command(sweep: Sweep, settings: Path, folder: Path) -> list[str]:
     return command if sweep.device is None else [*command, "--device", sweep.device]
 
 
+def _trained(command: list[str], log: Path, sweep: Sweep, lock: int) -> str | None:
+    """Run ``command``, on a GPU of its own where the sweep reserves one."""
+    environment = {"OMP_NUM_THREADS": str(sweep.config.threads)}
+    if not sweep.config.gpus:
+        return run_to_its_end(command, log, environment, (lock,))
+    with free_gpu() as gpu:
+        if gpu is None:
+            return run_to_its_end(command, log, environment, (lock,))
+        name, hold = gpu
+        environment["CUDA_VISIBLE_DEVICES"] = name
+        return run_to_its_end(command, log, environment, (lock, hold))
+
+
 def run_to_its_end(
-    command: list[str], log: Path, threads: int, lock: int
+    command: list[str],
+    log: Path,
+    environment: Mapping[str, str],
+    locks: tuple[int, ...],
 ) -> str | None:
     """None when ``command`` came to its end, else one sentence.
 
     What it says is added to ``log``. A killed one is started again, to go on where it
-    stopped. The descriptor ``lock`` is handed on to it.
+    stopped. It gets ``environment`` on top of this process's and holds ``locks``.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     for _ in range(_ATTEMPTS):
         with log.open("ab") as stream:
             begin = stream.tell()
@@ -106,9 +122,9 @@ def run_to_its_end(
                     command,
                     stdout=stream,
                     stderr=stream,
-                    env=environment,
+                    env={**os.environ, **environment},
                     # Held on to by the training, whatever becomes of this process.
-                    pass_fds=(lock,),
+                    pass_fds=locks,
                 )
             )
         if code >= 0:

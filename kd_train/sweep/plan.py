@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kd_train.config import TrainConfig
-from kd_train.setup import chosen_split, stored_widths
+from kd_train.setup import chosen_split, resolved, stored_widths
 from kd_train.strategies import REGISTRY
 from kd_train.strategies.base import Setting
 from kd_train.sweep.grid import Sweep, SweepRun, load_sweep
@@ -86,18 +86,21 @@ class _Checks:
         Raises
         ------
         SpecError
-            The store lacks a split or a field, or the network cannot be built.
+            The store lacks a split or a field, the network cannot be built, or the
+            recipe knows no such student.
         """
         student = config.student.model_dump_json()
-        key = (student, config.strategy, config.train_split, config.val_split)
+        splits = config.train_split, config.val_split
+        key = (student, config.recipe, config.strategy, *splits)
         if key not in self._reasons:
-            self._reasons[key] = self._find_reason(config, student)
+            self._reasons[key] = self._find_reason(resolved(config, self.store))
         return self._reasons[key]
 
-    def _find_reason(self, config: TrainConfig, student: str) -> str | None:
+    def _find_reason(self, config: TrainConfig) -> str | None:
         fields = [field for s in config.strategies for field in REGISTRY[s].fields]
         split = chosen_split(self.store, config.train_split, fields)
         chosen_split(self.store, config.val_split)
+        student = config.student.model_dump_json()
         if student not in self._widths:
             model, preset = PRESETS[config.student.preset]
             network = build_model(model, preset | config.student.hyperparameters)

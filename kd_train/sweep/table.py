@@ -56,7 +56,7 @@ def states(chosen: Plan) -> str:
                 "" if outcome.error is None else f": {outcome.error}"
             )
         elif step is not None:
-            state = f"at step {step} of {run.config.steps}"
+            state = f"at step {step}"
         else:
             state = "waiting"
         lines[run.name] = state

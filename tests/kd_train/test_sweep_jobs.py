@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kd_train.sweep.gpus import free_gpu
 from kd_train.sweep.grid import load_sweep
 from kd_train.sweep.jobs import Outcome, read_outcome, record, run_to_its_end
 
@@ -17,14 +18,14 @@ KILL = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
 def _run(program: str, folder: Path, *arguments: str) -> str | None:
     command = [sys.executable, "-c", program, *arguments]
     with (folder / "lock").open("w") as lock:
-        return run_to_its_end(command, folder / "log", 3, lock.fileno())
+        return run_to_its_end(command, folder / "log", {"MORE": "3"}, (lock.fileno(),))
 
 
 @pytest.mark.parametrize(
     ("program", "expected"),
     [
         ("", None),
-        ("import os; assert os.environ['OMP_NUM_THREADS'] == '3'", None),
+        ("import os; assert os.environ['MORE'] == '3'", None),
         ("import sys; print('x'); sys.exit('a\\rError: It broke.')", "It broke."),
         ("import sys; sys.exit(7)", "exit code 7: it said nothing"),
         ("1 / 0", "exit code 1: ZeroDivisionError: division by zero"),
@@ -70,7 +71,8 @@ def test_a_terminated_job_takes_its_training_along(tmp_path: Path) -> None:
         "import sys; from pathlib import Path; "
         "from kd_train.sweep.jobs import run_to_its_end; "
         f"log = Path({str(tmp_path / 'log')!r}); lock = log.open('a'); "
-        f"run_to_its_end([sys.executable, '-c', {training!r}], log, 1, lock.fileno())"
+        f"command = [sys.executable, '-c', {training!r}]; "
+        "run_to_its_end(command, log, {}, (lock.fileno(),))"
     )
     job = subprocess.Popen([sys.executable, "-c", program])
     while not (tmp_path / "log").exists() or not (tmp_path / "log").read_text():
@@ -95,3 +97,26 @@ def test_a_failure_is_kept_beside_the_run_until_it_is_overcome(tmp_path: Path) -
     assert not failure.exists()
     (sweep.folder(name) / "outcome.json").write_text("torn")
     assert read_outcome(sweep, name) is None
+
+
+def test_every_run_has_a_gpu_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
+    with free_gpu(tmp_path) as first:
+        assert first is not None
+        # Whoever was given the descriptor keeps the GPU when this process has gone.
+        child = subprocess.Popen(["cat"], stdin=subprocess.PIPE, pass_fds=[first[1]])
+        with free_gpu(tmp_path) as second, free_gpu(tmp_path) as third:
+            assert second is not None
+            assert (first[0], second[0], third) == ("3", "5", None)
+    with free_gpu(tmp_path) as again:
+        assert again is not None
+        assert again[0] == "5"
+    child.communicate()
+    with free_gpu(tmp_path) as free:
+        assert free is not None
+        assert free[0] == "3"
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    with free_gpu(tmp_path) as none:
+        assert none is None
