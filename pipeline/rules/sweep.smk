@@ -1,8 +1,8 @@
 # Students × strategies × weights × seeds on one store, one job a run:
 # `snakemake --cores 8 sweep --config sweep=FILE`; the file is read only then.
-# Parameters decide what is due, so a longer list of seeds trains the new ones alone;
-# what does not decide a run (the file's name, the interpreter) is none.
-import sys
+# Parameters decide what is due, so a longer list of seeds trains the new ones alone. The
+# file's name decides nothing, so it is none of them and goes through the environment.
+import os
 
 from snakemake.exceptions import WorkflowError
 
@@ -13,6 +13,11 @@ try:
     JOBS = Jobs.of(config)
 except PipelineError as error:
     raise WorkflowError(str(error)) from None
+os.environ["KD_SWEEP"] = JOBS.file
+
+
+envvars:
+    "KD_SWEEP",
 
 
 rule sweep_run:
@@ -29,7 +34,7 @@ rule sweep_run:
         identity=lambda wildcards: JOBS.identities[wildcards.run],
         attempt=lambda wildcards: JOBS.attempts[wildcards.run],
     shell:
-        "{sys.executable:q} -m kd_train.sweep run {JOBS.file:q} {wildcards.run:q} "
+        'python -m kd_train.sweep run "$KD_SWEEP" {wildcards.run:q} '
         "--attempt {params.attempt} > {log:q} 2>&1"
 
 
@@ -41,4 +46,4 @@ rule sweep:
     log:
         f"{JOBS.out}/logs/report.log",
     shell:
-        "{sys.executable:q} -m kd_train.sweep report {JOBS.file:q} 2>&1 | tee {log:q}"
+        'python -m kd_train.sweep report "$KD_SWEEP" 2>&1 | tee {log:q}'

@@ -69,13 +69,14 @@ def _start(file: Path, *more: str) -> "subprocess.Popen[str]":
     """Snakemake as a process group of its own; the lock would outlive its killing."""
     options = ["--cores", "2", "--nolock", "--directory", str(file.parent), "sweep"]
     command = [sys.executable, "-m", "snakemake", "-s", str(ROOT / "Snakefile")]
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return subprocess.Popen(
         [*command, *options, "--config", f"sweep={file}", *more],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         start_new_session=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PATH": path},
     )
 
 
