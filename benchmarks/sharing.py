@@ -4,11 +4,11 @@
         --config cache_specs/demo/student.yaml --student painn-small-demo
 
 (a) N processes at the same time, each with one student, its own batches made ahead and
-``--threads`` CPU threads. (b) One process with N times as many threads, in which N
-students take turns on the same batch. All take the same steps. Processes are started,
-take some steps to warm up and wait; only what follows is timed. Rounds of (a) and (b)
-alternate, and ratios are taken within a round. Memory is the peak of all processes of a
-round together.
+``--threads`` CPU threads. (b) One process with N times as many threads (or
+``--shared-threads``), in which N students take turns on the same batch. All take the
+same steps. Processes are started, take some steps to warm up and wait; only what
+follows is timed. Rounds of (a) and (b) alternate, and ratios are taken within a round.
+Memory is the peak of all processes of a round together.
 """
 
 import itertools
@@ -111,6 +111,7 @@ def timed(commands: Sequence[list[str]]) -> tuple[float, float]:
 @click.option("--steps", default=200, show_default=True)
 @click.option("--rounds", default=5, show_default=True)
 @click.option("--threads", default=1, show_default=True, help="Of a process of (a).")
+@click.option("--shared-threads", type=int, help="Of (b); default: as all of (a).")
 @click.option("--device")
 @click.option("--worker", "seeds", hidden=True)
 def main(
@@ -122,6 +123,7 @@ def main(
     steps: int,
     rounds: int,
     threads: int,
+    shared_threads: int | None,
     device: str | None,
     seeds: str | None,
 ) -> None:
@@ -138,7 +140,8 @@ def main(
         [*command, "--threads", str(threads), "--worker", str(n)] for n in range(count)
     ]
     seeds = ",".join(map(str, range(count)))
-    one = [[*command, "--threads", str(threads * count), "--worker", seeds]]
+    together = threads * count if shared_threads is None else shared_threads
+    one = [[*command, "--threads", str(together), "--worker", seeds]]
     found = [(timed(several), timed(one)) for _ in range(rounds)]
     click.echo(f"{count} {student}, {strategy}, {steps} steps each, {rounds} rounds")
     for name, number in (("a process each", 0), ("one process", 1)):

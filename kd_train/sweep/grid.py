@@ -209,9 +209,9 @@ def _name(
     weights: Mapping[str, float],
     seed: int,
 ) -> str:
-    """Such as ``schnet_n2n=100+vanilla2_balanced_s0``; stable when the grid grows."""
+    """Such as ``schnet-n2n=100+vanilla2-balanced-s0``; stable when the grid grows."""
     parts = [student, weighted(strategy, weights), variant, f"s{seed}"]
-    return "_".join(part for part in parts if part is not None)
+    return "-".join(part for part in parts if part is not None)
 
 
 def weighted(strategy: str, weights: Mapping[str, float]) -> str:

@@ -81,10 +81,10 @@ def test_the_grid_is_the_product(tmp_path: Path) -> None:
 
 def test_names_are_readable_and_survive_a_larger_grid(tmp_path: Path) -> None:
     names = {run.name for run in load_sweep(_write(tmp_path, {})).runs}
-    assert "painn-small-demo_none_s0" in names
-    assert "painn-small-demo_none_slow_s4" in names
-    assert "schnet-demo_v2v=0.25+n2n=3_balanced_s0" in names
-    assert "schnet-demo_vanilla2_paper_s4" in names
+    assert "painn-small-demo-none-s0" in names
+    assert "painn-small-demo-none-slow-s4" in names
+    assert "schnet-demo-v2v=0.25+n2n=3-balanced-s0" in names
+    assert "schnet-demo-vanilla2-paper-s4" in names
     larger = {
         "seeds": [4, 7, 0],
         "students": ["gemnet-oc-demo", *GRID["students"]],
@@ -111,7 +111,7 @@ def test_names_are_readable_and_survive_a_larger_grid(tmp_path: Path) -> None:
         ({"weights": {"n2n": [-1]}}, ["weights.n2n.0"]),
         ({"weights": {"e2n": [1]}}, ["no strategy", "'e2n'"]),
         ({"variants": {"a b": {}}}, ["'a b'", "hyphens"]),
-        ({"variants": {"x": {"sead": 1}}}, ["'sead'", "'seed'", "_x_"]),
+        ({"variants": {"x": {"sead": 1}}}, ["'sead'", "'seed'", "-x-"]),
         ({"variants": {"x": {"seed": 1}}}, ["variants.x", "'seed'", "seeds decides"]),
         ({"variants": {"x": {}, "y": {}}}, ["would be the same run"]),
         ({"settings": {"distill": {"n2n": 1}}}, ["settings", "'distill.n2n'"]),
@@ -127,7 +127,7 @@ def test_mistakes_are_one_sentence(
     changes: dict[str, Any], words: list[str], tmp_path: Path
 ) -> None:
     path = _write(tmp_path, changes)
-    sentence = refusal(main, ["run", path, "painn-small-demo_none_s0"])
+    sentence = refusal(main, ["run", path, "painn-small-demo-none-s0"])
     assert all(word in sentence for word in words), sentence
     assert not (tmp_path / "out").exists()
 
@@ -142,7 +142,7 @@ def _on_store(store: FeatureStore, changes: dict[str, Any]) -> dict[str, Any]:
     [
         ({"students": ["schnet-dem"]}, ["'schnet-dem'", "'schnet-demo'"]),
         ({"strategies": ["e2n"]}, ["edge_to_node_features", "this store lacks"]),
-        ({"skip_impossible": False}, ["schnet-demo_v2v_s0", "vector_features"]),
+        ({"skip_impossible": False}, ["schnet-demo-v2v-s0", "vector_features"]),
         ({"students": ["schnet-demo"], "strategies": ["v2v"]}, ["every run"]),
         ({"settings": {"val_split": "test"}}, ["no split 'test'"]),
         ({"settings": {"student.hyperparameters": {"layers": 2}}}, ["'layers'"]),
@@ -169,9 +169,9 @@ def test_the_list_tells_what_is_skipped_and_why(
     done = run_command(main, ["list", path])
     assert done.exit_code == 0
     lines = dict(line.split(maxsplit=1) for line in done.stdout.splitlines())
-    assert lines["painn-small-demo_v2v_s0"] == "waiting"
-    assert lines["schnet-demo_none_s0"] == "waiting"
-    assert "'vector_features' of the student" in lines["schnet-demo_v2v_s0"]
+    assert lines["painn-small-demo-v2v-s0"] == "waiting"
+    assert lines["schnet-demo-none-s0"] == "waiting"
+    assert "'vector_features' of the student" in lines["schnet-demo-v2v-s0"]
     assert len(lines) == 4
-    unknown = refusal(main, ["run", path, "schnet-demo_non_s0"])
-    assert "'schnet-demo_none_s0'" in unknown
+    unknown = refusal(main, ["run", path, "schnet-demo-non-s0"])
+    assert "'schnet-demo-none-s0'" in unknown

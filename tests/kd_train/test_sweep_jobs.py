@@ -87,7 +87,7 @@ def test_a_terminated_job_takes_its_training_along(tmp_path: Path) -> None:
 def test_a_failure_is_kept_beside_the_run_until_it_is_overcome(tmp_path: Path) -> None:
     path = tmp_path / "sweep.yaml"
     path.write_text("{store: s, out: o, students: [schnet], strategies: [none]}")
-    sweep, name = load_sweep(path), "schnet_none_s0"
+    sweep, name = load_sweep(path), "schnet-none-s0"
     failure = sweep.folder(name) / "failure.json"
     failed = Outcome(state="failed", error="It broke.", step=3, attempt=2)
     record(sweep, name, failed)

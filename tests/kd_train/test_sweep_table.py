@@ -17,12 +17,12 @@ from tests.commands import run_command
 from tests.stores import STUDENTS
 
 STUDENT = "painn-small-demo"
-TRAINED = ("none_s0", "none_slow_s0", "n2n=5_even_s0", "n2n=7_even_s0", "n2n=5_slow_s0")
-FAILED, WAITING = "n2n=7_slow_s0", ("vanilla2_even_s0", "vanilla2_slow_s0")
+TRAINED = ("none-s0", "none-slow-s0", "n2n=5-even-s0", "n2n=7-even-s0", "n2n=5-slow-s0")
+FAILED, WAITING = "n2n=7-slow-s0", ("vanilla2-even-s0", "vanilla2-slow-s0")
 
 
 def _name(rest: str) -> str:
-    return f"{STUDENT}_{rest}"
+    return f"{STUDENT}-{rest}"
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +73,10 @@ def test_one_table_of_everything(file: Path, said: str) -> None:
         (STUDENT, "none"),
         (STUDENT, "n2n=5 even"),
         (STUDENT, "n2n=7 even"),
-        (_name("slow").replace("_", " "), "none"),
-        (_name("slow").replace("_", " "), "n2n=5"),
+        (f"{STUDENT} slow", "none"),
+        (f"{STUDENT} slow", "n2n=5"),
     ]
-    order = ("none_s0", "n2n=5_even_s0", "n2n=7_even_s0", "none_slow_s0", TRAINED[-1])
+    order = ("none-s0", "n2n=5-even-s0", "n2n=7-even-s0", "none-slow-s0", TRAINED[-1])
     for name, row in zip(map(_name, order), rows, strict=True):
         summary = file.parent / "out" / "runs" / name / "metrics.json"
         metrics = json.loads(summary.read_text())["metrics"]
@@ -90,9 +90,9 @@ def test_a_page_for_all_that_one_can_compare(file: Path, said: str) -> None:
         for path in (file.parent / "out" / "report").glob("*/report.html")
     }
     names = {
-        "even_n2n=5": ("none_s0", "n2n=5_even_s0"),
-        "even_n2n=7": ("none_s0", "n2n=7_even_s0"),
-        "slow_n2n=5": ("none_slow_s0", "n2n=5_slow_s0"),
+        "even_n2n=5": ("none-s0", "n2n=5-even-s0"),
+        "even_n2n=7": ("none-s0", "n2n=7-even-s0"),
+        "slow_n2n=5": ("none-slow-s0", "n2n=5-slow-s0"),
     }
     assert pages.keys() == names.keys()
     for page, runs in names.items():

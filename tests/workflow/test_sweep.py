@@ -26,8 +26,8 @@ pytest.importorskip("snakemake")
 ROOT = Path(__file__).parents[2]
 STUDENT = "painn-small-demo"
 STEPS = 60
-FAILING = f"{STUDENT}_n2n=1e+39_s0"
-FINE = [f"{STUDENT}_none_s0", f"{STUDENT}_n2n=2_s0", f"{STUDENT}_vanilla2_s0"]
+FAILING = f"{STUDENT}-n2n=1e+39-s0"
+FINE = [f"{STUDENT}-none-s0", f"{STUDENT}-n2n=2-s0", f"{STUDENT}-vanilla2-s0"]
 
 pytestmark = pytest.mark.workflow
 
@@ -187,7 +187,7 @@ def test_only_what_is_new_changed_or_asked_for_is_due(
     said = {name: _finish(process) for name, process in started.items()}
     assert _due(said["same"]) == set()
     assert "Nothing to be done" in said["same"]
-    new = {f"{STUDENT}_{s}_s3" for s in ("none", "n2n=2", "n2n=1e+39", "vanilla2")}
+    new = {f"{STUDENT}-{s}-s3" for s in ("none", "n2n=2", "n2n=1e+39", "vanilla2")}
     assert _due(said["seed"]) == {FAILING, *new}
     assert _due(said["steps"]) == {FAILING, *FINE}
 
