@@ -30,9 +30,8 @@ from torch_geometric.data import Data
 
 from kd_train.config import load_config
 from kd_train.data import CachedSamples
-from kd_train.evaluate import evaluate
 from kd_train.loop import Run
-from kd_train.order import BatchRule, Positions, ordered_batches, training_batches
+from kd_train.order import BatchRule, Positions, training_batches
 from kd_train.prefetch import moved
 from pipeline.commands import chosen_device
 from pipeline.files import write_atomically
@@ -84,15 +83,7 @@ class Contender:
 
     def validate(self) -> None:
         """Add a point to the curve: the averaged weights on the validation split."""
-        run, samples = self.run, self.run.val_samples
-        batches = ordered_batches(len(samples), 2 * run.config.batch_size)
-        result = evaluate(
-            run.averaged_student,
-            map(samples.batch, batches),
-            run.learner.normalizer,
-            run.config.loss,
-            run.device,
-        )
+        result = self.run.validator(self.run.averaged_student)
         point = {"seconds": self.seconds, "step": float(len(self.steps))}
         self.curve.append(point | {name: result.metrics[name] for name in METRICS})
 

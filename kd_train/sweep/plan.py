@@ -90,7 +90,7 @@ class _Checks:
             recipe knows no such student.
         """
         student = config.student.model_dump_json()
-        splits = config.train_split, config.val_split
+        splits = config.train_split, config.val_split, config.test_split or ""
         key = (student, config.recipe, config.strategy, *splits)
         if key not in self._reasons:
             self._reasons[key] = self._find_reason(resolved(config, self.store))
@@ -99,7 +99,9 @@ class _Checks:
     def _find_reason(self, config: TrainConfig) -> str | None:
         fields = [field for s in config.strategies for field in REGISTRY[s].fields]
         split = chosen_split(self.store, config.train_split, fields)
-        chosen_split(self.store, config.val_split)
+        for choice in (config.val_split, *(config.test_split or "").split("+")):
+            if choice:
+                chosen_split(self.store, choice)
         student = config.student.model_dump_json()
         if student not in self._widths:
             model, preset = PRESETS[config.student.preset]

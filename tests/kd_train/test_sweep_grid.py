@@ -12,6 +12,7 @@ from kd_train.sweep.grid import load_sweep
 from pipeline.store.reader import FeatureStore
 from tests.commands import refusal, run_command
 
+SHIPPED = sorted((Path(__file__).parents[2] / "cache_specs" / "sweeps").glob("*.yaml"))
 GRID: dict[str, Any] = {
     "store": "store.zarr",
     "out": "out",
@@ -92,6 +93,14 @@ def test_names_are_readable_and_survive_a_larger_grid(tmp_path: Path) -> None:
     }
     more = {run.name for run in load_sweep(_write(tmp_path, larger)).runs}
     assert names < more
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_sweeps_expand(path: Path) -> None:
+    sweep = load_sweep(path)
+    student = sweep.config.students[0]
+    assert f"{student}-none-s0" in {run.name for run in sweep.runs}
+    assert sweep.store.endswith(f"caches/{path.stem}.zarr")
 
 
 @pytest.mark.parametrize(
