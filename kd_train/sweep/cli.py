@@ -1,0 +1,54 @@
+"""``kd-sweep``: lists, trains and reports the runs of a sweep file."""
+
+from pathlib import Path
+
+import click
+
+from pipeline.commands import one_sentence_errors
+
+_FILE = click.argument("file", type=click.Path(path_type=Path))
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Train many students on one store; Snakemake's rule sweep calls these commands."""
+
+
+@main.command("list")
+@_FILE
+@one_sentence_errors
+def list_command(file: Path) -> None:
+    """Check the sweep in FILE and show its runs and how far each is."""
+    from kd_train.sweep.plan import plan
+    from kd_train.sweep.table import states
+
+    click.echo(states(plan(file)), nl=False)
+
+
+@main.command("run")
+@_FILE
+@click.argument("name")
+@click.option("--attempt", default=1, show_default=True, help="Kept in the outcome.")
+@one_sentence_errors
+def run_command(file: Path, name: str, attempt: int) -> None:
+    """Train the run NAME of FILE, from its last checkpoint if there is one.
+
+    A failure is written into outcome.json of the run folder and is no error here.
+    """
+    from kd_train.sweep.grid import load_sweep
+    from kd_train.sweep.jobs import run_job
+
+    outcome = run_job(load_sweep(file), name, attempt)
+    said = "" if outcome.error is None else f": {outcome.error}"
+    click.echo(f"{name} {outcome.state}{said}")
+
+
+@main.command("report")
+@_FILE
+@one_sentence_errors
+def report_command(file: Path) -> None:
+    """Compare the finished runs of FILE; list those that failed or were left out."""
+    from kd_train.sweep.plan import plan
+    from kd_train.sweep.table import write_sweep_report
+
+    click.echo(write_sweep_report(plan(file)), nl=False)

@@ -1,0 +1,315 @@
+"""A sweep file and the runs it stands for; opens no store and imports no torch."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field as Key
+from pydantic import field_validator
+
+from kd_train.config import STRATEGIES, TrainConfig
+from pipeline.documents import ClosedModel, expand_path, nearest, read_yaml, validate
+from pipeline.errors import SpecError
+
+BASELINE = "none"
+_VARIANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*")
+_DISTILL = "distill."
+
+Document = dict[str, Any]
+Weight = Annotated[float, Key(ge=0)]
+Seed = Annotated[int, Key(ge=0)]
+
+
+class SweepConfig(ClosedModel):
+    """What a sweep file may hold; paths are relative to its folder."""
+
+    store: str = Key(description="folder, zip archive or URL of the store")
+    out: str = Key(description="folder of the runs and their report")
+    config: str | None = Key(None, description="settings that all runs share")
+    settings: Document = Key(
+        default_factory=dict, description="changes to them; keys may be dotted"
+    )
+    students: tuple[str, ...] = Key(min_length=1)
+    strategies: tuple[str, ...] = Key(min_length=1)
+    weights: dict[str, tuple[Weight, ...]] = Key(
+        default_factory=dict, description="values to try of the weight of a term"
+    )
+    seeds: tuple[Seed, ...] = Key((0,), min_length=1)
+    variants: dict[str, Document] = Key(
+        default_factory=dict, description="named changes to the settings"
+    )
+    skip_impossible: bool = Key(
+        True,
+        description="leave out strategies for which a student has no such features; "
+        "false: refuse them",
+    )
+    threads: int = Key(1, ge=1, description="CPU threads of a run")
+    gpus: int = Key(0, ge=0, le=1, description="GPUs that a run reserves")
+    device: str | None = Key(
+        None, description="as of kd-train; default: cpu where gpus is 0"
+    )
+
+    def own_baseline(self, variant: str | None) -> bool:
+        """Whether a variant changes more than distillation: the plain student too."""
+        changes = {} if variant is None else self.variants[variant]
+        return not all(key.startswith(_DISTILL) for key in _leaves(changes))
+
+    @field_validator("students", "strategies", "seeds")
+    @classmethod
+    def _once_each(cls, values: tuple[Any, ...]) -> tuple[Any, ...]:
+        _require_distinct(values)
+        return values
+
+    @field_validator("weights")
+    @classmethod
+    def _known_terms(
+        cls, weights: dict[str, tuple[float, ...]]
+    ) -> dict[str, tuple[float, ...]]:
+        terms = [name for name in STRATEGIES if name != BASELINE]
+        for name, values in weights.items():
+            if name not in terms:
+                raise ValueError(f"unknown strategy {name!r}{nearest(name, terms)}")
+            if not values:
+                raise ValueError(f"{name!r} has no values")
+            _require_distinct(values)
+        return weights
+
+    @field_validator("variants")
+    @classmethod
+    def _plain_names(cls, variants: dict[str, Document]) -> dict[str, Document]:
+        for name in variants:
+            if not _VARIANT.fullmatch(name):
+                raise ValueError(
+                    f"the name {name!r} may hold letters, digits, dots and hyphens only"
+                )
+        return variants
+
+
+@dataclass(frozen=True)
+class SweepRun:
+    """One run of a sweep: its place in the grid and its settings for kd-train."""
+
+    name: str
+    student: str
+    strategy: str
+    weights: tuple[tuple[str, float], ...]
+    seed: int
+    variant: str | None
+    document: Document
+    config: TrainConfig
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep file with its runs; ``folder(run)`` is where one is trained."""
+
+    path: Path
+    config: SweepConfig
+    store: str
+    out: Path
+    runs: tuple[SweepRun, ...]
+
+    @property
+    def device(self) -> str | None:
+        """For kd-train; None where that shall choose."""
+        return self.config.device or (None if self.config.gpus else "cpu")
+
+    def folder(self, name: str) -> Path:
+        """Run folder of the run called ``name``."""
+        return self.out / "runs" / name
+
+    def run(self, name: str) -> SweepRun:
+        """The run called ``name``.
+
+        Raises
+        ------
+        SpecError
+            The sweep has no such run.
+        """
+        for run in self.runs:
+            if run.name == name:
+                return run
+        known = [run.name for run in self.runs]
+        raise SpecError(f"{self.path} has no run {name!r}{nearest(name, known)}.")
+
+
+def load_sweep(path: Path) -> Sweep:
+    """Read the sweep file at ``path`` and expand it.
+
+    Raises
+    ------
+    SpecError
+        A key or a value is wrong, in the file or in what it makes of a run.
+    """
+    config = validate(SweepConfig, read_yaml(path), str(path))
+    folder = path.resolve().parent
+    shared: Document = {}
+    if config.config is not None:
+        shared = read_yaml(expand_path(config.config, folder, "config"))
+    store = config.store
+    if "://" not in store:
+        store = str(expand_path(store, folder, "store"))
+    out = expand_path(config.out, folder, "out")
+    return Sweep(path, config, store, out, expanded(config, shared, str(path)))
+
+
+def expanded(
+    config: SweepConfig, shared: Mapping[str, Any], where: str
+) -> tuple[SweepRun, ...]:
+    """All runs: students × strategies × variants × weights × seeds.
+
+    The weights of a term concern the strategies that have it. The baseline has none;
+    variants that change only distillation share one baseline, which bears no variant.
+
+    Raises
+    ------
+    SpecError
+        A setting is wrong, sets what the grid does, or two runs are the same.
+    """
+    _check_terms(config, where)
+    _check_free(config, where)
+    base = _merged(shared, config.settings)
+    runs = tuple(
+        _run(config, base, where, student, strategy, variant, weights, seed)
+        for student, strategy in product(config.students, config.strategies)
+        for variant in _variants(config, strategy)
+        for weights in _weights(config, strategy)
+        for seed in config.seeds
+    )
+    _require_different(runs, where)
+    return runs
+
+
+def _run(
+    config: SweepConfig,
+    base: Document,
+    where: str,
+    student: str,
+    strategy: str,
+    variant: str | None,
+    weights: tuple[tuple[str, float], ...],
+    seed: int,
+) -> SweepRun:
+    changes = {} if variant is None else config.variants[variant]
+    chosen: Document = {"student.preset": student, "strategy": strategy, "seed": seed}
+    chosen |= {_DISTILL + term: value for term, value in weights}
+    document = _merged(_merged(base, changes), chosen)
+    name = _name(student, strategy, variant, dict(weights), seed)
+    checked = validate(TrainConfig, document, f"{where}, run {name}")
+    return SweepRun(name, student, strategy, weights, seed, variant, document, checked)
+
+
+def _name(
+    student: str,
+    strategy: str,
+    variant: str | None,
+    weights: Mapping[str, float],
+    seed: int,
+) -> str:
+    """Such as ``schnet-n2n=100+vanilla2-balanced-s0``; stable when the grid grows."""
+    parts = [student, weighted(strategy, weights), variant, f"s{seed}"]
+    return "-".join(part for part in parts if part is not None)
+
+
+def weighted(strategy: str, weights: Mapping[str, float]) -> str:
+    """``strategy`` with the weights of its terms, such as ``n2n=100+vanilla2``."""
+    # The shortest digits that read back as the same number.
+    return "+".join(
+        f"{term}={repr(weights[term]).removesuffix('.0')}" if term in weights else term
+        for term in strategy.split("+")
+    )
+
+
+def _variants(config: SweepConfig, strategy: str) -> Sequence[str | None]:
+    names = list(config.variants)
+    if strategy != BASELINE:
+        return names or [None]
+    own = [name for name in names if config.own_baseline(name)]
+    return own if own and own == names else [None, *own]
+
+
+def _weights(
+    config: SweepConfig, strategy: str
+) -> Iterator[tuple[tuple[str, float], ...]]:
+    terms = [term for term in strategy.split("+") if term in config.weights]
+    for values in product(*(config.weights[term] for term in terms)):
+        yield tuple(zip(terms, values, strict=True))
+
+
+def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> Document:
+    """``base`` with ``changes``, whose keys may be dotted; neither is altered."""
+    document = dict(base)
+    for key, value in changes.items():
+        first, dot, rest = key.partition(".")
+        before = document.get(first)
+        below = before if isinstance(before, Mapping) else {}
+        if dot:
+            document[first] = _merged(below, {rest: value})
+        elif isinstance(value, Mapping):
+            document[first] = _merged(below, value)
+        else:
+            document[first] = value
+    return document
+
+
+def _leaves(document: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Dotted names of everything that ``document`` sets."""
+    for key, value in document.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def _check_terms(config: SweepConfig, where: str) -> None:
+    used = {term for strategy in config.strategies for term in strategy.split("+")}
+    for term in config.weights:
+        if term not in used:
+            raise SpecError(
+                f"{where}: weights: no strategy of the sweep has the term {term!r}; "
+                "add one or leave its weights out."
+            )
+    seen: dict[frozenset[str], str] = {}
+    for strategy in config.strategies:
+        terms = frozenset(strategy.split("+"))
+        if terms in seen:
+            raise SpecError(
+                f"{where}: strategies: {seen[terms]!r} and {strategy!r} are the same; "
+                "leave one of them out."
+            )
+        seen[terms] = strategy
+
+
+def _check_free(config: SweepConfig, where: str) -> None:
+    """Refuse settings of what the grid decides."""
+    decided = {"student.preset": "students", "strategy": "strategies", "seed": "seeds"}
+    decided |= {_DISTILL + term: "weights" for term in config.weights}
+    parts = {"settings": config.settings}
+    parts |= {f"variants.{name}": part for name, part in config.variants.items()}
+    for part, changes in parts.items():
+        for key in _leaves(changes):
+            if key in decided:
+                raise SpecError(
+                    f"{where}: {part} sets {key!r}, which {decided[key]} decides; set "
+                    "it there alone."
+                )
+
+
+def _require_different(runs: Sequence[SweepRun], where: str) -> None:
+    seen: dict[str, str] = {}
+    for run in runs:
+        other = seen.setdefault(run.config.model_dump_json(), run.name)
+        if other != run.name:
+            raise SpecError(
+                f"{where}: {other} and {run.name} would be the same run; leave out "
+                "one of the variants or let them differ."
+            )
+
+
+def _require_distinct(values: Sequence[Any]) -> None:
+    for number, value in enumerate(values):
+        if value in values[:number]:
+            raise ValueError(f"{value!r} is there twice")

@@ -1,0 +1,180 @@
+"""One run of a sweep as a process of its own, and the record of how it ended."""
+
+import csv
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal, NoReturn
+
+import yaml
+
+from kd_train.sweep.gpus import free_gpu
+from kd_train.sweep.grid import Sweep
+from pipeline.documents import ClosedModel
+from pipeline.files import write_atomically
+
+# Of a process that was killed, as by a machine without memory.
+_ATTEMPTS = 3
+_PROGRAM = "from kd_train.cli import main; main()"
+
+
+class Outcome(ClosedModel):
+    """How a run ended; ``step`` is that of its last checkpoint, None before any."""
+
+    state: Literal["done", "failed"]
+    error: str | None = None
+    step: int | None = None
+    attempt: int = 1
+
+
+def outcome_path(sweep: Sweep, name: str) -> Path:
+    """File with the outcome of a run."""
+    return sweep.folder(name) / "outcome.json"
+
+
+def read_outcome(sweep: Sweep, name: str) -> Outcome | None:
+    """How run ``name`` ended; None while it has not, or where the file is damaged."""
+    try:
+        return Outcome.model_validate_json(outcome_path(sweep, name).read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def saved_step(folder: Path) -> int | None:
+    """Step of the last validation of the run in ``folder``; None before the first."""
+    try:
+        with (folder / "metrics.csv").open(newline="") as stream:
+            return int([row["step"] for row in csv.DictReader(stream)][-1])
+    except (OSError, ValueError, KeyError, IndexError, csv.Error):
+        return None
+
+
+def run_job(sweep: Sweep, name: str, attempt: int = 1) -> Outcome:
+    """Train run ``name`` to its end, from its last checkpoint, and record the outcome.
+
+    A failure is an outcome and no error. Only one process trains a run: a second waits,
+    also for one whose parent was killed.
+    """
+    run = sweep.run(name)
+    folder, log = sweep.folder(name), sweep.out / "logs" / f"{name}.log"
+    settings = sweep.out / "configs" / f"{name}.yaml"
+    for place in (folder, log.parent):
+        place.mkdir(parents=True, exist_ok=True)
+    with (log.parent / f".{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        text = yaml.safe_dump(run.document, sort_keys=False)
+        write_atomically(settings, text.encode())
+        error = _trained(_command(sweep, settings, folder), log, sweep, lock.fileno())
+        if error is not None:
+            error = error.removeprefix(f"{folder}: ")
+        outcome = Outcome(
+            state="done" if error is None else "failed",
+            error=error,
+            step=saved_step(folder),
+            attempt=attempt,
+        )
+        record(sweep, name, outcome)
+    return outcome
+
+
+def _command(sweep: Sweep, settings: Path, folder: Path) -> list[str]:
+    command = [sys.executable, "-c", _PROGRAM, "--cache", sweep.store]
+    command += ["--config", str(settings), "--out", str(folder), "--auto-resume"]
+    command += ["--threads", str(sweep.config.threads)]
+    return command if sweep.device is None else [*command, "--device", sweep.device]
+
+
+def _trained(command: list[str], log: Path, sweep: Sweep, lock: int) -> str | None:
+    """Run ``command``, on a GPU of its own where the sweep reserves one."""
+    environment = {"OMP_NUM_THREADS": str(sweep.config.threads)}
+    if not sweep.config.gpus:
+        return run_to_its_end(command, log, environment, (lock,))
+    with free_gpu() as gpu:
+        if gpu is None:
+            return run_to_its_end(command, log, environment, (lock,))
+        name, hold = gpu
+        environment["CUDA_VISIBLE_DEVICES"] = name
+        return run_to_its_end(command, log, environment, (lock, hold))
+
+
+def run_to_its_end(
+    command: list[str],
+    log: Path,
+    environment: Mapping[str, str],
+    locks: tuple[int, ...],
+) -> str | None:
+    """None when ``command`` came to its end, else one sentence.
+
+    What it says is added to ``log``. A killed one is started again, to go on where it
+    stopped. It gets ``environment`` on top of this process's and holds ``locks``.
+    """
+    for _ in range(_ATTEMPTS):
+        with log.open("ab") as stream:
+            begin = stream.tell()
+            code = _wait(
+                subprocess.Popen(
+                    command,
+                    stdout=stream,
+                    stderr=stream,
+                    env={**os.environ, **environment},
+                    # Held on to by the training, whatever becomes of this process.
+                    pass_fds=locks,
+                )
+            )
+        if code >= 0:
+            return None if code == 0 else _last_words(log, begin, code)
+    cause = signal.Signals(-code).name
+    return (
+        f"The training was killed by {cause} {_ATTEMPTS} times; if memory ran out, let "
+        "fewer runs share the machine or lower batch_size."
+    )
+
+
+def _wait(process: "subprocess.Popen[bytes]") -> int:
+    """Exit code of ``process``, which ends with this one where that can be helped."""
+    before = signal.signal(signal.SIGTERM, _leave)
+    try:
+        return process.wait()
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    sys.exit(128 + number)
+
+
+def _last_words(log: Path, begin: int, code: int) -> str:
+    """The sentence that kd-train ended with, or its last line."""
+    with log.open("rb") as stream:
+        stream.seek(begin)
+        text = stream.read().decode(errors="replace")
+    lines = [line for line in text.replace("\r", "\n").splitlines() if line.strip()]
+    sentences = [line for line in lines if line.startswith("Error: ")]
+    if sentences:
+        return sentences[-1].removeprefix("Error: ")
+    last = lines[-1].strip() if lines else "it said nothing"
+    return f"kd-train ended with exit code {code}: {last}"
+
+
+def record(sweep: Sweep, name: str, outcome: Outcome) -> None:
+    """Write the outcome, and beside it ``failure.json`` where there is a failure."""
+    failure = sweep.folder(name) / "failure.json"
+    if outcome.state == "failed":
+        _write(failure, {"error": outcome.error, "step": outcome.step})
+    else:
+        failure.unlink(missing_ok=True)
+    _write(outcome_path(sweep, name), outcome.model_dump())
+
+
+def _write(path: Path, document: dict[str, Any]) -> None:
+    write_atomically(path, json.dumps(document, indent=2).encode() + b"\n")
