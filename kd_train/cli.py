@@ -1,12 +1,14 @@
 """``kd-train`` and ``kd-report``. Heavy imports happen inside the commands."""
 
+import logging
 import os
 from datetime import datetime
 from pathlib import Path
 
 import click
 
-from kd_train.config import STRATEGIES, load_config
+from kd_train.config import STRATEGIES, TrainConfig, load_config
+from kd_train.distributed import World, joined, process_device, world_of
 from pipeline.commands import chosen_device, log_to_file, one_sentence_errors
 from pipeline.errors import SpecError
 
@@ -25,7 +27,10 @@ from pipeline.errors import SpecError
 @click.option("--auto-resume", is_flag=True, help="Like --resume if there is a run.")
 @click.option("--seed", type=int, help="Of initial weights and sample order.")
 @click.option("--steps", type=int, help="Optimiser steps.")
-@click.option("--device", help="cpu, cuda, cuda:1; default: a GPU if any.")
+@click.option(
+    "--device",
+    help="cpu, cuda, cuda:1; default: a GPU if any (of each process its own).",
+)
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of torch.")
 @one_sentence_errors
 def main(
@@ -42,16 +47,34 @@ def main(
     device: str | None,
     threads: int | None,
 ) -> None:
-    """Train a student against the store of teacher features at CACHE."""
-    _require_one_process()
+    """Train a student against the store of teacher features at CACHE.
+
+    Started by torchrun, several processes train one student together.
+    """
     flags = {
         "strategy": strategy,
         "student.preset": student,
         "seed": seed,
         "steps": steps,
     }
-    chosen = load_config(config, flags, overrides)
+    world = world_of(os.environ)
+    with joined(world, device):
+        chosen = load_config(config, flags, overrides)
+        told = _train(chosen, cache, out, world, device, threads, (resume, auto_resume))
+    if world.is_first:
+        click.echo(told)
 
+
+def _train(
+    config: TrainConfig,
+    cache: str,
+    out: Path | None,
+    world: World,
+    device: str | None,
+    threads: int | None,
+    resume: tuple[bool, bool],
+) -> str:
+    """Train as asked for; returns the folder and the metrics in one line."""
     import torch
 
     from kd_train.loop import Run
@@ -60,42 +83,87 @@ def main(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    place = chosen_device(device)
+    place = chosen_device(process_device(world, device))
     store = FeatureStore.open(cache)
-    chosen = resolved(chosen, store)
+    chosen = resolved(config, store)
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     name = f"{chosen.student.preset}-{chosen.strategy}-s{chosen.seed}-{stamp}"
-    folder = out or Path("runs") / name
+    folder = out or Path("runs") / world.texts(name)[0]
     started = (folder / "last.pt").exists()
-    resume = resume or (auto_resume and started)
-    if started and not resume:
+    always, if_started = resume
+    if started and not always and not if_started:
         raise SpecError(f"{folder} holds a run; add --resume or change --out.")
-    run = Run(chosen, store, folder, place)
-    folder.mkdir(parents=True, exist_ok=True)
-    log_to_file("kd_train", folder / "train.log")
-    summary = run.train(resume=resume)
+    if not world.is_first:
+        logging.getLogger("kd_train").addHandler(logging.NullHandler())
+    run = Run(chosen, store, folder, place, world)
+    if world.is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        log_to_file("kd_train", folder / "train.log")
+    summary = run.train(resume=always or (if_started and started))
     metrics = ", ".join(
         f"{k} {v:.4g}" for k, v in summary["metrics"].items() if v is not None
     )
-    click.echo(f"{folder}: {metrics}")
-
-
-def _require_one_process() -> None:
-    """Refuse to be one of several copies that would train the same thing."""
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes != "1":
-        raise SpecError(
-            f"kd-train works in one process and was started as one of {processes} "
-            "(WORLD_SIZE); start it without torchrun."
-        )
+    return f"{folder}: {metrics}"
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder.")
+@click.option("--partial", is_flag=True, help="List unfinished and failed runs.")
+@click.option(
+    "--cka",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="Folder that kd-cka wrote, to be shown as well.",
+)
 @one_sentence_errors
-def report_main(runs: tuple[Path, ...], out: Path) -> None:
+def report_main(
+    runs: tuple[Path, ...], out: Path, partial: bool, cka: tuple[Path, ...]
+) -> None:
     """Compare finished RUNS: gap-closed table, learning curves, parity plots."""
     from kd_train.report import write_report
 
-    click.echo(write_report(list(runs), out))
+    click.echo(write_report(list(runs), out, partial=partial, cka=cka))
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("models", nargs=2, metavar="MODEL_A MODEL_B")
+@click.option("--data", required=True, help="Store: a folder, zip archive or URL.")
+@click.option("--split", required=True, help="A split, or several joined with +.")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder.")
+@click.option("--limit", type=click.IntRange(min=1), help="Samples at most.")
+@click.option(
+    "--batch-atoms", type=click.IntRange(min=1), default=2000, show_default=True
+)
+@click.option("--device", help="cpu, cuda, cuda:1; default: a GPU if any.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of torch.")
+@one_sentence_errors
+def cka_main(
+    models: tuple[str, str],
+    data: str,
+    split: str,
+    out: Path,
+    limit: int | None,
+    batch_atoms: int,
+    device: str | None,
+    threads: int | None,
+) -> None:
+    """Similarity (linear CKA) of node features between all layers of two models.
+
+    A model is a run folder, a model file, or the word teacher for the features that
+    the store holds.
+    """
+    import torch
+
+    from kd_train.cka import compare_models
+    from kd_train.heatmap import write_similarity
+    from pipeline.store.reader import FeatureStore
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    place = chosen_device(device)
+    store = FeatureStore.open(data)
+    found = compare_models(
+        models, store, split, place, limit=limit, batch_atoms=batch_atoms
+    )
+    click.echo(write_similarity(found, out), nl=False)

@@ -33,8 +33,8 @@ class CachedSamples:
     """Batches of one split for one model: structures, labels, ``fields``, edges.
 
     Edges are built from the stored structures under ``rule`` and kept in memory up to
-    1 GiB, since structures do not change between epochs. Threads may make batches at
-    the same time.
+    ``edge_cache_bytes``, since structures do not change between epochs. Threads may
+    make batches at the same time.
     """
 
     def __init__(
@@ -43,7 +43,9 @@ class CachedSamples:
         rule: GraphRule,
         elements: Sequence[int],
         fields: Sequence[str] = (),
+        edge_cache_bytes: int = EDGE_CACHE_BYTES,
     ) -> None:
+        self.edge_cache_bytes = edge_cache_bytes
         self.split = split
         self.rule = rule
         self.elements = elements
@@ -165,7 +167,7 @@ class CachedSamples:
             sample_id = str(self.split.sample_ids[position])
             edges = sample_edges(sample_id, structure, self.rule)
             with self._lock:
-                if self._edge_bytes + edges.nbytes <= EDGE_CACHE_BYTES:
+                if self._edge_bytes + edges.nbytes <= self.edge_cache_bytes:
                     self._edges[position] = edges
                     self._edge_bytes += edges.nbytes
         return edges

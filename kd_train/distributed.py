@@ -4,10 +4,12 @@ Everything that a run does with other processes goes through :class:`World`. One
 alone never touches ``torch.distributed``.
 """
 
+import atexit
 import os
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +19,6 @@ from typing import TYPE_CHECKING, TypeVar
 from pipeline.errors import PipelineError, SpecError
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
     from torch.distributed import Store
 
@@ -80,10 +81,8 @@ class World:
 
     def wait(self) -> None:
         """Go on when all processes have come here."""
-        if self.size > 1:
-            import torch.distributed as dist
-
-            dist.barrier()
+        # A barrier of the library's own would have to choose a device.
+        self.texts("here")
 
     def texts(self, text: str) -> list[str]:
         """``text`` of every process, in order of rank."""
@@ -158,8 +157,42 @@ def _number(
         ) from None
 
 
+def process_device(world: World, name: str | None) -> str | None:
+    """Device that a process of ``world`` is to use where the user named ``name``.
+
+    Every process has the GPU of its ``LOCAL_RANK``; None where the choice is free.
+
+    Raises
+    ------
+    SpecError
+        All processes would share one GPU, or there are more of them than GPUs.
+    """
+    if world.size == 1 or not _on_gpus(name):
+        return name
+    import torch
+
+    if name not in (None, "cuda"):
+        raise SpecError(
+            f"--device {name!r} is one GPU for {world.size} processes; leave it out, "
+            "every process takes the one of its LOCAL_RANK."
+        )
+    if world.local_rank >= torch.cuda.device_count():
+        raise SpecError(
+            f"Process {world.rank} has LOCAL_RANK={world.local_rank}, but its machine "
+            f"has {torch.cuda.device_count()} GPUs; start fewer processes a machine."
+        )
+    torch.cuda.set_device(world.local_rank)
+    return f"cuda:{world.local_rank}"
+
+
+def _on_gpus(name: str | None) -> bool:
+    import torch
+
+    return torch.cuda.is_available() and (name or "cuda").startswith("cuda")
+
+
 @contextmanager
-def joined(world: World, device: "torch.device") -> Iterator[None]:
+def joined(world: World, device: str | None) -> Iterator[None]:
     """Let the processes talk to each other inside; the first error ends all of them.
 
     The process that fails first speaks: its error is raised. The others, which may be
@@ -173,8 +206,6 @@ def joined(world: World, device: "torch.device") -> Iterator[None]:
     if world.size == 1:
         yield
         return
-    import torch.distributed as dist
-
     watch = _Watch(world, _meet(world, device))
     try:
         yield
@@ -182,20 +213,25 @@ def joined(world: World, device: "torch.device") -> Iterator[None]:
         watch.stop()
         expected = isinstance(error, (PipelineError, OSError))
         if not watch.is_ours(expected=expected):
-            sys.exit(_STATUS)
+            _leave(_STATUS)
+        atexit.register(_leave, _STATUS if expected else 1)
         raise
     # Before the first process, which may keep the keys, can be gone.
     watch.stop()
-    dist.barrier()
-    dist.destroy_process_group()
+    world.wait()
+    atexit.register(_leave, 0)
 
 
-def _meet(world: World, device: "torch.device") -> "Store":
+def _meet(world: World, device: str | None) -> "Store":
     """Connect the processes; returns the keys and values that they share."""
+    # Where the first process has failed, the loss of its keys is no news.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch.distributed as dist
 
+    # Gradients of narrow layers may lie in memory in another, equal way.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
     # Counts of batches and the like stay on the CPU, gradients on the GPU.
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if _on_gpus(device) else "gloo"
     try:
         store, rank, size = next(
             dist.rendezvous("env://", world.rank, world.size, timeout=_TIMEOUT)
@@ -260,5 +296,17 @@ class _Watch:
             if self._owner() is not None:
                 # Time for the main thread to end by itself, if it can.
                 if not self._done.wait(_GRACE_SECONDS):
-                    os._exit(_STATUS)
+                    _leave(_STATUS)
                 return
+
+
+def _leave(status: int) -> None:
+    """End this process at once.
+
+    An orderly end may last for ever: whoever frees the last use of the connections
+    holds Python's lock while waiting for a thread of theirs, which wants that lock to
+    free a tensor (seen with gloo in torch 2.13).
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -1,14 +1,17 @@
 """The training loop, top to bottom: one store, one student, one run folder."""
 
+import inspect
 import itertools
 import logging
 import math
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing, nullcontext
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 import yaml
 from torch import Tensor, nn
@@ -21,12 +24,7 @@ from kd_train.config import TrainConfig
 from kd_train.data import CachedSamples, decoded
 from kd_train.distributed import ALONE, World
 from kd_train.losses import Term
-from kd_train.numerics import (
-    compile_student,
-    compiler_errors,
-    determinism,
-    matmul_precision,
-)
+from kd_train.numerics import compile_student, determinism, training_numerics
 from kd_train.objective import Objective
 from kd_train.optimizer import make_optimizer
 from kd_train.order import BatchRule, Draw, check_budget, grouped, training_batches
@@ -125,9 +123,10 @@ class Run:
     def _train(self) -> None:
         """Take all steps that are left."""
         config, progress = self.config, self.progress
+        self.modules.train()
+        self._settle()
         window = Window()
         started = time.monotonic() - progress.seconds
-        self.modules.train()
         stream = closing(self._training_stream())
         shown = self.world.is_first
         with progress_bar(config, progress.step, shown) as bar, stream as batches:
@@ -161,10 +160,7 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        with (
-            matmul_precision(self.config.precision),
-            compiler_errors(self.config.compile),
-        ):
+        with training_numerics(self.config):
             values = self._accumulate(batches)
         if self.config.optimizer.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(
@@ -219,7 +215,24 @@ class Run:
             return self.objective
         start = f"{self.header()} {weights_digest(self.modules)}"
         self.world.require_equal(start, "Store, configuration or initial weights")
-        return DistributedDataParallel(self.objective, broadcast_buffers=False)
+        # Buffers are constants; the option to leave them alone changed its name.
+        known = inspect.signature(DistributedDataParallel).parameters
+        new = "forward_sync_buffers"
+        options: dict[str, Any] = {new if new in known else "broadcast_buffers": False}
+        return DistributedDataParallel(self.objective, **options)
+
+    def _settle(self) -> None:
+        """Let the exchange of gradients find its order, as it does after a first pass.
+
+        Sums over more than two processes depend on that order, and a resumed run would
+        else have another one in its first step.
+        """
+        if self._parallel is self.objective:
+            return
+        batch = self.on_device(self.train_samples.batch(np.arange(1)))
+        with training_numerics(self.config):
+            (0 * self._parallel(batch).sum()).backward()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _gradients_kept(self, kept: bool) -> Any:
         """Context of a batch after which gradients are not yet exchanged."""
@@ -319,7 +332,8 @@ class Run:
         return {**self.header(), "step": self.progress.step}
 
     def _write_header(self) -> None:
-        text = yaml.safe_dump(self.header(), sort_keys=False)
+        versions = {name: version(name) for name in ("kd-train", "torch")}
+        text = yaml.safe_dump({**self.header(), "versions": versions}, sort_keys=False)
         write_atomically(self.folder / "config.yaml", text.encode())
 
     def _state(self) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """How exactly a run computes: precision, determinism, compilation."""
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -7,12 +8,20 @@ from dataclasses import fields, replace
 
 import torch
 
+from kd_train.config import TrainConfig
 from pipeline.errors import PipelineError, SpecError
 from pipeline.models.network import Network
 from pipeline.models.output import ModelOutput
 
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _WORKSPACES = (":4096:8", ":16:8")
+
+
+@contextmanager
+def training_numerics(config: TrainConfig) -> Iterator[None]:
+    """Context of forward and backward passes: precision, errors of the compiler."""
+    with matmul_precision(config.precision), compiler_errors(config.compile):
+        yield
 
 
 @contextmanager
@@ -79,7 +88,21 @@ def determinism(wanted: bool, device: torch.device) -> Iterator[None]:
 
 
 def compile_student(student: Network) -> None:
-    """Compile the forward pass of ``student`` in place; its state keeps its names."""
+    """Compile the forward pass of ``student`` in place; its state keeps its names.
+
+    Raises
+    ------
+    SpecError
+        Its forces are gradients, whose training needs second derivatives.
+    """
+    if not student.hyperparameters.get("direct_forces"):
+        raise SpecError(
+            "compile: the student's forces are gradients of its energy, and the "
+            "compiler knows no second derivatives; set compile=false or choose a "
+            "student with direct forces."
+        )
+    # It would tell of every place where a network reads a number from the device.
+    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
     student.compile(dynamic=True)
 
 

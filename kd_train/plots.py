@@ -1,231 +1,302 @@
-"""Learning curves and parity plots as PNG bytes; matplotlib is imported when asked."""
+"""Learning curves, and accuracy against throughput."""
 
-import io
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from kd_train.runs import BASELINE, Cohort
-from pipeline.errors import PipelineError
+from kd_train.cohorts import Cohort, Variant
+from kd_train.figures import GRID, Look, files_of, looks, new_figure, style
+from kd_train.runs import FinishedRun, Throughput
+from kd_train.tables import COLUMNS, TEACHER, Column, Spread
 
-_GREY = "#4d4d4d"
-_PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7f3c8d")
-_STYLE: Any = {
-    "font.size": 9.0,
-    "axes.titlesize": 9.0,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "legend.frameon": False,
-}
-_DPI = 150
-_MAX_COMPONENTS = 300_000
+_ERRORS = (COLUMNS[1], COLUMNS[0])  # forces first: they tell more of a potential
+_MARKERS = "os^Dv*"
+_RATES = (
+    ("samples_per_second_with_graphs", "graphs included"),
+    ("samples_per_second", "graphs made before"),
+)
 
-Array = npt.NDArray[Any]
+Array = npt.NDArray[np.float64]
 
 
-def curves_png(cohorts: Sequence[Cohort]) -> bytes:
-    """Validation force and energy MAE against step, one line per run, log y.
+def curves_files(cohorts: Sequence[Cohort]) -> dict[str, bytes]:
+    """Validation force and energy MAE against step and against wall time, log y.
 
-    One row of panels per student; the teacher is a dashed line.
+    A line per row of the table with the standard deviation over seeds around it, two
+    rows of panels per student; the teacher is a dashed line.
     """
-    colors = _colors(cohorts)
-    with _style():
-        figure = _figure(9.5, 3.0 * len(cohorts) + 0.2)
-        grid = figure.subplots(len(cohorts), 2, squeeze=False)
-        for cohort, axes in zip(cohorts, grid, strict=True):
-            _curve_panel(axes[0], cohort, "forces_mae", "force MAE [meV/Å]", colors)
-            _curve_panel(axes[1], cohort, "energy_mae", "energy MAE [meV]", colors)
-            # Outside, because lines may run anywhere inside.
-            axes[1].legend(loc="upper left", bbox_to_anchor=(1.01, 1.0))
-        return _png(figure)
-
-
-def parity_png(cohorts: Sequence[Cohort]) -> bytes:
-    """Energy errors and force components against the reference, a column per strategy.
-
-    Energies are shown as errors, because a spread of hundreds of eV between
-    compositions would hide errors of meV. The run of the lowest seed is drawn.
-    """
-    colors = _colors(cohorts)
-    n_columns = max(len(cohort.by_strategy()) for cohort in cohorts)
-    with _style():
-        # Two columns' width at least, so that labels fit on a report of one run.
-        size = max(2.3 * n_columns + 0.9, 4.6), 5.8 * len(cohorts) + 0.2
-        figure = _figure(*size)
-        grid = figure.subplots(2 * len(cohorts), n_columns, squeeze=False)
+    chosen = looks(cohorts)
+    with style():
+        figure = new_figure(8.2, 4.7 * len(cohorts) + 0.1)
+        grid = figure.subplots(
+            2 * len(cohorts), 2, squeeze=False, sharey="row", sharex=False
+        )
         for i, cohort in enumerate(cohorts):
-            _parity_rows(figure, grid[2 * i : 2 * i + 2], cohort, colors)
-        return _png(figure)
+            _curve_panels(grid[2 * i : 2 * i + 2], cohort, chosen)
+        return files_of(figure, "curves")
 
 
-def _curve_panel(
-    axes: Any, cohort: Cohort, metric: str, label: str, colors: dict[str, str]
+def mean_curve(runs: Sequence[FinishedRun], column: str) -> Array:
+    """Step, mean seconds, mean and deviation of ``column`` over seeds, shape (V, 4).
+
+    At the steps at which all runs were validated. A missing value makes the mean
+    missing; of one run the deviation is zero.
+    """
+    curves = [run.curve(column) for run in runs]
+    # The last row of a step, should a file have it twice.
+    by_step = [{row[0]: row[1:] for row in curve} for curve in curves]
+    steps = sorted(set.intersection(*(set(known) for known in by_step)))
+    stacked = np.array([[known[step] for step in steps] for known in by_step])
+    stacked = stacked.reshape(len(runs), len(steps), 2)
+    spread = stacked[:, :, 1].std(axis=0, ddof=1 if len(runs) > 1 else 0)
+    means = stacked.mean(axis=0)
+    return np.column_stack([steps, means, spread]) if steps else np.empty((0, 4))
+
+
+def _curve_panels(grid: Any, cohort: Cohort, chosen: dict[str, Look]) -> None:
+    """Two rows, forces and energies, by two columns, steps and time."""
+    longest = max(
+        (run.curve(f"val_{_ERRORS[0].name}")[-1, 1] for run in cohort.runs), default=0.0
+    )
+    unit, length = _time_unit(float(longest))
+    for axes, metric in zip(grid, _ERRORS, strict=True):
+        for variant in cohort.variants:
+            with np.errstate(invalid="ignore"):
+                curve = mean_curve(variant.runs, f"val_{metric.name}")
+            curve[~np.isfinite(curve[:, 2]) | (curve[:, 2] <= 0), 2] = np.nan
+            _curve(axes[0], curve[:, 0], curve, variant.label, chosen)
+            _curve(axes[1], curve[:, 1] / length, curve, variant.label, chosen)
+        goal = getattr(cohort.teacher, metric.name, float("nan"))
+        for panel in axes:
+            _finish_panel(panel, goal)
+        axes[0].set_ylabel(f"{metric.title} [{metric.unit}]")
+    for panel in grid[0]:
+        panel.set_title(cohort.student)
+    grid[1, 0].set_xlabel("step")
+    grid[1, 1].set_xlabel(f"wall time [{unit}]")
+    # Outside, because lines may run anywhere inside.
+    handles, labels = grid[0, 0].get_legend_handles_labels()
+    grid[0, 1].legend(handles, labels, loc="upper left", bbox_to_anchor=(1.01, 1.02))
+
+
+def _curve(
+    axes: Any, place: Array, curve: Array, label: str, chosen: dict[str, Look]
 ) -> None:
-    from matplotlib.ticker import FuncFormatter, LogLocator
+    look, (_, _, mean, spread) = chosen[label], curve.T
+    few = np.isfinite(mean).sum() < 3
+    axes.plot(
+        place,
+        mean,
+        color=look.color,
+        linestyle=look.line,
+        marker="o" if few else None,
+        markersize=3.5,
+        linewidth=1.3,
+        label=label,
+    )
+    if spread.any():
+        # A band that reaches zero would have no lower edge on a logarithmic axis.
+        low = np.maximum(mean - spread, 0.2 * mean)
+        axes.fill_between(
+            place, low, mean + spread, color=look.color, alpha=0.15, linewidth=0
+        )
 
-    drawn = False
-    for strategy, runs in cohort.by_strategy().items():
-        for number, run in enumerate(runs):
-            curve = run.curve(f"val_{metric}")
-            curve = curve[np.isfinite(curve[:, 1]) & (curve[:, 1] > 0)]
-            drawn |= len(curve) > 0
-            axes.plot(
-                *curve.T,
-                color=colors[strategy],
-                marker="o" if len(curve) < 3 else None,
-                markersize=4,
-                linewidth=1.3,
-                alpha=0.9,
-                label=strategy if number == 0 else None,
-            )
-    goal = getattr(cohort.teacher, metric, float("nan"))
+
+def _finish_panel(axes: Any, goal: float) -> None:
+    """Teacher, grid and a logarithmic axis with enough labels."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
+
+    drawn = any(
+        np.isfinite(np.asarray(line.get_ydata(), float)).any() for line in axes.lines
+    )
     if np.isfinite(goal) and goal > 0:
-        axes.axhline(goal, color="black", linewidth=1, linestyle="--", label="teacher")
+        axes.axhline(goal, color="black", linewidth=1, linestyle=(0, (5, 3)))
+        axes.lines[-1].set_label(TEACHER)
         drawn = True
-    axes.set(title=cohort.student, xlabel="step", ylabel=label)
-    axes.grid(color="#e6e6e6", linewidth=0.7, which="both")
+    axes.grid(**GRID)
+    axes.set_xlim(left=0)
     if not drawn:
         axes.text(0.5, 0.5, "no values", ha="center", transform=axes.transAxes)
         return
     axes.set_yscale("log")
     # Decades alone label too few lines where a run improves by less than tenfold.
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    low, high = axes.get_ylim()
+    wide = high > 4 * low
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(5))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.minorticks_off()
 
 
-def _parity_rows(
-    figure: Any, grid: Array, cohort: Cohort, colors: dict[str, str]
-) -> None:
-    """Fill the two rows of panels of one student, all panels of a row on one scale."""
-    firsts = {name: runs[0] for name, runs in cohort.by_strategy().items()}
-    data = {name: run.predictions() for name, run in firsts.items()}
-    energy_limit = _limit(
-        [1e3 * _energy_error(found) for found in data.values()], 99.0, 1.0
+def _time_unit(longest: float) -> tuple[str, float]:
+    """Unit of a time axis up to ``longest`` seconds, and its length in seconds."""
+    if longest > 3 * 3600:
+        return "h", 3600.0
+    return ("min", 60.0) if longest > 300 else ("s", 1.0)
+
+
+@dataclass(frozen=True)
+class Point:
+    """A row of the table at the rate that was measured on one machine."""
+
+    student: str
+    variant: Variant
+    measured: tuple[Throughput, ...]
+
+    @property
+    def place(self) -> str:
+        """Device and threads of the measurement."""
+        return self.measured[0].place
+
+    def rate(self, kind: str) -> float:
+        """Mean samples per second over the runs that were measured."""
+        return float(np.mean([getattr(one, kind) for one in self.measured]))
+
+    def error(self, metric: Column) -> Spread:
+        """Mean and deviation of a metric over all runs of the row."""
+        values = [
+            getattr(run.summary.metrics, metric.name) for run in self.variant.runs
+        ]
+        return Spread.of(values)
+
+
+def throughput_points(cohorts: Sequence[Cohort]) -> list[Point]:
+    """Rows with a measured throughput, once for every machine they were measured on."""
+    points = []
+    for cohort in cohorts:
+        for variant in cohort.variants:
+            places: dict[str, list[Throughput]] = {}
+            for run in variant.runs:
+                if (found := run.throughput()) is not None:
+                    places.setdefault(found.place, []).append(found)
+            points += [
+                Point(cohort.student, variant, tuple(found))
+                for found in places.values()
+            ]
+    return points
+
+
+def throughput_caption(points: Sequence[Point]) -> str:
+    """What was measured on which machine; warns where there were several."""
+    measured = [one for point in points for one in point.measured]
+    sizes = sorted({one.batch_size for one in measured})
+    atoms = sorted({round(one.mean_atoms, 1) for one in measured})
+    text = (
+        "Error of exported students against samples per second of inference, making "
+        "of graphs included (left) and excluded (right); batch size "
+        f"{_range(sizes)}, {_range(atoms)} atoms a sample on average. "
     )
-    force_limit = _limit([found["forces_label"] for found in data.values()], 99.9, 0.1)
-    for column in range(grid.shape[1]):
-        if column >= len(data):
-            grid[0, column].remove()
-            grid[1, column].remove()
-    for column, (name, found) in enumerate(data.items()):
-        above, below = grid[0, column], grid[1, column]
-        _energy_panel(above, found, energy_limit, colors[name])
-        _force_panel(below, found, force_limit, colors[name])
-        summary = firsts[name].summary
-        above.set_title(f"{cohort.student}, {name}\nseed {summary.seed}")
-        _corner(above, f"MAE {summary.metrics.energy_mae:.1f} meV")
-        _corner(below, f"MAE {summary.metrics.forces_mae:.1f} meV/Å")
-        above.set_xlabel("reference energy [eV/atom]")
-        below.set_xlabel("reference force [eV/Å]")
-        for axes in (above, below):
-            axes.tick_params(labelleft=column == 0)
-            axes.set_box_aspect(1)
-    grid[0, 0].set_ylabel("energy error [meV]")
-    grid[1, 0].set_ylabel("predicted force [eV/Å]")
+    several = _machines(points)
+    if several is None:
+        return f"{text}Measured on {measured[0].place}."
+    return (
+        f"{text}Measured on different machines ({several}): compare speeds within one "
+        "kind of marker only."
+    )
 
 
-def _energy_panel(axes: Any, found: dict[str, Array], limit: float, color: str) -> None:
-    """Errors in meV; triangles at the edge stand for errors beyond ``limit``."""
-    place = found["energy_label"] / found["n_atoms"]
-    error = 1e3 * _energy_error(found)
-    known = np.isfinite(place) & np.isfinite(error)
-    place, error = place[known], error[known]
-    inside = np.abs(error) <= limit
-    axes.axhline(0, color="black", linewidth=0.7)
-    # Thousands of points as vectors or at full strength would be one blob.
-    alpha = float(np.clip(150 / max(len(error), 1), 0.12, 0.7))
-    points = {"color": color, "linewidths": 0, "alpha": alpha}
-    axes.scatter(place[inside], error[inside], s=9, **points)
-    for sign, marker in ((1, "^"), (-1, "v")):
-        beyond = ~inside & (np.sign(error) == sign)
-        edge = np.full(int(beyond.sum()), 0.97 * sign * limit)
-        axes.scatter(place[beyond], edge, s=14, marker=marker, **points)
-    axes.set_ylim(-limit, limit)
-    axes.grid(color="#e6e6e6", linewidth=0.7)
+def _machines(points: Sequence[Point]) -> str | None:
+    """Which marker stands for which machine; None where there is only one."""
+    places = dict.fromkeys(point.place for point in points)
+    names = ("circles", "squares", "triangles", "diamonds", "tips", "stars")
+    told = [f"{names[i % len(names)]}: {place}" for i, place in enumerate(places)]
+    return "; ".join(told) if len(told) > 1 else None
 
 
-def _force_panel(axes: Any, found: dict[str, Array], limit: float, color: str) -> None:
-    """Density of force components on a logarithmic scale, with the diagonal."""
-    from matplotlib.colors import LinearSegmentedColormap, LogNorm, to_hex, to_rgb
+def throughput_files(cohorts: Sequence[Cohort]) -> dict[str, bytes]:
+    """Force and energy MAE against throughput; nothing where none was measured."""
+    points = throughput_points(cohorts)
+    if not points:
+        return {}
+    chosen = looks(cohorts)
+    with style():
+        figure = new_figure(8.2, 5.0)
+        grid = figure.subplots(2, 2, sharey="row", sharex="col")
+        for axes, metric in zip(grid, _ERRORS, strict=True):
+            for panel, (kind, _) in zip(axes, _RATES, strict=True):
+                _throughput_panel(panel, points, kind, metric, chosen)
+                goal = getattr(cohorts[0].teacher, metric.name, float("nan"))
+                _finish_panel(panel, goal)
+            axes[0].set_ylabel(f"{metric.title} [{metric.unit}]")
+        for panel, (kind, title) in zip(grid[1], _RATES, strict=True):
+            panel.set_xlabel(f"samples per second, {title}")
+            _rate_axis(panel, [point.rate(kind) for point in points])
+        _throughput_legend(grid[0, 1], grid[0, 0])
+        if (several := _machines(points)) is not None:
+            figure.suptitle(f"different machines: {several}", fontsize=7)
+        return files_of(figure, "throughput")
 
-    label, predicted = found["forces_label"], found["forces"]
-    inside = (np.abs(label) <= limit) & (np.abs(predicted) <= limit)
-    label, predicted = label[inside], predicted[inside]
-    if len(label) > _MAX_COMPONENTS:
-        some = np.random.default_rng(0).choice(
-            len(label), _MAX_COMPONENTS, replace=False
+
+def _throughput_panel(
+    axes: Any,
+    points: Sequence[Point],
+    kind: str,
+    metric: Column,
+    chosen: dict[str, Look],
+) -> None:
+    places = list(dict.fromkeys(point.place for point in points))
+    named: set[str] = set()
+    for point in points:
+        error, look = point.error(metric), chosen[point.variant.label]
+        if not np.isfinite(error.mean):
+            continue
+        axes.errorbar(
+            point.rate(kind),
+            error.mean,
+            yerr=error.deviation if np.isfinite(error.deviation) else None,
+            color=look.color,
+            marker=_MARKERS[places.index(point.place) % len(_MARKERS)],
+            # Plain students are open, so that they stand out from distilled ones.
+            markerfacecolor="white" if point.variant.is_plain else look.color,
+            markersize=5.5,
+            elinewidth=0.9,
+            linestyle="none",
+            label=point.variant.label,
         )
-        label, predicted = label[some], predicted[some]
-    red, green, blue = (0.3 * part + 0.7 for part in to_rgb(color))
-    if len(label):
-        axes.hexbin(
-            label,
-            predicted,
-            gridsize=60,
-            extent=(-limit, limit, -limit, limit),
-            mincnt=1,
-            norm=LogNorm(),
-            cmap=LinearSegmentedColormap.from_list(
-                "tint", [to_hex((red, green, blue)), color]
-            ),
-            linewidths=0.1,
-        )
-    axes.plot([-limit, limit], [-limit, limit], color="black", linewidth=0.7)
-    axes.set(xlim=(-limit, limit), ylim=(-limit, limit))
-    axes.locator_params(nbins=5)
+        if point.student not in named:
+            named.add(point.student)
+            axes.annotate(
+                point.student,
+                (point.rate(kind), error.mean),
+                xytext=(7, 0),
+                textcoords="offset points",
+                va="center",
+                fontsize=7,
+                color="#555555",
+            )
 
 
-def _energy_error(found: dict[str, Array]) -> Array:
-    return np.asarray(found["energy"] - found["energy_label"])
+def _throughput_legend(axes: Any, labelled: Any) -> None:
+    """Every label once, right of ``axes``."""
+    handles, labels = labelled.get_legend_handles_labels()
+    once = dict(zip(reversed(labels), reversed(handles), strict=True))
+    # The teacher is a line, and lines come first.
+    names = sorted(dict.fromkeys(labels), key=lambda name: name == TEACHER)
+    axes.legend(
+        [once[name] for name in names],
+        names,
+        loc="upper left",
+        bbox_to_anchor=(1.01, 1.02),
+    )
 
 
-def _limit(parts: list[Array], percentile: float, least: float) -> float:
-    """Half width of an axis that shows ``percentile`` of all values, with a margin."""
-    values = np.abs(np.concatenate(parts))
-    values = values[np.isfinite(values)]
-    top = float(np.percentile(values, percentile)) if len(values) else least
-    return 1.08 * max(top, least)
+def _rate_axis(axes: Any, rates: Sequence[float]) -> None:
+    """Room around the points, on the right for names; logarithmic where they differ."""
+    from matplotlib.ticker import FuncFormatter, LogLocator
+
+    low, high = min(rates), max(rates)
+    if high > 3 * low > 0:
+        axes.set_xscale("log")
+        axes.set_xlim(low / 1.5, high * 3.0)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.minorticks_off()
+    else:
+        axes.set_xlim(0, 1.7 * high)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
-def _corner(axes: Any, text: str) -> None:
-    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5}
-    axes.text(0.04, 0.95, text, transform=axes.transAxes, va="top", bbox=box)
-
-
-def _colors(cohorts: Sequence[Cohort]) -> dict[str, str]:
-    """One colour per strategy, the same in all panels; grey for the plain student."""
-    names = dict.fromkeys(name for cohort in cohorts for name in cohort.by_strategy())
-    others = [name for name in names if name != BASELINE]
-    chosen = {name: _PALETTE[i % len(_PALETTE)] for i, name in enumerate(others)}
-    return {BASELINE: _GREY, **chosen}
-
-
-def _figure(width: float, height: float) -> Any:
-    """An empty figure of its own canvas: no window, no global state."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
-
-    figure = Figure((width, height), layout=ConstrainedLayoutEngine(h_pad=0.1))
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _style() -> Any:
-    try:
-        import matplotlib
-    except ImportError:
-        raise PipelineError(
-            "Plots need matplotlib; install it with `pip install 'kd-train[report]'`."
-        ) from None
-    return matplotlib.rc_context(_STYLE)
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DPI)
-    return buffer.getvalue()
+def _range(values: Sequence[float]) -> str:
+    low, high = values[0], values[-1]
+    return f"{low:g}" if low == high else f"{low:g} to {high:g}"

@@ -1,59 +1,55 @@
-"""``kd-report``: finished runs as table, learning curves, parity plots and web page."""
+"""``kd-report``: finished runs as tables, figures and one web page."""
 
-import base64
-from collections.abc import Iterable, Sequence
-from html import escape
+from collections.abc import Sequence
 from pathlib import Path
 
-from kd_train.plots import curves_png, parity_png
-from kd_train.runs import Cohort, FinishedRun, read_cohorts
-from kd_train.tables import (
-    COLUMNS,
-    MISSING,
-    TEACHER,
-    Group,
-    Row,
-    Spread,
-    Table,
-    csv_table,
-    make_table,
-    text_table,
+from kd_train.cohorts import Cohort, make_cohorts
+from kd_train.findings import findings, report_command
+from kd_train.heatmap import read_similarity
+from kd_train.layouts import csv_table, latex_table, text_table
+from kd_train.page import Figure, Report, page
+from kd_train.parity import parity_files
+from kd_train.plots import (
+    curves_files,
+    throughput_caption,
+    throughput_files,
+    throughput_points,
 )
+from kd_train.runs import Incomplete, read_runs
+from kd_train.tables import make_table
 from pipeline.files import write_atomically
 
-_STYLE = """
-body { font: 15px/1.45 system-ui, sans-serif; color: #222; max-width: 72rem;
-  margin: 2rem auto; padding: 0 1rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-thead th { border-bottom: 2px solid #222; vertical-align: bottom; }
-th small { font-weight: normal; color: #666; }
-tr.student th { padding-top: .8rem; border-bottom: 1px solid #bbb; text-align: left; }
-tr.teacher td { border-top: 1px solid #bbb; color: #555; font-style: italic; }
-.runs th, .runs td { text-align: left; }
-.gap { color: #0072b2; }
-.notes, figcaption { color: #555; font-size: .9em; }
-img { max-width: 100%; height: auto; }
-figure { margin: 1.5rem 0; }
-code { overflow-wrap: anywhere; }
-"""
-_CAPTIONS = {
-    "curves.png": "Validation errors during training, one line per run; averaged "
-    "weights.",
-    "parity.png": "Predictions of the exported student of the lowest seed on the "
-    "validation split. Above: energy error against reference energy per atom, "
-    "triangles lie beyond the edge. Below: force components, colour by the logarithm "
-    "of their number.",
+_FIGURES = {
+    "curves": (
+        "Learning curves",
+        "Validation errors of averaged weights during training, against optimiser "
+        "steps and against wall time, validations included. Lines are means over "
+        "seeds, bands the standard deviation.",
+    ),
+    "throughput": ("Accuracy against throughput", ""),
+    "parity": (
+        "Parity",
+        "Predictions of the exported student of the lowest seed on the validation "
+        "split. Above: energy error against reference energy per atom, triangles lie "
+        "beyond the edge. Below: force components, colour by the logarithm of their "
+        "number.",
+    ),
 }
 
 
-def write_report(runs: list[Path], out: Path) -> str:
+def write_report(
+    runs: Sequence[Path],
+    out: Path,
+    *,
+    partial: bool = False,
+    cka: Sequence[Path] = (),
+) -> str:
     """Compare finished runs in ``out`` and return the table for a terminal.
 
-    Writes table.txt, table.csv, curves.png, parity.png and report.html, which holds
-    all of them. Nothing is written if the runs cannot be compared.
+    Writes table.txt, table.csv, table.tex, every figure as PNG and PDF, and
+    report.html, which holds all of them. With ``partial`` unfinished, failed and
+    damaged runs are listed instead of refused. ``cka`` are folders that ``kd-cka``
+    wrote. Nothing is written if the runs cannot be compared.
 
     Raises
     ------
@@ -62,118 +58,60 @@ def write_report(runs: list[Path], out: Path) -> str:
     PipelineError
         matplotlib is not installed.
     """
-    cohorts = read_cohorts(runs)
+    finished, missing = read_runs(runs, partial=partial)
+    cohorts = make_cohorts(finished)
     table = make_table(cohorts)
-    fingerprint = cohorts[0].runs[0].summary.fingerprint
-    text = f"Store {fingerprint[:12]}\n\n{text_table(table)}"
-    figures = {"curves.png": curves_png(cohorts), "parity.png": parity_png(cohorts)}
-    page = _page(table, cohorts, figures, fingerprint)
-    write_atomically(out / "table.txt", text.encode())
-    write_atomically(out / "table.csv", csv_table(table).encode())
-    for name, content in figures.items():
-        write_atomically(out / name, content)
-    write_atomically(out / "report.html", page.encode())
+    text = _text(cohorts, text_table(table), missing)
+    files = _figure_files(cohorts)
+    command = report_command(runs, out, partial=partial, cka=cka)
+    told = findings(table, cohorts, missing)
+    shown = [*_shown(files, cohorts), *map(_similarity, cka)]
+    content = page(Report(table, cohorts, missing, told, shown, command))
+    files |= {
+        "table.txt": text.encode(),
+        "table.csv": csv_table(table).encode(),
+        "table.tex": latex_table(table).encode(),
+        "report.html": content.encode(),
+    }
+    for name, data in files.items():
+        write_atomically(out / name, data)
+    # Figures of an earlier report would pass for those of this one.
+    for name in {f"{stem}.{kind}" for stem in _FIGURES for kind in ("png", "pdf")}:
+        if name not in files:
+            (out / name).unlink(missing_ok=True)
     return text
 
 
-def _page(
-    table: Table, cohorts: Sequence[Cohort], figures: dict[str, bytes], fingerprint: str
-) -> str:
-    notes = "".join(f"<li>{escape(note)}</li>" for note in table.notes)
-    images = "".join(_figure(name, content) for name, content in figures.items())
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f"<title>Distillation report</title><style>{_STYLE}</style></head><body>\n"
-        f'<h1>Distillation report</h1>\n<div class="wide">{_html_table(table)}</div>\n'
-        f'<ul class="notes">{notes}</ul>\n{images}'
-        f"<h2>Provenance</h2>\n<p>Store fingerprint <code>{escape(fingerprint)}</code>"
-        f'</p>\n<div class="wide">{_run_table(cohorts)}</div>\n</body></html>\n'
-    )
+def _text(cohorts: Sequence[Cohort], table: str, missing: Sequence[Incomplete]) -> str:
+    """Store, table, and what became of the other runs."""
+    parts = []
+    if cohorts:
+        parts.append(f"Store {cohorts[0].runs[0].summary.fingerprint[:12]}\n")
+    parts.append(table)
+    if missing:
+        lines = "".join(f"  {one.folder}: {one.state}\n" for one in missing)
+        parts.append(f"Runs without results:\n{lines}")
+    return "\n".join(parts)
 
 
-def _figure(name: str, content: bytes) -> str:
-    data = base64.b64encode(content).decode()
-    caption = escape(_CAPTIONS[name])
-    return (
-        f'<figure><img alt="{caption}" src="data:image/png;base64,{data}">'
-        f"<figcaption>{caption}</figcaption></figure>\n"
-    )
+def _figure_files(cohorts: Sequence[Cohort]) -> dict[str, bytes]:
+    if not cohorts:
+        return {}
+    return curves_files(cohorts) | throughput_files(cohorts) | parity_files(cohorts)
 
 
-def _html_table(table: Table) -> str:
-    head = ["<th>strategy</th><th>seeds</th>"]
-    for column in COLUMNS:
-        head.append(f"<th>{column.title}<br><small>{column.unit}</small></th>")
-        if table.has_gaps:
-            head.append("<th>gap closed<br><small>%</small></th>")
-    width = 2 + len(COLUMNS) * (1 + table.has_gaps)
-    body = []
-    for group in table.groups:
-        title = escape(group.title)
-        body.append(f'<tr class="student"><th colspan="{width}">{title}</th></tr>\n')
-        body += [_html_row(row, group, table.has_gaps) for row in group.rows]
-    return (
-        f"<table><thead><tr>{''.join(head)}</tr></thead>\n"
-        f"<tbody>{''.join(body)}</tbody></table>"
-    )
+def _shown(files: dict[str, bytes], cohorts: Sequence[Cohort]) -> list[Figure]:
+    """Figures of the page with their captions."""
+    figures = []
+    for stem, (title, caption) in _FIGURES.items():
+        if (png := files.get(f"{stem}.png")) is None:
+            continue
+        if stem == "throughput":
+            caption = throughput_caption(throughput_points(cohorts))
+        figures.append(Figure(title, png, caption))
+    return figures
 
 
-def _html_row(row: Row, group: Group, has_gaps: bool) -> str:
-    """One row; the best student on a metric is bold."""
-    cells = [f"<td>{escape(row.label)}</td><td>{row.seeds or ''}</td>"]
-    for column in COLUMNS:
-        text = _joined(row.values[column.name], column.decimals)
-        if row.label == group.best(column):
-            text = f"<b>{text}</b>"
-        cells.append(f"<td>{text}</td>")
-        if has_gaps:
-            gap = _joined(row.gaps[column.name], 1) if row.gaps else ""
-            cells.append(f'<td class="gap">{gap}</td>')
-    kind = ' class="teacher"' if row.label == TEACHER else ""
-    return f"<tr{kind}>{''.join(cells)}</tr>\n"
-
-
-def _joined(spread: Spread, decimals: int) -> str:
-    return " ± ".join(part for part in spread.parts(decimals) if part)
-
-
-def _run_table(cohorts: Sequence[Cohort]) -> str:
-    """Every run: what it was, and whether it started where its baseline did."""
-    titles = (
-        "folder",
-        "student",
-        "strategy",
-        "weights",
-        "seed",
-        "steps",
-        "parameters",
-        "training time",
-        "initial weights",
-        "equal to baseline's",
-    )
-    rows = [_cells(titles, "th")]
-    for cohort in cohorts:
-        rows += [_cells(_provenance(run, cohort), "td") for run in cohort.runs]
-    return f'<table class="runs">{"".join(rows)}</table>'
-
-
-def _provenance(run: FinishedRun, cohort: Cohort) -> tuple[str, ...]:
-    summary = run.summary
-    # Unequal weights were refused on reading, so a baseline to compare with means yes.
-    equal = "yes" if summary.seed in cohort.baselines() else MISSING
-    return (
-        str(run.folder),
-        summary.student,
-        summary.strategy,
-        run.weights(),
-        str(summary.seed),
-        str(summary.steps),
-        f"{summary.parameters:,}",
-        f"{summary.seconds / 60:.1f} min",
-        run.header.initial_weights[:12],
-        "" if run.is_baseline else equal,
-    )
-
-
-def _cells(texts: Iterable[str], tag: str) -> str:
-    return f"<tr>{''.join(f'<{tag}>{escape(t)}</{tag}>' for t in texts)}</tr>\n"
+def _similarity(folder: Path) -> Figure:
+    about, png = read_similarity(folder)
+    return Figure(f"Similarity of {about.first} and {about.second}", png, about.caption)

@@ -48,6 +48,7 @@ def write_results(
     of_teacher = [teacher_metrics(v.samples.split) for v in validators]
     summary = {
         "student": config.student.preset,
+        "teacher": (store.attributes["teacher"] or {}).get("model"),
         "strategy": config.strategy,
         "seed": config.seed,
         "steps": progress.step,

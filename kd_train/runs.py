@@ -1,4 +1,4 @@
-"""Finished run folders: reading them, and refusing those that cannot be compared."""
+"""Run folders: reading finished ones, and saying what became of the others."""
 
 import csv
 import io
@@ -8,20 +8,23 @@ import zipfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import BeforeValidator, ConfigDict
+from pydantic import Field as Key
 
-from kd_train.config import STRATEGIES
+from kd_train.config import TrainConfig
 from pipeline.documents import ClosedModel, read_yaml, validate
 from pipeline.errors import SpecError
 
 BASELINE = "none"
 _PREDICTIONS = ("energy", "energy_label", "forces", "forces_label", "n_atoms")
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, NotImplementedError)
+_LONGEST_REASON = 300
 
 
 class _Open(ClosedModel):
@@ -55,6 +58,7 @@ class Summary(_Open):
     val_split: str
     metrics: Metrics
     teacher_metrics: Metrics | None
+    teacher: str | None = None
 
 
 class Header(_Open):
@@ -62,6 +66,38 @@ class Header(_Open):
 
     config: dict[str, Any]
     initial_weights: str
+    versions: dict[str, str] = Key(default_factory=dict)
+
+
+class Throughput(_Open):
+    """What ``throughput.json`` says: samples per second of inference, and on what.
+
+    ``samples_per_second_with_graphs`` includes making the graphs. ``mean_atoms`` is
+    that of the samples measured.
+    """
+
+    samples_per_second: float
+    samples_per_second_with_graphs: float
+    batch_size: int
+    device: str
+    threads: int | None
+    mean_atoms: float
+    device_name: str | None = None
+
+    @property
+    def place(self) -> str:
+        """Device and threads in words."""
+        name = self.device_name or self.device
+        if self.threads is None:
+            return name
+        return f"{name}, {self.threads} thread{'s' if self.threads > 1 else ''}"
+
+
+class Failure(_Open):
+    """What ``failure.json`` says of a run that ended with an error."""
+
+    error: str
+    step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -72,22 +108,28 @@ class FinishedRun:
     summary: Summary
     header: Header
 
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """Configuration with dotted keys; defaults where the run knew no such key."""
+        return flat_defaults() | _flat(self.header.config)
+
     @property
-    def is_baseline(self) -> bool:
-        """Whether this is the plain student."""
-        return self.summary.strategy == BASELINE
+    def strategies(self) -> tuple[str, ...]:
+        """Names of the distillation terms; empty for a baseline."""
+        name = self.summary.strategy
+        return () if name == BASELINE else tuple(name.split("+"))
 
     def weights(self) -> str:
         """Distillation weights in force, such as ``n2n=100``; empty for a baseline."""
-        known = self.header.config.get("distill", {})
-        parts = self.summary.strategy.split("+")
-        return ", ".join(f"{name}={known[name]:g}" for name in parts if name in known)
+        known = {name: self.settings.get(f"distill.{name}") for name in self.strategies}
+        return ", ".join(f"{name}={number(value)}" for name, value in known.items())
 
     def curve(self, column: str) -> npt.NDArray[np.float64]:
-        """Rows of (step, value of ``column``) at every validation, shape (V, 2)."""
+        """Step, seconds and ``column`` at every validation, shape (V, 3)."""
+        keys = ("step", "seconds", column)
         try:
             with (self.folder / "metrics.csv").open(newline="") as stream:
-                rows = [(row["step"], row[column]) for row in csv.DictReader(stream)]
+                rows = [[row[key] for key in keys] for row in csv.DictReader(stream)]
             curve = np.array(rows, dtype=np.float64)
         except (OSError, TypeError, ValueError, KeyError, csv.Error):
             raise self._damaged("metrics.csv") from None
@@ -113,6 +155,14 @@ class FinishedRun:
             found[name] = rows.reshape(-1)
         return found
 
+    def throughput(self) -> Throughput | None:
+        """What ``kd-eval --throughput`` measured of the exported student, if it did."""
+        path = self.folder / "throughput.json"
+        if not path.exists():
+            return None
+        again = f"measure it anew with `kd-eval {self.folder} --throughput`"
+        return _json_document(Throughput, path, again)
+
     def _damaged(self, name: str) -> SpecError:
         return SpecError(
             f"{self.folder / name} is missing or damaged; write it anew with "
@@ -121,139 +171,126 @@ class FinishedRun:
 
 
 @dataclass(frozen=True)
-class Cohort:
-    """All runs of one student: baselines first, then strategies, seeds ascending."""
+class Incomplete:
+    """A run without results: what it was to be, and what became of it."""
 
-    student: str
-    runs: tuple[FinishedRun, ...]
-
-    @property
-    def teacher(self) -> Metrics | None:
-        """Metrics of the stored teacher; None where the store has none."""
-        return self.runs[0].summary.teacher_metrics
-
-    def by_strategy(self) -> dict[str, list[FinishedRun]]:
-        """Runs of every strategy, in the order of the table's rows."""
-        found: dict[str, list[FinishedRun]] = {}
-        for run in self.runs:
-            found.setdefault(run.summary.strategy, []).append(run)
-        return found
-
-    def baselines(self) -> dict[int, FinishedRun]:
-        """The plain student of every seed."""
-        return {run.summary.seed: run for run in self.runs if run.is_baseline}
+    folder: Path
+    what: str
+    state: str
 
 
-def read_cohorts(folders: Sequence[Path]) -> list[Cohort]:
-    """Runs grouped by student, in the order in which students first appear.
+def read_runs(
+    folders: Sequence[Path], *, partial: bool = False
+) -> tuple[list[FinishedRun], list[Incomplete]]:
+    """Finished runs in ``folders``; with ``partial`` also what became of the others.
 
     Raises
     ------
     SpecError
-        A folder is unfinished or damaged, or two runs cannot stand in one table.
+        There is no folder; without ``partial``: one is unfinished, failed or damaged.
     """
     if not folders:
         raise SpecError("A report needs at least one run folder.")
-    runs = [read_run(folder) for folder in folders]
-    _require_one_store(runs)
-    students = dict.fromkeys(run.summary.student for run in runs)
-    cohorts = []
-    for student in students:
-        members = [run for run in runs if run.summary.student == student]
-        members.sort(key=lambda run: (*_rank(run.summary.strategy), run.summary.seed))
-        cohorts.append(Cohort(student, tuple(members)))
-        _require_comparable(cohorts[-1])
-    return cohorts
+    finished, others = [], []
+    for folder in folders:
+        try:
+            finished.append(read_run(folder))
+        except SpecError as error:
+            if not partial:
+                raise
+            others.append(_incomplete(folder, str(error)))
+    return finished, others
 
 
 def read_run(folder: Path) -> FinishedRun:
-    """The run in ``folder``; refuses one that is unfinished or damaged."""
+    """The run in ``folder``; refuses one that is unfinished, failed or damaged."""
     path = folder / "metrics.json"
-    if not (folder / "config.yaml").exists():
-        raise SpecError(f"{folder} is not a run folder: it has no config.yaml.")
     if not path.exists():
-        raise SpecError(
-            f"{folder} is not finished (it has no metrics.json); continue it with "
-            f"`kd-train --out {folder} --resume`."
-        )
-    try:
-        document = json.loads(path.read_text())
-    except (OSError, ValueError):
-        document = None
-    if not isinstance(document, dict):
-        raise SpecError(
-            f"{path} is damaged (not a JSON object); write it anew with "
-            f"`kd-train --out {folder} --resume`."
-        )
-    summary = validate(Summary, document, str(path))
+        raise SpecError(_why_unfinished(folder))
+    again = f"write it anew with `kd-train --out {folder} --resume`"
+    summary = _json_document(Summary, path, again)
     config = folder / "config.yaml"
     return FinishedRun(
         folder, summary, validate(Header, read_yaml(config), str(config))
     )
 
 
-def differing_settings(cohort: Cohort) -> dict[str, list[str]]:
-    """Configuration keys on which the runs disagree, with their values.
-
-    What a comparison varies on purpose is left out: strategy, seed, and the weights of
-    terms that a run does not use.
-    """
-    seen: dict[str, dict[str, None]] = {}
-    for run in cohort.runs:
-        settings = _flat(run.header.config)
-        for key, value in settings.items():
-            if key not in ("strategy", "seed") and not key.startswith("distill."):
-                seen.setdefault(key, {})[str(value)] = None
-        if weights := run.weights():
-            key = f"the distillation weights of {run.summary.strategy}"
-            seen.setdefault(key, {})[weights] = None
-    return {key: list(values) for key, values in seen.items() if len(values) > 1}
+def flat_defaults() -> dict[str, Any]:
+    """The default configuration with dotted keys."""
+    return _flat(TrainConfig().model_dump(mode="json"))
 
 
-def _require_one_store(runs: list[FinishedRun]) -> None:
-    first = runs[0]
-    for run in runs[1:]:
-        if run.summary.fingerprint != first.summary.fingerprint:
-            raise SpecError(
-                f"{first.folder} and {run.folder} were trained on different stores "
-                f"(fingerprints {first.summary.fingerprint[:12]}… and "
-                f"{run.summary.fingerprint[:12]}…); report them separately."
-            )
+def number(value: object) -> str:
+    """``value`` for a label: shortest form of a number that loses no digit."""
+    if not isinstance(value, int | float):
+        return str(value)
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)
 
 
-def _require_comparable(cohort: Cohort) -> None:
-    """Same steps and split, every (strategy, seed) once, one start for every seed."""
-    first, baselines = cohort.runs[0], cohort.baselines()
-    seen: dict[tuple[str, int], FinishedRun] = {}
-    for run in cohort.runs:
-        for key in ("steps", "val_split"):
-            ours, theirs = getattr(first.summary, key), getattr(run.summary, key)
-            if ours != theirs:
-                raise SpecError(
-                    f"{first.folder} and {run.folder}, both {cohort.student}, have "
-                    f"different {key} ({ours} and {theirs}); compare equal ones only."
-                )
-        name, seed = run.summary.strategy, run.summary.seed
-        if (name, seed) in seen:
-            raise SpecError(
-                f"{seen[name, seed].folder} and {run.folder} are both {cohort.student} "
-                f"with strategy {name} and seed {seed}; leave one of them out."
-            )
-        seen[name, seed] = run
-        baseline = baselines.get(seed, run)
-        if baseline.header.initial_weights != run.header.initial_weights:
-            raise SpecError(
-                f"{run.folder} did not start from the weights of its baseline "
-                f"{baseline.folder}, though both have seed {seed}; train both with the "
-                "same student and the same version."
-            )
+def _why_unfinished(folder: Path) -> str:
+    failure = folder / "failure.json"
+    if not (folder / "config.yaml").exists() and not failure.exists():
+        return f"{folder} is not a run folder: it has no config.yaml."
+    state = "failed" if failure.exists() else "is not finished (it has no metrics.json)"
+    return (
+        f"{folder} {state}; continue it with `kd-train --out {folder} --resume`, or "
+        "add --partial to list it in the report."
+    )
 
 
-def _rank(strategy: str) -> tuple[float, int, str]:
-    """Single strategies in their documented order, then the joined ones."""
-    parts = strategy.split("+")
-    place = STRATEGIES.index(parts[0]) if parts[0] in STRATEGIES else math.inf
-    return len(parts), int(min(place, len(STRATEGIES))), strategy
+def _incomplete(folder: Path, error: str) -> Incomplete:
+    """What a report says of a folder that :func:`read_run` refused with ``error``."""
+    try:
+        config = read_yaml(folder / "config.yaml").get("config", {})
+        names = config["student"]["preset"], config["strategy"], config["seed"]
+        what = "{}, {}, seed {}".format(*names)
+    except (SpecError, KeyError, TypeError, AttributeError):
+        what = ""
+    if (folder / "metrics.json").exists():
+        return Incomplete(folder, what, f"damaged: {error}")
+    if (folder / "failure.json").exists():
+        return Incomplete(folder, what, _failure(folder / "failure.json"))
+    if not (folder / "config.yaml").exists():
+        return Incomplete(folder, what, "not started")
+    step = _last_step(folder / "metrics.csv")
+    place = "before its first validation" if step is None else f"at step {step}"
+    return Incomplete(folder, what, f"unfinished {place}")
+
+
+def _failure(path: Path) -> str:
+    try:
+        found = _json_document(Failure, path, "run it again")
+    except SpecError as error:
+        return f"failed: {error}"
+    reason = " ".join(found.error.split())
+    if len(reason) > _LONGEST_REASON:
+        reason = reason[: _LONGEST_REASON - 1] + "…"
+    place = "" if found.step is None else f" at step {found.step}"
+    return f"failed{place}: {reason}"
+
+
+def _last_step(path: Path) -> int | None:
+    """Step of the last validation that ``metrics.csv`` tells of, if any."""
+    try:
+        with path.open(newline="") as stream:
+            steps = [int(row["step"]) for row in csv.DictReader(stream)]
+    except (OSError, TypeError, ValueError, KeyError, csv.Error):
+        return None
+    return max(steps, default=None)
+
+
+_Document = TypeVar("_Document", bound=_Open)
+
+
+def _json_document(model: type[_Document], path: Path, remedy: str) -> _Document:
+    try:
+        document = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError):
+        document = None
+    if not isinstance(document, dict):
+        raise SpecError(f"{path} is damaged (not a JSON object); {remedy}.")
+    return validate(model, document, str(path))
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -1,14 +1,16 @@
-"""The comparison table: one row per strategy, gap closed per seed, as text and CSV."""
+"""The comparison table: baselines and teacher, then the distilled rows of each pair.
 
-import csv
-import io
+Layout of Tables 1 and 8 of arXiv:2306.14818; how it is written is in ``layouts``.
+"""
+
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from math import isfinite, nan
 
+from kd_train.cohorts import Cohort, Variant
 from kd_train.metrics import gap_closed
-from kd_train.runs import Cohort, FinishedRun, Metrics, differing_settings
+from kd_train.runs import Metrics
 
 MISSING = "–"
 TEACHER = "teacher"
@@ -63,34 +65,30 @@ class Spread:
 
 @dataclass(frozen=True)
 class Row:
-    """One strategy, or the teacher; ``gaps`` is None where a gap has no sense."""
+    """A variant of a student, or the teacher.
+
+    ``label`` names it within its group, ``gaps`` is None where a gap has no sense.
+    ``best`` are the metrics on which no row of the same student has a better mean, and
+    some have a worse one.
+    """
 
     label: str
+    student: str
+    strategy: str
+    settings: str
+    steps: int | None
     seeds: int
     values: dict[str, Spread]
     gaps: dict[str, Spread] | None = None
+    best: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
 class Group:
-    """The rows of one student."""
+    """Rows under one title: all baselines with the teacher, or one pair."""
 
-    student: str
-    steps: int
-    val_split: str
+    title: str
     rows: tuple[Row, ...]
-
-    @property
-    def title(self) -> str:
-        """Student, length of training and split, on one line."""
-        return f"{self.student} ({self.steps} steps, split {self.val_split})"
-
-    def best(self, column: Column) -> str | None:
-        """Label of the best student on a metric; None if no student has a value."""
-        known = {r.label: r.values[column.name].mean for r in self.rows if r.seeds}
-        known = {label: mean for label, mean in known.items() if isfinite(mean)}
-        pick = min if column.lower_is_better else max
-        return pick(known, key=lambda label: known[label]) if known else None
 
 
 @dataclass(frozen=True)
@@ -100,103 +98,119 @@ class Table:
     groups: tuple[Group, ...]
     notes: tuple[str, ...]
     has_gaps: bool
+    val_split: str = ""
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """Rows of all groups."""
+        return tuple(row for group in self.groups for row in group.rows)
 
 
 def make_table(cohorts: Sequence[Cohort]) -> Table:
     """Means over seeds, and gaps closed against the baseline of the same seed."""
+    if not cohorts:
+        return Table((), ("No run is finished.",), has_gaps=False)
     notes: list[str] = []
-    has_gaps = any(cohort.teacher is not None for cohort in cohorts)
-    groups = tuple(_group(cohort, notes) for cohort in cohorts)
-    if any(row.seeds > 1 for group in groups for row in group.rows):
-        notes.insert(0, "± is the standard deviation over seeds.")
-    if has_gaps:
-        notes.insert(
-            0,
-            "Gap closed is the share of the way from the plain student (none) of the "
-            "same seed to the teacher.",
+    first = cohorts[0].runs[0].summary
+    teacher = first.teacher or TEACHER
+    lengths = {cohort.runs[0].summary.steps for cohort in cohorts}
+    equal = f"{lengths.pop()} steps, " if len(lengths) == 1 else ""
+    where = f"({equal}split {first.val_split})"
+    plain: list[Row] = []
+    pairs: list[Group] = []
+    for cohort in cohorts:
+        baselines, distilled = _rows(cohort, notes, named_steps=not equal)
+        plain += baselines
+        steps = "" if equal else f" ({cohort.runs[0].summary.steps} steps)"
+        if distilled:
+            title = f"{teacher} → {cohort.student}{steps}"
+            pairs.append(Group(title, tuple(distilled)))
+    goal = cohorts[0].teacher
+    if goal is not None:
+        plain.append(Row(teacher, "", TEACHER, "", None, 0, _values([goal])))
+    title = f"Baselines and teacher {where}" if goal else f"Baselines {where}"
+    groups = (Group(title, tuple(plain)), *pairs) if plain else tuple(pairs)
+    general = _general_notes(groups, has_teacher=goal is not None)
+    return Table(groups, (*general, *notes), goal is not None, first.val_split)
+
+
+def _general_notes(groups: Sequence[Group], *, has_teacher: bool) -> list[str]:
+    notes = []
+    if has_teacher:
+        notes.append(
+            "Gap closed is the share of the way from the plain student of the same "
+            "seed to the teacher."
         )
     else:
         notes.append("The store holds no teacher predictions, so no gap is given.")
-    return Table(groups, tuple(notes), has_gaps)
+    if any(row.seeds > 1 for group in groups for row in group.rows):
+        notes.append("± is the standard deviation over seeds.")
+    return notes
 
 
-def text_table(table: Table) -> str:
-    """The table for a terminal: aligned columns, then the footnotes."""
-    rows = [row for group in table.groups for row in group.rows]
-    columns = [["", "  strategy", *(f"  {row.label}" for row in rows)]]
-    columns.append(["", "seeds", *map(_seeds, rows)])
-    for column in COLUMNS:
-        unit = f"[{column.unit}]" if column.unit else ""
-        values = [row.values[column.name] for row in rows]
-        columns.append([column.title, unit, *_aligned(values, column.decimals)])
-        if table.has_gaps:
-            gaps = [row.gaps[column.name] if row.gaps else None for row in rows]
-            columns.append(["gap closed", "[%]", *_aligned(gaps, 1)])
-    columns = [_padded(texts, left=i == 0) for i, texts in enumerate(columns)]
-    lines = ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
-    rule = "-" * max(map(len, lines))
-    body = iter(lines[2:])
-    text = lines[:2]
-    for group in table.groups:
-        text += [rule, group.title, *(next(body) for _ in group.rows)]
-    return "\n".join([*text, rule, *table.notes]) + "\n"
+def _rows(
+    cohort: Cohort, notes: list[str], *, named_steps: bool
+) -> tuple[list[Row], list[Row]]:
+    """Baselines and distilled rows of one student.
 
-
-def csv_table(table: Table) -> str:
-    """The table with all digits, one line per row; empty where there is no value."""
-    buffer = io.StringIO()
-    header = ["student", "strategy", "seeds", "steps", "val_split"]
-    for column in COLUMNS:
-        header += [column.name, f"{column.name}_sd"]
-        if table.has_gaps:
-            header += [f"{column.name}_gap_closed", f"{column.name}_gap_closed_sd"]
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(header)
-    for group in table.groups:
-        for row in group.rows:
-            cells = [
-                group.student,
-                row.label,
-                _seeds(row),
-                group.steps,
-                group.val_split,
-            ]
-            for column in COLUMNS:
-                cells += _digits(row.values[column.name])
-                if table.has_gaps:
-                    cells += _digits(row.gaps[column.name] if row.gaps else Spread(nan))
-            writer.writerow(cells)
-    return buffer.getvalue()
-
-
-def _group(cohort: Cohort, notes: list[str]) -> Group:
-    """Rows of one student; what a reader must know of them is added to ``notes``."""
-    summary = cohort.runs[0].summary
+    What a reader must know of them is added to ``notes``.
+    """
     comparable = _comparable_columns(cohort, notes)
-    rows = []
-    for label, runs in cohort.by_strategy().items():
+    steps = cohort.runs[0].summary.steps
+    means = {
+        variant.label: _values([run.summary.metrics for run in variant.runs])
+        for variant in cohort.variants
+    }
+    plain: list[Row] = []
+    distilled: list[Row] = []
+    for variant in cohort.variants:
         gaps = None
-        if label != "none" and cohort.teacher is not None:
-            gaps = _gaps(cohort, runs, comparable, notes)
-        rows.append(
-            Row(label, len(runs), _values([r.summary.metrics for r in runs]), gaps)
+        if not variant.is_plain and cohort.teacher is not None:
+            gaps = _gaps(cohort, variant, comparable, notes)
+        suffix = f"({steps} steps)" if named_steps else ""
+        name = f"{cohort.student} {variant.settings} {suffix}"
+        row = Row(
+            " ".join(name.split()) if variant.is_plain else variant.label,
+            cohort.student,
+            variant.strategy,
+            variant.settings,
+            steps,
+            len(variant.runs),
+            means[variant.label],
+            gaps,
+            _best_columns(means[variant.label], list(means.values())),
         )
-    if cohort.teacher is not None:
-        rows.append(Row(TEACHER, 0, _values([cohort.teacher])))
-    for key, values in differing_settings(cohort).items():
-        notes.append(f"{cohort.student}: runs differ in {key} ({'; '.join(values)}).")
-    return Group(cohort.student, summary.steps, summary.val_split, tuple(rows))
+        (plain if variant.is_plain else distilled).append(row)
+    seeds = {
+        tuple(run.summary.seed for run in variant.runs) for variant in cohort.variants
+    }
+    if len(seeds) > 1:
+        notes.append(f"{cohort.student}: rows do not have the same seeds.")
+    return plain, distilled
 
 
 def _values(metrics: Sequence[Metrics]) -> dict[str, Spread]:
     return {c.name: Spread.of([getattr(m, c.name) for m in metrics]) for c in COLUMNS}
 
 
+def _best_columns(
+    own: dict[str, Spread], rows: Sequence[dict[str, Spread]]
+) -> frozenset[str]:
+    """Metrics where no mean of ``rows`` is better than the own but some are worse."""
+    best = []
+    for column in COLUMNS:
+        mean = own[column.name].mean
+        others = [row[column.name].mean for row in rows]
+        beaten = any(column.better(mean, other) for other in others)
+        if beaten and not any(column.better(other, mean) for other in others):
+            best.append(column.name)
+    return frozenset(best)
+
+
 def _comparable_columns(cohort: Cohort, notes: list[str]) -> set[str]:
     """Metrics on which the teacher beats the baseline of every seed."""
-    teacher, baselines = cohort.teacher, list(cohort.baselines().values())
-    distilled = len(baselines) < len(cohort.runs)
-    if teacher is None or not distilled:
+    teacher, baselines = cohort.teacher, cohort.plain
+    if teacher is None or len(baselines) == len(cohort.runs):
         return set()
     if not baselines:
         notes.append(
@@ -218,16 +232,16 @@ def _comparable_columns(cohort: Cohort, notes: list[str]) -> set[str]:
 
 
 def _gaps(
-    cohort: Cohort, runs: list[FinishedRun], comparable: set[str], notes: list[str]
+    cohort: Cohort, variant: Variant, comparable: set[str], notes: list[str]
 ) -> dict[str, Spread]:
     """Gap closed on every metric, over the seeds that have a baseline."""
-    baselines = cohort.baselines()
-    pairs = [(baselines.get(run.summary.seed), run) for run in runs]
+    pairs = [(cohort.baseline_of(run), run) for run in variant.runs]
     paired = [(plain, run) for plain, run in pairs if plain is not None]
-    if baselines and len(paired) < len(runs):
+    if cohort.plain and len(paired) < len(pairs):
+        rest = "the gap is over those" if paired else "so no gap is given"
         notes.append(
-            f"{cohort.student} {runs[0].summary.strategy}: {len(paired)} of "
-            f"{len(runs)} seeds have a baseline, the gap is over those."
+            f"{cohort.student} {variant.label}: {len(paired)} of {len(pairs)} seeds "
+            f"have a baseline with the same settings, {rest}."
         )
     gaps = {}
     for column in COLUMNS:
@@ -242,27 +256,3 @@ def _gaps(
         ]
         gaps[column.name] = Spread.of(values)
     return gaps
-
-
-def _aligned(spreads: Sequence[Spread | None], decimals: int) -> list[str]:
-    """Texts of one width with the signs ± below each other; None gives blanks."""
-    parts = [("", "") if s is None else s.parts(decimals) for s in spreads]
-    means = max(len(mean) for mean, _ in parts)
-    deviations = max(len(deviation) for _, deviation in parts)
-    tails = [f" ± {d:>{deviations}}" if d else "" for _, d in parts]
-    width = deviations + 3 if deviations else 0
-    return [f"{m:>{means}}{t:<{width}}" for (m, _), t in zip(parts, tails, strict=True)]
-
-
-def _padded(texts: list[str], *, left: bool) -> list[str]:
-    width = max(map(len, texts))
-    return [text.ljust(width) if left else text.rjust(width) for text in texts]
-
-
-def _seeds(row: Row) -> str:
-    return str(row.seeds) if row.seeds else ""
-
-
-def _digits(spread: Spread) -> list[str]:
-    pair = (getattr(spread, field.name) for field in fields(spread))
-    return [repr(value) if isfinite(value) else "" for value in pair]

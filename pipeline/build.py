@@ -15,6 +15,7 @@ from pipeline.errors import StoreError
 from pipeline.files import told_when_full
 from pipeline.planning import plan_split, scan_dataset, store_attributes
 from pipeline.preview import preview
+from pipeline.scatter import Part
 from pipeline.source import Source
 from pipeline.spec import CacheSpec
 from pipeline.statistics import check_energy_kinds
@@ -87,36 +88,55 @@ def prepare(
     return Job(source, plans, attributes)
 
 
+def plan_store(spec: CacheSpec, device: str = "cpu") -> Path:
+    """Plan the store of ``spec``, or accept the one there; fills nothing.
+
+    Raises as `build_store` does.
+    """
+    job = prepare(spec, device)
+    path = Path(spec.store.path)
+    with told_when_full(path):
+        create_or_match(job, path)
+    return path
+
+
 def build_store(
     spec: CacheSpec,
     *,
     device: str = "cpu",
     workers: int = 0,
     blocks: tuple[int, int] | None = None,
+    part: Part | None = None,
     report: Report = lambda split, samples, blocks_left: None,
 ) -> bool:
     """Create or continue the store of ``spec``; True once it is sealed.
 
-    ``blocks`` restricts the work to that half-open range of every split, for array
-    jobs. ``workers`` > 0 runs blocks in that many processes of a Dask cluster; the
-    bytes written are the same.
+    ``blocks`` restricts the work to that half-open range of every split, ``part`` to
+    one of several shares of a planned store, which it leaves unsealed: checking all
+    blocks is no work for each of many jobs. ``workers`` > 0 runs blocks in that many
+    processes of a Dask cluster; the bytes written are the same.
 
     Raises
     ------
     StoreError
         A store of another fingerprint lies at the path, or a block is being built by
-        another process.
+        another process, or there is no store yet to do a part of.
     """
-    job = prepare(spec, device)
     path = Path(spec.store.path)
+    if part is not None and not path.exists():
+        raise StoreError(
+            f"{path} is not planned yet; run `kd-cache plan SPEC` once before the parts"
+        )
+    job = prepare(spec, device)
     with told_when_full(path):
         create_or_match(job, path)
         writer = StoreWriter(path)
         if writer.sealed:
             return True
-        with nullcontext() if blocks else writer.claim_all():
-            fill_blocks(job.source, writer, Filling(device, workers, blocks), report)
-        if any(writer.pending_blocks(split) for split in job.plans):
+        filling = Filling(device, workers, blocks, part)
+        with nullcontext() if blocks or part else writer.claim_all():
+            fill_blocks(job.source, writer, filling, report)
+        if part or any(writer.pending_blocks(split) for split in job.plans):
             return False
         writer.seal()
         log.info("%s: sealed", path)
@@ -125,7 +145,7 @@ def build_store(
 
 @dataclass(frozen=True)
 class Filling:
-    """Who fills blocks, and which: a half-open range of every split, or all.
+    """Who fills blocks, and which: a half-open range of every split, a part, or all.
 
     Splits that are in the store ``before`` take over what they have there.
     """
@@ -133,18 +153,26 @@ class Filling:
     device: str = "cpu"
     workers: int = 0
     blocks: tuple[int, int] | None = None
+    part: Part | None = None
     before: Path | None = None
+
+    def chosen(self, n_blocks: dict[str, int]) -> dict[str, range]:
+        """Blocks to fill by split, of splits that have ``n_blocks``."""
+        if self.part is not None:
+            return self.part.blocks(n_blocks)
+        first, last = self.blocks or (0, max(n_blocks.values()))
+        return {name: range(first, min(last, n)) for name, n in n_blocks.items()}
 
 
 def fill_blocks(
     source: Source, writer: StoreWriter, filling: Filling, report: Report
 ) -> None:
     """Fill every pending block, in this process or in workers."""
+    n_blocks = {name: index.n_blocks for name, index in writer.splits.items()}
     pending = [
         (split, block)
-        for split in writer.splits
-        for block in writer.pending_blocks(split, verify=True)
-        if filling.blocks is None or filling.blocks[0] <= block < filling.blocks[1]
+        for split, among in filling.chosen(n_blocks).items()
+        for block in writer.pending_blocks(split, verify=True, among=among)
     ]
     log.info("%s: %d blocks to do", writer.path, len(pending))
     if filling.workers:

@@ -14,6 +14,7 @@ from pipeline.commands import chosen_device, log_to_file, one_sentence_errors
 
 if TYPE_CHECKING:
     from pipeline.convert import Conversion
+    from pipeline.scatter import Part
     from pipeline.spec import CacheSpec
 
 CHECK_FAILED = 1
@@ -31,6 +32,20 @@ def _block_range(text: str | None) -> tuple[int, int] | None:
     if not (colon and first.isdigit() and last.isdigit() and int(first) < int(last)):
         raise click.BadParameter(f"--blocks {text!r} must look like 0:8.")
     return int(first), int(last)
+
+
+def _chosen_part(text: str | None, others: dict[str, object]) -> "Part | None":
+    """The part that was asked for; refuses options that a part cannot have."""
+    if text is None:
+        return None
+    from pipeline.scatter import Part
+
+    for option, value in others.items():
+        if value is not None:
+            raise click.BadParameter(
+                f"--part fills its blocks and seals nothing, so leave out {option}."
+            )
+    return Part.parse(text)
 
 
 def _spec_for_store(
@@ -79,7 +94,11 @@ _threads_option = click.option(
     show_default=True,
     help="Processes to fill blocks with; 0: this one.",
 )
-@click.option("--blocks", help="Half-open range A:B of blocks, for array jobs.")
+@click.option("--blocks", help="Half-open range A:B of blocks, of every split.")
+@click.option(
+    "--part",
+    help="I/N: the I-th of N shares of the blocks, for array jobs; after `plan`.",
+)
 @_set_option
 @_threads_option
 @click.option(
@@ -94,6 +113,7 @@ def build(
     device: str | None,
     workers: int,
     blocks: str | None,
+    part: str | None,
     overrides: tuple[str, ...],
     threads: int | None,
     receipt: Path | None,
@@ -101,16 +121,23 @@ def build(
     """Build the store of SPEC, or continue it; a finished store is left alone."""
     chosen = _spec_for_store(spec, out, overrides)
     block_range = _block_range(blocks)
+    share = _chosen_part(part, {"--blocks": blocks, "--receipt": receipt})
 
     from pipeline.build import build_store
 
     store, place = _started(chosen, device, threads)
     with _progress() as report:
         sealed = build_store(
-            chosen, device=place, workers=workers, blocks=block_range, report=report
+            chosen,
+            device=place,
+            workers=workers,
+            blocks=block_range,
+            part=share,
+            report=report,
         )
     if not sealed:
-        click.echo(f"{store}: the blocks asked for are done, others are still missing.")
+        rest = "the store is not sealed" if share else "others are still missing"
+        click.echo(f"{store}: the blocks asked for are done, {rest}.")
         return
     click.echo(f"{store}: complete and sealed.")
     if receipt is not None:
@@ -136,6 +163,47 @@ def _write_receipt(receipt: Path, store: Path) -> None:
 
     text = json.dumps(describe_store(store), indent=2, sort_keys=True)
     write_atomically(receipt, text.encode() + b"\n")
+
+
+@main.command()
+@click.argument("spec", type=click.Path(path_type=Path))
+@click.option("--out", help="Where the store goes; overrides store.path.")
+@_device_option
+@_set_option
+@_threads_option
+@one_sentence_errors
+def plan(
+    spec: Path,
+    out: str | None,
+    device: str | None,
+    overrides: tuple[str, ...],
+    threads: int | None,
+) -> None:
+    """Plan the store of SPEC without filling it, for `build --part`; then `seal`."""
+    chosen = _spec_for_store(spec, out, overrides)
+
+    from pipeline.build import plan_store
+    from pipeline.store.writer import StoreWriter
+
+    _, place = _started(chosen, device, threads)
+    store = plan_store(chosen, place)
+    blocks = (
+        f"{s.n_blocks} of {name}" for name, s in StoreWriter(store).splits.items()
+    )
+    click.echo(f"{store}: planned; blocks: {', '.join(blocks)}.")
+
+
+@main.command()
+@click.argument("store", type=click.Path(path_type=Path))
+@one_sentence_errors
+def seal(store: Path) -> None:
+    """Check every block of STORE, whose parts are all filled, and seal it."""
+    from pipeline.files import told_when_full
+    from pipeline.store.writer import StoreWriter
+
+    with told_when_full(store):
+        StoreWriter(store).seal()
+    click.echo(f"{store}: complete and sealed.")
 
 
 @main.command(name="add-field")
@@ -246,13 +314,16 @@ def hydrate(
 @main.command()
 @click.argument("store")
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
+@click.option("--csv", "as_csv", is_flag=True, help="A table with a line per field.")
 @one_sentence_errors
-def info(store: str, as_json: bool) -> None:
+def info(store: str, as_json: bool, as_csv: bool) -> None:
     """Say what is inside STORE: a folder, a zip archive or a URL."""
-    from pipeline.inspect import describe_store, render_description
+    from pipeline.inspect import describe_store, field_table, render_description
 
     description = describe_store(store)
-    if as_json:
+    if as_csv:
+        click.echo(field_table(description), nl=False)
+    elif as_json:
         click.echo(json.dumps(description, indent=2, sort_keys=True))
     else:
         click.echo(render_description(description))

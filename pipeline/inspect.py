@@ -1,5 +1,7 @@
 """What `kd-cache info` tells of a store, and what `verify --repair` undoes."""
 
+import csv
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +14,10 @@ from pipeline.store.verify import Problem
 from pipeline.store.writer import StoreWriter
 
 _LETTERS = {"node": "N", "edge": "E", "sample": "S"}
+_TABLE = (
+    *("split", "samples", "atoms", "blocks", "field", "shape", "dtype", "profile"),
+    *("bytes per sample", "bytes", "relative squared error"),
+)
 _COUNTED = {"sample": "samples", "node": "atoms", "edge": "edges"}
 
 
@@ -159,6 +165,25 @@ def _split_lines(name: str, split: dict[str, Any]) -> list[str]:
         )
     total = sum(field["bytes_per_sample"] for field in split["fields"].values())
     return [*lines, f"  {'':58}{total:10.1f} B/sample together"]
+
+
+def field_table(description: dict[str, Any]) -> str:
+    """The fields of all splits as CSV, one a line; sizes in bytes."""
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(_TABLE)
+    for name, split in description["splits"].items():
+        for path, field in split["fields"].items():
+            size = field["bytes_per_sample"]
+            table.writerow(
+                [
+                    *(name, split["samples"], split["atoms"], split["blocks"], path),
+                    *("×".join(str(s) for s in field["shape"]), field["dtype"]),
+                    *(field["profile"], round(size, 1), round(size * split["samples"])),
+                    field["relative_squared_error"],
+                ]
+            )
+    return text.getvalue()
 
 
 def discard_damaged(path: Path | str, problems: Sequence[Problem]) -> str:

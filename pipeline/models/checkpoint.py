@@ -15,7 +15,12 @@ from safetensors import SafetensorError, safe_open
 
 from pipeline.errors import CheckpointError
 from pipeline.files import sha256_of, write_atomically
-from pipeline.models.contents import ModelContents, Weights, assemble
+from pipeline.models.contents import (
+    ModelContents,
+    Weights,
+    assemble,
+    empty_model,
+)
 from pipeline.models.network import Network
 from pipeline.models.normalizer import Normalizer
 from pipeline.models.released import read_released
@@ -77,7 +82,14 @@ def save_model(
     """Write ``model`` in single precision so that :func:`load_checkpoint` reads it.
 
     Scale factors are part of the state. A kill leaves the old file or the new one.
+
+    Raises
+    ------
+    CheckpointError
+        ``model`` has other parameters than the plain architecture of its
+        hyperparameters, such as training-only ones.
     """
+    _require_plain(name, model, path)
     header = {
         "model": name,
         "hyperparameters": model.hyperparameters,
@@ -92,6 +104,21 @@ def save_model(
         tensors, metadata={_METADATA_KEY: json.dumps(header, sort_keys=True)}
     )
     write_atomically(path, content)
+
+
+def _require_plain(name: str, model: Network, path: Path) -> None:
+    """Refuse names and shapes that the architecture alone does not have."""
+    plain = empty_model(name, model.hyperparameters, path).state_dict()
+    shapes, found = (
+        {key: tuple(value.shape) for key, value in state.items()}
+        for state in (plain, model.state_dict())
+    )
+    if found != shapes:
+        other = sorted(dict(found.items() ^ shapes.items()))
+        raise CheckpointError(
+            f"The model for {path} is not a plain {name}: it differs in "
+            f"{', '.join(other[:5])}."
+        )
 
 
 def _read_published(path: Path) -> ModelContents:

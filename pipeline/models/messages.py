@@ -27,16 +27,27 @@ class Pairs:
 
     ``edge`` (P,) is the place of one edge of each pair in the graph, ``source`` and
     ``target`` (P,) are its ends. Only the first ``mirrored`` pairs have both edges.
+    ``recorded`` pairs are of a pass that becomes a program for any batch: shapes and
+    loops may then not depend on numbers, so that every edge is a pair of its own and
+    sums are those of the definition.
     """
 
     edge: Tensor
     source: Tensor
     target: Tensor
     mirrored: int
+    recorded: bool = False
 
     @classmethod
     def of(cls, batch: Data) -> "Pairs":
-        """Pairs of all edges of a batch, which must be distinct."""
+        """Pairs of all edges of a batch, which must be distinct.
+
+        Recorded ones where the batch has a true attribute ``recorded``.
+        """
+        if batch.get("recorded"):
+            source, target = batch.edge_index
+            edges = torch.arange(source.shape[0], device=source.device)
+            return cls(edges, source, target, 0, recorded=True)
         codes = _pair_codes(batch)
         order = torch.argsort(codes, stable=True)
         both = codes[order].diff() == 0
@@ -54,7 +65,7 @@ class Pairs:
         """Consecutive pairs, from ``part.start`` on."""
         mirrored = max(self.mirrored - part.start, 0)
         edge, source, target = self.edge[part], self.source[part], self.target[part]
-        return Pairs(edge, source, target, min(mirrored, len(edge)))
+        return Pairs(edge, source, target, min(mirrored, len(edge)), self.recorded)
 
     def directions(self) -> Iterator[tuple[slice, Tensor, Tensor, int]]:
         """Pairs that have an edge this way, its sources and targets, its sign."""
@@ -131,7 +142,7 @@ def sum_messages(
     """
     weight, edges = weight.to(y.dtype), edges.to(y.dtype)
     vec = None if vec is None else vec.to(y.dtype)
-    if edges.basis.requires_grad:
+    if edges.basis.requires_grad or edges.pairs.recorded:
         return _differentiable_sum(y, vec, weight, edges)
     dx, dvec = _BlockedSum.apply(y, vec, weight, edges)
     return dx, dvec
@@ -144,8 +155,9 @@ def _differentiable_sum(
     filters = edges.basis @ weight.t()  # (P, 3H)
     count = 2 if vec is None else 3
     width = y.shape[1] // count
-    dx = y.new_zeros(len(y), width, dtype=_sum_dtype(y))
-    dvec = y.new_zeros(len(y), 3, width, dtype=_sum_dtype(y))
+    # Not len(y), which would be recorded as a constant.
+    dx = y.new_zeros(y.shape[0], width, dtype=_sum_dtype(y))
+    dvec = y.new_zeros(y.shape[0], 3, width, dtype=_sum_dtype(y))
     for rows, source, target, sign in edges.pairs.directions():
         parts = (y[source] * filters[rows]).chunk(count, dim=1)
         direction = sign * edges.direction[rows]

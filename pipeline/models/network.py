@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from pipeline.graphs.neighbors import Edges, GraphRule
@@ -31,6 +31,13 @@ class Network(nn.Module):
         self, batch: Data, layers: Mapping[str, str] | None = None
     ) -> ModelOutput:
         """Outputs in network units; ``layers`` names the layer of some features."""
+        raise NotImplementedError
+
+    def node_states(self, batch: Data) -> dict[str, Tensor]:
+        """``node_features`` (N, C) at every one of ``layers``, in order of depth.
+
+        One pass for all of them, without forces.
+        """
         raise NotImplementedError
 
     def layer_width(self, field: str, layer: str) -> int | None:

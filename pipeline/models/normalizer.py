@@ -96,5 +96,6 @@ class Normalizer:
             self.element_references, dtype=torch.float64, device=energy.device
         )
         per_atom = references[atomic_numbers]
-        total = scatter(per_atom, batch, dim=0, dim_size=len(energy))
+        # Not len(energy): of a pass that is recorded it would become a constant.
+        total = scatter(per_atom, batch, dim=0, dim_size=energy.shape[0])
         return total + self.energy_mean

@@ -126,6 +126,12 @@ class PaiNN(Network):
         output = ModelOutput(energy, forces, per_atom, x, vec)
         return _with_layers(output, states, layers or {})
 
+    def node_states(self, batch: Data) -> dict[str, Tensor]:
+        """Scalar states (N, H) after all layers, without forces."""
+        states: dict[str, tuple[Tensor, Tensor]] = {}
+        self._energy(batch, batch.positions, states)
+        return {layer: x for layer, (x, _) in states.items()}
+
     def _energy(
         self,
         batch: Data,

@@ -105,6 +105,12 @@ class SchNet(Network):
         output = ModelOutput(energy, forces, per_atom, h, vector_features=None)
         return output if torch.is_grad_enabled() else output.detached()
 
+    def node_states(self, batch: Data) -> dict[str, Tensor]:
+        """States (N, H) after all interactions, without forces."""
+        states: dict[str, Tensor] = {}
+        self._energy(batch, batch.positions, states)
+        return states
+
     def _energy(
         self, batch: Data, positions: Tensor, states: dict[str, Tensor]
     ) -> tuple[Tensor, ...]:

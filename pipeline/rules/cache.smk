@@ -1,24 +1,160 @@
-# One rule per spec. The store is a parameter, never an output: the engine deletes
-# outputs before a rule runs, while the store must survive to be continued.
+# A target cache_X per spec. The store is a parameter, never an output: the engine
+# deletes outputs before a rule runs, while the store must survive to be continued.
+#
+# --config jobs=1 (default): one job plans, fills and seals.
+# --config jobs=N: plan_X, then N jobs part_X that may run anywhere and in any order,
+# then cache_X seals. A job that was killed is run again and goes on where it was.
 from pathlib import Path
 
-for spec in sorted(Path("cache_specs").glob("*.yaml")):
+JOBS = int(config.get("jobs", 1))
+GPUS = int(config.get("gpus", 1))
+CPUS = int(config.get("cpus", 2))
+SET = [f"--set {change}" for change in config.get("set", "").split()]
+# Of processes within one job, for machines with several devices.
+WORKERS = f"--workers {config.get('workers', 0)}"
 
-    rule:
-        name:
-            f"cache_{spec.stem}"
-        input:
-            spec=str(spec),
-        output:
-            receipt=f"results/caches/{spec.stem}.json",
-        log:
-            f"results/caches/{spec.stem}.log",
-        benchmark:
-            f"results/caches/{spec.stem}.benchmark.tsv"
-        threads: 2
-        params:
-            store=f"caches/{spec.stem}.zarr",
-            overrides=[f"--set {change}" for change in config.get("set", "").split()],
-        shell:
-            "kd-cache build {input.spec} --out {params.store} --threads {threads} "
-            "--receipt {output.receipt} {params.overrides} 2>&1 | tee {log}"
+
+def memory(wildcards, attempt):
+    """MB; more in every attempt, as too little is one reason to be killed."""
+    return int(config.get("mem_mb", 16000)) * attempt
+
+
+def minutes(wildcards, attempt):
+    """A job that ran out of time goes on, but an ever longer one ends for sure."""
+    return int(config.get("runtime", 240)) * attempt
+
+
+for spec in sorted(Path("cache_specs").glob("*.yaml")):
+    name = spec.stem
+    folder = f"results/caches/{name}"
+
+    if JOBS == 1:
+
+        rule:
+            name:
+                f"cache_{name}"
+            input:
+                spec=str(spec),
+            output:
+                receipt=f"{folder}.json",
+                fields=report(
+                    f"{folder}.csv",
+                    caption="captions/fields.rst",
+                    category="Stores",
+                    labels={"store": name, "what": "fields and sizes"},
+                ),
+            log:
+                f"{folder}.log",
+            benchmark:
+                f"{folder}.benchmark.tsv"
+            threads: CPUS
+            resources:
+                gpu=GPUS,
+                mem_mb=memory,
+                runtime=minutes,
+            params:
+                store=f"caches/{name}.zarr",
+                overrides=SET,
+                workers=WORKERS,
+            shell:
+                "(kd-cache build {input.spec} --out {params.store} --threads {threads} "
+                "{params.workers} --receipt {output.receipt} {params.overrides} && "
+                "kd-cache info {params.store} --csv > {output.fields}) 2>&1 | tee {log}"
+
+    else:
+
+        rule:
+            name:
+                f"plan_{name}"
+            input:
+                spec=str(spec),
+            output:
+                done=temp(touch(f"{folder}.parts/planned-{JOBS}")),
+            log:
+                f"{folder}.parts/plan.log",
+            benchmark:
+                f"{folder}.parts/plan.benchmark.tsv"
+            threads: CPUS
+            resources:
+                gpu=GPUS,
+                mem_mb=memory,
+                runtime=minutes,
+            params:
+                store=f"caches/{name}.zarr",
+                overrides=SET,
+            shell:
+                "kd-cache plan {input.spec} --out {params.store} --threads {threads} "
+                "{params.overrides} > {log} 2>&1"
+
+        rule:
+            name:
+                f"part_{name}"
+            input:
+                spec=str(spec),
+                plan=f"{folder}.parts/planned-{JOBS}",
+            output:
+                done=temp(touch(f"{folder}.parts/{{part}}-of-{JOBS}")),
+            wildcard_constraints:
+                part=r"\d+",
+            log:
+                f"{folder}.parts/{{part}}-of-{JOBS}.log",
+            benchmark:
+                f"{folder}.parts/{{part}}-of-{JOBS}.benchmark.tsv"
+            threads: CPUS
+            resources:
+                gpu=GPUS,
+                mem_mb=memory,
+                runtime=minutes,
+            params:
+                store=f"caches/{name}.zarr",
+                overrides=SET,
+                workers=WORKERS,
+                jobs=JOBS,
+            shell:
+                "kd-cache build {input.spec} --out {params.store} --threads {threads} "
+                "{params.workers} --part {wildcards.part}/{params.jobs} "
+                "{params.overrides} > {log} 2>&1"
+
+        rule:
+            name:
+                f"cache_{name}"
+            input:
+                parts=expand(
+                    f"{folder}.parts/{{part}}-of-{JOBS}", part=range(1, JOBS + 1)
+                ),
+            output:
+                receipt=f"{folder}.json",
+                fields=report(
+                    f"{folder}.csv",
+                    caption="captions/fields.rst",
+                    category="Stores",
+                    labels={"store": name, "what": "fields and sizes"},
+                ),
+                jobs=report(
+                    f"{folder}.jobs.tsv",
+                    caption="captions/jobs.rst",
+                    category="Stores",
+                    labels={"store": name, "what": "time and memory of the jobs"},
+                ),
+            log:
+                f"{folder}.log",
+            benchmark:
+                f"{folder}.benchmark.tsv"
+            threads: CPUS
+            resources:
+                mem_mb=memory,
+                runtime=minutes,
+            params:
+                store=f"caches/{name}.zarr",
+                benchmarks=expand(
+                    f"{folder}.parts/{{job}}.benchmark.tsv",
+                    job=["plan", *(f"{n}-of-{JOBS}" for n in range(1, JOBS + 1))],
+                ),
+            shell:
+                "(kd-cache seal {params.store} && kd-cache verify {params.store} && "
+                "kd-cache info {params.store} --json > {output.receipt} && "
+                "kd-cache info {params.store} --csv > {output.fields} && "
+                "awk 'NR == 1 {{print \"job\\t\" $0}} FNR == 2 "
+                '{{sub(".*/", "", FILENAME); sub("\\\\.benchmark.*", "", FILENAME); '
+                "print FILENAME \"\\t\" $0}}' {params.benchmarks} > {output.jobs}"
+                ") 2>&1 | tee {log}"

@@ -18,7 +18,12 @@ rule demo_student:
         metrics="results/demo/{strategy}-s{seed}-{steps}/metrics.json",
     log:
         "results/demo/{strategy}-s{seed}-{steps}.log",
+    benchmark:
+        "results/demo/{strategy}-s{seed}-{steps}.benchmark.tsv"
     threads: 1
+    resources:
+        mem_mb=lambda wildcards, attempt: 4000 * attempt,
+        runtime=lambda wildcards, attempt: 60 * attempt,
     params:
         store="caches/demo.zarr",
         student="painn-small-demo",
@@ -33,9 +38,34 @@ rule demo:
     input:
         expand("{run}/metrics.json", run=RUNS),
     output:
-        report="results/demo/report/report.html",
+        report=report(
+            "results/demo/report/report.html",
+            caption="captions/page.rst",
+            category="Students",
+            labels={"what": "page"},
+        ),
+        table=report(
+            "results/demo/report/table.csv",
+            caption="captions/table.rst",
+            category="Students",
+            labels={"what": "errors and gap closed"},
+        ),
+        curves=report(
+            "results/demo/report/curves.png",
+            caption="captions/curves.rst",
+            category="Students",
+            labels={"what": "learning curves"},
+        ),
+        parity=report(
+            "results/demo/report/parity.png",
+            caption="captions/parity.rst",
+            category="Students",
+            labels={"what": "parity"},
+        ),
     log:
         "results/demo/report.log",
+    benchmark:
+        "results/demo/report.benchmark.tsv"
     params:
         runs=RUNS,
     shell:

@@ -71,8 +71,10 @@ class StoreWriter:
         """Whether the store is complete and closed to writing."""
         return bool(self.attributes["complete"])
 
-    def pending_blocks(self, split: str, verify: bool = False) -> list[int]:
-        """Blocks that are still to be written, in ascending order.
+    def pending_blocks(
+        self, split: str, verify: bool = False, among: range | None = None
+    ) -> list[int]:
+        """Blocks that are still to be written, ``among`` these, in ascending order.
 
         A committed block counts as done when its shards exist with their full size;
         with ``verify`` their bytes must also match the commit record, and a block that
@@ -80,7 +82,7 @@ class StoreWriter:
         """
         index = self._split(split)
         pending = []
-        for block in range(index.n_blocks):
+        for block in range(index.n_blocks) if among is None else among:
             if not is_committed(index, block):
                 pending.append(block)
             elif verify and not is_committed(index, block, verify):

@@ -58,6 +58,22 @@ def test_edges_stay_inside_samples_and_do_not_change_when_kept(
     assert torch.equal(alone.edge_index, mine)
 
 
+def test_edges_are_kept_up_to_the_limit_and_are_the_same(
+    small_store: FeatureStore,
+) -> None:
+    split, positions = small_store.splits["train"], np.arange(6)
+    kept = CachedSamples(split, RULE, ELEMENTS)
+    none = CachedSamples(split, RULE, ELEMENTS, edge_cache_bytes=0)
+    expected = kept.batch(positions).edge_index
+    assert torch.equal(none.batch(positions).edge_index, expected)
+    assert len(kept._edges) == 6
+    assert not none._edges
+    room = kept._edges[0].nbytes
+    one = CachedSamples(split, RULE, ELEMENTS, edge_cache_bytes=room)
+    one.batch(positions)
+    assert list(one._edges) == [0]
+
+
 def test_batches_made_by_several_threads_are_those_of_one(
     small_store: FeatureStore,
 ) -> None:

@@ -1,11 +1,11 @@
-"""Reports of synthetic run folders, against numbers worked out by hand."""
+"""Reports of synthetic run folders: files, page, figures, refusals."""
 
 import base64
-import csv
+import io
 import json
 import re
 import runpy
-import struct
+import shlex
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,86 +14,38 @@ import numpy as np
 import pytest
 import yaml
 from click.testing import CliRunner
+from PIL import Image
 
-from kd_train import plots
+from kd_train import figures
 from kd_train.cli import report_main
+from kd_train.cohorts import make_cohorts
+from kd_train.config import TrainConfig, load_config
+from kd_train.figures import looks
+from kd_train.findings import findings, training_command
+from kd_train.parity import parity_files
+from kd_train.plots import mean_curve, throughput_caption, throughput_points
 from kd_train.report import write_report
-from kd_train.runs import read_cohorts, read_run
-from kd_train.tables import Spread, csv_table, make_table, text_table
+from kd_train.runs import read_run, read_runs
+from kd_train.tables import make_table
 from pipeline.errors import PipelineError, SpecError
+from tests.kd_train.folders import (
+    HALF,
+    PLAIN,
+    make_run,
+    write_curve,
+    write_throughput,
+)
 
-NAMES = ("energy_mae", "forces_mae", "forces_cos", "efwt")
-TEACHER = (100.0, 10.0, 0.9, 5.0)
-PLAIN = (300.0, 50.0, 0.5, 1.0)
-HALF = (200.0, 30.0, 0.7, 3.0)  # closes 50 % of every gap from PLAIN to TEACHER
-FILES = ["curves.png", "parity.png", "report.html", "table.csv", "table.txt"]
-
-
-def make_run(
-    root,
-    strategy="none",
-    seed=0,
-    metrics=PLAIN,
-    *,
-    teacher=TEACHER,
-    student="painn-small",
-    config=None,
-    initial_weights=None,
-    **summary,
-):
-    """A finished run folder as the training loop leaves it."""
-    folder = root / f"{student}_{strategy}_s{seed}"
-    folder.mkdir(parents=True)
-    document = {
-        "student": student,
-        "strategy": strategy,
-        "seed": seed,
-        "steps": 100,
-        "seconds": 90.0,
-        "parameters": 1234567,
-        "fingerprint": "f" * 64,
-        "val_split": "val",
-        "metrics": dict(zip(NAMES, metrics, strict=True)),
-        "teacher_metrics": teacher and dict(zip(NAMES, teacher, strict=True)),
-        **summary,
-    }
-    (folder / "metrics.json").write_text(json.dumps(document))
-    header = {
-        "config": {
-            "strategy": strategy,
-            "seed": seed,
-            "optimizer": {"lr": 0.001},
-            "distill": {"n2n": 100.0, "v2v": 10000.0},
-            **(config or {}),
-        },
-        "initial_weights": initial_weights or f"{seed:064d}",
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(header))
-    lines = ["step,val_energy_mae,val_forces_mae", "50,400.0,90.0", "100,300.0,50.0"]
-    (folder / "metrics.csv").write_text("\n".join(lines) + "\n")
-    random = np.random.default_rng(seed)
-    n_atoms = np.array([2, 3, 4], dtype=np.int32)
-    label = random.normal(size=(9, 3)).astype(np.float32)
-    np.savez_compressed(
-        folder / "predictions.npz",
-        energy=np.array([-10.0, -15.5, -20.0]),
-        energy_label=np.array([-10.1, -15.0, -20.0]),
-        forces=label + 0.1,
-        forces_label=label,
-        n_atoms=n_atoms,
-    )
-    return folder
-
-
-def words(text):
-    return text.split()
-
-
-def compare(runs):
-    """The text table, and the rows of the CSV table by (student, strategy)."""
-    table = make_table(read_cohorts(runs))
-    reader = csv.DictReader(csv_table(table).splitlines())
-    return text_table(table), {(r["student"], r["strategy"]): r for r in reader}
+FILES = [
+    "curves.pdf",
+    "curves.png",
+    "parity.pdf",
+    "parity.png",
+    "report.html",
+    "table.csv",
+    "table.tex",
+    "table.txt",
+]
 
 
 def refused(runs, out, *parts):
@@ -117,181 +69,23 @@ def three_seeds(tmp_path):
     return runs
 
 
-def test_gap_is_taken_per_seed_and_then_averaged(three_seeds):
-    _, rows = compare(three_seeds)
-    plain, n2n = rows["painn-small", "none"], rows["painn-small", "n2n"]
-    # Energies: gaps 100/200, 75/100, 400/400; of the means it would be 191.7/233.3.
-    gaps = [50.0, 75.0, 100.0]
-    assert float(n2n["energy_mae_gap_closed"]) == pytest.approx(75.0)
-    assert float(n2n["energy_mae_gap_closed_sd"]) == pytest.approx(np.std(gaps, ddof=1))
-    assert float(n2n["energy_mae"]) == pytest.approx(425 / 3)
-    assert float(n2n["energy_mae_sd"]) == pytest.approx(52.04164998665332)
-    assert float(plain["energy_mae"]) == pytest.approx(1000 / 3)
-    assert plain["energy_mae_gap_closed"] == ""
-    for name in NAMES[1:]:
-        assert float(n2n[f"{name}_gap_closed"]) == pytest.approx(50.0)
-        assert float(n2n[f"{name}_gap_closed_sd"]) == pytest.approx(0.0, abs=1e-9)
-    assert n2n["seeds"] == "3"
-    teacher = rows["painn-small", "teacher"]
-    assert [float(teacher[name]) for name in NAMES] == list(TEACHER)
-    assert teacher["seeds"] == teacher["energy_mae_sd"] == ""
-
-
-def test_order_of_arguments_does_not_pair_wrong_seeds(three_seeds):
-    assert compare(three_seeds) == compare(three_seeds[::-1])
-
-
-def test_text_table_of_one_seed(tmp_path):
-    runs = [make_run(tmp_path, "v2v", metrics=(340.0, 52.0, 0.46, 0.8))]
-    runs += [make_run(tmp_path, "n2n", metrics=HALF), make_run(tmp_path)]
-    text, _ = compare(runs)
-    lines = text.splitlines()
-    rows = {line.split()[0]: line.split()[1:] for line in lines if line[:2] == "  "}
-    assert rows["none"] == ["1", "300.0", "50.00", "0.500", "1.00"]
-    assert rows["n2n"] == words("1 200.0 50.0 30.00 50.0 0.700 50.0 3.00 50.0")
-    assert rows["v2v"] == words("1 340.0 -20.0 52.00 -5.0 0.460 -10.0 0.80 -5.0")
-    assert rows["teacher"] == ["100.0", "10.00", "0.900", "5.00"]
-    order = [name for name in rows if name in ("none", "n2n", "v2v", "teacher")]
-    assert order == ["none", "n2n", "v2v", "teacher"]
-    assert "painn-small (100 steps, split val)" in lines
-    assert "±" not in text
-
-
-def test_text_columns_align(three_seeds, tmp_path):
-    three_seeds.append(make_run(tmp_path / "r", "v2v", 0, (1234.5, 9.5, 0.1, 0.0)))
-    lines = compare(three_seeds)[0].splitlines()
-    rules = [i for i, line in enumerate(lines) if set(line) == {"-"}]
-    table = lines[rules[0] - 2 : rules[-1]]
-    assert max(map(len, table)) == len(lines[rules[0]])
-    none, n2n, v2v, teacher = [line for line in table if line.startswith("  ")][2:]
-    # Decimal points of a metric stand below each other in every row that has it.
-    points = [[m.start() for m in re.finditer(r"\.", line)] for line in (none, n2n)]
-    assert set(points[0]) <= set(points[1])
-    assert {m.start() for m in re.finditer(r"\.", v2v)} <= set(points[1])
-    assert {m.start() for m in re.finditer(r"\.", teacher)} <= set(points[0])
-    signs = [{m.start() for m in re.finditer("±", line)} for line in (none, n2n)]
-    assert len(signs[0]) == 4
-    assert signs[0] < signs[1]
-    assert not any(line.endswith(" ") for line in lines)
-
-
-def test_nan_metric_is_a_dash_and_has_no_gap(tmp_path):
-    nan = float("nan")
-    runs = [
-        make_run(tmp_path, metrics=(nan, 50.0, 0.5, nan)),
-        make_run(tmp_path, "n2n", metrics=(nan, 30.0, 0.7, nan)),
-    ]
-    text, rows = compare(runs)
-    (row,) = (line for line in text.splitlines() if line.startswith("  n2n"))
-    assert row.split() == words("n2n 1 – – 30.00 50.0 0.700 50.0 – –")
-    assert rows["painn-small", "n2n"]["energy_mae"] == ""
-    assert "not better" not in text
-
-
-def test_one_diverged_seed_is_not_averaged_away(tmp_path):
-    nan = float("nan")
-    runs = [make_run(tmp_path, seed=0), make_run(tmp_path, seed=1)]
-    runs.append(make_run(tmp_path, "n2n", 0, HALF))
-    runs.append(make_run(tmp_path, "n2n", 1, (nan, 30.0, 0.7, 3.0)))
-    row = compare(runs)[1]["painn-small", "n2n"]
-    assert row["energy_mae"] == row["energy_mae_gap_closed"] == ""
-    assert float(row["forces_mae_gap_closed"]) == pytest.approx(50.0)
-
-
-@pytest.mark.parametrize("efwt", [1.0, 0.5])
-def test_no_gap_where_the_teacher_is_no_better(tmp_path, efwt):
-    teacher = (*TEACHER[:3], efwt)
-    runs = [make_run(tmp_path, teacher=teacher)]
-    runs.append(make_run(tmp_path, "n2n", metrics=HALF, teacher=teacher))
-    text, _ = compare(runs)
-    (row,) = (line for line in text.splitlines() if line.startswith("  n2n"))
-    assert row.split() == words("n2n 1 200.0 50.0 30.00 50.0 0.700 50.0 3.00 –")
-    assert "painn-small, EFwT: the teacher is not better than the plain" in text
-
-
-def test_no_gap_where_the_teacher_loses_to_the_baseline_of_one_seed(tmp_path):
-    teacher = (PLAIN[0], *TEACHER[1:])
-    runs = []
-    for seed, energy in ((0, PLAIN[0]), (1, 400.0)):
-        plain = (energy, *PLAIN[1:])
-        runs.append(make_run(tmp_path, "none", seed, plain, teacher=teacher))
-        runs.append(make_run(tmp_path, "n2n", seed, HALF, teacher=teacher))
-    text, rows = compare(runs)
-    assert "painn-small, energy MAE: the teacher is not better" in text
-    assert rows["painn-small", "n2n"]["energy_mae_gap_closed"] == ""
-    assert rows["painn-small", "n2n"]["forces_mae_gap_closed"] != ""
-
-
-def test_store_without_teacher_has_no_gap_columns(tmp_path):
-    runs = [make_run(tmp_path, seed=seed, teacher=None) for seed in (0, 1)]
-    text, rows = compare(runs)
-    assert "gap closed" not in text
-    assert "  teacher" not in text
-    assert "no teacher predictions" in text
-    assert not any("gap" in key for key in rows.popitem()[1])
-
-
-def test_strategy_without_baseline_has_dashes_and_a_note(tmp_path):
-    text, _ = compare([make_run(tmp_path, "n2n", metrics=HALF)])
-    (row,) = (line for line in text.splitlines() if line.startswith("  n2n"))
-    assert row.split() == words("n2n 1 200.0 – 30.00 – 0.700 – 3.00 –")
-    assert "painn-small has no run with strategy none" in text
-
-
-def test_gap_leaves_out_seeds_without_baseline(tmp_path):
-    runs = [make_run(tmp_path), make_run(tmp_path, "n2n", 0, HALF)]
-    runs.append(make_run(tmp_path, "n2n", 1, (100.0, 10.0, 0.9, 5.0)))
-    text, rows = compare(runs)
-    row = rows["painn-small", "n2n"]
-    assert float(row["energy_mae"]) == pytest.approx(150.0)
-    assert float(row["energy_mae_gap_closed"]) == pytest.approx(50.0)
-    assert row["energy_mae_gap_closed_sd"] == ""
-    assert "painn-small n2n: 1 of 2 seeds have a baseline" in text
-
-
-def test_two_students_keep_to_their_own_baselines(tmp_path):
-    runs = [
-        make_run(tmp_path, student="schnet", metrics=(500.0, 90.0, 0.1, 0.0), steps=7),
-        make_run(tmp_path, "n2n", student="schnet", metrics=HALF, steps=7),
-        make_run(tmp_path),
-        make_run(tmp_path, "n2n", metrics=HALF),
-    ]
-    text, rows = compare(runs)
-    assert float(rows["schnet", "n2n"]["energy_mae_gap_closed"]) == pytest.approx(75.0)
-    assert float(rows["painn-small", "n2n"]["energy_mae_gap_closed"]) == 50.0
-    assert text.index("schnet (7 steps") < text.index("painn-small (100 steps")
-
-
-def test_differing_settings_are_said(tmp_path):
-    runs = [make_run(tmp_path), make_run(tmp_path, "n2n", 0, HALF)]
-    runs.append(
-        make_run(
-            tmp_path,
-            "n2n",
-            1,
-            HALF,
-            config={"optimizer": {"lr": 0.01}, "distill": {"n2n": 5.0}},
-        )
-    )
-    text, _ = compare(runs)
-    assert "painn-small: runs differ in optimizer.lr (0.001; 0.01)." in text
-    assert "the distillation weights of n2n (n2n=100; n2n=5)." in text
-    assert "runs differ in seed" not in text
-    assert "runs differ in distill" not in text
-
-
 class Page(HTMLParser):
-    """Images, text and tag balance of a page."""
+    """Images, text and tag balance of a page; nothing may come from outside."""
 
     VOID = ("meta", "br", "img")
 
     def __init__(self):
         super().__init__()
-        self.stack, self.images, self.words = [], [], []
+        self.stack, self.images, self.words, self.titles = [], [], [], []
 
     def handle_starttag(self, tag, attrs):
-        if tag == "img":
-            self.images.append(dict(attrs)["src"])
+        assert tag not in ("script", "link", "iframe", "object")
+        for name, value in attrs:
+            assert name not in ("href", "srcset", "style")
+            assert not name.startswith("on")
+            if name == "src":
+                assert tag == "img"
+                self.images.append(value)
         if tag not in self.VOID:
             self.stack.append(tag)
 
@@ -300,42 +94,238 @@ class Page(HTMLParser):
 
     def handle_data(self, data):
         self.words.append(data)
+        if self.stack and self.stack[-1] == "h2":
+            self.titles.append(data)
+        if self.stack and self.stack[-1] == "style":
+            assert "url(" not in data
+            assert "@import" not in data
+
+
+def parsed(path):
+    """The page at ``path``, whole, with its images decoded."""
+    page = Page()
+    page.feed(path.read_text())
+    page.close()
+    assert page.stack == []
+    prefix = "data:image/png;base64,"
+    assert all(source.startswith(prefix) for source in page.images)
+    page.images = [
+        base64.b64decode(source.removeprefix(prefix), validate=True)
+        for source in page.images
+    ]
+    for image in page.images:
+        with Image.open(io.BytesIO(image)) as opened:
+            opened.load()
+            assert opened.format == "PNG"
+            assert 400 < opened.width < 4000
+            assert 300 < opened.height < 4000
+            # Something is drawn: a blank canvas has one colour.
+            assert len(opened.convert("L").getcolors()) > 10
+    return page
 
 
 def test_page_is_whole_and_holds_figures_and_provenance(three_seeds, tmp_path):
     odd = make_run(tmp_path / "<b>&", "v2v", 7, HALF)
+    header = yaml.safe_load((odd / "config.yaml").read_text())
+    header["versions"] = {"kd-train": "0.0.9", "torch": "2.6.0"}
+    (odd / "config.yaml").write_text(yaml.safe_dump(header))
     out = tmp_path / "out"
     text = write_report([*three_seeds, odd], out)
     assert sorted(path.name for path in out.iterdir()) == FILES
     assert (out / "table.txt").read_text() == text
-    page = Page()
-    page.feed((out / "report.html").read_text())
-    page.close()
-    assert page.stack == []
-    prefix = "data:image/png;base64,"
-    images = [base64.b64decode(src.removeprefix(prefix)) for src in page.images]
-    assert images == [(out / name).read_bytes() for name in FILES[:2]]
-    for image in images:
-        assert image[:8] == b"\x89PNG\r\n\x1a\n"
-        width, height = struct.unpack(">II", image[16:24])
-        assert 600 < width < 4000
-        assert 400 < height < 4000
+    page = parsed(out / "report.html")
+    assert page.images == [
+        (out / f"{n}.png").read_bytes() for n in ("curves", "parity")
+    ]
+    assert page.titles == [
+        "Summary",
+        "Gap closed",
+        "Learning curves",
+        "Parity",
+        "Provenance",
+    ]
+    for name in ("curves.pdf", "parity.pdf"):
+        content = (out / name).read_bytes()
+        assert content.startswith(b"%PDF-")
+        assert content.rstrip().endswith(b"%%EOF")
     words = " ".join(page.words)
     assert "f" * 64 in words
     assert str(odd) in words
     assert "n2n=100" in words
+    assert "Trained by kd-train 0.0.9, torch 2.6.0." in words
     assert "75.0 ± 25.0" in words
     assert page.words.count("yes") == 3  # n2n of seeds 0 to 2; v2v has no baseline
     source = (out / "report.html").read_text()
-    assert not re.search(r"(src|href)=\"(?!data:)", source)
     assert re.search(r"<td>n2n</td><td>3</td><td><b>141.7 ± 52.0</b></td>", source)
+
+
+def test_summary_names_the_best_row_of_every_metric(three_seeds, tmp_path):
+    worse = make_run(tmp_path, "v2v", 0, (400.0, 60.0, 0.4, 0.5), student="schnet")
+    plain = make_run(tmp_path, "none", 0, (300.0, 60.0, 0.5, 1.0), student="schnet")
+    cohorts = make_cohorts(read_runs([*three_seeds, plain, worse])[0])
+    assert findings(make_table(cohorts), cohorts, []) == [
+        "8 finished runs of 2 students with 3 seeds on one store, validated on split "
+        "val.",
+        "painn-small: energy MAE is best with n2n (141.7 ± 52.0 meV, 75.0 ± 25.0 % of "
+        "the gap closed); force MAE is best with n2n (30.00 ± 0.00 meV/Å, 50.0 ± 0.0 % "
+        "of the gap closed).",
+        "schnet: no row beats the plain student in energy MAE (300.0 meV); force MAE "
+        "is the same for all rows or missing.",
+    ]
+
+
+def test_commands_make_the_same_runs_again(tmp_path):
+    config = {
+        "student": {"preset": "painn-small", "hyperparameters": {"cutoff": 5.0}},
+        "steps": 100,
+        "train_split": "train+more",
+        "distill": {"n2n": 12.5, "schedule": {"kind": "linear", "steps": 50}},
+        "schedule": {"kind": "milestones", "milestones": [10, 20]},
+    }
+    run = make_run(tmp_path, "n2n", 3, HALF, config=config, name="it's")
+    words = shlex.split(training_command(read_run(run)))
+    assert words[:3] == ["kd-train", "--cache", "STORE"]
+    assert words[-2:] == ["--out", str(run)]
+    sets = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
+    value = dict(zip(words[3::2], words[4::2], strict=True))
+    flags = {
+        "strategy": value["--strategy"],
+        "student.preset": value["--student"],
+        "seed": int(value["--seed"]),
+        "steps": int(value["--steps"]),
+    }
+    asked = load_config(None, flags, sets)
+    header = read_run(run).header.config
+    assert asked == TrainConfig.model_validate(header | {"strategy": "n2n", "seed": 3})
+
+
+def test_partial_lists_what_has_no_results(tmp_path):
+    states = {}
+    for name in ("failed", "long", "running", "fresh", "odd"):
+        states[name] = make_run(tmp_path, name=name)
+        (states[name] / "metrics.json").unlink()
+    reason = {"error": "sample 'a<b>' has\nno neighbours", "step": 70}
+    (states["failed"] / "failure.json").write_text(json.dumps(reason))
+    (states["long"] / "failure.json").write_text(json.dumps({"error": "x" * 9999}))
+    (states["fresh"] / "metrics.csv").unlink()
+    (states["odd"] / "failure.json").write_text("[")
+    states["damaged"] = make_run(tmp_path, name="damaged")
+    (states["damaged"] / "metrics.json").write_text("{")
+    states["gone"] = tmp_path / "gone"
+    good = make_run(tmp_path)
+    (good / "failure.json").write_text(json.dumps(reason))  # of an earlier attempt
+    out = tmp_path / "out"
+    text = write_report([good, *states.values()], out, partial=True)
+    lines = {
+        line.split(":")[0].strip().rsplit("/")[-1]: line.split(": ", 1)[1]
+        for line in text.split("Runs without results:\n")[1].splitlines()
+    }
+    assert lines.pop("damaged").startswith("damaged: ")
+    assert lines.pop("odd").startswith("failed: ")
+    assert lines.pop("long") == f"failed: {'x' * 299}…"
+    assert lines == {
+        "failed": "failed at step 70: sample 'a<b>' has no neighbours",
+        "running": "unfinished at step 100",
+        "fresh": "unfinished before its first validation",
+        "gone": "not started",
+    }
+    page = parsed(out / "report.html")
+    assert "Runs without results" in page.titles
+    assert "painn-small, none, seed 0" in page.words
+    assert "failed at step 70: sample 'a<b>' has no neighbours" in page.words
+    assert "7 runs without results: see below." in page.words
+
+
+def test_partial_without_any_finished_run_still_tells(tmp_path):
+    run, out = make_run(tmp_path), tmp_path / "out"
+    (run / "metrics.json").unlink()
+    text = write_report([run], out, partial=True)
+    assert text.startswith("No run is finished.")
+    assert "unfinished at step 100" in text
+    assert parsed(out / "report.html").images == []
+    assert sorted(path.name for path in out.iterdir()) == FILES[4:]
+
+
+def test_a_failed_run_is_refused_with_the_way_out(tmp_path):
+    run = make_run(tmp_path)
+    (run / "metrics.json").unlink()
+    (run / "failure.json").write_text("{}")
+    refused([run], tmp_path / "out", run, "failed", "--resume", "--partial")
+
+
+def test_mean_curve_is_over_common_steps_and_mean_times(tmp_path):
+    runs = [make_run(tmp_path, seed=0), make_run(tmp_path, seed=1)]
+    write_curve(runs[0], [(10, 1.0, 8.0, 1.0), (20, 2.0, 4.0, 2.0), (30, 3, 1, 1)])
+    write_curve(runs[1], [(10, 3.0, 6.0, 3.0), (30, 9.0, "nan", 2.0)])
+    found = mean_curve([read_run(run) for run in runs], "val_energy_mae")
+    np.testing.assert_allclose(
+        found, [[10, 2.0, 7.0, 2**0.5], [30, 6.0, np.nan, np.nan]]
+    )
+    single = mean_curve([read_run(runs[0])], "val_forces_mae")
+    np.testing.assert_allclose(
+        single, [[10, 1.0, 1.0, 0.0], [20, 2.0, 2.0, 0.0], [30, 3.0, 1.0, 0.0]]
+    )
+
+
+def test_throughput_is_drawn_where_it_was_measured(three_seeds, tmp_path):
+    out = tmp_path / "out"
+    for run in three_seeds[:4]:
+        write_throughput(run)
+    write_report(three_seeds, out)
+    assert {"throughput.png", "throughput.pdf"} <= {p.name for p in out.iterdir()}
+    page = parsed(out / "report.html")
+    assert "Accuracy against throughput" in page.titles
+    assert len(page.images) == 3
+    (caption,) = [word for word in page.words if word.startswith("Error of exported")]
+    assert caption.endswith("Measured on cpu, 2 threads.")
+    assert "batch size 32, 12.5 atoms" in caption
+    # An earlier figure must not stay beside a report that has none.
+    for run in three_seeds[:4]:
+        (run / "throughput.json").unlink()
+    write_report(three_seeds, out)
+    assert sorted(path.name for path in out.iterdir()) == FILES
+
+
+def test_machines_are_not_mixed_silently(tmp_path):
+    runs = [make_run(tmp_path, seed=seed) for seed in (0, 1, 2)]
+    write_throughput(runs[0], 100.0)
+    write_throughput(runs[1], 300.0)
+    write_throughput(runs[2], 9000.0, "cuda", None, device_name="NVIDIA H100")
+    points = throughput_points(make_cohorts([read_run(run) for run in runs]))
+    assert [(point.place, point.rate("samples_per_second")) for point in points] == [
+        ("cpu, 2 threads", 200.0),
+        ("NVIDIA H100", 9000.0),
+    ]
+    caption = throughput_caption(points)
+    assert "circles: cpu, 2 threads; squares: NVIDIA H100" in caption
+    assert "compare speeds within one kind of marker only" in caption
+
+
+@pytest.mark.parametrize("text", ["[", "{}", '{"samples_per_second": "fast"}'])
+def test_a_damaged_throughput_is_named(tmp_path, text):
+    run = make_run(tmp_path)
+    (run / "throughput.json").write_text(text)
+    with pytest.raises(SpecError, match=r"throughput\.json"):
+        read_run(run).throughput()
+
+
+def test_many_rows_keep_distinct_looks_and_a_sensible_size(tmp_path):
+    runs = [make_run(tmp_path)]
+    for i in range(6):
+        config = {"distill": {"v2v": 10.0**i}}
+        runs.append(make_run(tmp_path, "v2v", 0, HALF, config=config, name=f"v{i}"))
+    cohorts = make_cohorts(read_runs(runs)[0])
+    found = looks(cohorts)
+    assert len(set(found.values())) == len(found) == 7
+    with Image.open(io.BytesIO(parity_files(cohorts)["parity.png"])) as image:
+        assert image.width < 1.3 * image.height < 2 * image.width
 
 
 def test_figures_bear_unlabelled_and_diverged_runs(tmp_path):
     nan = float("nan")
     run = make_run(tmp_path, metrics=(nan, nan, nan, nan), teacher=None)
     (run / "metrics.csv").write_text(
-        "step,val_energy_mae,val_forces_mae\n50,nan,inf\n100,nan,0.0\n"
+        "step,seconds,val_energy_mae,val_forces_mae\n50,1,nan,inf\n100,2,nan,0.0\n"
     )
     missing = np.full(3, nan), np.full((9, 3), nan)
     np.savez(
@@ -360,14 +350,6 @@ def test_parity_leaves_out_fixed_atoms_where_they_are_known(tmp_path):
     free = [1, 2, 4, 5, 6, 7]
     found = read_run(run).predictions()["forces_label"]
     np.testing.assert_array_equal(found, arrays["forces_label"][free].reshape(-1))
-
-
-def test_spread_of_known_values():
-    assert Spread.of([1.0, 3.0]) == Spread(2.0, pytest.approx(2**0.5))
-    assert np.isnan(Spread.of([4.0]).deviation)
-    assert np.isnan(Spread.of([]).mean)
-    assert Spread(-0.04).parts(1) == ("0.0", "")
-    assert Spread(float("inf")).parts(1) == ("–", "")
 
 
 def test_refuses_no_runs_and_missing_folders(tmp_path):
@@ -460,7 +442,7 @@ def test_without_matplotlib_says_what_to_install(tmp_path, monkeypatch):
 
 def test_plots_can_be_imported_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert "parity_png" in runpy.run_path(plots.__file__)
+    assert "new_figure" in runpy.run_path(figures.__file__)
 
 
 def test_command_prints_the_table_or_one_sentence(tmp_path):

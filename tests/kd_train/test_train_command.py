@@ -103,14 +103,13 @@ def test_bad_input_is_one_sentence(
     assert not (out / "metrics.csv").exists()
 
 
-def test_several_processes_are_refused(
+def test_one_of_several_processes_needs_to_know_which(
     small_store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each would train the same thing into one folder."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     out = tmp_path / "run"
     sentence = refusal(main, _arguments(small_store.path, out))
-    assert "one of 2" in sentence
+    assert "RANK is not set" in sentence
     assert "torchrun" in sentence
     assert not out.exists()
     monkeypatch.setenv("WORLD_SIZE", "1")

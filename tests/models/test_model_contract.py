@@ -247,3 +247,19 @@ def test_graph_rule_follows_the_hyperparameters(variant, make_model):
     assert model.graph_rule.cutoff == 4.0
     assert model.graph_rule.max_neighbors == 50
     assert model.graph_rule.symmetric == (variant != "schnet")
+
+
+def test_node_states_are_those_of_one_pass_for_every_layer(
+    make_model, variant, molecules, batch_of
+):
+    model = make_model(variant)
+    batch = batch_of(molecules, model.graph_rule)
+    with torch.no_grad():
+        states = model.node_states(batch)
+        assert set(states) == set(model.layers)
+        for layer, found in states.items():
+            expected = model(batch, {"node_features": layer}).node_features
+            torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        final = model(batch).node_features
+    # In order of depth, so the last is where features are distilled by default.
+    torch.testing.assert_close(list(states.values())[-1], final)

@@ -139,9 +139,8 @@ class GemNetOC(SharedBases):
     ) -> ModelOutput:
         """Outputs for ``positions`` (N, 3); forces only where they are direct."""
         geometry = edge_geometry(batch, positions)
-        radial = self.radial_basis(geometry.distance)  # (E, R)
-        bases = self.make_bases(batch, positions, tables, geometry, radial)
-        states = self._run(batch.atomic_numbers, radial, bases, set(layers.values()))
+        wanted = set(layers.values())
+        states = self._states(batch, positions, tables, geometry, wanted)
         node, edge = states[_FINAL]
         per_atom = _in_weights_precision(self.out_energy, node).squeeze(1)
         reduce = "sum" if self.options.extensive else "mean"
@@ -153,6 +152,30 @@ class GemNetOC(SharedBases):
             forces = self._forces(edge, geometry, tables)
         output = ModelOutput(energy, forces, per_atom, node, None)
         return _with_features(output, states, layers, geometry, tables.main.slots)
+
+    def node_states(self, batch: Data) -> dict[str, Tensor]:
+        """Atom states (N, C): of blocks, of output blocks, at the end; no forces."""
+        tables = make_tables(batch, self.options)
+        geometry = edge_geometry(batch, batch.positions)
+        states = self._states(
+            batch, batch.positions, tables, geometry, set(self.layers)
+        )
+        order = [layer for layer in self.layers if layer.startswith("regular_")]
+        order += [layer for layer in self.layers if layer.startswith("X_")]
+        return {layer: states[layer][0] for layer in (*order, _FINAL)}
+
+    def _states(
+        self,
+        batch: Data,
+        positions: Tensor,
+        tables: Tables,
+        geometry: EdgeGeometry,
+        wanted: set[str],
+    ) -> dict[str, States]:
+        """Atom and edge states at the final and all ``wanted`` layers."""
+        radial = self.radial_basis(geometry.distance)  # (E, R)
+        bases = self.make_bases(batch, positions, tables, geometry, radial)
+        return self._run(batch.atomic_numbers, radial, bases, wanted)
 
     def _run(
         self, atomic_numbers: Tensor, radial: Tensor, bases: Bases, wanted: set[str]

@@ -1,0 +1,6 @@
+"""``python -m kd_train`` is ``kd-train``, which ``torchrun -m`` can start."""
+
+from kd_train.cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""``kd-eval`` and ``kd-export``. Heavy imports happen inside the commands."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pipeline.commands import chosen_device, one_sentence_errors
+from pipeline.errors import SpecError
+
+if TYPE_CHECKING:
+    from kd_train.scoring import Part
+    from pipeline.models.checkpoint import LoadedModel
+
+FORMATS = ("extxyz", "oc20_lmdb", "oc20_raw", "ase_db", "aselmdb")
+BATCH_ATOMS = 2048
+# For each number of --throughput.
+MEASURED_SECONDS = 1.0
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--data", required=True, help="Store, or file or folder of a dataset.")
+@click.option("--split", "splits", multiple=True, help="Of a store; default: all.")
+@click.option("--format", type=click.Choice(FORMATS), help="Of a dataset.")
+@click.option(
+    "--energy",
+    type=click.Choice(("adsorption", "total")),
+    help="Which energies of oc20_raw.",
+)
+@click.option("--limit", type=click.IntRange(min=1), help="At most so many samples.")
+@click.option("--every", type=click.IntRange(min=1), default=1, help="Each n-th only.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for results.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Samples in a batch.")
+@click.option(
+    "--batch-atoms",
+    type=click.IntRange(min=1),
+    default=BATCH_ATOMS,
+    show_default=True,
+    help="Atoms in a batch at most, unless --batch-size is given.",
+)
+@click.option("--throughput", is_flag=True, help="Measure samples per second, too.")
+@click.option("--device", help="cpu, cuda, cuda:1; default: a GPU if any.")
+@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of torch.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, not a table.")
+@one_sentence_errors
+def eval_main(
+    run: Path,
+    data: str,
+    splits: tuple[str, ...],
+    format: str | None,
+    energy: str | None,
+    limit: int | None,
+    every: int,
+    out: Path | None,
+    batch_size: int | None,
+    batch_atoms: int,
+    throughput: bool,
+    device: str | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Metrics of a finished student on a store or a dataset.
+
+    RUN is a run folder, its student.safetensors, or a released checkpoint.
+    """
+    if out is not None and (out / "config.yaml").exists():
+        raise SpecError(
+            f"--out {out} is a run folder, whose own results would be overwritten; "
+            "name another one."
+        )
+    import torch
+
+    from kd_train.scorecard import Scorecard, write_throughput
+    from kd_train.scoring import batches_of, pool_of, score
+    from kd_train.throughput import measure
+    from kd_train.trained import load_student
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    place = chosen_device(device)
+    student = load_student(run, place)
+    selection = {"limit": limit, "every": every}
+    if format is None and _is_store(data):
+        about, parts = _store_parts(student, data, splits, selection)
+    else:
+        about, parts = _dataset_parts(student, data, splits, format, energy, selection)
+    scores = [
+        score(student, part, batches_of(part, batch_size, batch_atoms), place)
+        for part in parts
+    ]
+    rate = None
+    if throughput:
+        rate = measure(student, pool_of(parts[0]), place, MEASURED_SECONDS)
+    card = Scorecard(student, run, about, scores, rate)
+    for warning in card.warnings:
+        click.echo(f"Warning: {warning}", err=True)
+    if out is not None:
+        card.write(out)
+    if rate is not None:
+        write_throughput(rate, about, run)
+    click.echo(json.dumps(card.to_dict(), indent=2) if as_json else card.to_text())
+
+
+def _is_store(data: str) -> bool:
+    """Whether ``--data`` is a store: a URL, a zip archive, or a Zarr group."""
+    path = Path(data)
+    return "://" in data or path.suffix == ".zip" or (path / "zarr.json").exists()
+
+
+def _store_parts(
+    student: "LoadedModel",
+    data: str,
+    splits: tuple[str, ...],
+    selection: dict[str, Any],
+) -> tuple[dict[str, Any], list["Part"]]:
+    from kd_train.scoring import store_part
+    from kd_train.setup import chosen_split
+    from pipeline.store.reader import FeatureStore
+
+    store = FeatureStore.open(data)
+    names = tuple(dict.fromkeys(splits or store.splits))
+    chosen = [chosen_split(store, name) for name in names]
+    about = {"path": data, "fingerprint": store.fingerprint, **selection}
+    return about, [store_part(split, student, **selection) for split in chosen]
+
+
+def _dataset_parts(
+    student: "LoadedModel",
+    data: str,
+    splits: tuple[str, ...],
+    format: str | None,
+    energy: Any,
+    selection: dict[str, Any],
+) -> tuple[dict[str, Any], list["Part"]]:
+    from kd_train.datafiles import guessed_format
+    from kd_train.scoring import dataset_part
+    from pipeline.datasets import open_dataset
+
+    if splits:
+        raise SpecError("--split chooses splits of a store, and --data is a dataset.")
+    format = format or guessed_format(Path(data))
+    if energy is not None and format != "oc20_raw":
+        raise SpecError("--energy is for --format oc20_raw; others have one kind.")
+    dataset = open_dataset(format, data, energy=energy, **selection)
+    about = {"path": data, "format": format, "energy": energy, **selection}
+    return about, [dataset_part(Path(data).name, dataset, student)]
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File, by custom *.pt2.",
+)
+@click.option("--device", default="cpu", help="That the program runs on.")
+@one_sentence_errors
+def export_main(run: Path, out: Path, device: str) -> None:
+    """Write the student in RUN as a program that torch runs without this package."""
+    from kd_train.export import export_student
+    from kd_train.trained import load_student
+
+    worst = export_student(load_student(run, chosen_device(device)), out)
+    click.echo(
+        f"{out}: largest deviation from the model on batches of other sizes "
+        f"{worst['energy']:.2g} eV and {worst['forces']:.2g} eV/Å"
+    )

@@ -1,0 +1,96 @@
+"""Batches from dataset files, as CachedSamples makes them from a store."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch_geometric.data import Data
+
+from kd_train.order import Positions
+from pipeline.datasets import Dataset
+from pipeline.errors import SpecError
+from pipeline.graphs.batch import collate
+from pipeline.graphs.neighbors import GraphRule, sample_edges
+from pipeline.models.elements import check_elements
+
+_TEXT = (".extxyz", ".xyz")
+_PACKED = (".xz", ".gz")
+_BY_SUFFIX = {
+    ".db": "ase_db",
+    ".json": "ase_db",
+    ".aselmdb": "aselmdb",
+    ".lmdb": "oc20_lmdb",
+    **dict.fromkeys(_TEXT, "extxyz"),
+}
+
+
+class DatasetSamples:
+    """Batches of a dataset for one model: structures, labels and edges.
+
+    The same tensors that ``CachedSamples`` gives for the same samples; threads may make
+    batches at the same time.
+    """
+
+    def __init__(
+        self, dataset: Dataset, rule: GraphRule, elements: Sequence[int]
+    ) -> None:
+        self.dataset = dataset
+        self.rule = rule
+        self.elements = elements
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def batch(self, positions: Positions) -> Data:
+        """The samples at ``positions`` as one graph, see ``pipeline.graphs.batch``.
+
+        Adds ``energy`` (B,) float64 in eV and ``forces`` (N, 3) float32 in eV/Å, NaN
+        where the source has none.
+
+        Raises
+        ------
+        DataError
+            A sample cannot be read, has no neighbours, or holds an element that the
+            model does not know.
+        """
+        samples = [self.dataset[int(position)] for position in positions]
+        for sample in samples:
+            numbers = sample.structure.atomic_numbers
+            check_elements(numbers, self.elements, [sample.sample_id] * len(numbers))
+        edges = [sample_edges(s.sample_id, s.structure, self.rule) for s in samples]
+        data = collate([sample.structure for sample in samples], edges)
+        data.energy = torch.tensor([s.energy for s in samples], dtype=torch.float64)
+        data.forces = torch.from_numpy(np.concatenate([s.forces for s in samples]))
+        return data
+
+
+def guessed_format(path: Path) -> str:
+    """Format of a dataset file by its suffix.
+
+    Raises
+    ------
+    SpecError
+        The path does not exist, or does not tell; names the option that does.
+    """
+    if not path.exists():
+        raise SpecError(f"--data {path} does not exist.")
+    suffixes = [suffix for suffix in path.suffixes if suffix not in _PACKED]
+    found = _BY_SUFFIX.get(suffixes[-1]) if suffixes else None
+    if found == "extxyz" and _has_energies_beside(path):
+        raise SpecError(
+            f"--data {path} may be a raw chunk of OC20, since a .txt file lies beside; "
+            "add --format oc20_raw or --format extxyz."
+        )
+    if found is None or (path.is_dir() and found != "oc20_lmdb"):
+        known = "extxyz, oc20_lmdb, oc20_raw, ase_db or aselmdb"
+        raise SpecError(
+            f"--data {path} is no store and does not tell its format; add --format "
+            f"{known}."
+        )
+    return found
+
+
+def _has_energies_beside(path: Path) -> bool:
+    stem = path.name.split(".")[0]
+    return any((path.parent / f"{stem}.txt{p}").exists() for p in ("", *_PACKED))

@@ -1,0 +1,211 @@
+"""A finished student as a program of ``torch.export``: tensors in, eV and eV/Å out.
+
+PaiNN and SchNet, with direct forces or with forces that are gradients. GemNet-OC cannot
+be exported: how many edges meet at an atom decides the shapes of its tables.
+"""
+
+import io
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch_geometric.data import Data
+
+from kd_train.trained import predict
+from pipeline.errors import CheckpointError
+from pipeline.files import write_atomically
+from pipeline.graphs.batch import collate
+from pipeline.graphs.neighbors import sample_edges
+from pipeline.models.checkpoint import LoadedModel
+from pipeline.models.layers import edge_vectors
+from pipeline.structure import Structure
+
+EXPORTABLE = ("painn", "schnet")
+HEADER = "kd_train.json"
+INPUTS = ("atomic_numbers", "positions", "edge_index", "shifts", "natoms")
+OUTPUTS = ("energy", "forces")
+# Largest deviation from the model, relative to the largest number of its kind.
+TOLERANCE = 1e-4
+
+
+class TensorModel(nn.Module):
+    """A student on plain tensors, its results in eV and eV/Å.
+
+    Its pass makes no choice that depends on numbers, so that it can be recorded.
+    """
+
+    def __init__(self, student: LoadedModel) -> None:
+        super().__init__()
+        self.student = student
+        self.model = student.model
+
+    def forward(
+        self,
+        atomic_numbers: Tensor,
+        positions: Tensor,
+        edge_index: Tensor,
+        shifts: Tensor,
+        natoms: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Energies (B,) float64 in eV and, where the model has them, forces (N, 3).
+
+        ``atomic_numbers`` (N,) int64, ``positions`` (N, 3) float32 in Å, ``edge_index``
+        (2, E) int64 from source to target, ``shifts`` (E, 3) float32 in Å, what the
+        source image is away from the source (``cell_offsets @ cell``), ``natoms`` (B,)
+        int64, atoms of each sample.
+        """
+        samples, atoms = natoms.shape[0], positions.shape[0]
+        numbers = torch.arange(samples, device=natoms.device)
+        batch = torch.repeat_interleave(numbers, natoms, output_size=atoms)
+        cell = torch.eye(3, dtype=positions.dtype, device=positions.device)
+        data = Data(
+            atomic_numbers=atomic_numbers,
+            positions=positions,
+            edge_index=edge_index,
+            # In a cell of unit vectors, shifts in Å are shifts in cells.
+            cell_offsets=shifts,
+            cell=cell.expand(samples, 3, 3),
+            batch=batch,
+            natoms=natoms,
+            num_nodes=atoms,
+            num_graphs=samples,
+            recorded=True,
+        )
+        energy, forces = predict(self.student, data)
+        return (energy,) if forces is None else (energy, forces)
+
+
+def tensor_inputs(batch: Data) -> tuple[Tensor, ...]:
+    """What an exported program takes, of a batch of ``pipeline.graphs.batch``."""
+    # What is left of the edge vectors without the positions.
+    shifts = edge_vectors(batch, torch.zeros_like(batch.positions))
+    return (
+        batch.atomic_numbers,
+        batch.positions,
+        batch.edge_index,
+        shifts,
+        batch.natoms,
+    )
+
+
+def export_student(student: LoadedModel, path: Path) -> dict[str, float]:
+    """Write ``student`` to ``path`` (.pt2) and return its deviations from the model.
+
+    The numbers of atoms, edges and samples stay free. What was written is read again
+    and compared with the model on two batches of other sizes, one of them periodic;
+    the deviations are the largest of energies (eV) and forces (eV/Å).
+
+    Raises
+    ------
+    CheckpointError
+        The model cannot be exported, or the program computes something else.
+    """
+    if student.name not in EXPORTABLE:
+        raise CheckpointError(
+            f"A {student.name} cannot be exported; {' and '.join(EXPORTABLE)} can. Use "
+            "kd_train.calculator, or load_student of kd_train.trained."
+        )
+    buffer = io.BytesIO()
+    program = exported(student)
+    torch.export.save(program, buffer, extra_files={HEADER: _header(student)})
+    content = buffer.getvalue()
+    worst = compared(student, content)
+    write_atomically(path, content)
+    return worst
+
+
+def exported(student: LoadedModel) -> ExportedProgram:
+    """The program of ``student``, on the device where it is."""
+    # Equal sizes would be taken for one: the numbers of samples, atoms and edges here
+    # differ from each other and from the 2 and 3 of other axes.
+    inputs = tensor_inputs(_example(student, [4, 7, 5, 6, 9], periodic=False))
+    # Recorded first, since torch.export itself takes no gradients.
+    record = make_fx(
+        TensorModel(student), tracing_mode="symbolic", _allow_non_fake_inputs=True
+    )
+    recorded = record(*inputs)
+    atoms, edges, samples = Dim("atoms"), Dim("edges"), Dim("samples")
+    shapes = ({0: atoms}, {0: atoms}, {1: edges}, {0: edges}, {0: samples})
+    return torch.export.export(recorded, inputs, dynamic_shapes=shapes)
+
+
+def compared(student: LoadedModel, content: bytes) -> dict[str, float]:
+    """Largest deviations of the program in ``content`` from ``student``.
+
+    Raises
+    ------
+    CheckpointError
+        They are more than rounding.
+    """
+    program = torch.export.load(io.BytesIO(content)).module()
+    worst = dict.fromkeys(OUTPUTS, 0.0)
+    for natoms, periodic in (([8], True), ([3, 12, 5, 2, 6, 10, 4], False)):
+        batch = _example(student, natoms, periodic)
+        results = program(*tensor_inputs(batch)), predict(student, batch)
+        for name, found, wanted in zip(OUTPUTS, *results, strict=False):
+            assert wanted is not None
+            deviation = float((found - wanted).abs().max())
+            if not deviation <= TOLERANCE * float(wanted.abs().max().clamp(min=1.0)):
+                raise CheckpointError(
+                    f"The exported program is wrong on a batch of {len(natoms)} "
+                    f"samples: its {name} is up to {deviation:.2g} away from the "
+                    "model's; nothing was written."
+                )
+            worst[name] = max(worst[name], deviation)
+    return worst
+
+
+def _header(student: LoadedModel) -> str:
+    """What a user of the program has to know about it, as JSON."""
+    rule = student.model.graph_rule
+    return json.dumps(
+        {
+            "model": student.name,
+            "inputs": INPUTS,
+            "outputs": OUTPUTS,
+            "hyperparameters": student.model.hyperparameters,
+            "normalizer": student.normalizer.to_dict(),
+            "graph": {
+                "cutoff": rule.cutoff,
+                "max_neighbors": rule.max_neighbors,
+                "symmetric": rule.symmetric,
+                "periodic": rule.periodic,
+            },
+            "provenance": student.provenance,
+            "sha256": student.sha256,
+        },
+        sort_keys=True,
+    )
+
+
+def _example(student: LoadedModel, natoms: Sequence[int], periodic: bool) -> Data:
+    """Batch of made-up structures of elements that the student knows."""
+    references = student.normalizer.element_references
+    known = [z for z, energy in enumerate(references) if energy != 0.0] or [1, 6, 8]
+    rng = np.random.default_rng(sum(natoms))
+    structures = [_structure(rng, known, count, periodic) for count in natoms]
+    rule = student.model.graph_rule
+    edges = [sample_edges("made up", s, rule) for s in structures]
+    device = next(student.model.parameters()).device
+    return collate(structures, edges).to(device)
+
+
+def _structure(
+    rng: np.random.Generator, known: Sequence[int], count: int, periodic: bool
+) -> Structure:
+    """Atoms 1.5 Å apart on a grid of a cube, each moved a little."""
+    side = int(np.ceil(count ** (1 / 3)))
+    grid = np.stack(np.unravel_index(np.arange(count), (side,) * 3), axis=1)
+    return Structure(
+        rng.choice(known, count).astype(np.uint8),
+        1.5 * grid + rng.uniform(-0.2, 0.2, (count, 3)),
+        1.5 * (side + 0.5) * np.eye(3),
+        np.full(3, periodic),
+        np.full(count, 2, np.int8),
+        np.zeros(count, bool),
+    )

@@ -1,0 +1,92 @@
+"""The comparison in sentences, and the commands that its runs came from."""
+
+import json
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kd_train.cohorts import Cohort
+from kd_train.layouts import gap_text, joined
+from kd_train.runs import FinishedRun, Incomplete, flat_defaults
+from kd_train.tables import COLUMNS, Column, Row, Table
+
+_FLAGS = {
+    "strategy": "--strategy",
+    "student.preset": "--student",
+    "seed": "--seed",
+    "steps": "--steps",
+}
+
+
+def findings(
+    table: Table, cohorts: Sequence[Cohort], missing: Sequence[Incomplete]
+) -> list[str]:
+    """What was compared, and which row is best for every student."""
+    runs = [run for cohort in cohorts for run in cohort.runs]
+    seeds = {run.summary.seed for run in runs}
+    counts = (
+        _count(len(runs), "finished run"),
+        _count(len(cohorts), "student"),
+        _count(len(seeds), "seed"),
+    )
+    sentences = [
+        "{} of {} with {} on one store, ".format(*counts)
+        + f"validated on split {table.val_split}."
+        if runs
+        else "No run is finished."
+    ]
+    if missing:
+        sentences.append(f"{_count(len(missing), 'run')} without results: see below.")
+    for cohort in cohorts:
+        rows = [row for row in table.rows if row.student == cohort.student]
+        if any(row.gaps is not None for row in rows):
+            told = "; ".join(_best(rows, column) for column in COLUMNS[:2])
+            sentences.append(f"{cohort.student}: {told}.")
+    return sentences
+
+
+def training_command(run: FinishedRun) -> str:
+    """The command that makes ``run`` anew, with all settings that are no defaults."""
+    words = ["kd-train", "--cache", "STORE"]
+    defaults = flat_defaults()
+    for key, flag in _FLAGS.items():
+        words += [flag, str(run.settings[key])]
+    for key, value in run.settings.items():
+        if key not in _FLAGS and defaults.get(key) != value:
+            words += ["--set", f"{key}={_yaml_scalar(value)}"]
+    return shlex.join([*words, "--out", str(run.folder)])
+
+
+def report_command(
+    runs: Sequence[Path], out: Path, *, partial: bool, cka: Sequence[Path]
+) -> str:
+    """The command that makes the report."""
+    words = ["kd-report", *map(str, runs), "--out", str(out)]
+    words += ["--partial"] if partial else []
+    for folder in cka:
+        words += ["--cka", str(folder)]
+    return shlex.join(words)
+
+
+def _best(rows: Sequence[Row], column: Column) -> str:
+    """Which of a student's rows has the best mean of a metric, and its gap."""
+    named = [row for row in rows if column.name in row.best]
+    if not named:
+        return f"{column.title} is the same for all rows or missing"
+    row = named[0]
+    value = f"{joined(row.values[column.name], column.decimals)} {column.unit}".strip()
+    if row.gaps is None:
+        return f"no row beats the plain student in {column.title} ({value})"
+    gap = gap_text(row, column)
+    closed = "" if gap == "–" else f", {gap} % of the gap closed"
+    return f"{column.title} is best with {row.label} ({value}{closed})"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _yaml_scalar(value: Any) -> str:
+    plain = isinstance(value, str) and value.replace("+", "_").isidentifier()
+    return value if plain else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,167 @@
+"""The comparison table as text, CSV and LaTeX."""
+
+import csv
+import io
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
+from math import isfinite, nan
+
+from kd_train.tables import COLUMNS, Column, Row, Spread, Table
+
+_LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    **{character: "\\" + character for character in "&%$#_{}"},
+    "Å": r"\AA{}",
+    "→": r"$\rightarrow$",
+    "λ": r"$\lambda$",
+    "±": r"$\pm$",
+    "×": r"$\times$",
+    "–": "--",
+    "−": "$-$",
+    "…": r"\dots{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+    "|": r"\textbar{}",
+}
+
+
+def text_table(table: Table) -> str:
+    """The table for a terminal: aligned columns, then the footnotes."""
+    if not table.rows:
+        return "\n".join(table.notes) + "\n"
+    rows = table.rows
+    columns = [["", "  model", *(f"  {row.label}" for row in rows)]]
+    columns.append(["", "seeds", *map(_seeds, rows)])
+    for column in COLUMNS:
+        unit = f"[{column.unit}]" if column.unit else ""
+        values = [row.values[column.name] for row in rows]
+        columns.append([column.title, unit, *_aligned(values, column.decimals)])
+        if table.has_gaps:
+            gaps = [row.gaps[column.name] if row.gaps else None for row in rows]
+            columns.append(["gap closed", "[%]", *_aligned(gaps, 1)])
+    columns = [_padded(texts, left=i == 0) for i, texts in enumerate(columns)]
+    lines = ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
+    rule = "-" * max(map(len, lines))
+    body = iter(lines[2:])
+    text = lines[:2]
+    for group in table.groups:
+        text += [rule, group.title, *(next(body) for _ in group.rows)]
+    return "\n".join([*text, rule, *table.notes]) + "\n"
+
+
+def csv_table(table: Table) -> str:
+    """The table with all digits, one line per row; empty where there is no value."""
+    buffer = io.StringIO()
+    header = ["student", "strategy", "settings", "seeds", "steps", "val_split"]
+    for column in COLUMNS:
+        header += [column.name, f"{column.name}_sd"]
+        if table.has_gaps:
+            header += [f"{column.name}_gap_closed", f"{column.name}_gap_closed_sd"]
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(header)
+    for row in table.rows:
+        steps = "" if row.steps is None else row.steps
+        cells = [row.student, row.strategy, row.settings, _seeds(row)]
+        cells += [str(steps), table.val_split]
+        for column in COLUMNS:
+            cells += _digits(row.values[column.name])
+            if table.has_gaps:
+                cells += _digits(row.gaps[column.name] if row.gaps else Spread(nan))
+        writer.writerow(cells)
+    return buffer.getvalue()
+
+
+def latex_table(table: Table) -> str:
+    r"""The table as a ``tabular`` for ``\\input``; needs the package booktabs.
+
+    The best mean of a student is bold. Footnotes are comments at the end.
+    """
+    width = 2 + len(COLUMNS) * (1 + table.has_gaps)
+    lines = [
+        "% Needs \\usepackage{booktabs} in the preamble.",
+        f"\\begin{{tabular}}{{l{'r' * (width - 1)}}}",
+        "\\toprule",
+        *_latex_head(table.has_gaps),
+    ]
+    for group in table.groups:
+        title = latex_escaped(group.title)
+        lines += ["\\midrule", f"\\multicolumn{{{width}}}{{l}}{{{title}}} \\\\"]
+        lines += [_latex_row(_latex_cells(row, table.has_gaps)) for row in group.rows]
+    lines += ["\\bottomrule", "\\end{tabular}"]
+    # A line break in a note would end the comment.
+    lines += [f"% {' '.join(note.split())}" for note in table.notes]
+    return "\n".join(lines) + "\n"
+
+
+def latex_escaped(text: str) -> str:
+    """``text`` so that LaTeX prints it as it is."""
+    return "".join(_LATEX.get(character, character) for character in text)
+
+
+def joined(spread: Spread, decimals: int) -> str:
+    """Mean ± deviation, or what there is of them."""
+    return " ± ".join(part for part in spread.parts(decimals) if part)
+
+
+def _latex_head(has_gaps: bool) -> Iterator[str]:
+    """Two header lines: names of metrics, then units."""
+    titles, units = ["", "seeds"], ["", ""]
+    for column in COLUMNS:
+        titles.append(latex_escaped(column.title))
+        # Brackets at the start of a line would be an argument of the break before.
+        units.append(f"{{[{latex_escaped(column.unit)}]}}" if column.unit else "")
+        if has_gaps:
+            titles.append("gap")
+            units.append("{[\\%]}")
+    yield _latex_row(titles)
+    yield _latex_row(units)
+
+
+def _latex_cells(row: Row, has_gaps: bool) -> Iterator[str]:
+    yield r"\quad " + latex_escaped(row.label)
+    yield _seeds(row)
+    for column in COLUMNS:
+        text = _latex_number(joined(row.values[column.name], column.decimals))
+        yield rf"\textbf{{{text}}}" if column.name in row.best else text
+        if has_gaps:
+            yield _latex_number(gap_text(row, column))
+
+
+def _latex_number(text: str) -> str:
+    """Number with a minus sign instead of a hyphen."""
+    return latex_escaped(text.replace("-", "−"))
+
+
+def gap_text(row: Row, column: Column) -> str:
+    """Gap closed in percent; empty where a gap has no sense."""
+    return joined(row.gaps[column.name], 1) if row.gaps else ""
+
+
+def _latex_row(cells: Iterable[str]) -> str:
+    return " & ".join(cells) + r" \\"
+
+
+def _aligned(spreads: Sequence[Spread | None], decimals: int) -> list[str]:
+    """Texts of one width with the signs ± below each other; None gives blanks."""
+    parts = [("", "") if s is None else s.parts(decimals) for s in spreads]
+    means = max(len(mean) for mean, _ in parts)
+    deviations = max(len(deviation) for _, deviation in parts)
+    tails = [f" ± {d:>{deviations}}" if d else "" for _, d in parts]
+    width = deviations + 3 if deviations else 0
+    return [f"{m:>{means}}{t:<{width}}" for (m, _), t in zip(parts, tails, strict=True)]
+
+
+def _padded(texts: list[str], *, left: bool) -> list[str]:
+    width = max(map(len, texts))
+    return [text.ljust(width) if left else text.rjust(width) for text in texts]
+
+
+def _seeds(row: Row) -> str:
+    return str(row.seeds) if row.seeds else ""
+
+
+def _digits(spread: Spread) -> list[str]:
+    pair = (getattr(spread, field.name) for field in fields(spread))
+    return [repr(value) if isfinite(value) else "" for value in pair]

@@ -1,0 +1,143 @@
+"""Parity plots: predictions of exported students against the reference."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kd_train.cohorts import Cohort, Variant
+from kd_train.figures import GRID, Look, files_of, looks, mixed, new_figure, style
+
+_COLUMNS = 4
+_MAX_COMPONENTS = 300_000
+
+Array = npt.NDArray[Any]
+
+
+def parity_files(cohorts: Sequence[Cohort]) -> dict[str, bytes]:
+    """Energy errors and force components against the reference, a column per row.
+
+    Energies are shown as errors, because a spread of hundreds of eV between
+    compositions would hide errors of meV. The run of the lowest seed is drawn.
+    """
+    chosen = looks(cohorts)
+    lines = [len(range(0, len(cohort.variants), _COLUMNS)) for cohort in cohorts]
+    n_columns = min(max(len(cohort.variants) for cohort in cohorts), _COLUMNS)
+    with style():
+        # Two columns' width at least, so that labels fit on a report of one run.
+        size = max(1.95 * n_columns + 0.8, 4.6), 4.6 * sum(lines) + 0.2
+        figure = new_figure(*size)
+        grid = figure.subplots(2 * sum(lines), n_columns, squeeze=False)
+        for cohort, count in zip(cohorts, lines, strict=True):
+            panels, grid = grid[: 2 * count], grid[2 * count :]
+            _parity_rows(panels, cohort, chosen)
+        return files_of(figure, "parity")
+
+
+def _parity_rows(grid: Array, cohort: Cohort, chosen: dict[str, Look]) -> None:
+    """Fill the panels of one student, all energies and all forces on one scale."""
+    data = {v.label: v.runs[0].predictions() for v in cohort.variants}
+    energy_limit = _limit(
+        [1e3 * _energy_error(found) for found in data.values()], 99.0, 1.0
+    )
+    force_limit = _limit([found["forces_label"] for found in data.values()], 99.9, 0.1)
+    width = grid.shape[1]
+    for i in range(width * (len(grid) // 2)):
+        line, column = 2 * (i // width), i % width
+        pair = grid[line, column], grid[line + 1, column]
+        if i >= len(cohort.variants):
+            pair[0].remove()
+            pair[1].remove()
+            continue
+        variant = cohort.variants[i]
+        found, color = data[variant.label], chosen[variant.label].strategy_color
+        _energy_panel(pair[0], found, energy_limit, color)
+        _force_panel(pair[1], found, force_limit, color)
+        _describe(pair, cohort.student, variant, first=column == 0)
+
+
+def _describe(
+    pair: tuple[Any, Any], student: str, variant: Variant, *, first: bool
+) -> None:
+    """Titles, labels and errors of the panels above and below."""
+    above, below = pair
+    summary = variant.runs[0].summary
+    above.set_title(f"{student}\n{variant.label}, seed {summary.seed}")
+    _corner(above, f"MAE {summary.metrics.energy_mae:.1f} meV")
+    _corner(below, f"MAE {summary.metrics.forces_mae:.1f} meV/Å")
+    above.set_xlabel("reference energy [eV/atom]")
+    below.set_xlabel("reference force [eV/Å]")
+    if first:
+        above.set_ylabel("energy error [meV]")
+        below.set_ylabel("predicted force [eV/Å]")
+    for axes in pair:
+        axes.tick_params(labelleft=first)
+        axes.set_box_aspect(1)
+
+
+def _energy_panel(axes: Any, found: dict[str, Array], limit: float, color: str) -> None:
+    """Errors in meV; triangles at the edge stand for errors beyond ``limit``."""
+    place = found["energy_label"] / found["n_atoms"]
+    error = 1e3 * _energy_error(found)
+    known = np.isfinite(place) & np.isfinite(error)
+    place, error = place[known], error[known]
+    inside = np.abs(error) <= limit
+    axes.axhline(0, color="black", linewidth=0.7)
+    # Thousands of points at full strength would be one blob, as vectors a huge file.
+    alpha = float(np.clip(150 / max(len(error), 1), 0.12, 0.7))
+    points = {"color": color, "linewidths": 0, "alpha": alpha, "rasterized": True}
+    axes.scatter(place[inside], error[inside], s=9, **points)
+    for sign, marker in ((1, "^"), (-1, "v")):
+        beyond = ~inside & (np.sign(error) == sign)
+        edge = np.full(int(beyond.sum()), 0.97 * sign * limit)
+        axes.scatter(place[beyond], edge, s=14, marker=marker, **points)
+    axes.set_ylim(-limit, limit)
+    axes.grid(**GRID)
+
+
+def _force_panel(axes: Any, found: dict[str, Array], limit: float, color: str) -> None:
+    """Density of force components on a logarithmic scale, with the diagonal."""
+    from matplotlib.colors import LinearSegmentedColormap, LogNorm
+
+    label, predicted = found["forces_label"], found["forces"]
+    inside = (np.abs(label) <= limit) & (np.abs(predicted) <= limit)
+    label, predicted = label[inside], predicted[inside]
+    if len(label) > _MAX_COMPONENTS:
+        some = np.random.default_rng(0).choice(
+            len(label), _MAX_COMPONENTS, replace=False
+        )
+        label, predicted = label[some], predicted[some]
+    if len(label):
+        axes.hexbin(
+            label,
+            predicted,
+            gridsize=60,
+            extent=(-limit, limit, -limit, limit),
+            mincnt=1,
+            norm=LogNorm(),
+            cmap=LinearSegmentedColormap.from_list(
+                "tint", [mixed(color, "#ffffff", 0.7), color]
+            ),
+            linewidths=0.1,
+        )
+    axes.plot([-limit, limit], [-limit, limit], color="black", linewidth=0.7)
+    axes.set(xlim=(-limit, limit), ylim=(-limit, limit))
+    axes.locator_params(nbins=5)
+
+
+def _energy_error(found: dict[str, Array]) -> Array:
+    return np.asarray(found["energy"] - found["energy_label"])
+
+
+def _limit(parts: list[Array], percentile: float, least: float) -> float:
+    """Half width of an axis that shows ``percentile`` of all values, with a margin."""
+    values = np.abs(np.concatenate(parts))
+    values = values[np.isfinite(values)]
+    top = float(np.percentile(values, percentile)) if len(values) else least
+    return 1.08 * max(top, least)
+
+
+def _corner(axes: Any, text: str) -> None:
+    box = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1.5}
+    axes.text(0.04, 0.95, text, transform=axes.transAxes, va="top", bbox=box)
