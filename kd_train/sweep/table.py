@@ -23,7 +23,7 @@ def write_sweep_report(chosen: Plan) -> str:
     outcomes = {run.name: read_outcome(sweep, run.name) for run in chosen.runs}
     # Results that are there, but of other settings than the file has now.
     refused = {
-        name: outcome.error
+        name: str(outcome.error)
         for name, outcome in outcomes.items()
         if outcome is not None
         and outcome.state == "failed"
@@ -33,7 +33,7 @@ def write_sweep_report(chosen: Plan) -> str:
     text = f"{_counts(chosen, outcomes.values())}\n"
     if folders:
         text += f"\n{write_report(folders, out, partial=True)}"
-    for title, reasons in {"Refused": refused, "Skipped": chosen.skipped}.items():
+    for title, reasons in (("Refused", refused), ("Skipped", chosen.skipped)):
         if reasons:
             lines = (f"  {name}: {reason}\n" for name, reason in reasons.items())
             text += f"\n{title}:\n{''.join(lines)}"
