@@ -210,11 +210,11 @@ def _name(
     seed: int,
 ) -> str:
     """Such as ``schnet-n2n=100+vanilla2-balanced-s0``; stable when the grid grows."""
-    parts = [student, weighted(strategy, weights), variant, f"s{seed}"]
+    parts = [student, _weighted(strategy, weights), variant, f"s{seed}"]
     return "-".join(part for part in parts if part is not None)
 
 
-def weighted(strategy: str, weights: Mapping[str, float]) -> str:
+def _weighted(strategy: str, weights: Mapping[str, float]) -> str:
     """``strategy`` with the weights of its terms, such as ``n2n=100+vanilla2``."""
     # The shortest digits that read back as the same number.
     return "+".join(

@@ -1,4 +1,4 @@
-"""The report of a sweep, and what did not finish."""
+"""The one table of a sweep with its web page, and what did not finish."""
 
 from collections.abc import Iterable
 
@@ -9,9 +9,10 @@ from pipeline.files import write_atomically
 
 
 def write_sweep_report(chosen: Plan) -> str:
-    """Report of all runs that ended, and a list of the others, for a terminal.
+    """Table of the finished runs and a list of the others, for a terminal.
 
-    Writes what ``kd-report`` does in the folder ``report`` of the sweep, and sweep.txt.
+    Writes all that ``kd-report --partial`` does in the folder ``report`` of the sweep,
+    and this text in sweep.txt.
 
     Raises
     ------
@@ -20,15 +21,22 @@ def write_sweep_report(chosen: Plan) -> str:
     """
     sweep, out = chosen.sweep, chosen.sweep.out / "report"
     outcomes = {run.name: read_outcome(sweep, run.name) for run in chosen.runs}
+    # Results that are there, but of other settings than the file has now.
+    refused = {
+        name: str(outcome.error)
+        for name, outcome in outcomes.items()
+        if outcome is not None
+        and outcome.state == "failed"
+        and (sweep.folder(name) / "metrics.json").exists()
+    }
+    folders = [sweep.folder(name) for name in outcomes if name not in refused]
     text = f"{_counts(chosen, outcomes.values())}\n"
-    ended = [sweep.folder(name) for name, outcome in outcomes.items() if outcome]
-    if ended:
-        text += f"\n{write_report(ended, out, partial=True)}"
-    waiting = [name for name, outcome in outcomes.items() if outcome is None]
-    skipped = [f"{name}: {reason}" for name, reason in chosen.skipped.items()]
-    for title, lines in {"Waiting": waiting, "Skipped": skipped}.items():
-        if lines:
-            text += f"\n{title}:\n" + "".join(f"  {line}\n" for line in lines)
+    if folders:
+        text += f"\n{write_report(folders, out, partial=True)}"
+    for title, reasons in (("Refused", refused), ("Skipped", chosen.skipped)):
+        if reasons:
+            lines = (f"  {name}: {reason}\n" for name, reason in reasons.items())
+            text += f"\n{title}:\n{''.join(lines)}"
     write_atomically(out / "sweep.txt", text.encode())
     return text
 
@@ -42,9 +50,8 @@ def states(chosen: Plan) -> str:
         if run.name in chosen.skipped:
             state = f"skipped: {chosen.skipped[run.name]}"
         elif outcome is not None:
-            state = outcome.state + (
-                "" if outcome.error is None else f": {outcome.error}"
-            )
+            reason = "" if outcome.error is None else f": {outcome.error}"
+            state = outcome.state + reason
         elif step is not None:
             state = f"at step {step}"
         else:

@@ -60,24 +60,34 @@ def said(file: Path) -> str:
     return run_command(main, ["report", file]).stdout
 
 
-def test_one_report_of_everything(file: Path, said: str) -> None:
+def test_one_table_of_everything(file: Path, said: str) -> None:
     folder = file.parent / "out" / "report"
     assert (folder / "sweep.txt").read_text() == said
     assert said.startswith("sweep.yaml: 8 runs, 5 done, 1 failed, 2 waiting\n")
-    failed = file.parent / "out" / "runs" / _name(FAILED)
-    assert f"  {failed}: failed at step 2: It broke.\n" in said
-    assert f"Waiting:\n  {_name(WAITING[0])}\n  {_name(WAITING[1])}\n" in said
+    runs = file.parent / "out" / "runs"
+    assert f"{runs / _name(FAILED)}: failed at step 2: It broke.\n" in said
+    for name in map(_name, WAITING):
+        assert f"{runs / name}: not started\n" in said
     with (folder / "table.csv").open(newline="") as stream:
         rows = [r for r in csv.DictReader(stream) if r["strategy"] != "teacher"]
-    found = {float(row["forces_mae"]): row["strategy"] for row in rows}
-    assert len(rows) == len(TRAINED)
+    expected = {}
     for name in TRAINED:
-        summary = file.parent / "out" / "runs" / _name(name) / "metrics.json"
-        metrics = json.loads(summary.read_text())["metrics"]
-        assert found[metrics["forces_mae"]] == name.split("-")[0].split("=")[0]
-    page = (folder / "report.html").read_text()
-    for name in (*TRAINED, FAILED):
-        assert f"/runs/{_name(name)}<" in page
+        metrics = json.loads((runs / _name(name) / "metrics.json").read_text())
+        expected[metrics["metrics"]["forces_mae"]] = name.split("=")[0].split("-")[0]
+    assert len(expected) == len(TRAINED)
+    assert {float(row["forces_mae"]): row["strategy"] for row in rows} == expected
+    assert (folder / "report.html").exists()
+
+
+def test_results_of_other_settings_are_not_in_the_table(file: Path, said: str) -> None:
+    """A finished run whose settings were changed has failed, though it has results."""
+    sweep, name = load_sweep(file), _name(TRAINED[2])
+    assert "Refused" not in said
+    record(sweep, name, Outcome(state="failed", error="It was started otherwise."))
+    later = run_command(main, ["report", file]).stdout
+    record(sweep, name, Outcome(state="done", step=3))
+    assert f"Refused:\n  {name}: It was started otherwise.\n" in later
+    assert len((file.parent / "out/report/table.csv").read_text().splitlines()) == 6
 
 
 def test_the_list_tells_how_far_runs_are(file: Path) -> None:
