@@ -13,7 +13,7 @@ from kd_train.numerics import compiler_errors, determinism, matmul_precision
 from pipeline.errors import PipelineError, SpecError
 from pipeline.store.reader import FeatureStore
 from tests.kd_train.runs import distilling, make_run
-from tests.stores import train_config
+from tests.stores import STUDENTS, train_config
 
 CPU = torch.device("cpu")
 
@@ -44,7 +44,7 @@ def _losses_and_gradients(
 @pytest.mark.parametrize(
     ("precision", "tolerance"), [("bfloat16", 2e-2), ("tf32", 1e-3)]
 )
-@pytest.mark.parametrize("student", ["painn-small-demo", "schnet-demo"])
+@pytest.mark.parametrize("student", list(STUDENTS))
 def test_reduced_precision_gives_the_losses_and_gradients_of_float32(
     student: str,
     precision: str,
