@@ -129,7 +129,8 @@ def check_energy_kinds(
 ) -> None:
     """Refuse splits that mix kinds of energies, say total and adsorption energies.
 
-    Looks at few samples of each split; ``compare_energies: false`` leaves a split out.
+    Looks at few samples of each split; ``compare_energies: false`` leaves a split out,
+    and so does having no labels.
 
     Raises
     ------
@@ -139,7 +140,7 @@ def check_energy_kinds(
     energies = {
         name: _spread_samples(datasets[name])
         for name, split in splits.items()
-        if split.compare_energies
+        if split.compare_energies and split.labelled
     }
     for first, second in combinations(energies, 2):
         medians = differing_kinds(energies[first], energies[second])
