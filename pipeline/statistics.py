@@ -44,6 +44,12 @@ class LabelSums:
         self._labelled = 0
         self._squares = 0.0
         self._components = 0
+        self._with_forces = 0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Samples with an energy, and samples with the forces of all their atoms."""
+        return {"energy": self._labelled, "forces": self._with_forces}
 
     def add(self, sample: Sample) -> None:
         """Take the labels of a sample into account, where it has some."""
@@ -53,6 +59,7 @@ class LabelSums:
             self._labelled += 1
         if len(self._pending) == _FOLD:
             self._fold()
+        self._with_forces += bool(np.isfinite(sample.forces).all())
         forces = sample.forces[~sample.structure.fixed].astype(np.float64)
         forces = forces[np.isfinite(forces)]
         self._squares += float((forces**2).sum())

@@ -33,7 +33,7 @@ def load(spec: TeacherSpec) -> "SchnetpackPainn":
 
 
 class SchnetpackPainn(Potential):
-    """PaiNN with a cosine cutoff and Gaussian distances; kcal/mol inside, eV outside."""
+    """PaiNN with a cosine cutoff and Gaussian distances; kcal/mol inside."""
 
     elements = (1, 6, 8)
 
@@ -41,7 +41,8 @@ class SchnetpackPainn(Potential):
         self._sha256 = sha256_of(path)
         with safe_open(path, "pt") as file:
             self._about: dict[str, Any] = json.loads(file.metadata()["config"])
-            self._weights = {name: file.get_tensor(name) for name in file.keys()}
+            names = file.keys()
+            self._weights = {name: file.get_tensor(name) for name in names}
         width = self._about["hidden"]
         self._unit = float(self._about["energy_unit_in_eV"])
         self.graph_rule = GraphRule(self._about["cutoff"], 10**6, symmetric=False)
@@ -69,7 +70,7 @@ class SchnetpackPainn(Potential):
     def forward(
         self, graphs: Sequence[Graph], fields: Sequence[str], layers: Mapping[str, str]
     ) -> Mapping[str, Tensor]:
-        """Fields in eV and Å; hidden states of the last layer in the network's units."""
+        """Fields in eV and Å; hidden states are those of the last layer."""
         batch = packed(graphs, self._device)
         found = [edge_vectors(graph.structure, graph.edges) for graph in graphs]
         vectors = torch.from_numpy(np.concatenate(found)).float().to(self._device)

@@ -1,4 +1,4 @@
-"""Samples whose reference labels are left out, so that the teacher alone labels them."""
+"""Samples without their reference labels, so that only the teacher labels them."""
 
 from collections.abc import Sequence
 
