@@ -117,9 +117,9 @@ class TrainConfig(ClosedModel):
     accumulate: int = Key(
         1, ge=1, description="batches in a step, of every process; as one large batch"
     )
-    batch_size: int = Key(32, ge=1, description="samples in a step at most")
+    batch_size: int = Key(32, ge=1, description="samples in a batch at most")
     batch_atoms: int | None = Key(
-        None, ge=1, description="atoms in a step at most; replaces batch_size when set"
+        None, ge=1, description="atoms in a batch at most; replaces batch_size when set"
     )
     buffer_blocks: int = Key(
         16, ge=1, description="blocks of the store among which samples are shuffled"

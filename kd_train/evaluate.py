@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
-from kd_train.config import LossConfig
 from kd_train.joined import Split
-from kd_train.losses import output_loss
+from kd_train.losses import Term, joint_mean
 from kd_train.metrics import MetricSums
 from kd_train.order import ordered_batches
 from kd_train.prefetch import moved
@@ -33,28 +32,25 @@ def evaluate(
     model: nn.Module,
     batches: Iterable[Data],
     normalizer: Normalizer,
-    weights: LossConfig,
+    term: Term,
     device: torch.device,
 ) -> Evaluation:
     """Run ``model`` over ``batches``, leaving its mode as it was.
 
     Predictions come in the order of the batches, with ``n_atoms`` of every sample. The
-    loss is the mean of those of batches, weighted by samples.
+    loss is that of ``term`` over all samples at once, whatever the batches.
     """
     was_training = model.training
     model.eval()
     sums = MetricSums()
     kept: dict[str, list[Tensor]] = {}
-    total, seen = 0.0, 0
+    parts = torch.zeros(2, len(term.part_weights), dtype=torch.float64)
     with torch.no_grad():
         for batch in batches:
             batch = moved(batch, device)
             output = model(batch)
-            loss = output_loss(
-                output, batch, batch.energy, batch.forces, normalizer, weights
-            )
-            total += float(loss) * batch.num_graphs
-            seen += batch.num_graphs
+            parts[0] += term.totals(output, batch).double().cpu()
+            parts[1] += term.counts(batch).cpu()
             energy = normalizer.denormalize_energy(
                 output.energy, batch.atomic_numbers, batch.batch
             )
@@ -74,7 +70,9 @@ def evaluate(
                 kept.setdefault(name, []).append(tensor.detach().cpu())
     model.train(was_training)
     predictions = {name: torch.cat(parts).numpy() for name, parts in kept.items()}
-    return Evaluation(sums.result(), total / max(seen, 1), predictions)
+    return Evaluation(
+        sums.result(), float(joint_mean(term.part_weights, *parts)), predictions
+    )
 
 
 def teacher_metrics(split: Split) -> dict[str, float] | None:

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +23,12 @@ from kd_train.checkpoint import read_checkpoint, save_checkpoint
 from kd_train.config import TrainConfig
 from kd_train.data import CachedSamples, decoded
 from kd_train.evaluate import Evaluation, evaluate, teacher_metrics
-from kd_train.losses import output_loss
+from kd_train.objective import Objective
 from kd_train.order import (
     BatchRule,
     Draw,
     check_budget,
+    grouped,
     ordered_batches,
     ordered_within,
     training_batches,
@@ -86,6 +87,9 @@ class Run:
         self.modules = nn.ModuleDict(
             {"student": self.learner.student, "adapters": self.learner.adapters}
         ).to(device)
+        self.objective = Objective(
+            self.modules, (self.learner.supervised, *self.learner.strategies)
+        )
         self.average: AveragedModel = AveragedModel(
             self.modules, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)
         )
@@ -126,11 +130,12 @@ class Run:
         self.modules.train()
         stream = closing(self._training_stream())
         with progress_bar(config, progress.step) as bar, stream as batches:
-            for draw, batch in batches:
-                losses = self.step(self.on_device(batch))
-                window.add(losses, batch.num_graphs)
+            for drawn in grouped(batches, config.accumulate):
+                losses = self.step(*(self.on_device(batch) for _, batch in drawn))
+                window.add(losses, sum(batch.num_graphs for _, batch in drawn))
                 progress.step += 1
-                progress.epoch, progress.offset = draw.epoch, draw.offset + 1
+                last = drawn[-1][0]
+                progress.epoch, progress.offset = last.epoch, last.offset + 1
                 bar.update()
                 if progress.step % config.eval_every == 0:
                     progress.seconds = time.monotonic() - started
@@ -145,21 +150,37 @@ class Run:
         """``batch`` where the student is, its features decoded."""
         return decoded(moved(batch, self.device), self.learner.fields, self.tables)
 
-    def step(self, batch: Data) -> dict[str, Tensor]:
-        """One optimiser step on ``batch``; returns the loss and its terms, detached."""
+    def step(self, *batches: Data) -> dict[str, Tensor]:
+        """One optimiser step on ``batches``, as if they were one.
+
+        Returns the loss and its terms, detached.
+        """
         rate = learning_rate(self.config, self.progress.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.zero_grad(set_to_none=True)
-        losses = self.losses(batch)
-        losses["loss"].backward()
+        losses = self._accumulate(batches)
         if self.config.optimizer.clip_norm is not None:
             torch.nn.utils.clip_grad_norm_(
                 self.modules.parameters(), self.config.optimizer.clip_norm
             )
         self.optimizer.step()
         self.average.update_parameters(self.modules)
-        return {name: value.detach() for name, value in losses.items()}
+        return losses
+
+    def _accumulate(self, batches: Sequence[Data]) -> dict[str, Tensor]:
+        """Gradients of the joint loss of ``batches``; returns its values, detached."""
+        counts = torch.stack([self.objective.counts(batch) for batch in batches])
+        counts = counts.sum(dim=0)
+        values: dict[str, Tensor] = {}
+        for batch in batches:
+            shares = self._weighted(
+                self.objective.values(self.objective(batch), counts)
+            )
+            shares["loss"].backward()
+            for name, share in shares.items():
+                values[name] = values.get(name, 0) + share.detach()
+        return values
 
     @property
     def averaged_student(self) -> Network:
@@ -169,20 +190,15 @@ class Run:
 
     def losses(self, batch: Data) -> dict[str, Tensor]:
         """L0, every distillation term unweighted, and their weighted sum ``loss``."""
-        output = self.learner.student(batch)
-        l0 = output_loss(
-            output,
-            batch,
-            batch.energy,
-            batch.forces,
-            self.learner.normalizer,
-            self.config.loss,
-        )
-        terms = {s.name: s.loss(output, batch) for s in self.learner.strategies}
-        total = l0
-        for name, term in terms.items():
-            total = total + getattr(self.config.distill, name) * term
-        return {"loss": total, "l0": l0, **terms}
+        counts = self.objective.counts(batch)
+        return self._weighted(self.objective.values(self.objective(batch), counts))
+
+    def _weighted(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``terms`` behind their weighted sum ``loss``."""
+        total = terms["l0"]
+        for name in self.config.strategies:
+            total = total + getattr(self.config.distill, name) * terms[name]
+        return {"loss": total, **terms}
 
     def _samples(self, split: str, fields: tuple[str, ...]) -> CachedSamples:
         student = self.learner.student
@@ -213,7 +229,7 @@ class Run:
         load = pinned(self.train_samples.batch, self.device)
         return prefetch(
             lambda draw: (draw, load(draw.positions)),
-            itertools.islice(draws, config.steps - progress.step),
+            itertools.islice(draws, config.accumulate * (config.steps - progress.step)),
             threads=config.loader_threads,
         )
 
@@ -225,7 +241,7 @@ class Run:
                 f"{self.folder}: the loss is no longer a finite number by step "
                 f"{progress.step}; lower optimizer.lr and start again."
             )
-        result = self._evaluate(self.averaged_student)
+        result = self.evaluate(self.averaged_student)
         row = {
             "step": progress.step,
             "seconds": round(progress.seconds, 2),
@@ -243,7 +259,7 @@ class Run:
         write_rows(self.folder / "metrics.csv", self.rows)
         save_checkpoint(self.folder / "last.pt", self._state())
 
-    def _evaluate(self, student: nn.Module) -> Evaluation:
+    def evaluate(self, student: nn.Module) -> Evaluation:
         """Metrics on the validation split, in storage order; twice a step's samples."""
         config, samples = self.config, self.val_samples
         if config.batch_atoms is None:
@@ -253,7 +269,11 @@ class Run:
         load = pinned(samples.batch, self.device)
         with closing(prefetch(load, batches, threads=config.loader_threads)) as stream:
             return evaluate(
-                student, stream, self.learner.normalizer, config.loss, self.device
+                student,
+                stream,
+                self.learner.normalizer,
+                self.learner.validation,
+                self.device,
             )
 
     def _export(self) -> None:
@@ -269,7 +289,7 @@ class Run:
     def _finish(self) -> dict[str, Any]:
         """Evaluate the exported student and write the run's results."""
         student = load_checkpoint(self.folder / "student.safetensors").model
-        result = self._evaluate(student.to(self.device))
+        result = self.evaluate(student.to(self.device))
         buffer = io.BytesIO()
         np.savez_compressed(buffer, allow_pickle=False, **result.predictions)
         write_atomically(self.folder / "predictions.npz", buffer.getvalue())
@@ -292,7 +312,7 @@ class Run:
     def header(self) -> dict[str, Any]:
         """Resolved configuration and what it is applied to."""
         return {
-            "config": self.config.model_dump(),
+            "config": self.config.model_dump(mode="json"),
             "hyperparameters": self.learner.student.hyperparameters,
             "fingerprint": self.store.fingerprint,
             "initial_weights": self.learner.initial_digest,

@@ -7,14 +7,16 @@ the same number of them.
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import SpecError
 
+Item = TypeVar("Item")
 Positions = npt.NDArray[np.int64]
 Counts = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
@@ -192,6 +194,13 @@ def check_budget(
             f"than batch_atoms = {budget}; raise batch_atoms to at least "
             f"{n_atoms[largest]}."
         )
+
+
+def grouped(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """``items`` in order, ``size`` at a time; a rest that is smaller comes last."""
+    source = iter(items)
+    while group := list(itertools.islice(source, size)):
+        yield group
 
 
 def ordered_batches(count: int, batch_size: int) -> list[Positions]:

@@ -2,22 +2,24 @@
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
 from torch_geometric.data import Data
 
-from kd_train.config import TrainConfig
+from kd_train.config import LossConfig, TrainConfig
 from kd_train.data import CachedSamples, read_paths
 from kd_train.joined import JoinedSplit, Split
+from kd_train.losses import Labels, OutputError, completed_labels, reference_labels
 from kd_train.strategies import REGISTRY, Strategy
 from kd_train.strategies.base import Setting
 from pipeline.documents import nearest
 from pipeline.errors import SpecError
-from pipeline.fields import FIELDS
+from pipeline.fields import FIELDS, PREDICTION_FIELDS
 from pipeline.models.network import Network
 from pipeline.models.normalizer import Normalizer
 from pipeline.models.zoo import PRESETS, build_model
@@ -33,20 +35,21 @@ _FITTING_SAMPLES = 32
 
 @dataclass(frozen=True)
 class Learner:
-    """The plain student, its training-only adapters, and the units it works in."""
+    """The plain student, its training-only adapters, and the units it works in.
+
+    ``fields`` are what training reads from the store beside structures and labels;
+    ``supervised`` is L0 as it is trained, ``validation`` against the labels alone.
+    """
 
     model_name: str
     student: Network
     strategies: tuple[Strategy, ...]
     adapters: nn.ModuleDict
     normalizer: Normalizer
+    fields: tuple[str, ...]
+    supervised: OutputError
+    validation: OutputError
     initial_digest: str
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """Store fields that the strategies read, without repetition."""
-        names = [name for s in self.strategies for name in s.fields]
-        return tuple(dict.fromkeys(names))
 
 
 def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
@@ -60,8 +63,10 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
     preset = config.student.preset
     if preset not in PRESETS:
         raise SpecError(f"Unknown student {preset!r}{nearest(preset, PRESETS)}.")
-    fields = [field for s in config.strategies for field in REGISTRY[s].fields]
+    fields = wanted_fields(config)
     split = chosen_split(store, config.train_split, fields)
+    if config.loss.teacher_labels:
+        _require_predictions(split)
     name, hyperparameters = PRESETS[preset]
     torch.manual_seed(config.seed)
     student = build_model(name, hyperparameters | config.student.hyperparameters)
@@ -84,8 +89,37 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
         strategies,
         nn.ModuleDict(adapters),
         normalizer,
+        fields,
+        OutputError("l0", supervised_labels(config.loss), normalizer, config.loss),
+        OutputError("l0", reference_labels, normalizer, config.loss),
         weights_digest(student),
     )
+
+
+def wanted_fields(config: TrainConfig) -> tuple[str, ...]:
+    """Store fields that the terms of the loss read, without repetition."""
+    names = [field for s in config.strategies for field in REGISTRY[s].fields]
+    if config.loss.teacher_labels:
+        names += PREDICTION_FIELDS
+    return tuple(dict.fromkeys(names))
+
+
+def supervised_labels(config: LossConfig) -> Callable[[Data], Labels]:
+    """Labels that L0 is trained with."""
+    if not config.teacher_labels:
+        return reference_labels
+    return partial(completed_labels, weight=config.teacher_labels)
+
+
+def _require_predictions(split: Split) -> None:
+    """Refuse to take missing labels from a teacher that never ran."""
+    for name in PREDICTION_FIELDS:
+        if FIELDS[name].path not in split.arrays:
+            raise SpecError(
+                f"loss.teacher_labels needs the field {name!r}, which split "
+                f"{split.name!r} of this store lacks; add a teacher: section to the "
+                "spec and build the store again, or set loss.teacher_labels=0."
+            )
 
 
 def with_student(config: TrainConfig, store: FeatureStore) -> TrainConfig:

@@ -4,10 +4,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from kd_train.config import LossConfig
+from kd_train.losses import joint_mean
 from pipeline.errors import SpecError
 from pipeline.fields import FIELDS, PREDICTION_FIELDS
 from pipeline.models.normalizer import Normalizer
@@ -27,11 +29,16 @@ class Setting:
 
 
 class Strategy(ABC):
-    """One distillation term; ``adapter`` holds its trainable parameters, if any."""
+    """One distillation term; ``adapter`` holds its trainable parameters, if any.
+
+    A term of :mod:`kd_train.losses`: sums and counts, which batches and processes add
+    up before they divide.
+    """
 
     name: str
     fields: tuple[str, ...]
     student_field: str | None = None
+    part_weights: tuple[float, ...] = (1.0,)
 
     def __init__(self, setting: Setting) -> None:
         self.setting = setting
@@ -43,8 +50,17 @@ class Strategy(ABC):
         return None
 
     @abstractmethod
+    def counts(self, batch: Data) -> Tensor:
+        """(P,) float64: what totals are to be divided by; fields need no decoding."""
+
+    @abstractmethod
+    def totals(self, output: ModelOutput, batch: Data) -> Tensor:
+        """(P,) summed errors; the store's fields are attributes of ``batch``."""
+
     def loss(self, output: ModelOutput, batch: Data) -> Tensor:
-        """Scalar loss of one batch; the store's fields are attributes of ``batch``."""
+        """Scalar loss of one batch alone."""
+        totals = self.totals(output, batch)
+        return joint_mean(self.part_weights, totals, self.counts(batch))
 
     def _check(self) -> None:
         for field in self.fields:
@@ -68,6 +84,12 @@ def _remedy(field: str) -> str:
     return f"add the line '{FIELDS[field].name}: {{}}' under features: of the spec"
 
 
-def mean_square(difference: Tensor) -> Tensor:
-    """Plain mean over atoms, axes and channels of the batch, fixed atoms included."""
-    return difference.square().mean()
+def square_total(difference: Tensor) -> Tensor:
+    """(1,) sum of squares over atoms, axes and channels, fixed atoms included."""
+    return difference.square().sum().reshape(1)
+
+
+def number_of(values: Tensor) -> Tensor:
+    """(1,) float64 number of entries, where ``values`` are."""
+    # Filled on the device, because a copy to a GPU would wait for it.
+    return torch.full((1,), values.numel(), dtype=torch.float64, device=values.device)

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from kd_train.adapters import linear_adapter
-from kd_train.strategies.base import Setting, Strategy, mean_square
+from kd_train.strategies.base import Setting, Strategy, number_of, square_total
 from pipeline.errors import DataError
 from pipeline.models.output import ModelOutput
 
@@ -36,8 +36,12 @@ class EdgeToEdge(Strategy):
             seed=self.setting.seed,
         )
 
-    def loss(self, output: ModelOutput, batch: Data) -> Tensor:
-        """Feature error of the batch.
+    def counts(self, batch: Data) -> Tensor:
+        """(1,) E·C."""
+        return number_of(batch.edge_features)
+
+    def totals(self, output: ModelOutput, batch: Data) -> Tensor:
+        """(1,) feature error of the batch.
 
         Raises
         ------
@@ -46,7 +50,7 @@ class EdgeToEdge(Strategy):
         """
         assert self.adapter is not None
         edges = self._edge_states(output, batch)
-        return mean_square(self.adapter(edges) - batch.edge_features)
+        return square_total(self.adapter(edges) - batch.edge_features)
 
     def _edge_states(self, output: ModelOutput, batch: Data) -> Tensor:
         if self.student_field == "edge_features":

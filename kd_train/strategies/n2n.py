@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from kd_train.adapters import linear_adapter
-from kd_train.strategies.base import Strategy, mean_square
+from kd_train.strategies.base import Strategy, number_of, square_total
 from pipeline.models.output import ModelOutput
 
 
@@ -24,7 +24,11 @@ class NodeToNode(Strategy):
             seed=self.setting.seed,
         )
 
-    def loss(self, output: ModelOutput, batch: Data) -> Tensor:
-        """Feature error of the batch."""
+    def counts(self, batch: Data) -> Tensor:
+        """(1,) N·C."""
+        return number_of(batch[self.fields[0]])
+
+    def totals(self, output: ModelOutput, batch: Data) -> Tensor:
+        """(1,) feature error of the batch."""
         assert self.adapter is not None
-        return mean_square(self.adapter(output.node_features) - batch[self.fields[0]])
+        return square_total(self.adapter(output.node_features) - batch[self.fields[0]])

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from kd_train.adapters import linear_adapter
-from kd_train.strategies.base import Strategy, mean_square
+from kd_train.strategies.base import Strategy, number_of, square_total
 from pipeline.models.output import ModelOutput
 
 
@@ -24,7 +24,12 @@ class VectorToVector(Strategy):
             seed=self.setting.seed,
         )
 
-    def loss(self, output: ModelOutput, batch: Data) -> Tensor:
-        """Feature error of the batch."""
+    def counts(self, batch: Data) -> Tensor:
+        """(1,) N·3·C."""
+        return number_of(batch.vector_features)
+
+    def totals(self, output: ModelOutput, batch: Data) -> Tensor:
+        """(1,) feature error of the batch."""
         assert self.adapter is not None
-        return mean_square(self.adapter(output.vector_features) - batch.vector_features)
+        mapped = self.adapter(output.vector_features)
+        return square_total(mapped - batch.vector_features)

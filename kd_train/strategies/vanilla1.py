@@ -3,8 +3,8 @@
 from torch import Tensor
 from torch_geometric.data import Data
 
-from kd_train.losses import output_loss
-from kd_train.strategies.base import Strategy
+from kd_train.losses import OutputError, teacher_labels
+from kd_train.strategies.base import Setting, Strategy
 from pipeline.models.output import ModelOutput
 
 
@@ -14,13 +14,17 @@ class Vanilla1(Strategy):
     name = "vanilla1"
     fields = ("teacher_energy", "teacher_forces")
 
-    def loss(self, output: ModelOutput, batch: Data) -> Tensor:
-        """Output error of the batch, on the student's normalised scale."""
-        return output_loss(
-            output,
-            batch,
-            batch.teacher_energy,
-            batch.teacher_forces,
-            self.setting.normalizer,
-            self.setting.loss,
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self._error = OutputError(
+            self.name, teacher_labels, setting.normalizer, setting.loss
         )
+        self.part_weights = self._error.part_weights
+
+    def counts(self, batch: Data) -> Tensor:
+        """(2,) samples and force errors."""
+        return self._error.counts(batch)
+
+    def totals(self, output: ModelOutput, batch: Data) -> Tensor:
+        """(2,) errors of energies and forces, on the student's normalised scale."""
+        return self._error.totals(output, batch)

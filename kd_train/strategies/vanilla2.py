@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch_geometric.data import Data
 
-from kd_train.strategies.base import Strategy
+from kd_train.strategies.base import Strategy, number_of
 from pipeline.models.output import ModelOutput
 
 
@@ -13,7 +13,11 @@ class Vanilla2(Strategy):
     name = "vanilla2"
     fields = ("per_atom_energy",)
 
-    def loss(self, output: ModelOutput, batch: Data) -> Tensor:
-        """Per-atom energy error of the batch."""
+    def counts(self, batch: Data) -> Tensor:
+        """(1,) atoms."""
+        return number_of(batch.per_atom_energy)
+
+    def totals(self, output: ModelOutput, batch: Data) -> Tensor:
+        """(1,) per-atom energy error of the batch."""
         target = batch.per_atom_energy / self.setting.normalizer.energy_std
-        return (output.per_atom_energy - target).abs().mean()
+        return (output.per_atom_energy - target).abs().sum().reshape(1)

@@ -11,7 +11,14 @@ import torch
 from kd_train.config import LossConfig
 from kd_train.data import CachedSamples
 from kd_train.evaluate import evaluate, teacher_metrics
-from kd_train.losses import energy_mae, force_l2
+from kd_train.losses import (
+    OutputError,
+    energy_total,
+    force_l2_total,
+    force_mae_total,
+    joint_mean,
+    reference_labels,
+)
 from kd_train.metrics import MetricSums, gap_closed
 from kd_train.order import ordered_batches
 from kd_train.schedule import learning_rate
@@ -154,36 +161,51 @@ def test_gap_closed_reproduces_published_numbers() -> None:
     assert gap_closed(10.0, 11.0, 5.0) == pytest.approx(-20.0)
 
 
-def test_energy_loss_is_the_mean_over_known_labels() -> None:
+def test_energy_errors_are_summed_by_weight_over_known_labels() -> None:
     guess = torch.tensor([1.0, 2.0, -3.0], requires_grad=True)
     label = torch.tensor([0.5, math.nan, 1.0])
-    loss = energy_mae(guess, label)
-    assert loss.item() == pytest.approx((0.5 + 4.0) / 2)
-    loss.backward()
+    total = energy_total(guess, label, torch.tensor([1.0, 0.0, 0.25]))
+    assert total.item() == pytest.approx(0.5 + 0.25 * 4.0)
+    total.backward()
     assert guess.grad is not None
-    assert guess.grad.tolist() == [0.5, 0.0, -0.5]
+    assert guess.grad.tolist() == [1.0, 0.0, -0.25]
 
 
-def test_force_loss_is_the_mean_length_over_free_labelled_atoms() -> None:
+FORCE_LABELS = torch.tensor(
+    [[3.0, 4.0, 0.0], [9.0, 9.0, 9.0], [0.0, math.nan, 1.0], [0.0, 0.0, -2.0]]
+)
+
+
+def test_force_errors_are_lengths_summed_by_weight() -> None:
     guess = torch.zeros(4, 3, requires_grad=True)
-    label = torch.tensor(
-        [[3.0, 4.0, 0.0], [9.0, 9.0, 9.0], [0.0, math.nan, 1.0], [0.0, 0.0, -2.0]]
-    )
-    fixed = torch.tensor([False, True, False, False])
-    loss = force_l2(guess, label, fixed)
-    assert loss.item() == pytest.approx((5.0 + 2.0) / 2)
-    loss.backward()
+    total = force_l2_total(guess, FORCE_LABELS, torch.tensor([1.0, 0.0, 0.0, 0.5]))
+    assert total.item() == pytest.approx(5.0 + 0.5 * 2.0)
+    total.backward()
     assert guess.grad is not None
-    expected = [[-0.3, -0.4, 0.0], [0.0] * 3, [0.0] * 3, [0.0, 0.0, 0.5]]
+    expected = [[-0.6, -0.8, 0.0], [0.0] * 3, [0.0] * 3, [0.0, 0.0, 0.5]]
+    assert torch.allclose(guess.grad, torch.tensor(expected))
+
+
+def test_force_errors_may_be_those_of_components() -> None:
+    guess = torch.full((4, 3), 0.5, requires_grad=True)
+    total = force_mae_total(guess, FORCE_LABELS, torch.tensor([1.0, 0.0, 0.0, 0.5]))
+    assert total.item() == pytest.approx(2.5 + 3.5 + 0.5 + 0.5 * (0.5 + 0.5 + 2.5))
+    total.backward()
+    assert guess.grad is not None
+    expected = [[-1.0, -1.0, 1.0], [0.0] * 3, [0.0] * 3, [0.5, 0.5, 0.5]]
     assert torch.allclose(guess.grad, torch.tensor(expected))
 
 
 def test_losses_without_any_label_are_zero_with_zero_gradient() -> None:
     energy = torch.ones(2, requires_grad=True)
     forces = torch.ones(3, 3, requires_grad=True)
-    loss = energy_mae(energy, torch.full((2,), math.nan)) + force_l2(
-        forces, torch.full((3, 3), math.nan), torch.zeros(3, dtype=torch.bool)
+    totals = torch.stack(
+        [
+            energy_total(energy, torch.full((2,), math.nan), torch.zeros(2)),
+            force_l2_total(forces, torch.full((3, 3), math.nan), torch.zeros(3)),
+        ]
     )
+    loss = joint_mean((1.0, 100.0), totals, torch.zeros(2, dtype=torch.float64))
     loss.backward()
     assert loss.item() == 0
     assert energy.grad is not None
@@ -273,7 +295,8 @@ def test_evaluation_equals_predictions_of_single_samples(
     weights = LossConfig(energy_weight=2.0, force_weight=5.0)
     cpu = torch.device("cpu")
     batches = map(samples.batch, ordered_batches(len(samples), 7))
-    result = evaluate(student, batches, loaded.normalizer, weights, cpu)
+    term = OutputError("l0", reference_labels, loaded.normalizer, weights)
+    result = evaluate(student, batches, loaded.normalizer, term, cpu)
     assert student.training
     assert student.modes == {False}
 
@@ -291,12 +314,7 @@ def test_evaluation_equals_predictions_of_single_samples(
 
     units = loaded.normalizer
     energy_part = np.abs(joined["teacher_energy"] - found["energy_label"]).mean()
-    # L0 is a mean of batch means weighted by samples, as in training.
     lengths = np.linalg.norm(joined["teacher_forces"] - found["forces_label"], axis=1)
-    atom_batch = np.repeat(np.arange(len(ordered)) // 7, found["n_atoms"])
-    force_part = sum(
-        lengths[atom_batch == b].mean() * len(range(7 * b, min(7 * b + 7, 24)))
-        for b in range(4)
-    ) / len(ordered)
+    force_part = lengths.mean()
     loss = 2 * energy_part / units.energy_std + 5 * force_part / units.force_std
     assert result.loss == pytest.approx(float(loss), rel=1e-4)

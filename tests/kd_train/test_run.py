@@ -140,7 +140,9 @@ def test_export_has_exactly_the_plain_architecture(finished: Path) -> None:
     loaded = load_checkpoint(finished / "student.safetensors")
     assert loaded.name == "painn"
     assert loaded.normalizer == teacher_normalizer()
-    assert loaded.provenance["config"] == distilling(eval_every=5).model_dump()
+    assert loaded.provenance["config"] == distilling(eval_every=5).model_dump(
+        mode="json"
+    )
 
 
 def test_export_of_the_last_step_is_the_average(
@@ -187,7 +189,7 @@ def test_folder_of_a_run_tells_the_same_everywhere(
     summary = json.loads((finished / "metrics.json").read_text())
     header = yaml.safe_load((finished / "config.yaml").read_text())
     assert summary["fingerprint"] == small_store.fingerprint == header["fingerprint"]
-    assert header["config"] == distilling(eval_every=5).model_dump()
+    assert header["config"] == distilling(eval_every=5).model_dump(mode="json")
     plain = _plain_student(distilling())
     assert summary["parameters"] == sum(p.numel() for p in plain.parameters())
     best = min(rows, key=lambda row: float(row["val_loss"]))

@@ -1,0 +1,47 @@
+"""What training minimises: student and terms of the loss in one forward pass."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch_geometric.data import Data
+
+from kd_train.losses import Term, joint_mean
+
+
+class Objective(nn.Module):
+    """Totals of all terms, so that one module holds everything that has gradients.
+
+    ``modules`` has the ``student`` and the ``adapters`` that the terms use.
+    """
+
+    def __init__(self, modules: nn.ModuleDict, terms: Sequence[Term]) -> None:
+        super().__init__()
+        self.learned = modules
+        self.terms = tuple(terms)
+        self._sizes = [len(term.part_weights) for term in self.terms]
+
+    def forward(self, batch: Data) -> Tensor:
+        """(P,) summed errors of ``batch``, term after term, with their gradient."""
+        output = self.learned["student"](batch)
+        return torch.cat([term.totals(output, batch) for term in self.terms])
+
+    def counts(self, batch: Data) -> Tensor:
+        """(P,) float64: what :meth:`forward` of ``batch`` is to be divided by."""
+        return torch.cat([term.counts(batch) for term in self.terms])
+
+    def values(self, totals: Tensor, counts: Tensor) -> dict[str, Tensor]:
+        """Value of every term, scalars, by name.
+
+        With the ``counts`` of a whole step, a batch's share of its values.
+        """
+        parts = zip(
+            self.terms,
+            totals.split(self._sizes),
+            counts.split(self._sizes),
+            strict=True,
+        )
+        return {
+            term.name: joint_mean(term.part_weights, total, count)
+            for term, total, count in parts
+        }
