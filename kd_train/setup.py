@@ -67,6 +67,8 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
     split = chosen_split(store, config.train_split, fields)
     if config.loss.teacher_labels:
         _require_predictions(split)
+        _require_one_kind(store, config.train_split)
+    _require_labels(config, split, chosen_split(store, config.val_split))
     name, hyperparameters = PRESETS[preset]
     torch.manual_seed(config.seed)
     student = build_model(name, hyperparameters | config.student.hyperparameters)
@@ -120,6 +122,33 @@ def _require_predictions(split: Split) -> None:
                 f"{split.name!r} of this store lacks; add a teacher: section to the "
                 "spec and build the store again, or set loss.teacher_labels=0."
             )
+
+
+def _require_one_kind(store: FeatureStore, choice: str) -> None:
+    """Refuse to mix labels with predictions whose energies mean something else."""
+    for name in choice.split("+"):
+        if not _energies_agree(store.splits[name]):
+            raise SpecError(
+                f"loss.teacher_labels: the teacher's energies are of another kind than "
+                f"the labels of split {name!r}, so they cannot complete them; set "
+                "loss.teacher_labels=0."
+            )
+
+
+def _require_labels(config: TrainConfig, train: Split, val: Split) -> None:
+    """Refuse to validate against nothing, and to learn from nothing."""
+    if not has_labels(val):
+        raise SpecError(
+            f"val_split: {val.name!r} has no reference labels to validate against; "
+            "choose another split."
+        )
+    learns = config.strategies or config.loss.teacher_labels
+    if not learns and not has_labels(train):
+        raise SpecError(
+            f"train_split: {train.name!r} has no reference labels, so the strategy "
+            "'none' has nothing to learn from; join a split with labels, set "
+            "loss.teacher_labels=1, or choose another strategy."
+        )
 
 
 def with_student(config: TrainConfig, store: FeatureStore) -> TrainConfig:
@@ -182,14 +211,25 @@ def store_normalizer(store: FeatureStore, choice: str) -> Normalizer:
 
     It does not where no teacher ran, or where its energies are of another kind than
     the labels. Baseline and distilled students of one store work in the same units. Of
-    joined splits the labels of the first decide: the stored statistics are fits, which
-    cannot be combined.
+    joined splits the labels of the first that has some decide: the stored statistics
+    are fits, which cannot be combined.
     """
     names = choice.split("+")
     teacher = store.attributes["teacher"]
     if teacher is not None and all(_energies_agree(store.splits[n]) for n in names):
         return Normalizer.from_dict(teacher["normalizer"])
-    return Normalizer.from_dict(store.attributes["label_statistics"][names[0]])
+    labelled = [name for name in names if has_labels(store.splits[name])]
+    first = (labelled or names)[0]
+    return Normalizer.from_dict(store.attributes["label_statistics"][first])
+
+
+def has_labels(split: Split) -> bool:
+    """Whether a sample has a reference energy, or one of the first has forces."""
+    energy, forces = FIELDS["energy"].path, FIELDS["forces"].path
+    if np.isfinite(split.read(np.arange(len(split)), [energy])[energy]).any():
+        return True
+    first = np.arange(min(KIND_SAMPLES, len(split)))
+    return bool(np.isfinite(split.read(first, [forces])[forces]).any())
 
 
 def _energies_agree(split: Split) -> bool:
