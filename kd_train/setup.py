@@ -136,11 +136,12 @@ def _require_one_kind(store: FeatureStore, choice: str) -> None:
 
 
 def _require_labels(config: TrainConfig, train: Split, val: Split) -> None:
-    """Refuse to validate against nothing, and to learn from nothing."""
+    """Refuse to learn from nothing, and tell that nothing can be validated against."""
     if not has_labels(val):
-        raise SpecError(
-            f"val_split: {val.name!r} has no reference labels to validate against; "
-            "choose another split."
+        log.warning(
+            "val_split: %r has no reference labels, so errors stay unknown and no "
+            "validation is the best; choose another split, or set export: last",
+            val.name,
         )
     learns = config.strategies or config.loss.teacher_labels
     if not learns and not has_labels(train):
