@@ -100,8 +100,9 @@ class Study:
     def result(self, row: Row, seed: int) -> dict[str, Any]:
         """Results of ``row`` on ``test``; trains where that is not done."""
         weights = self.tuned(row)
+        told = "".join(f"-{weight:g}" for weight in weights.values())
         return self._trained(
-            self.out / f"{row}-s{seed}",
+            self.out / f"{row}{told}-s{seed}",
             [*row.arguments, *_weights(weights), "--set", "val_split=test"],
             seed,
         )

@@ -67,7 +67,6 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
     split = chosen_split(store, config.train_split, fields)
     if config.loss.teacher_labels:
         _require_predictions(split)
-        _require_one_kind(store, config.train_split)
     _require_labels(config, split, chosen_split(store, config.val_split))
     name, hyperparameters = PRESETS[preset]
     torch.manual_seed(config.seed)
@@ -121,17 +120,6 @@ def _require_predictions(split: Split) -> None:
                 f"loss.teacher_labels needs the field {name!r}, which split "
                 f"{split.name!r} of this store lacks; add a teacher: section to the "
                 "spec and build the store again, or set loss.teacher_labels=0."
-            )
-
-
-def _require_one_kind(store: FeatureStore, choice: str) -> None:
-    """Refuse to mix labels with predictions whose energies mean something else."""
-    for name in choice.split("+"):
-        if not _energies_agree(store.splits[name]):
-            raise SpecError(
-                f"loss.teacher_labels: the teacher's energies are of another kind than "
-                f"the labels of split {name!r}, so they cannot complete them; set "
-                "loss.teacher_labels=0."
             )
 
 
@@ -244,7 +232,8 @@ def _energies_agree(split: Split) -> bool:
         return True
     log.warning(
         "the teacher's energies are %.3g eV per atom away from the labels; the student "
-        "uses units of the labels, and vanilla losses make no sense",
+        "uses units of the labels, and neither vanilla losses nor loss.teacher_labels "
+        "make sense",
         np.median(difference[labelled]),
     )
     return False

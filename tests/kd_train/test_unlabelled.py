@@ -200,14 +200,6 @@ def test_units_are_those_of_the_first_split_that_has_labels(
     assert expected != teacher_normalizer()
     for choice in ("train", "bare+train", "train+bare"):
         assert store_normalizer(store, choice) == expected
-    with pytest.raises(SpecError, match="another kind than the labels of.*'train'"):
-        _run(
-            store,
-            tmp_path / "run",
-            "bare+train",
-            val_split="train",
-            loss={"teacher_labels": 1.0},
-        )
 
 
 def test_nothing_to_learn_from_is_refused_and_nothing_to_validate_against_told(
