@@ -72,6 +72,7 @@ ROWS = {
     "100-n2n": Row("train", "n2n"),
     "100-v2v": Row("train", "v2v"),
     "100-v2v-vanilla2": Row("train", "v2v+vanilla2"),
+    "more": Row(MORE),
     "more-n2n": Row(MORE, "n2n"),
     "more-v2v": Row(MORE, "v2v"),
     "more-v2v-vanilla2": Row(MORE, "v2v+vanilla2"),
