@@ -60,7 +60,7 @@ class RattleSpec(ClosedModel):
 
     copies: int = Key(ge=1, description="of every sample; the original is left out")
     sigma: float = Key(
-        gt=0, lt=1, description="standard deviation along each axis, in Å"
+        ge=1e-3, lt=1, description="standard deviation along each axis, in Å"
     )
     seed: int = Key(0, ge=0, description="of the displacements")
 
