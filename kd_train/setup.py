@@ -127,8 +127,8 @@ def _require_labels(config: TrainConfig, train: Split, val: Split) -> None:
     """Refuse to learn from nothing, and tell that nothing can be validated against."""
     if not has_labels(val):
         log.warning(
-            "val_split: %r has no reference labels, so errors stay unknown and no "
-            "validation is the best; choose another split, or set export: last",
+            "val_split: %r has no reference labels, so errors stay unknown; choose "
+            "another split",
             val.name,
         )
     learns = config.strategies or config.loss.teacher_labels
