@@ -8,10 +8,12 @@ Every row has the same steps, batches of the same size and, by seed, the same in
 weights. Weights of distillation terms are chosen on the split ``val`` with seed 0, in
 shorter runs; the table is of the split ``test``. Finished runs are kept and interrupted
 ones continued, so it may be killed and repeated; ``--rows`` and ``--seeds`` choose.
+With ``--show`` nothing is trained, and the table is of what is finished.
 """
 
 import json
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -87,11 +89,16 @@ ROWS = {
 }
 
 
-class Study:
-    """Runs of one store in one folder."""
+class UnfinishedError(Exception):
+    """A run is not there, and none is to be trained."""
 
-    def __init__(self, store: Path, out: Path) -> None:
+
+class Study:
+    """Runs of one store in one folder; without ``trains`` only finished ones."""
+
+    def __init__(self, store: Path, out: Path, trains: bool) -> None:
         self.out = out
+        self._trains = trains
         self._common = ["--cache", str(store), "--config", str(CONFIG), "--threads=1"]
 
     def tuned(self, row: Row) -> dict[str, float]:
@@ -121,6 +128,8 @@ class Study:
     def _trained(
         self, folder: Path, arguments: Sequence[str], seed: int
     ) -> dict[str, Any]:
+        if not self._trains and not (folder / "metrics.json").exists():
+            raise UnfinishedError
         failure = train(folder, [*self._common, *arguments, "--seed", str(seed)])
         if failure is not None:
             raise click.ClickException(failure)
@@ -160,15 +169,20 @@ def _spread(found: Sequence[dict[str, Any]], key: str) -> str:
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option("--rows", default=",".join(ROWS), help="Names of rows, with commas.")
 @click.option("--seeds", default="0,1,2", show_default=True)
-def main(store: Path, out: Path, rows: str, seeds: str) -> None:
+@click.option("--show", is_flag=True, help="Train nothing.")
+def main(store: Path, out: Path, rows: str, seeds: str, show: bool) -> None:
     """Train what is missing, one process at a time, and print the table."""
-    study = Study(store, out)
+    study = Study(store, out, trains=not show)
     chosen = rows.split(",")
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in chosen}
     for seed in map(int, seeds.split(",")):
         for name in chosen:
-            results[name].append(study.result(ROWS[name], seed))
-    text = "\n".join(table(study, results)) + "\n"
+            with suppress(UnfinishedError):
+                results[name].append(study.result(ROWS[name], seed))
+    finished = {name: found for name, found in results.items() if found}
+    if not finished:
+        raise click.ClickException("Nothing is finished yet.")
+    text = "\n".join(table(study, finished)) + "\n"
     (out / "table.md").write_text(text)
     click.echo(text)
 
