@@ -67,6 +67,7 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
     split = chosen_split(store, config.train_split, fields)
     if config.loss.teacher_labels:
         _require_predictions(split)
+    _require_labels(config, split, chosen_split(store, config.val_split))
     name, hyperparameters = PRESETS[preset]
     torch.manual_seed(config.seed)
     student = build_model(name, hyperparameters | config.student.hyperparameters)
@@ -119,6 +120,23 @@ def _require_predictions(split: Split) -> None:
                 f"{split.name!r} of this store lacks; add a teacher: section to the "
                 "spec and build the store again, or set loss.teacher_labels=0."
             )
+
+
+def _require_labels(config: TrainConfig, train: Split, val: Split) -> None:
+    """Refuse to learn from nothing, and tell that nothing can be validated against."""
+    if not has_labels(val):
+        log.warning(
+            "val_split: %r has no reference labels, so errors stay unknown; choose "
+            "another split",
+            val.name,
+        )
+    learns = config.strategies or config.loss.teacher_labels
+    if not learns and not has_labels(train):
+        raise SpecError(
+            f"train_split: {train.name!r} has no reference labels, so the strategy "
+            "'none' has nothing to learn from; join a split with labels, set "
+            "loss.teacher_labels=1, or choose another strategy."
+        )
 
 
 def resolved(config: TrainConfig, store: FeatureStore) -> TrainConfig:
@@ -210,14 +228,25 @@ def store_normalizer(store: FeatureStore, choice: str) -> Normalizer:
 
     It does not where no teacher ran, or where its energies are of another kind than
     the labels. Baseline and distilled students of one store work in the same units. Of
-    joined splits the labels of the first decide: the stored statistics are fits, which
-    cannot be combined.
+    joined splits the labels of the first that has some decide: the stored statistics
+    are fits, which cannot be combined.
     """
     names = choice.split("+")
     teacher = store.attributes["teacher"]
     if teacher is not None and all(_energies_agree(store.splits[n]) for n in names):
         return Normalizer.from_dict(teacher["normalizer"])
-    return Normalizer.from_dict(store.attributes["label_statistics"][names[0]])
+    labelled = [name for name in names if has_labels(store.splits[name])]
+    first = (labelled or names)[0]
+    return Normalizer.from_dict(store.attributes["label_statistics"][first])
+
+
+def has_labels(split: Split) -> bool:
+    """Whether a sample has a reference energy, or one of the first has forces."""
+    energy, forces = FIELDS["energy"].path, FIELDS["forces"].path
+    if np.isfinite(split.read(np.arange(len(split)), [energy])[energy]).any():
+        return True
+    first = np.arange(min(KIND_SAMPLES, len(split)))
+    return bool(np.isfinite(split.read(first, [forces])[forces]).any())
 
 
 def _energies_agree(split: Split) -> bool:
@@ -231,7 +260,8 @@ def _energies_agree(split: Split) -> bool:
         return True
     log.warning(
         "the teacher's energies are %.3g eV per atom away from the labels; the student "
-        "uses units of the labels, and vanilla losses make no sense",
+        "uses units of the labels, and neither vanilla losses nor loss.teacher_labels "
+        "make sense",
         np.median(difference[labelled]),
     )
     return False

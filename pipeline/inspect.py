@@ -29,6 +29,8 @@ def describe_store(path: Path | str) -> dict[str, Any]:
     store = FeatureStore.open(path, allow_unsealed=True)
     teacher = store.attributes["teacher"]
     complete = store.attributes["complete"]
+    # Stores of older versions do not say it.
+    labelled = store.attributes.get("provenance", {}).get("labelled", {})
     return {
         "path": str(path),
         "format_version": store.attributes["format_version"],
@@ -37,7 +39,7 @@ def describe_store(path: Path | str) -> dict[str, Any]:
         "teacher": None if teacher is None else _teacher_summary(teacher),
         "preview": store.attributes.get("provenance", {}).get("preview", {}),
         "splits": {
-            name: _describe_split(split, complete)
+            name: _describe_split(split, complete) | {"labelled": labelled.get(name)}
             for name, split in store.splits.items()
         },
         "advice": _advice(store),
@@ -153,7 +155,7 @@ def _teacher_lines(teacher: dict[str, Any] | None) -> list[str]:
 def _split_lines(name: str, split: dict[str, Any]) -> list[str]:
     counted = ", ".join(f"{split[k]} {k}" for k in _COUNTED.values() if k in split)
     done = f"{split['blocks_done']} of {split['blocks']} blocks"
-    lines = [f"split {name}: {counted}, {done}"]
+    lines = [f"split {name}: {counted}, {done}{_labels_told(split)}"]
     for path, field in split["fields"].items():
         shape = "(" + ", ".join(str(size) for size in field["shape"]) + ")"
         size, error = field["bytes_per_sample"], field["relative_squared_error"]
@@ -184,6 +186,15 @@ def field_table(description: dict[str, Any]) -> str:
                 ]
             )
     return text.getvalue()
+
+
+def _labels_told(split: dict[str, Any]) -> str:
+    known = split["labelled"]
+    if known is None:
+        return ""
+    if not any(known.values()):
+        return "; no labels of the source"
+    return f"; energies of {known['energy']} and forces of {known['forces']} samples"
 
 
 def discard_damaged(path: Path | str, problems: Sequence[Problem]) -> str:

@@ -48,12 +48,14 @@ class Scan:
     """What one pass over a dataset tells, all in its own order.
 
     ``checksums`` (n,) of the structures, ``content`` SHA-256 over ids, structures and
-    labels, ``labels`` their statistics, ``n_edges`` (n,) where they were counted.
+    labels, ``labels`` their statistics, ``labelled`` the number of samples that have
+    each, ``n_edges`` (n,) where they were counted.
     """
 
     checksums: npt.NDArray[np.uint64]
     content: str
     labels: Normalizer
+    labelled: Mapping[str, int]
     n_edges: IntArray | None
 
 
@@ -80,7 +82,7 @@ def scan_dataset(
         if count_edges is not None and n_edges is not None:
             n_edges[index] = _counted(sample, count_edges)
     normalizer = labels.normalizer(reference_energies)
-    return Scan(checksums, content.hexdigest(), normalizer, n_edges)
+    return Scan(checksums, content.hexdigest(), normalizer, labels.counts, n_edges)
 
 
 def _add_content(content: Any, sample: Sample, checksum: int) -> None:
@@ -251,6 +253,7 @@ def store_attributes(
         "provenance": {
             "spec": spec.model_dump(),
             "teacher": None if teacher is None else dict(teacher.potential.provenance),
+            "labelled": {n: dict(s.labelled) for n, s in scans.items()},
             "software": {n: version(n) for n in ("kd-train", "torch", "zarr", "vesin")},
         },
     }

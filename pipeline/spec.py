@@ -55,6 +55,16 @@ class TeacherSpec(ClosedModel):
     )
 
 
+class RattleSpec(ClosedModel):
+    """Copies of structures whose free atoms are displaced at random."""
+
+    copies: int = Key(ge=1, description="of every sample; the original is left out")
+    sigma: float = Key(
+        ge=1e-3, lt=1, description="standard deviation along each axis, in Å"
+    )
+    seed: int = Key(0, ge=0, description="of the displacements")
+
+
 class SplitSpec(ClosedModel):
     """One dataset, stored as one group."""
 
@@ -80,6 +90,19 @@ class SplitSpec(ClosedModel):
     compare_energies: bool = Key(
         True, description="false: may have another kind of energy than other splits"
     )
+    labels: Literal["all", "none"] | None = Key(
+        None,
+        description="none: those of the source are left out, only the teacher labels "
+        "the samples; default: all, but none where samples are rattled",
+    )
+    rattle: RattleSpec | None = Key(
+        None, description="displaced copies instead of the samples themselves"
+    )
+
+    @property
+    def labelled(self) -> bool:
+        """Whether labels of the source are stored."""
+        return self.labels != "none" and self.rattle is None
 
 
 class FeatureSpec(ClosedModel):
@@ -304,4 +327,15 @@ def _check_choices(spec: CacheSpec) -> None:
             raise SpecError(
                 f"splits.{name}.energy can be chosen for oc20_raw only; {split.format} "
                 "has the energies that its files have."
+            )
+        if split.rattle is not None and split.labels == "all":
+            raise SpecError(
+                f"splits.{name}: labels of the source are wrong for rattled copies; "
+                f"remove splits.{name}.labels, and keep the labelled samples in a "
+                "split of their own."
+            )
+        if not split.labelled and spec.teacher is None:
+            raise SpecError(
+                f"splits.{name} has neither labels of its source nor a teacher; add a "
+                "teacher: section, or remove its labels: none and rattle:."
             )

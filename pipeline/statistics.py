@@ -44,6 +44,12 @@ class LabelSums:
         self._labelled = 0
         self._squares = 0.0
         self._components = 0
+        self._with_forces = 0
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Samples with an energy, and samples with the forces of all their atoms."""
+        return {"energy": self._labelled, "forces": self._with_forces}
 
     def add(self, sample: Sample) -> None:
         """Take the labels of a sample into account, where it has some."""
@@ -53,6 +59,7 @@ class LabelSums:
             self._labelled += 1
         if len(self._pending) == _FOLD:
             self._fold()
+        self._with_forces += bool(np.isfinite(sample.forces).all())
         forces = sample.forces[~sample.structure.fixed].astype(np.float64)
         forces = forces[np.isfinite(forces)]
         self._squares += float((forces**2).sum())
@@ -129,7 +136,8 @@ def check_energy_kinds(
 ) -> None:
     """Refuse splits that mix kinds of energies, say total and adsorption energies.
 
-    Looks at few samples of each split; ``compare_energies: false`` leaves a split out.
+    Looks at few samples of each split; ``compare_energies: false`` leaves a split out,
+    and so does having no labels.
 
     Raises
     ------
@@ -139,7 +147,7 @@ def check_energy_kinds(
     energies = {
         name: _spread_samples(datasets[name])
         for name, split in splits.items()
-        if split.compare_energies
+        if split.compare_energies and split.labelled
     }
     for first, second in combinations(energies, 2):
         medians = differing_kinds(energies[first], energies[second])

@@ -47,3 +47,9 @@ class Sample:
     structure: Structure
     energy: float
     forces: npt.NDArray[np.float32]
+
+    @classmethod
+    def without_labels(cls, sample_id: str, structure: Structure) -> "Sample":
+        """``structure`` under its id, all labels NaN."""
+        forces = np.full((len(structure), 3), np.nan, np.float32)
+        return cls(sample_id, structure, float("nan"), forces)

@@ -8,6 +8,8 @@ from pipeline.datasets.base import Dataset, Selection
 from pipeline.datasets.extxyz import ExtxyzDataset
 from pipeline.datasets.oc20_lmdb import Oc20LmdbDataset
 from pipeline.datasets.oc20_raw import Energy, Oc20RawDataset
+from pipeline.datasets.rattled import Rattled
+from pipeline.datasets.unlabelled import Unlabelled
 from pipeline.spec import SplitSpec
 
 __all__ = ["Dataset", "open_dataset", "open_split"]
@@ -50,8 +52,12 @@ def open_dataset(
 
 
 def open_split(split: SplitSpec) -> Dataset:
-    """The dataset that a resolved split of a spec names; errors of open_dataset."""
-    return open_dataset(
+    """The dataset that a resolved split of a spec names, as the split wants it.
+
+    Rattled copies replace the samples; labels are left out where the split has none.
+    Errors are those of open_dataset.
+    """
+    dataset = open_dataset(
         split.format,
         split.path,
         offset=split.offset,
@@ -59,3 +65,6 @@ def open_split(split: SplitSpec) -> Dataset:
         every=split.every,
         energy=split.energy,
     )
+    if split.rattle is not None:
+        return Rattled(dataset, split.rattle)
+    return dataset if split.labelled else Unlabelled(dataset)
