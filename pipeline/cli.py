@@ -178,6 +178,13 @@ def _convert(store: str, out: Path, conversion: "Conversion") -> None:
     click.echo(f"{out}: complete and sealed.")
 
 
+_workers_option = click.option(
+    "--workers",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Processes to work in; 0: this one.",
+)
 _field_option = click.option(
     "--field", "fields", multiple=True, help="Only this feature; may be repeated."
 )
@@ -275,6 +282,7 @@ def info(store: str, as_json: bool) -> None:
 )
 @click.option("--set", "overrides", multiple=True, help="teacher.checkpoint=PATH etc.")
 @click.option("--device", default=None, help="Of the teacher; default: a GPU if any.")
+@_workers_option
 @one_sentence_errors
 def verify(
     store: str,
@@ -283,11 +291,12 @@ def verify(
     samples: int,
     overrides: tuple[str, ...],
     device: str | None,
+    workers: int,
 ) -> None:
     """Check every byte of STORE; exit 1 when something is damaged."""
     from pipeline.store.verify import verify_store
 
-    problems = verify_store(store)
+    problems = verify_store(store, workers)
     for problem in problems:
         click.echo(f"{problem}", err=True)
     if not problems:

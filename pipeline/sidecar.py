@@ -27,6 +27,7 @@ log = logging.getLogger("pipeline.sidecar")
 Columns = dict[str, npt.NDArray[Any]]
 
 _VERSION = 1
+_PLACE = "place_"
 # Keys of a split that say nothing of its samples.
 _NO_MATTER = {"path", "source", "features", "compare_energies"}
 
@@ -95,7 +96,8 @@ class Sidecar:
         columns = self._read(f"{name}.listing", key)
         if columns is None:
             return None
-        wanted = places | {"n_atoms": "int32", "id_lengths": "int32"}
+        wanted = {_PLACE + place: dtype for place, dtype in places.items()}
+        wanted |= {"n_atoms": "int32", "id_lengths": "int32"}
         count = columns.get("n_atoms", np.zeros(0)).size
         sound = all(
             name in columns and _fits(columns[name], dtype, count)
@@ -104,7 +106,8 @@ class Sidecar:
         ids = _split_text(columns) if sound else None
         if ids is None:
             return None
-        return Listing(ids, columns["n_atoms"], {n: columns[n] for n in places})
+        found = {place: columns[_PLACE + place] for place in places}
+        return Listing(ids, columns["n_atoms"], found)
 
     def _read(self, name: str, key: str) -> Columns | None:
         try:
@@ -112,11 +115,11 @@ class Sidecar:
                 columns = {column: archive[column] for column in archive.files}
         except (OSError, EOFError, ValueError, zipfile.BadZipFile):
             return None
-        return columns if str(columns.pop("key", "")) == key else None
+        return columns if str(columns.pop("made_from", "")) == key else None
 
     def _write(self, name: str, key: str, columns: Columns) -> None:
         buffer = io.BytesIO()
-        np.savez(buffer, allow_pickle=False, key=np.array(key), **columns)
+        np.savez(buffer, allow_pickle=False, made_from=np.array(key), **columns)
         write_atomically(self._file(name), buffer.getbuffer())
         log.info("%s: %.1f MB kept", self._file(name), buffer.tell() / 1e6)
 
@@ -142,7 +145,7 @@ def _listing_columns(listing: Listing) -> Columns:
         "ids": np.frombuffer(text, np.uint8),
         "id_lengths": np.array([len(name) for name in listing.ids], np.int32),
         "n_atoms": listing.n_atoms,
-        **listing.places,
+        **{_PLACE + name: column for name, column in listing.places.items()},
     }
 
 

@@ -42,6 +42,10 @@ class Place(ABC):
     def __str__(self) -> str:
         return self.url
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Another process opens the place itself: maps and connections cannot be sent.
+        return open_place, (self.url,)
+
     def label(self, name: str) -> str:
         """File ``name`` as an error message calls it."""
         return f"{self.url}/{name}"
