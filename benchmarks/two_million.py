@@ -6,11 +6,11 @@ Each size is a synthetic dataset of three-atom molecules in .aselmdb files, labe
 a random PaiNN of four channels, so that what is measured is this program and not the
 teacher. Every step runs in a process of its own, which reports its time and the memory
 it took; with several sizes, the last column is the cost per sample of the last divided
-by that of the first. Times of small sizes are the least of ``--repeats`` runs. FOLDER
-needs 1.3 kB a sample and can be removed afterwards.
+by that of the first. Times of small sizes are the least of ``--repeats`` runs, each by
+the clock and by the processor, which a busy machine changes less. FOLDER needs
+1.3 kB a sample and can be removed afterwards.
 """
 
-import itertools
 import json
 import resource
 import shutil
@@ -40,6 +40,23 @@ TEACHER = {
 }
 WATER = np.array([[0.0, 0.0, 0.0], [0.96, 0.0, 0.0], [-0.24, 0.93, 0.0]])
 Measured = dict[str, float]
+
+
+class Clock:
+    """Seconds since it was made or asked last, of the clock and of the processor."""
+
+    def __init__(self) -> None:
+        self._last = self._now()
+
+    def lap(self, what: str) -> Measured:
+        """Time of ``what``, which has just ended."""
+        before, self._last = self._last, self._now()
+        wall, processor = (b - a for a, b in zip(before, self._last, strict=True))
+        return {f"{what} s": wall, f"{what}, processor s": processor}
+
+    def _now(self) -> tuple[float, float]:
+        used = [resource.getrusage(who) for who in (0, resource.RUSAGE_CHILDREN)]
+        return time.perf_counter(), sum(u.ru_utime + u.ru_stime for u in used)
 
 
 def make_data(folder: Path, samples: int) -> Measured:
@@ -129,10 +146,10 @@ def index_pass(folder: Path, workers: int) -> Measured:
     from pipeline.passes import processes
 
     split = _loaded(folder).splits["train"]
+    clock = Clock()
     with processes(workers) as run:
-        started = time.perf_counter()
         open_split(split, lambda dataset: dataset.list_samples(run))
-        return {"index pass s": time.perf_counter() - started}
+    return clock.lap("index pass")
 
 
 def plan(folder: Path, workers: int) -> Measured:
@@ -143,16 +160,11 @@ def plan(folder: Path, workers: int) -> Measured:
     store = Path(spec.store.path)
     for made in (store, store.with_name(store.name + ".index")):
         shutil.rmtree(made, ignore_errors=True)
-    started = time.perf_counter()
+    clock = Clock()
     job = prepare(spec, workers=workers)
-    prepared = time.perf_counter()
+    found = clock.lap("planning")
     create_or_match(job, store)
-    done = time.perf_counter()
-    return {
-        "planning s": prepared - started,
-        "creating the store s": done - prepared,
-        "plan memory bytes": _peak(),
-    }
+    return found | clock.lap("creating the store") | {"plan memory bytes": _peak()}
 
 
 def plan_again(folder: Path, workers: int) -> Measured:
@@ -160,9 +172,9 @@ def plan_again(folder: Path, workers: int) -> Measured:
     from pipeline.build import create_or_match, prepare
 
     spec = _loaded(folder)
-    started = time.perf_counter()
+    clock = Clock()
     create_or_match(prepare(spec), Path(spec.store.path))
-    return {"planning again s": time.perf_counter() - started}
+    return clock.lap("planning again")
 
 
 def fill(folder: Path, workers: int) -> Measured:
@@ -171,22 +183,22 @@ def fill(folder: Path, workers: int) -> Measured:
     from pipeline.store.writer import StoreWriter
 
     spec = _loaded(folder)
-    marks = [time.perf_counter()]
-    build_store(spec, workers=workers, report=lambda *_: marks.append(_now()))
-    done = time.perf_counter()
     store = Path(spec.store.path)
-    size = sum(f.stat().st_size for f in store.rglob("*") if f.is_file())
-    index = sum(
-        f.stat().st_size
-        for f in (store / "train" / "index").rglob("*")
-        if f.is_file() and "commit" not in f.parts
-    )
+    clock = Clock()
+    laps: Measured = {}
+
+    def last(split: str, samples: int, left: int) -> None:
+        if not left:
+            laps.update(clock.lap("filling"))
+
+    build_store(spec, workers=workers, report=last)
     return {
-        "filling s": marks[-1] - marks[0],
-        "sealing s": done - marks[-1],
+        **laps,
+        **clock.lap("sealing"),
         "fill memory bytes": _peak(),
-        "store bytes": size,
-        "index bytes": index,
+        "store bytes": _size(store),
+        "index bytes": _size(store / "train/index")
+        - _size(store / "train/index/commit"),
         "blocks": StoreWriter(store).splits["train"].n_blocks,
     }
 
@@ -195,9 +207,9 @@ def verify(folder: Path, workers: int) -> Measured:
     """Every byte of the store."""
     from pipeline.store.verify import verify_store
 
-    started = time.perf_counter()
+    clock = Clock()
     assert not verify_store(folder / "store.zarr", workers)
-    return {"verifying s": time.perf_counter() - started}
+    return clock.lap("verifying") | {"verify memory bytes": _peak()}
 
 
 def open_store(folder: Path, workers: int) -> Measured:
@@ -205,50 +217,30 @@ def open_store(folder: Path, workers: int) -> Measured:
     from pipeline.store.reader import FeatureStore
 
     before = _resident()
-    started = time.perf_counter()
-    store = FeatureStore.open(folder / "store.zarr")
-    opened = time.perf_counter()
-    held = _resident() - before
-    split = store.splits["train"]
+    clock = Clock()
+    split = FeatureStore.open(folder / "store.zarr").splits["train"]
+    found = clock.lap("opening") | {"opened memory bytes": _resident() - before}
     split.position(str(split.sample_ids[-1]))
-    return {
-        "opening s": opened - started,
-        "opened memory bytes": held,
-        "first look-up s": time.perf_counter() - opened,
-    }
+    return found | clock.lap("first look-up")
 
 
 def epoch(folder: Path, workers: int) -> Measured:
-    """One shuffled epoch through the reader, in batches; no graphs, no student."""
-    from kd_train.order import BatchRule, Draw, training_batches
+    """Two shuffled epochs through the reader, in batches; no graphs, no student."""
+    from kd_train.order import BatchRule, epoch_batches
     from pipeline.store.reader import FeatureStore
 
     split = FeatureStore.open(folder / "store.zarr").splits["train"]
     paths = [path for path in split.index.arrays if not path.startswith("teacher/")]
     blocks = [split.block_positions(block) for block in range(split.n_blocks)]
-    rule = BatchRule(0, BATCH)
-    started = time.perf_counter()
-    draws = training_batches(blocks, split.n_atoms, rule)
-    first: Draw = next(draws)
-    ordered = time.perf_counter()
-    _read_epoch(split, paths, first, draws)
-    cold = time.perf_counter()
-    _read_epoch(split, paths, next(draws), draws)
-    return {
-        "first batch's order s": ordered - started,
-        "epoch, chunks checked s": cold - ordered,
-        "epoch s": time.perf_counter() - cold,
-        "epoch memory bytes": _peak(),
-    }
-
-
-def _read_epoch(split: Any, paths: list[str], first: Any, draws: Any) -> None:
-    same = itertools.takewhile(lambda draw: draw.epoch == first.epoch, draws)
-    total = 0
-    for draw in itertools.chain([first], same):
-        total += len(split.read_stored(draw.positions, paths)["labels/energy"])
-    # The batch that ended the loop belongs to the next epoch and was not read.
-    assert total >= len(split) - BATCH, total
+    found: Measured = {}
+    clock = Clock()
+    for number, name in enumerate(("epoch, chunks checked", "epoch")):
+        batches = epoch_batches(blocks, split.n_atoms, BatchRule(0, BATCH), number, 0)
+        found |= clock.lap("order of an epoch")
+        for positions in batches:
+            split.read_stored(positions, paths)
+        found |= clock.lap(name)
+    return found | {"epoch memory bytes": _peak()}
 
 
 def batches(folder: Path, workers: int) -> Measured:
@@ -264,12 +256,13 @@ def batches(folder: Path, workers: int) -> Measured:
     blocks = [split.block_positions(block) for block in range(split.n_blocks)]
     drawn = epoch_batches(blocks, split.n_atoms, BatchRule(0, BATCH), 0, 0)
     count = min(len(drawn), 20_000 // BATCH)
-    started = time.perf_counter()
+    clock = Clock()
     for positions in drawn[:count]:
         samples.batch(positions)
-    seconds = time.perf_counter() - started
-    # Per sample of the store, so that it compares with other sizes.
-    return {"batches with graphs s": seconds * len(split) / (count * BATCH)}
+    # As if of all samples, so that it compares with other sizes.
+    share = len(split) / (count * BATCH)
+    found = clock.lap("batches with graphs")
+    return {name: seconds * share for name, seconds in found.items()}
 
 
 STEPS: dict[str, Callable[[Path, int], Measured]] = {
@@ -284,8 +277,8 @@ STEPS: dict[str, Callable[[Path, int], Measured]] = {
 }
 
 
-def _now() -> float:
-    return time.perf_counter()
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
 def _peak() -> int:
@@ -307,9 +300,8 @@ def _in_process(step: str, folder: Path, workers: int) -> Measured:
 
 def measure(folder: Path, samples: int, workers: int, repeats: int) -> Measured:
     """All steps at one size; times are the least of the repeats."""
-    started = time.perf_counter()
     found = make_data(folder, samples)
-    click.echo(f"{samples}: data made in {_now() - started:.0f} s", err=True)
+    click.echo(f"{samples}: data made", err=True)
     for step in STEPS:
         runs = []
         for number in range(repeats):
@@ -325,7 +317,7 @@ def table(results: dict[int, Measured]) -> str:
     """A line per measure: cost per sample at each size, and last divided by first."""
     sizes = list(results)
     head = "".join(f"{size:>14,}" for size in sizes)
-    lines = [f"{'per sample':30}{head}{'ratio':>9}"]
+    lines = [f"{'per sample':38}{head}{'ratio':>9}"]
     for name in results[sizes[0]]:
         what, unit, scale = name, "", 1.0
         if name.endswith(" s"):
@@ -334,7 +326,7 @@ def table(results: dict[int, Measured]) -> str:
             what, unit = name[:-6], "B"
         each = [scale * results[size][name] / size for size in sizes]
         row = "".join(f"{value:14.3f}" for value in each)
-        lines.append(f"{f'{what} ({unit})':30}{row}{each[-1] / each[0]:9.2f}")
+        lines.append(f"{f'{what} ({unit})':38}{row}{each[-1] / each[0]:9.2f}")
     return "\n".join(lines)
 
 

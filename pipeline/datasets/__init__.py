@@ -8,7 +8,9 @@ from pipeline.datasets.base import Dataset, IndexedDataset, Listing, Selection
 from pipeline.datasets.extxyz import ExtxyzDataset
 from pipeline.datasets.oc20_lmdb import Oc20LmdbDataset
 from pipeline.datasets.oc20_raw import Energy, Oc20RawDataset
+from pipeline.remote import is_url
 from pipeline.spec import SplitSpec
+from pipeline.staging import staged
 
 __all__ = [
     "Dataset",
@@ -65,10 +67,14 @@ def open_dataset(
 
 
 def open_split(split: SplitSpec, lister: Lister = _list_anew) -> Dataset:
-    """The dataset that a resolved split of a spec names; see open_dataset."""
+    """The dataset that a resolved split of a spec names; see open_dataset.
+
+    What lies behind a URL is staged on a local disk first.
+    """
+    path = str(staged(split.path)) if is_url(split.path) else split.path
     return open_dataset(
         split.format,
-        split.path,
+        path,
         offset=split.offset,
         limit=split.limit,
         every=split.every,
