@@ -14,6 +14,11 @@ from pipeline.errors import SpecError
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--cache", required=True, help="Store: a folder, zip archive or URL.")
 @click.option(
+    "--stage",
+    type=click.Path(path_type=Path),
+    help="Local folder to copy the store to first, once, and to train from.",
+)
+@click.option(
     "--strategy",
     help=f"{', '.join(STRATEGIES)}, or several joined with +. Default: none.",
 )
@@ -30,6 +35,7 @@ from pipeline.errors import SpecError
 @one_sentence_errors
 def main(
     cache: str,
+    stage: Path | None,
     strategy: str | None,
     student: str | None,
     config: Path | None,
@@ -61,6 +67,10 @@ def main(
     if threads is not None:
         torch.set_num_threads(threads)
     place = chosen_device(device)
+    if stage is not None:
+        from pipeline.store.transfer import staged_store
+
+        cache = str(staged_store(cache, stage))
     store = FeatureStore.open(cache)
     chosen = with_student(chosen, store)
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")

@@ -15,6 +15,7 @@ from pipeline.commands import chosen_device, log_to_file, one_sentence_errors
 if TYPE_CHECKING:
     from pipeline.convert import Conversion
     from pipeline.spec import CacheSpec
+    from pipeline.store.verify import Problem
 
 CHECK_FAILED = 1
 
@@ -36,8 +37,15 @@ def _block_range(text: str | None) -> tuple[int, int] | None:
 def _spec_for_store(
     spec: Path, out: str | None, overrides: tuple[str, ...]
 ) -> "CacheSpec":
+    from pipeline.errors import SpecError
+    from pipeline.remote import is_url
     from pipeline.spec import load_spec
 
+    if is_url(out):
+        raise SpecError(
+            f"--out {out} is a URL, and a store is built on a local disk; build it "
+            f"there and `kd-cache push STORE {out}`."
+        )
     if out is not None:
         overrides = (*overrides, f"store.path={Path(out).resolve()}")
     return load_spec(spec, overrides)
@@ -65,6 +73,15 @@ _set_option = click.option(
 )
 _threads_option = click.option(
     "--threads", type=click.IntRange(min=1), help="CPU threads of torch."
+)
+
+
+_workers_option = click.option(
+    "--workers",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Processes to work in; 0: this one.",
 )
 
 
@@ -169,22 +186,15 @@ def add_field(
     click.echo(f"{store}: added {what}; complete and sealed.")
 
 
-def _convert(store: str, out: Path, conversion: "Conversion") -> None:
+def _convert(store: str, out: Path, conversion: "Conversion", workers: int) -> None:
     from pipeline.convert import convert_store
 
     log_to_file("pipeline", out.with_name(out.name + ".log"))
     with _progress() as report:
-        convert_store(store, out, conversion, report)
+        convert_store(store, out, conversion, report, workers)
     click.echo(f"{out}: complete and sealed.")
 
 
-_workers_option = click.option(
-    "--workers",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Processes to work in; 0: this one.",
-)
 _field_option = click.option(
     "--field", "fields", multiple=True, help="Only this feature; may be repeated."
 )
@@ -206,6 +216,7 @@ _field_option = click.option(
     help="Of compact: squared error relative to the variance; default 0.001.",
 )
 @_field_option
+@_workers_option
 @one_sentence_errors
 def compact(
     store: str,
@@ -213,11 +224,12 @@ def compact(
     profile: Literal["compact", "q8"],
     error: float | None,
     fields: tuple[str, ...],
+    workers: int,
 ) -> None:
     """Write STORE to OUT with smaller features."""
     from pipeline.convert import conversion_of
 
-    _convert(store, out, conversion_of(profile, error=error, fields=fields))
+    _convert(store, out, conversion_of(profile, error=error, fields=fields), workers)
 
 
 @main.command()
@@ -236,6 +248,7 @@ def compact(
     help="Of faithful; default: the field's own.",
 )
 @_field_option
+@_workers_option
 @one_sentence_errors
 def hydrate(
     store: str,
@@ -243,11 +256,35 @@ def hydrate(
     profile: Literal["faithful", "q8"],
     dtype: Literal["float16", "float32"] | None,
     fields: tuple[str, ...],
+    workers: int,
 ) -> None:
     """Write STORE, which may be a URL, to OUT with features that are fast to read."""
     from pipeline.convert import conversion_of
 
-    _convert(store, out, conversion_of(profile, dtype=dtype, fields=fields))
+    _convert(store, out, conversion_of(profile, dtype=dtype, fields=fields), workers)
+
+
+@main.command()
+@click.argument("store")
+@click.argument("target")
+@click.option("--verify", "check", is_flag=True, help="Read every byte back.")
+@one_sentence_errors
+def push(store: str, target: str, check: bool) -> None:
+    """Copy STORE to TARGET, a URL or a folder; what is there already stays.
+
+    Of a store that is not finished the finished blocks; give the command again for the
+    rest. The copy counts as complete with its last byte.
+    """
+    from pipeline.store.transfer import copy_store
+
+    with _progress() as report:
+        complete = copy_store(store, target, report)
+    if not complete:
+        click.echo(f"{target}: the finished blocks are there, others are missing.")
+        return
+    click.echo(f"{target}: complete and sealed.")
+    if check:
+        sys.exit(CHECK_FAILED if _verify(target, workers=0) else 0)
 
 
 @main.command()
@@ -294,13 +331,8 @@ def verify(
     workers: int,
 ) -> None:
     """Check every byte of STORE; exit 1 when something is damaged."""
-    from pipeline.store.verify import verify_store
-
-    problems = verify_store(store, workers)
-    for problem in problems:
-        click.echo(f"{problem}", err=True)
+    problems = _verify(store, workers)
     if not problems:
-        click.echo(f"{store}: everything checked, nothing damaged.")
         if teacher:
             _compare_with_teacher(store, samples, device, overrides)
         return
@@ -309,6 +341,18 @@ def verify(
 
         click.echo(discard_damaged(store, problems), err=True)
     sys.exit(CHECK_FAILED)
+
+
+def _verify(store: str, workers: int) -> list["Problem"]:
+    """Problems of the store, told as they are found."""
+    from pipeline.store.verify import verify_store
+
+    problems = verify_store(store, workers)
+    for problem in problems:
+        click.echo(f"{problem}", err=True)
+    if not problems:
+        click.echo(f"{store}: everything checked, nothing damaged.")
+    return problems
 
 
 def _compare_with_teacher(

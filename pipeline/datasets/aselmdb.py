@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.datasets.base import IndexedDataset, Listing, Selection, in_pieces
 from pipeline.datasets.lmdb_files import LmdbFile, lmdb_files
@@ -48,9 +49,7 @@ class AselmdbDataset(IndexedDataset):
         chosen = self._selection.of(len(owner))
         part = slice(chosen.start, chosen.stop, chosen.step)
         files, numbers = owner[part], np.concatenate(keys)[part]
-        pieces = in_pieces(
-            list(zip(files.tolist(), numbers.tolist(), strict=True)), PIECE
-        )
+        pieces = zip(in_pieces(files, PIECE), in_pieces(numbers, PIECE), strict=True)
         ids: list[str] = []
         sizes: list[int] = []
         for found in run(self._scan_piece, pieces):
@@ -68,10 +67,12 @@ class AselmdbDataset(IndexedDataset):
         key = str(self._places["key"][index])
         return row_sample(_row(file, key), self._ids[index], _where(file, key))
 
-    def _scan_piece(self, places: list[tuple[int, int]]) -> tuple[list[str], list[int]]:
-        """Ids and atom counts of rows at pairs of file and key."""
+    def _scan_piece(
+        self, places: tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]
+    ) -> tuple[list[str], list[int]]:
+        """Ids and atom counts of rows; ``places`` are their files and keys."""
         ids, sizes = [], []
-        for number, key in places:
+        for number, key in zip(*(column.tolist() for column in places), strict=True):
             file = self._files[number]
             row = _row(file, str(key))
             alone = len(self._files) == 1

@@ -132,6 +132,6 @@ class IndexedDataset(Dataset):
         return self._n_atoms
 
 
-def in_pieces(items: Sequence[Any], size: int) -> list[Any]:
-    """Runs of ``size`` consecutive items."""
+def in_pieces(items: Any, size: int) -> list[Any]:
+    """Runs of ``size`` consecutive items of a sequence or an array."""
     return [items[first : first + size] for first in range(0, len(items), size)]
