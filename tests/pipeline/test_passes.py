@@ -29,7 +29,7 @@ from pipeline.spec import load_spec
 from pipeline.statistics import LabelSums
 from pipeline.store.reader import FeatureStore
 from pipeline.structure import Structure
-from tests.frames import collision_frames, write_frames
+from tests.frames import DEMO, collision_frames, write_frames
 from tests.pipeline.oc20_files import (
     Slab,
     aselmdb_row,
@@ -325,11 +325,11 @@ class _given:
         pass
 
 
-def test_stores_made_before_have_the_fingerprint_of_today(
-    small_spec: Path, small_store: FeatureStore, tmp_path: Path
-) -> None:
-    spec = load_spec(small_spec, [f"store.path={tmp_path / 's.zarr'}"])
-    assert prepare(spec).attributes["fingerprint"] == small_store.fingerprint
+def test_content_of_a_dataset_has_the_digest_that_it_always_had() -> None:
+    """Else no store that is there could be continued."""
+    path = str(DEMO / "collisions_val.extxyz.xz")
+    found = scan_dataset(open_dataset("extxyz", path, limit=60), "none").content
+    assert found == "c62b80cb445ef4ada802e9a59d65903f8f46013e5096700255f3b754f7c30eb5"
 
 
 def test_credentials_in_a_url_are_refused(tmp_path: Path) -> None:
