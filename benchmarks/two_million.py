@@ -180,7 +180,6 @@ def plan_again(folder: Path, workers: int) -> Measured:
 def fill(folder: Path, workers: int) -> Measured:
     """Every block, and the seal."""
     from pipeline.build import build_store
-    from pipeline.store.writer import StoreWriter
 
     spec = _loaded(folder)
     store = Path(spec.store.path)
@@ -199,7 +198,6 @@ def fill(folder: Path, workers: int) -> Measured:
         "store bytes": _size(store),
         "index bytes": _size(store / "train/index")
         - _size(store / "train/index/commit"),
-        "blocks": StoreWriter(store).splits["train"].n_blocks,
     }
 
 
@@ -225,7 +223,12 @@ def open_store(folder: Path, workers: int) -> Measured:
 
 
 def epoch(folder: Path, workers: int) -> Measured:
-    """Two shuffled epochs through the reader, in batches; no graphs, no student."""
+    """Shuffled epochs through the reader, in batches; no graphs, no student.
+
+    Samples are shuffled among 16 blocks at a time, as training does, and at last among
+    those of one block: the small store lies in the processor's cache as a whole, and so
+    does one block of the large one.
+    """
     from kd_train.order import BatchRule, epoch_batches
     from pipeline.store.reader import FeatureStore
 
@@ -234,8 +237,14 @@ def epoch(folder: Path, workers: int) -> Measured:
     blocks = [split.block_positions(block) for block in range(split.n_blocks)]
     found: Measured = {}
     clock = Clock()
-    for number, name in enumerate(("epoch, chunks checked", "epoch")):
-        batches = epoch_batches(blocks, split.n_atoms, BatchRule(0, BATCH), number, 0)
+    names = {
+        "epoch, chunks checked": 16,
+        "epoch": 16,
+        "epoch, in one block's window": 1,
+    }
+    for number, (name, window) in enumerate(names.items()):
+        rule = BatchRule(0, BATCH, buffer_blocks=window)
+        batches = epoch_batches(blocks, split.n_atoms, rule, number, 0)
         found |= clock.lap("order of an epoch")
         for positions in batches:
             split.read_stored(positions, paths)
@@ -314,19 +323,29 @@ def measure(folder: Path, samples: int, workers: int, repeats: int) -> Measured:
 
 
 def table(results: dict[int, Measured]) -> str:
-    """A line per measure: cost per sample at each size, and last divided by first."""
+    """A line per measure: cost per sample at each size, and last divided by first.
+
+    Memory is told as a whole, in MB, and how much of it each further sample takes.
+    """
     sizes = list(results)
+    first, last = sizes[0], sizes[-1]
     head = "".join(f"{size:>14,}" for size in sizes)
-    lines = [f"{'per sample':38}{head}{'ratio':>9}"]
-    for name in results[sizes[0]]:
-        what, unit, scale = name, "", 1.0
-        if name.endswith(" s"):
-            what, unit, scale = name[:-2], "µs", 1e6
-        elif name.endswith(" bytes"):
-            what, unit = name[:-6], "B"
-        each = [scale * results[size][name] / size for size in sizes]
-        row = "".join(f"{value:14.3f}" for value in each)
-        lines.append(f"{f'{what} ({unit})':38}{row}{each[-1] / each[0]:9.2f}")
+    lines = [f"{'per sample':46}{head}{'ratio':>10}"]
+    for name in results[first]:
+        values = {size: results[size][name] for size in sizes}
+        if "memory" in name:
+            what, unit, scale = name.removesuffix(" bytes"), "MB, not each", 1e-6
+            shown = values
+            growth = (values[last] - values[first]) / max(last - first, 1)
+            told = f"+{growth:.0f} B"
+        else:
+            seconds = name.endswith(" s")
+            what = name.removesuffix(" s").removesuffix(" bytes")
+            unit, scale = ("µs", 1e6) if seconds else ("B", 1.0)
+            shown = {size: value / size for size, value in values.items()}
+            told = f"{shown[last] / shown[first]:.2f}"
+        row = "".join(f"{scale * value:14.3f}" for value in shown.values())
+        lines.append(f"{f'{what} ({unit})':46}{row}{told:>10}")
     return "\n".join(lines)
 
 
