@@ -16,6 +16,11 @@ from pipeline.errors import SpecError
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--cache", required=True, help="Store: a folder, zip archive or URL.")
 @click.option(
+    "--stage",
+    type=click.Path(path_type=Path),
+    help="Local folder to copy the store to first, once, and to train from.",
+)
+@click.option(
     "--strategy",
     help=f"{', '.join(STRATEGIES)}, or several joined with +. Default: none.",
 )
@@ -35,6 +40,7 @@ from pipeline.errors import SpecError
 @one_sentence_errors
 def main(
     cache: str,
+    stage: Path | None,
     strategy: str | None,
     student: str | None,
     config: Path | None,
@@ -60,6 +66,10 @@ def main(
     world = world_of(os.environ)
     with joined(world, device):
         chosen = load_config(config, flags, overrides)
+        if stage is not None:
+            from pipeline.store.transfer import staged_store
+
+            cache = str(staged_store(cache, stage))
         told = _train(chosen, cache, out, world, device, threads, (resume, auto_resume))
     if world.is_first:
         click.echo(told)

@@ -25,6 +25,8 @@ from pipeline.store.encoding import SCALE, dequantized
 from pipeline.structure import Structure
 
 EDGE_CACHE_BYTES = 1 << 30
+# What Python takes for the edges of a sample beside the numbers (measured).
+_EDGE_OVERHEAD = 600
 
 Tables = dict[str, torch.Tensor]
 
@@ -167,9 +169,10 @@ class CachedSamples:
             sample_id = str(self.split.sample_ids[position])
             edges = sample_edges(sample_id, structure, self.rule)
             with self._lock:
-                if self._edge_bytes + edges.nbytes <= self.edge_cache_bytes:
+                size = edges.nbytes + _EDGE_OVERHEAD
+                if self._edge_bytes + size <= self.edge_cache_bytes:
                     self._edges[position] = edges
-                    self._edge_bytes += edges.nbytes
+                    self._edge_bytes += size
         return edges
 
 

@@ -13,8 +13,10 @@ from typing import Any
 
 from pipeline.errors import StoreError
 from pipeline.files import told_when_full
-from pipeline.planning import plan_split, scan_dataset, store_attributes
+from pipeline.passes import processes
+from pipeline.planning import plan_split, store_attributes
 from pipeline.preview import preview
+from pipeline.scanning import Scan
 from pipeline.scatter import Part
 from pipeline.source import Source
 from pipeline.spec import CacheSpec
@@ -34,14 +36,22 @@ class Job:
     """A store to be built: what it is made from, and how it is planned."""
 
     source: Source
+    scans: dict[str, Scan]
     plans: dict[str, SplitPlan]
     attributes: dict[str, Any]
 
 
 def prepare(
-    spec: CacheSpec, device: str = "cpu", before: FeatureStore | None = None
+    spec: CacheSpec,
+    device: str = "cpu",
+    before: FeatureStore | None = None,
+    workers: int = 0,
 ) -> Job:
-    """Load the teacher, read every dataset once, plan every split; writes nothing.
+    """Load the teacher, read every dataset once, plan every split.
+
+    Datasets are read by so many ``workers``, or by this process. Those that a store is
+    there for already, and whose files have not changed since, are not read again: what
+    was found then is in its sidecar.
 
     Edges are counted and encodings calibrated only for a store that is not there yet:
     one that is knows them. With ``before``, the store there is planned anew, its own
@@ -52,18 +62,13 @@ def prepare(
     SpecError, DataError, CheckpointError
         Anything that would make the build fail later and can be known now.
     """
-    source = Source.open(spec, device)
-    check_energy_kinds(spec.splits, source.datasets)
     new = before is not None or not Path(spec.store.path).exists()
     old = {} if before is None else before.splits
-    scans = {
-        name: scan_dataset(
-            dataset,
-            spec.splits[name].reference_energies,
-            source.edge_counter(name) if new else None,
-        )
-        for name, dataset in source.datasets.items()
-    }
+    with processes(workers) as run:
+        source = Source.open(spec, device, run)
+        if new:
+            check_energy_kinds(spec.splits, source.datasets)
+        scans = {name: source.scan(name, new, run) for name in source.datasets}
     calibrations = {
         name: source.calibrations(name, old[name].index if name in old else None)
         for name in (source.datasets if new else ())
@@ -85,7 +90,7 @@ def prepare(
             name: preview(name, dataset, source.teacher, source.fields(name))
             for name, dataset in source.datasets.items()
         }
-    return Job(source, plans, attributes)
+    return Job(source, scans, plans, attributes)
 
 
 def plan_store(spec: CacheSpec, device: str = "cpu") -> Path:
@@ -127,7 +132,7 @@ def build_store(
         raise StoreError(
             f"{path} is not planned yet; run `kd-cache plan SPEC` once before the parts"
         )
-    job = prepare(spec, device)
+    job = prepare(spec, device, workers=workers)
     with told_when_full(path):
         create_or_match(job, path)
         writer = StoreWriter(path)
@@ -230,6 +235,7 @@ def create_or_match(job: Job, path: Path) -> None:
             f"this spec's {wanted[:12]}…); where the spec gained a field or a split, "
             "run `kd-cache add-field SPEC`, else remove the store or set store.path."
         )
+    job.source.keep_scans(job.scans)
 
 
 def _fill_with_dask(

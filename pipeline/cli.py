@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from pipeline.convert import Conversion
     from pipeline.scatter import Part
     from pipeline.spec import CacheSpec
+    from pipeline.store.verify import Problem
 
 CHECK_FAILED = 1
 
@@ -51,8 +52,15 @@ def _chosen_part(text: str | None, others: dict[str, object]) -> "Part | None":
 def _spec_for_store(
     spec: Path, out: str | None, overrides: tuple[str, ...]
 ) -> "CacheSpec":
+    from pipeline.errors import SpecError
+    from pipeline.remote import is_url
     from pipeline.spec import load_spec
 
+    if is_url(out):
+        raise SpecError(
+            f"--out {out} is a URL, and a store is built on a local disk; build it "
+            f"there and `kd-cache push STORE {out}`."
+        )
     if out is not None:
         overrides = (*overrides, f"store.path={Path(out).resolve()}")
     return load_spec(spec, overrides)
@@ -80,6 +88,15 @@ _set_option = click.option(
 )
 _threads_option = click.option(
     "--threads", type=click.IntRange(min=1), help="CPU threads of torch."
+)
+
+
+_workers_option = click.option(
+    "--workers",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Processes to work in; 0: this one.",
 )
 
 
@@ -237,12 +254,12 @@ def add_field(
     click.echo(f"{store}: added {what}; complete and sealed.")
 
 
-def _convert(store: str, out: Path, conversion: "Conversion") -> None:
+def _convert(store: str, out: Path, conversion: "Conversion", workers: int) -> None:
     from pipeline.convert import convert_store
 
     log_to_file("pipeline", out.with_name(out.name + ".log"))
     with _progress() as report:
-        convert_store(store, out, conversion, report)
+        convert_store(store, out, conversion, report, workers)
     click.echo(f"{out}: complete and sealed.")
 
 
@@ -267,6 +284,7 @@ _field_option = click.option(
     help="Of compact: squared error relative to the variance; default 0.001.",
 )
 @_field_option
+@_workers_option
 @one_sentence_errors
 def compact(
     store: str,
@@ -274,11 +292,12 @@ def compact(
     profile: Literal["compact", "q8"],
     error: float | None,
     fields: tuple[str, ...],
+    workers: int,
 ) -> None:
     """Write STORE to OUT with smaller features."""
     from pipeline.convert import conversion_of
 
-    _convert(store, out, conversion_of(profile, error=error, fields=fields))
+    _convert(store, out, conversion_of(profile, error=error, fields=fields), workers)
 
 
 @main.command()
@@ -297,6 +316,7 @@ def compact(
     help="Of faithful; default: the field's own.",
 )
 @_field_option
+@_workers_option
 @one_sentence_errors
 def hydrate(
     store: str,
@@ -304,11 +324,35 @@ def hydrate(
     profile: Literal["faithful", "q8"],
     dtype: Literal["float16", "float32"] | None,
     fields: tuple[str, ...],
+    workers: int,
 ) -> None:
     """Write STORE, which may be a URL, to OUT with features that are fast to read."""
     from pipeline.convert import conversion_of
 
-    _convert(store, out, conversion_of(profile, dtype=dtype, fields=fields))
+    _convert(store, out, conversion_of(profile, dtype=dtype, fields=fields), workers)
+
+
+@main.command()
+@click.argument("store")
+@click.argument("target")
+@click.option("--verify", "check", is_flag=True, help="Read every byte back.")
+@one_sentence_errors
+def push(store: str, target: str, check: bool) -> None:
+    """Copy STORE to TARGET, a URL or a folder; what is there already stays.
+
+    Of a store that is not finished the finished blocks; give the command again for the
+    rest. The copy counts as complete with its last byte.
+    """
+    from pipeline.store.transfer import copy_store
+
+    with _progress() as report:
+        complete = copy_store(store, target, report)
+    if not complete:
+        click.echo(f"{target}: the finished blocks are there, others are missing.")
+        return
+    click.echo(f"{target}: complete and sealed.")
+    if check:
+        sys.exit(CHECK_FAILED if _verify(target, workers=0) else 0)
 
 
 @main.command()
@@ -346,6 +390,7 @@ def info(store: str, as_json: bool, as_csv: bool) -> None:
 )
 @click.option("--set", "overrides", multiple=True, help="teacher.checkpoint=PATH etc.")
 @click.option("--device", default=None, help="Of the teacher; default: a GPU if any.")
+@_workers_option
 @one_sentence_errors
 def verify(
     store: str,
@@ -354,15 +399,11 @@ def verify(
     samples: int,
     overrides: tuple[str, ...],
     device: str | None,
+    workers: int,
 ) -> None:
     """Check every byte of STORE; exit 1 when something is damaged."""
-    from pipeline.store.verify import verify_store
-
-    problems = verify_store(store)
-    for problem in problems:
-        click.echo(f"{problem}", err=True)
+    problems = _verify(store, workers)
     if not problems:
-        click.echo(f"{store}: everything checked, nothing damaged.")
         if teacher:
             _compare_with_teacher(store, samples, device, overrides)
         return
@@ -371,6 +412,18 @@ def verify(
 
         click.echo(discard_damaged(store, problems), err=True)
     sys.exit(CHECK_FAILED)
+
+
+def _verify(store: str, workers: int) -> list["Problem"]:
+    """Problems of the store, told as they are found."""
+    from pipeline.store.verify import verify_store
+
+    problems = verify_store(store, workers)
+    for problem in problems:
+        click.echo(f"{problem}", err=True)
+    if not problems:
+        click.echo(f"{store}: everything checked, nothing damaged.")
+    return problems
 
 
 def _compare_with_teacher(

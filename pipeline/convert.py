@@ -13,6 +13,7 @@ import numpy as np
 from pipeline.errors import SpecError, StoreError
 from pipeline.fields import CHANNEL_FIELDS
 from pipeline.files import told_when_full
+from pipeline.passes import processes
 from pipeline.planning import array_attributes, array_identity, stored_dtype
 from pipeline.spec import FeatureSpec
 from pipeline.store.adoption import Adoption
@@ -76,8 +77,11 @@ def convert_store(
     out: Path,
     conversion: Conversion,
     report: Report = lambda split, samples, blocks_left: None,
+    workers: int = 0,
 ) -> None:
     """Write the store at ``source`` to ``out`` as ``conversion`` says, and seal it.
+
+    Blocks are converted by so many ``workers``, or by this process.
 
     May be killed at any moment and called again. The new store has the same blocks and
     samples; encodings are calibrated on the features of its first samples, which its
@@ -120,23 +124,43 @@ def convert_store(
             for name in store.splits
             for block in writer.pending_blocks(name, verify=True)
         ]
-        for number, (name, block) in enumerate(pending, 1):
-            samples = _convert_block(store.splits[name], writer, block, chosen[name])
-            report(name, samples, len(pending) - number)
+        with processes(workers) as run:
+            done = run(_Converter(source, out, chosen), pending)
+            for number, (name, samples) in enumerate(done, 1):
+                report(name, samples, len(pending) - number)
         writer.seal()
 
 
-def _convert_block(
-    split: SplitReader, writer: StoreWriter, block: int, paths: Collection[str]
-) -> int:
-    with writer.claim_block(split.name, block) as missing:
-        if missing:
-            target = writer.splits[split.name]
-            anew = {path for p in paths for path in (p, *target.fields[p].companions)}
-            rows = split.read_block(block, list(paths))
-            adopted = Adoption(split.index, target.arrays.keys() - anew)
-            writer.write_block(split.name, block, rows, adopted)
-    return len(split.block_positions(block))
+class _Converter:
+    """Converts blocks of one store; another process that is sent it opens the stores.
+
+    ``chosen`` are the paths that are stored anew, by split.
+    """
+
+    def __init__(
+        self, source: Path | str, out: Path, chosen: Mapping[str, Collection[str]]
+    ) -> None:
+        self._made_of = source, out, chosen
+        self._splits = FeatureStore.open(source).splits
+        self._writer = StoreWriter(out)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Converter, self._made_of
+
+    def __call__(self, item: tuple[str, int]) -> tuple[str, int]:
+        """Convert a block unless it is there; returns its split and samples."""
+        name, block = item
+        split, paths = self._splits[name], self._made_of[2][name]
+        with self._writer.claim_block(name, block) as missing:
+            if missing:
+                target = self._writer.splits[name]
+                anew = {
+                    path for p in paths for path in (p, *target.fields[p].companions)
+                }
+                rows = split.read_block(block, list(paths))
+                adopted = Adoption(split.index, target.arrays.keys() - anew)
+                self._writer.write_block(name, block, rows, adopted)
+        return name, len(split.block_positions(block))
 
 
 def _plan(

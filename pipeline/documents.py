@@ -97,6 +97,11 @@ def expand_path(text: str, folder: Path, key: str) -> Path:
     SpecError
         A variable is not set; names the key and the variable.
     """
+    return (folder / Path(expand_text(text, key)).expanduser()).resolve()
+
+
+def expand_text(text: str, key: str) -> str:
+    """``text`` with environment variables filled in; errors of `expand_path`."""
 
     def value(match: re.Match[str]) -> str:
         name = match.group(1) or match.group(2)
@@ -107,7 +112,7 @@ def expand_path(text: str, folder: Path, key: str) -> Path:
             )
         return os.environ[name]
 
-    return (folder / Path(_VARIABLE.sub(value, text)).expanduser()).resolve()
+    return _VARIABLE.sub(value, text)
 
 
 def _known_keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:

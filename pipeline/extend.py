@@ -62,7 +62,7 @@ def extend_store(
     with told_when_full(path), _only_one(path):
         _finish_exchange(path, staging)
         before = FeatureStore.open(path)
-        job = prepare(spec, device, before)
+        job = prepare(spec, device, before, workers)
         if before.fingerprint == job.attributes["fingerprint"]:
             _remove(staging)
             return []

@@ -3,8 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -14,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.datasets import Dataset
-from pipeline.errors import DataError, SpecError
+from pipeline.errors import SpecError
 from pipeline.fields import (
     EDGE_IDENTITY_FIELDS,
     FIELDS,
@@ -22,7 +21,7 @@ from pipeline.fields import (
     PREDICTION_FIELDS,
     STRUCTURE_FIELDS,
 )
-from pipeline.models.normalizer import Normalizer
+from pipeline.scanning import Scan
 from pipeline.spec import (
     NO_REFERENCES,
     PER_ELEMENT,
@@ -31,75 +30,13 @@ from pipeline.spec import (
     SplitSpec,
     read_reference_energies,
 )
-from pipeline.statistics import LabelSums
 from pipeline.store.calibration import Calibration
 from pipeline.store.encoding import DTYPES
-from pipeline.store.layout import INNER_ROWS, IntArray, plan_blocks
+from pipeline.store.layout import INNER_ROWS, plan_blocks
 from pipeline.store.writer import ArrayPlan, SplitPlan
-from pipeline.structure import Sample, Structure
 from pipeline.teacher import Teacher, width_shape
 
 log = logging.getLogger("pipeline.planning")
-CountEdges = Callable[[Structure], int]
-
-
-@dataclass(frozen=True, eq=False)
-class Scan:
-    """What one pass over a dataset tells, all in its own order.
-
-    ``checksums`` (n,) of the structures, ``content`` SHA-256 over ids, structures and
-    labels, ``labels`` their statistics, ``labelled`` the number of samples that have
-    each, ``n_edges`` (n,) where they were counted.
-    """
-
-    checksums: npt.NDArray[np.uint64]
-    content: str
-    labels: Normalizer
-    labelled: Mapping[str, int]
-    n_edges: IntArray | None
-
-
-def scan_dataset(
-    dataset: Dataset, reference_energies: str, count_edges: CountEdges | None = None
-) -> Scan:
-    """Read every sample of ``dataset`` once.
-
-    Raises
-    ------
-    DataError
-        The edges of a sample cannot be counted; names it.
-    """
-    content = hashlib.sha256()
-    labels = LabelSums()
-    checksums = np.empty(len(dataset), np.uint64)
-    n_edges = None if count_edges is None else np.empty(len(dataset), np.int64)
-    for index in range(len(dataset)):
-        sample = dataset[index]
-        checksum = sample.structure.checksum
-        checksums[index] = checksum
-        _add_content(content, sample, checksum)
-        labels.add(sample)
-        if count_edges is not None and n_edges is not None:
-            n_edges[index] = _counted(sample, count_edges)
-    normalizer = labels.normalizer(reference_energies)
-    return Scan(checksums, content.hexdigest(), normalizer, labels.counts, n_edges)
-
-
-def _add_content(content: Any, sample: Sample, checksum: int) -> None:
-    structure = sample.structure
-    content.update(sample.sample_id.encode() + b"\0")
-    content.update(checksum.to_bytes(8, "little"))
-    for part in (structure.pbc, structure.tags, structure.fixed):
-        content.update(part.tobytes())
-    content.update(np.float64(sample.energy).tobytes())
-    content.update(np.ascontiguousarray(sample.forces).tobytes())
-
-
-def _counted(sample: Sample, count_edges: CountEdges) -> int:
-    try:
-        return count_edges(sample.structure)
-    except DataError as error:
-        raise DataError(f"Sample {sample.sample_id!r}: {error}") from None
 
 
 def plan_split(

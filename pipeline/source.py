@@ -1,8 +1,9 @@
 """What blocks are filled from: datasets in storage order and the teacher."""
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 
@@ -10,12 +11,18 @@ from pipeline.calibrating import calibrate_fields
 from pipeline.datasets import Dataset, open_split
 from pipeline.errors import DataError
 from pipeline.fields import FIELDS
-from pipeline.planning import CountEdges, wanted_features
+from pipeline.models.normalizer import Normalizer
+from pipeline.passes import Run
+from pipeline.planning import wanted_features
+from pipeline.scanning import CountEdges, Hashes, Scan, sample_hash, scan_dataset
+from pipeline.sidecar import Sidecar
 from pipeline.spec import CacheSpec
 from pipeline.store.adoption import Adoption
 from pipeline.store.calibration import Calibration, known_calibration
-from pipeline.store.index import SplitIndex
+from pipeline.store.index import ROOT_KEY, SplitIndex
 from pipeline.store.layout import IntArray, storage_order
+from pipeline.store.metadata import read_root
+from pipeline.store.places import FolderPlace
 from pipeline.store.writer import StoreWriter
 from pipeline.structure import Sample
 from pipeline.teacher import Arrays, Teacher
@@ -25,18 +32,23 @@ from pipeline.teacher import Arrays, Teacher
 class Source:
     """All that a process needs to fill blocks of a planned store.
 
-    ``orders`` gives for every split the dataset index at each storage position.
+    ``orders`` gives for every split the dataset index at each storage position,
+    ``known`` what a pass over its content found when the store was planned.
     """
 
     spec: CacheSpec
     datasets: dict[str, Dataset]
     orders: dict[str, IntArray]
     teacher: Teacher | None
+    sidecar: Sidecar
+    known: dict[str, Scan]
     _working: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
-    def open(cls, spec: CacheSpec, device: str = "cpu") -> "Source":
+    def open(cls, spec: CacheSpec, device: str = "cpu", run: Run = map) -> "Source":
         """Datasets and teacher of ``spec``; reads no sample.
+
+        Samples are listed by ``run``, unless the sidecar of the store has them.
 
         Raises
         ------
@@ -48,10 +60,35 @@ class Source:
         if spec.teacher is not None:
             teacher = Teacher.load(spec.teacher, device, layers)
             teacher.check_fields(tuple(spec.features))
-        datasets = {name: open_split(split) for name, split in spec.splits.items()}
+        store = Path(spec.store.path)
+        sidecar = Sidecar(store)
+        datasets = {
+            name: open_split(split, sidecar.lister(name, split, run))
+            for name, split in spec.splits.items()
+        }
         seed = spec.store.seed
         orders = {n: storage_order(len(d), seed) for n, d in datasets.items()}
-        return cls(spec, datasets, orders, teacher)
+        known = _known_scans(store, sidecar, datasets)
+        return cls(spec, datasets, orders, teacher, sidecar, known)
+
+    def scan(self, split: str, count_edges: bool, run: Run = map) -> Scan:
+        """What the store was planned for, or else a pass over the dataset.
+
+        Edges are counted, where the split keeps any, if they are asked for.
+        """
+        counter = self.edge_counter(split) if count_edges else None
+        known = self.known.get(split)
+        if known is not None and counter is None:
+            return known
+        references = self.spec.splits[split].reference_energies
+        return scan_dataset(self.datasets[split], references, counter, run)
+
+    def keep_scans(self, scans: Mapping[str, Scan]) -> None:
+        """Keep what passes found, once the store is known to be planned for it."""
+        for name, scan in scans.items():
+            if scan is not self.known.get(name):
+                self.sidecar.keep_scan(name, scan)
+                self.known[name] = scan
 
     def fill_block(
         self,
@@ -93,7 +130,10 @@ class Source:
         """Structures, labels and predictions of samples, by path."""
         chosen = self.orders[index.name][positions.start : positions.stop]
         samples = [self.datasets[index.name][int(i)] for i in chosen]
-        _check_unchanged(index, positions, samples)
+        known = self.known.get(index.name)
+        _check_unchanged(
+            index, positions, samples, None if known is None else known.hashes[chosen]
+        )
         values = _source_arrays(samples)
         if self.teacher is not None:
             with self._working:
@@ -130,13 +170,42 @@ class Source:
         return self.teacher.count_edges
 
 
+def _known_scans(
+    store: Path, sidecar: Sidecar, datasets: Mapping[str, Dataset]
+) -> dict[str, Scan]:
+    """What is kept of the datasets as they are now and as ``store`` was planned for."""
+    if not store.exists():
+        return {}
+    header = read_root(FolderPlace(store))[ROOT_KEY]
+    planned, statistics = header.get("splits", {}), header.get("label_statistics", {})
+    labelled = header.get("provenance", {}).get("labelled", {})
+    known = {}
+    for name in datasets.keys() & planned.keys() & statistics.keys():
+        content = planned[name]["content"]
+        found = sidecar.scan(name, content, len(datasets[name]))
+        if found is not None:
+            labels = Normalizer.from_dict(statistics[name])
+            counts = labelled.get(name, {})
+            known[name] = Scan(found[0], content, found[1], labels, counts, None)
+    return known
+
+
 def _check_unchanged(
-    index: SplitIndex, positions: range, samples: Sequence[Sample]
+    index: SplitIndex,
+    positions: range,
+    samples: Sequence[Sample],
+    hashes: Hashes | None,
 ) -> None:
-    """Raise unless ``samples`` are those that the store was planned for."""
-    for position, sample in zip(positions, samples, strict=True):
+    """Raise unless ``samples`` are those that the store was planned for.
+
+    The store knows ids and structures; ``hashes`` (m,) have labels, too.
+    """
+    changed = np.zeros(len(samples), np.bool_)
+    if hashes is not None:
+        changed = np.array([sample_hash(s) for s in samples], np.uint64) != hashes
+    for position, sample, differs in zip(positions, samples, changed, strict=True):
         planned = int(index.checksums[position]), str(index.sample_ids[position])
-        if planned != (sample.structure.checksum, sample.sample_id):
+        if differs or planned != (sample.structure.checksum, sample.sample_id):
             raise DataError(
                 f"splits.{index.name}: sample {planned[1]!r} is not what it was when "
                 f"{index.place} was planned; restore the dataset or choose another "

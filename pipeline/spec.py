@@ -13,12 +13,14 @@ from pipeline.documents import (
     ClosedModel,
     apply_overrides,
     expand_path,
+    expand_text,
     nearest,
     read_yaml,
     validate,
 )
 from pipeline.errors import SpecError
 from pipeline.fields import CACHEABLE_FIELDS, FIELDS
+from pipeline.remote import is_url, refuse_credentials
 
 PER_ELEMENT, NO_REFERENCES = "per_element", "none"
 COMPACT_ERROR = 1e-3
@@ -71,7 +73,9 @@ class SplitSpec(ClosedModel):
     format: Literal["oc20_lmdb", "oc20_raw", "extxyz", "ase_db", "aselmdb"] = Key(
         description="oc20_lmdb | oc20_raw | extxyz | ase_db | aselmdb; text also packed"
     )
-    path: str = Key(description="file or folder, relative to the spec or absolute")
+    path: str = Key(
+        description="file or folder, relative to the spec or absolute; or its URL"
+    )
     source: str | None = Key(None, description="where the data are published")
     features: bool = Key(
         True, description="false: structures, labels, teacher energy and forces only"
@@ -222,11 +226,11 @@ def _refuse_missing(spec: CacheSpec, folder: Path) -> None:
     problems = []
     for key, text, source in named:
         try:
-            path = expand_path(text, folder, key)
+            path = _resolve_path(text, folder, key)
         except SpecError as error:
             problem = str(error).rstrip(".")
         else:
-            if path.exists():
+            if (is_url(path) and key.startswith("splits.")) or Path(path).exists():
                 continue
             problem = f"{key}: {path} does not exist; set it with --set {key}=PATH"
         problems.append(problem + (f" (published at {source})" if source else ""))
@@ -276,8 +280,17 @@ def _atomic_number(element: object) -> int | None:
     return number if 1 <= number <= max(atomic_numbers.values()) else None
 
 
+def _resolve_path(text: str, folder: Path, key: str) -> str:
+    """An absolute path, or a URL as it is; variables filled in."""
+    if not is_url(text):
+        return str(expand_path(text, folder, key))
+    url = expand_text(text, key)
+    refuse_credentials(url, key)
+    return url
+
+
 def _resolve_split(split: SplitSpec, folder: Path, key: str) -> SplitSpec:
-    changes = {"path": str(expand_path(split.path, folder, f"{key}.path"))}
+    changes = {"path": _resolve_path(split.path, folder, f"{key}.path")}
     references = split.reference_energies
     if references not in (PER_ELEMENT, NO_REFERENCES):
         file = expand_path(references, folder, f"{key}.reference_energies")

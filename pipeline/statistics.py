@@ -9,6 +9,7 @@ import numpy.typing as npt
 from ase.data import chemical_symbols
 
 from pipeline.datasets import Dataset
+from pipeline.datasets.base import in_pieces
 from pipeline.errors import DataError, SpecError
 from pipeline.models.normalizer import NUM_REFERENCES, Normalizer
 from pipeline.spec import (
@@ -20,7 +21,7 @@ from pipeline.spec import (
 from pipeline.structure import Sample
 
 # Samples whose equations are folded into the triangle at a time.
-_FOLD = 2048
+FOLD = 2048
 # Samples of a split whose energies are compared with those of other splits.
 COMPARED = 256
 # Energies are of another kind when, per atom, they differ by more than both.
@@ -28,6 +29,7 @@ KIND_DIFFERENCE = 1.5  # eV
 KIND_RATIO = 5.0
 
 Floats = npt.NDArray[np.float64]
+Counts = npt.NDArray[np.uint16]
 
 
 class LabelSums:
@@ -35,10 +37,11 @@ class LabelSums:
 
     The least-squares equations of the energies are kept as the triangle of their QR
     decomposition, which has the same solutions and does not grow with the samples.
+    Sums of parts of a dataset, up to 2048 samples each, can be merged, in its order.
     """
 
     def __init__(self) -> None:
-        self._pending: list[Floats] = []
+        self._pending: list[tuple[Counts, Floats]] = []
         self._triangle = np.zeros((0, NUM_REFERENCES + 1))
         self._sum = np.zeros(NUM_REFERENCES + 1)
         self._labelled = 0
@@ -51,19 +54,35 @@ class LabelSums:
         """Samples with an energy, and samples with the forces of all their atoms."""
         return {"energy": self._labelled, "forces": self._with_forces}
 
-    def add(self, sample: Sample) -> None:
-        """Take the labels of a sample into account, where it has some."""
-        if np.isfinite(sample.energy):
-            counts = _composition(sample.structure.atomic_numbers)
-            self._pending.append(np.append(counts, sample.energy))
-            self._labelled += 1
-        if len(self._pending) == _FOLD:
-            self._fold()
-        self._with_forces += bool(np.isfinite(sample.forces).all())
-        forces = sample.forces[~sample.structure.fixed].astype(np.float64)
-        forces = forces[np.isfinite(forces)]
-        self._squares += float((forces**2).sum())
-        self._components += forces.size
+    def add(self, samples: Sequence[Sample]) -> None:
+        """Take the labels of samples into account, where they have some."""
+        labelled = [sample for sample in samples if np.isfinite(sample.energy)]
+        for part in in_pieces(labelled, FOLD):
+            counts = [_composition(s.structure.atomic_numbers) for s in part]
+            energies = np.array([s.energy for s in part])
+            self._pending.append((np.stack(counts), energies))
+        for sample in samples:
+            self._with_forces += bool(np.isfinite(sample.forces).all())
+            forces = sample.forces[~sample.structure.fixed].astype(np.float64)
+            forces = forces[np.isfinite(forces)]
+            self._squares += float((forces**2).sum())
+            self._components += forces.size
+
+    def merge(self, other: "LabelSums") -> None:
+        """Take what ``other`` has seen into account, as samples that come after.
+
+        Decompositions are made here, not where samples are read, since the number of
+        threads may change their last bits.
+        """
+        self._fold()
+        self._pending += other._pending
+        self._triangle = _triangle(self._triangle, other._triangle)
+        self._sum += other._sum
+        self._squares += other._squares
+        self._components += other._components
+        self._labelled += other._labelled
+        self._with_forces += other._with_forces
+        self._fold()
 
     def normalizer(self, reference_energies: str) -> Normalizer:
         """Normaliser fitted to the labels so far.
@@ -94,15 +113,23 @@ class LabelSums:
         return Normalizer(mean, scale, scale, tuple(references.tolist()))
 
     def _fold(self) -> None:
-        if self._pending:
-            rows = np.stack(self._pending)
+        for counts, energies in self._pending:
+            rows = np.column_stack((counts.astype(np.float64), energies))
             self._sum += rows.sum(axis=0)
-            self._triangle = np.linalg.qr(np.vstack((self._triangle, rows))).R
-            self._pending = []
+            self._labelled += len(rows)
+            self._triangle = _triangle(self._triangle, rows)
+        self._pending = []
 
 
-def _composition(atomic_numbers: npt.NDArray[np.uint8]) -> Floats:
-    return np.bincount(atomic_numbers, minlength=NUM_REFERENCES).astype(np.float64)
+def _triangle(equations: Floats, more: Floats) -> Floats:
+    """Triangle of the equations together; as it is where there are no more."""
+    if not len(more):
+        return equations
+    return np.linalg.qr(np.vstack((equations, more))).R
+
+
+def _composition(atomic_numbers: npt.NDArray[np.uint8]) -> Counts:
+    return np.bincount(atomic_numbers, minlength=NUM_REFERENCES).astype(np.uint16)
 
 
 def _least_squares(equations: Floats, samples: int) -> Floats:

@@ -1,10 +1,11 @@
 """A trained potential in, named fields in eV and Å out; knows nothing of the store."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 
 from pipeline.errors import SpecError
 from pipeline.fields import EDGE_IDENTITY_FIELDS, FIELDS, PREDICTION_FIELDS
-from pipeline.graphs.neighbors import neighbor_edges
+from pipeline.graphs.neighbors import GraphRule, neighbor_edges
 from pipeline.spec import TeacherSpec
 from pipeline.structure import Sample, Structure
 from pipeline.teachers.interface import FieldOffer, Graph, Potential
@@ -119,9 +120,13 @@ class Teacher:
             "normalizer": self.potential.normalizer.to_dict(),
         }
 
-    def count_edges(self, structure: Structure) -> int:
-        """Number of edges that ``edge_features`` of a structure will have."""
-        return len(neighbor_edges(structure, self.potential.graph_rule))
+    @property
+    def count_edges(self) -> Callable[[Structure], int]:
+        """Counts the edges that ``edge_features`` of a structure will have.
+
+        Knows the graph rule alone, so that it can be sent to other processes.
+        """
+        return partial(_count_edges, self.potential.graph_rule)
 
     def predict(self, samples: Sequence[Sample], fields: Sequence[str]) -> Arrays:
         """Energies, forces and ``fields`` of ``samples``, in their order.
@@ -201,6 +206,10 @@ class Teacher:
             single = values[name] if name == "teacher_energy" else values[name].float()
             arrays[name] = single.detach().cpu().numpy()
         return arrays
+
+
+def _count_edges(rule: GraphRule, structure: Structure) -> int:
+    return len(neighbor_edges(structure, rule))
 
 
 def width_shape(name: str, width: int) -> tuple[int, ...]:

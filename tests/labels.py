@@ -8,6 +8,5 @@ from pipeline.statistics import LabelSums
 def label_statistics(dataset: Dataset, reference_energies: str) -> Normalizer:
     """Normaliser fitted to the labels of ``dataset``, see ``LabelSums.normalizer``."""
     sums = LabelSums()
-    for index in range(len(dataset)):
-        sums.add(dataset[index])
+    sums.add([dataset[index] for index in range(len(dataset))])
     return sums.normalizer(reference_energies)

@@ -2,14 +2,15 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import ase.db
 import numpy as np
 
-from pipeline.datasets.base import IndexedDataset, Selection
+from pipeline.datasets.base import IndexedDataset, Listing, Selection
 from pipeline.datasets.rows import row_id, row_sample
 from pipeline.errors import DataError
+from pipeline.passes import Run
 from pipeline.structure import Sample
 
 WINDOW = 1000
@@ -23,6 +24,8 @@ class AseDbDataset(IndexedDataset):
     read once and kept in memory.
     """
 
+    columns: ClassVar[dict[str, str]] = {"row": "int64"}
+
     def __init__(self, path: str, selection: Selection) -> None:
         super().__init__(path)
         self._type = Path(path).suffix.removeprefix(".")
@@ -30,21 +33,39 @@ class AseDbDataset(IndexedDataset):
             raise DataError(f"{path} is no ASE database; it must end in .db or .json.")
         if not Path(path).is_file():
             raise DataError(f"{path} does not exist.")
-        self._rows: list[int] = []
+        self._selection = selection
         self._kept: dict[int, dict[str, Any]] = {}
-        chosen = selection.of()
-        sizes = []
+
+    def files(self) -> list[Path]:
+        """The file of the database."""
+        return [Path(self.path)]
+
+    @property
+    def keeps_samples(self) -> bool:
+        """A JSON file cannot be read in part."""
+        return self._type == "json"
+
+    def list_samples(self, run: Run = map) -> Listing:
+        """Ids, atom counts and numbers of rows; one file is read by one process."""
+        chosen = self._selection.of()
+        ids, sizes, rows = [], [], []
         for place, (number, row) in enumerate(self._all_rows(chosen.stop)):
             if place in chosen:
-                self._rows.append(number)
-                self._ids.append(row_id(row) or str(number))
+                rows.append(number)
+                ids.append(row_id(row) or str(number))
                 sizes.append(len(row["numbers"]))
                 if self._type == "json":
                     self._kept[number] = row
-        self._n_atoms = np.array(sizes, np.int32)
+        places = {"row": np.array(rows, np.int64)}
+        return Listing(ids, np.array(sizes, np.int32), places)
+
+    def use(self, listing: Listing) -> None:
+        """Take ``listing`` for that of this dataset."""
+        super().use(listing)
+        self._rows = listing.places["row"]
 
     def __getitem__(self, index: int) -> Sample:
-        number = self._rows[index]
+        number = int(self._rows[index])
         where = f"{self.path}: sample {number}"
         row = self._kept.get(number)
         if row is None:

@@ -3,15 +3,20 @@
 import json
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
-from pipeline.datasets.base import IndexedDataset, Selection
+from pipeline.datasets.base import IndexedDataset, Listing, Selection, in_pieces
 from pipeline.datasets.lmdb_files import LmdbFile, lmdb_files
 from pipeline.datasets.rows import row_id, row_sample
 from pipeline.errors import DataError
+from pipeline.passes import Run
 from pipeline.structure import Sample
+
+# Rows that one process lists at a time.
+PIECE = 4096
 
 # A row of 500 atoms takes 0.1 MB.
 MAX_ROW_BYTES = 1 << 24
@@ -26,23 +31,55 @@ class AselmdbDataset(IndexedDataset):
     row's number, after the file's name if there are several.
     """
 
+    columns: ClassVar[dict[str, str]] = {"file": "int32", "key": "int64"}
+
     def __init__(self, path: str, selection: Selection) -> None:
         super().__init__(path)
-        files = lmdb_files(Path(path), ".aselmdb")
-        places = [(file, str(key)) for file in files for key in file.numeric_keys()]
-        numbers = selection.of(len(places))
-        self._places = places[numbers.start : numbers.stop : numbers.step]
-        sizes = []
-        for file, key in self._places:
-            row = _row(file, key)
-            bare = key if len(files) == 1 else f"{file.path.stem}_{key}"
-            self._ids.append(row_id(row) or bare)
-            sizes.append(len(_sequence(row.get("numbers"), _where(file, key))))
-        self._n_atoms = np.array(sizes, np.int32)
+        self._files = lmdb_files(Path(path), ".aselmdb")
+        self._selection = selection
+
+    def files(self) -> list[Path]:
+        """All files with samples."""
+        return [file.data for file in self._files]
+
+    def list_samples(self, run: Run = map) -> Listing:
+        """Ids, atom counts and keys; decodes every row."""
+        keys = [np.array(file.numeric_keys(), np.int64) for file in self._files]
+        owner = np.repeat(np.arange(len(keys), dtype=np.int32), [len(k) for k in keys])
+        chosen = self._selection.of(len(owner))
+        part = slice(chosen.start, chosen.stop, chosen.step)
+        files, numbers = owner[part], np.concatenate(keys)[part]
+        pieces = zip(in_pieces(files, PIECE), in_pieces(numbers, PIECE), strict=True)
+        ids: list[str] = []
+        sizes: list[int] = []
+        for found in run(self._scan_piece, pieces):
+            ids += found[0]
+            sizes += found[1]
+        return Listing(ids, np.array(sizes, np.int32), {"file": files, "key": numbers})
+
+    def use(self, listing: Listing) -> None:
+        """Take ``listing`` for that of this dataset."""
+        super().use(listing)
+        self._places = listing.places
 
     def __getitem__(self, index: int) -> Sample:
-        file, key = self._places[index]
+        file = self._files[int(self._places["file"][index])]
+        key = str(self._places["key"][index])
         return row_sample(_row(file, key), self._ids[index], _where(file, key))
+
+    def _scan_piece(
+        self, places: tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]
+    ) -> tuple[list[str], list[int]]:
+        """Ids and atom counts of rows; ``places`` are their files and keys."""
+        ids, sizes = [], []
+        for number, key in zip(*(column.tolist() for column in places), strict=True):
+            file = self._files[number]
+            row = _row(file, str(key))
+            alone = len(self._files) == 1
+            bare = str(key) if alone else f"{file.path.stem}_{key}"
+            ids.append(row_id(row) or bare)
+            sizes.append(len(_sequence(row.get("numbers"), _where(file, str(key)))))
+        return ids, sizes
 
 
 def _where(file: LmdbFile, key: str) -> str:

@@ -36,6 +36,11 @@ class LmdbFile:
     def __getstate__(self) -> dict[str, Any]:
         return {"path": self.path}
 
+    @property
+    def data(self) -> Path:
+        """The file that holds the data."""
+        return self.path / "data.mdb" if self.path.is_dir() else self.path
+
     def get(self, key: str) -> bytes | None:
         """Bytes under ``key``, or None."""
         try:

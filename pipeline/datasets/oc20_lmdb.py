@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.datasets.base import IndexedDataset, Selection
+from pipeline.datasets.base import IndexedDataset, Listing, Selection, in_pieces
 from pipeline.datasets.lmdb_files import LmdbFile, lmdb_files
 from pipeline.datasets.pyg_pickles import (
     Tensor,
@@ -18,7 +18,11 @@ from pipeline.datasets.pyg_pickles import (
 from pipeline.datasets.samples import Fields, checked_sample, pair_id
 from pipeline.datasets.unpickling import Refusal
 from pipeline.errors import DataError
+from pipeline.passes import Run
 from pipeline.structure import Sample
+
+# Samples that one process lists at a time.
+PIECE = 4096
 
 
 class Oc20LmdbDataset(IndexedDataset):
@@ -34,12 +38,19 @@ class Oc20LmdbDataset(IndexedDataset):
         counts = [_count(file) for file in self._files]
         self._ends = list(accumulate(counts))
         self._numbers = selection.of(sum(counts))
-        sizes = []
-        for number in self._numbers:
-            sample_id, n_atoms = self._scan(number)
-            self._ids.append(sample_id)
-            sizes.append(n_atoms)
-        self._n_atoms = np.array(sizes, np.int32)
+
+    def files(self) -> list[Path]:
+        """All files with samples."""
+        return [file.data for file in self._files]
+
+    def list_samples(self, run: Run = map) -> Listing:
+        """Ids and atom counts; reads every sample without decoding its arrays."""
+        ids: list[str] = []
+        sizes: list[int] = []
+        for found in run(self._scan_piece, in_pieces(self._numbers, PIECE)):
+            ids += found[0]
+            sizes += found[1]
+        return Listing(ids, np.array(sizes, np.int32))
 
     def __getitem__(self, index: int) -> Sample:
         file, key = self._place(self._numbers[index])
@@ -59,6 +70,10 @@ class Oc20LmdbDataset(IndexedDataset):
         which = bisect_right(self._ends, number)
         first = self._ends[which - 1] if which else 0
         return self._files[which], str(number - first)
+
+    def _scan_piece(self, numbers: range) -> tuple[list[str], list[int]]:
+        found = [self._scan(number) for number in numbers]
+        return [sample_id for sample_id, _ in found], [size for _, size in found]
 
     def _scan(self, number: int) -> tuple[str, int]:
         """Id and atom count, without decoding more than that takes."""

@@ -4,11 +4,12 @@ import logging
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
+import numpy.typing as npt
 
-from pipeline.datasets.base import IndexedDataset, Selection
+from pipeline.datasets.base import IndexedDataset, Listing, Selection
 from pipeline.datasets.frames import (
     PACKED,
     SUFFIXES,
@@ -24,6 +25,7 @@ from pipeline.datasets.frames import (
 )
 from pipeline.datasets.samples import checked_sample, pair_id
 from pipeline.errors import DataError
+from pipeline.passes import Run
 from pipeline.structure import Sample
 
 log = logging.getLogger("pipeline.datasets")
@@ -47,14 +49,19 @@ class Line:
     reference: float
 
 
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """Where a sample is, and what to subtract from its energy in eV."""
+@dataclass(frozen=True, eq=False)
+class _Frames:
+    """The m frames of a chunk: where they are and what is said of them.
 
-    chunk: int
-    span: Span
-    number: int
-    reference: float
+    ``spans`` (m, 3) are begin and end in the unpacked text and the atoms; an id is None
+    where only the running number is left; ``references`` (m,) in eV; ``packed`` bytes
+    had to be unpacked.
+    """
+
+    spans: npt.NDArray[np.int64]
+    ids: list[str | None]
+    references: npt.NDArray[np.float64]
+    packed: int
 
 
 class Oc20RawDataset(IndexedDataset):
@@ -66,6 +73,14 @@ class Oc20RawDataset(IndexedDataset):
     the running number over all files.
     """
 
+    columns: ClassVar[dict[str, str]] = {
+        "chunk": "int32",
+        "start": "int64",
+        "stop": "int64",
+        "number": "int32",
+        "reference": "float64",
+    }
+
     def __init__(
         self,
         path: str,
@@ -74,36 +89,58 @@ class Oc20RawDataset(IndexedDataset):
     ) -> None:
         super().__init__(path)
         self._chunks = _chunks(Path(path))
-        subtract = _subtracts(self._chunks, energy)
-        self._entries: list[_Entry] = []
-        chosen = selection.of()
-        number = packed = 0
-        for which, chunk in enumerate(self._chunks):
-            if number >= chosen.stop:
+        self._selection = selection
+        self._subtract = _subtracts(self._chunks, energy)
+
+    def files(self) -> list[Path]:
+        """All files with samples, and those with lines."""
+        return [
+            file
+            for chunk in self._chunks
+            for file in (chunk.frames, chunk.lines)
+            if file is not None
+        ]
+
+    def list_samples(self, run: Run = map) -> Listing:
+        """Where all frames are, and their ids and references; parses none."""
+        chosen = self._selection.of()
+        ids: list[str] = []
+        places: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in self.columns}
+        sizes = []
+        first = packed = 0
+        for which, found in enumerate(run(_scan_chunk, self._chunks)):
+            mine = [i for i in range(len(found.ids)) if first + i in chosen]
+            ids += [found.ids[i] or str(first + i) for i in mine]
+            start, stop, n_atoms = found.spans[mine].T
+            sizes.append(n_atoms.astype(np.int32))
+            places["chunk"].append(np.full(len(mine), which, np.int32))
+            places["start"].append(start)
+            places["stop"].append(stop)
+            places["number"].append(np.array(mine, np.int32))
+            places["reference"].append(found.references[mine])
+            packed += found.packed
+            first += len(found.ids)
+            if first >= chosen.stop:
                 break
-            text = unpacked_text(chunk.frames)
-            packed += len(text) if chunk.frames.suffix in PACKED else 0
-            spans = frame_spans(chunk.frames, text)
-            lines = _lines(chunk, len(spans))
-            for i, span in enumerate(spans):
-                if number + i in chosen:
-                    line = lines[i] if lines else _line_of(text, span, number + i)
-                    reference = line.reference if subtract else 0.0
-                    self._entries.append(_Entry(which, span, i, reference))
-                    self._ids.append(line.sample_id)
-            number += len(spans)
-        self._n_atoms = np.array([e.span.n_atoms for e in self._entries], np.int32)
         self._advise(packed)
+        columns = {name: np.concatenate(parts) for name, parts in places.items()}
+        return Listing(ids, np.concatenate(sizes), columns)
+
+    def use(self, listing: Listing) -> None:
+        """Take ``listing`` for that of this dataset."""
+        super().use(listing)
+        self._places = listing.places
 
     def __getitem__(self, index: int) -> Sample:
-        entry = self._entries[index]
-        path = self._chunks[entry.chunk].frames
-        text = _texts.piece(path, entry.span.start, entry.span.stop)
-        atoms, _ = parse_frame(path, text, entry.number)
+        place = {name: column[index].item() for name, column in self._places.items()}
+        path = self._chunks[place["chunk"]].frames
+        text = _texts.piece(path, place["start"], place["stop"])
+        atoms, _ = parse_frame(path, text, place["number"])
         sample_id = self._ids[index]
         where = f"{path}: sample {sample_id!r}"
         sample = checked_sample(sample_id, atoms_fields(atoms), where)
-        return replace(sample, energy=sample.energy - entry.reference)
+        reference = place["reference"] if self._subtract else 0.0
+        return replace(sample, energy=sample.energy - reference)
 
     def _advise(self, packed: int) -> None:
         if packed > UNPACKED_BYTES:
@@ -171,7 +208,26 @@ def _line(path: Path, text: bytes, number: int) -> Line:
     return line
 
 
-def _line_of(text: bytes, span: Span, number: int) -> Line:
+def _scan_chunk(chunk: Chunk) -> _Frames:
+    text = unpacked_text(chunk.frames)
+    spans = frame_spans(chunk.frames, text)
+    lines = _lines(chunk, len(spans))
+    ids: list[str | None]
+    if lines:
+        ids = [line.sample_id for line in lines]
+    else:
+        ids = [_id_in(text, span) for span in spans]
+    return _Frames(
+        np.array([(s.start, s.stop, s.n_atoms) for s in spans], np.int64).reshape(
+            -1, 3
+        ),
+        ids,
+        np.array([line.reference for line in lines] or [0.0] * len(spans)),
+        len(text) if chunk.frames.suffix in PACKED else 0,
+    )
+
+
+def _id_in(text: bytes, span: Span) -> str | None:
     """What the frame's own header says, where there is no text file."""
     header = text[span.start : span.stop].split(b"\n", 2)[1].decode(errors="replace")
-    return Line(header_id(header) or str(number), 0.0)
+    return header_id(header)

@@ -32,3 +32,8 @@ class Unlabelled(Dataset):
     def n_atoms(self) -> npt.NDArray[np.int32]:
         """Atoms of every sample, (n,) int32."""
         return self._dataset.n_atoms
+
+    @property
+    def keeps_samples(self) -> bool:
+        """Whether the samples lie in memory from when the dataset is opened."""
+        return self._dataset.keeps_samples

@@ -3,29 +3,23 @@
 Names of files are relative to the store, with slashes.
 """
 
-import time
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 
 from pipeline.errors import DamagedStoreError, StoreError
+from pipeline.remote import RemoteFiles, in_groups, is_url
 from pipeline.store.mapping import map_file
 from pipeline.store.shard import Bytes
 
 Span = tuple[int, int]
-Result = TypeVar("Result")
 
 _METADATA = "zarr.json"
 _LOCAL_HEADER = 30
-_TRIES = 4
-# Requests in flight; servers drop connections that come in hundreds.
-_AT_ONCE = 16
-# Seconds before a request is made again; doubled each time.
-FIRST_PAUSE = 0.4
 
 
 class Place(ABC):
@@ -41,6 +35,10 @@ class Place(ABC):
 
     def __str__(self) -> str:
         return self.url
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Another process opens the place itself: maps and connections cannot be sent.
+        return open_place, (self.url,)
 
     def label(self, name: str) -> str:
         """File ``name`` as an error message calls it."""
@@ -159,26 +157,20 @@ class RemotePlace(Place):
 
     def __init__(self, url: str) -> None:
         super().__init__(url.rstrip("/"))
-        from fsspec.core import url_to_fs
-
-        try:
-            self._files, self._root = url_to_fs(self.url, **_options(self.url))
-        except (ImportError, ValueError) as error:
-            raise StoreError(
-                f"{url} cannot be opened ({error}); `pip install 'kd-train[remote]'` "
-                "brings http and s3, fsspec names the packages of other protocols."
-            ) from None
+        self._remote = RemoteFiles(url, StoreError)
 
     def read(self, name: str) -> bytes:
         """Content of a file; FileNotFoundError where there is none."""
-        return self._patiently(self._files.cat_file, self._path(name))
+        remote = self._remote
+        return remote.ask(remote.system.cat_file, remote.path(name))
 
     def fetch(self, names: Sequence[str]) -> dict[str, bytes]:
         """Contents of small files by name, many requested at once."""
-        paths = {self._path(name): name for name in names}
+        remote = self._remote
+        paths = {remote.path(name): name for name in names}
         found: dict[str, object] = {}
-        for group in _groups(list(paths)):
-            found |= self._patiently(self._files.cat, group, on_error="return")
+        for group in in_groups(list(paths)):
+            found |= remote.ask(remote.system.cat, group, on_error="return")
         # What failed for another reason than being absent is asked for again.
         contents = {}
         for path, content in found.items():
@@ -191,19 +183,20 @@ class RemotePlace(Place):
 
     def size(self, name: str) -> int | None:
         """Bytes of a file; None where there is none."""
+        remote = self._remote
         try:
-            found = self._patiently(self._files.size, self._path(name))
+            found = remote.ask(remote.system.size, remote.path(name))
         except FileNotFoundError:
             return None
         return None if found is None else int(found)
 
     def ranges(self, name: str, spans: Sequence[Span]) -> list[Bytes]:
         """Bytes of every span, many requested at once."""
-        path = self._path(name)
+        remote, path = self._remote, self._remote.path(name)
         contents: list[bytes] = []
-        for group in _groups(spans):
-            contents += self._patiently(
-                self._files.cat_ranges,
+        for group in in_groups(spans):
+            contents += remote.ask(
+                remote.system.cat_ranges,
                 [path] * len(group),
                 [begin for begin, _ in group],
                 [end for _, end in group],
@@ -217,45 +210,26 @@ class RemotePlace(Place):
                 )
         return [np.frombuffer(content, np.uint8) for content in contents]
 
-    def _path(self, name: str) -> str:
-        return f"{self._root.rstrip('/')}/{name}"
+    def write(self, name: str, content: bytes) -> None:
+        """Put a whole file there.
 
-    def _patiently(
-        self, request: Callable[..., Result], *what: Any, **options: Any
-    ) -> Result:
-        """Result of a request, made again a few times where the network fails."""
-        for number in range(1, _TRIES + 1):
-            try:
-                return request(*what, **options)
-            except (FileNotFoundError, PermissionError):
-                raise
-            except Exception as error:
-                # Every protocol has errors of its own for a lost connection.
-                if number == _TRIES:
-                    raise StoreError(
-                        f"{self.url} does not answer ({type(error).__name__}: {error});"
-                        " check the address and the network."
-                    ) from error
-                time.sleep(FIRST_PAUSE * 2 ** (number - 1))
-        raise AssertionError
-
-
-def _options(url: str) -> dict[str, Any]:
-    """Settings of the protocol: http has no limits of its own for a silent server."""
-    if not url.startswith(("http://", "https://")):
-        return {}
-    try:
-        from aiohttp import ClientTimeout
-    except ImportError:
-        return {}
-    timeout = ClientTimeout(total=None, sock_connect=10, sock_read=60)
-    return {"client_kwargs": {"timeout": timeout}}
-
-
-def _groups(items: Sequence[Result]) -> Iterator[list[Result]]:
-    """``items``, as many at a time as are requested at once."""
-    for first in range(0, len(items), _AT_ONCE):
-        yield list(items[first : first + _AT_ONCE])
+        Raises
+        ------
+        StoreError
+            The protocol is for reading only, or the server refuses.
+        """
+        remote = self._remote
+        try:
+            remote.ask(remote.system.pipe_file, remote.path(name), content)
+        except NotImplementedError:
+            raise StoreError(
+                f"{self.url} cannot be written to over its protocol; use s3, gs or "
+                "another that takes files."
+            ) from None
+        except PermissionError as error:
+            raise StoreError(
+                f"{self.url} refuses to be written to ({error})."
+            ) from None
 
 
 class HeldPlace(Place):
@@ -285,7 +259,7 @@ class HeldPlace(Place):
 
 def open_place(path: Path | str) -> Place:
     """The place that ``path`` names: a URL, a zip archive or a folder."""
-    if "://" in str(path):
+    if is_url(path):
         return RemotePlace(str(path))
     path = Path(path)
     return ZipPlace(path) if path.is_file() else FolderPlace(path)

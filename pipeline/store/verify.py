@@ -2,13 +2,16 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from pipeline.errors import DamagedStoreError
+from pipeline.passes import Run, processes
 from pipeline.store.edges import CELL_OFFSETS, EDGE_INDEX, edge_faults
 from pipeline.store.index import (
+    COMMIT,
     EDGE_IDENTITY,
     ROOT_KEY,
     SPLITS_KEY,
@@ -52,8 +55,11 @@ class Problem:
         return self.message
 
 
-def verify_store(path: Path | str) -> list[Problem]:
+def verify_store(path: Path | str, workers: int = 0) -> list[Problem]:
     """All problems of the store at ``path``; an empty list means it is sound.
+
+    Blocks are checked by so many ``workers``, or by this process; what is found, and
+    in which order, is the same.
 
     Raises
     ------
@@ -66,8 +72,9 @@ def verify_store(path: Path | str) -> list[Problem]:
     except DamagedStoreError as error:
         return [Problem("", str(error))]
     problems = list(_metadata_problems(place, root[ROOT_KEY]["complete"]))
-    for name in root[SPLITS_KEY]:
-        problems.extend(_split_problems(place, name))
+    with processes(workers) as run:
+        for name in root[SPLITS_KEY]:
+            problems.extend(_split_problems(place, name, run))
     return problems
 
 
@@ -100,7 +107,7 @@ def _metadata_problems(place: Place, sealed: bool) -> Iterator[Problem]:
             yield _problem(place, name, what)
 
 
-def _split_problems(place: Place, name: str) -> Iterator[Problem]:
+def _split_problems(place: Place, name: str, run: Run) -> Iterator[Problem]:
     try:
         split = read_split(place, name)
     except DamagedStoreError as error:
@@ -112,13 +119,8 @@ def _split_problems(place: Place, name: str) -> Iterator[Problem]:
         yield _problem(place, folder, fault)
     if broken:
         return
-    for block in range(split.n_blocks):
-        record = read_record(split, block)
-        if record is None:
-            what = f"lacks block {block}"
-            yield _problem(place, f"{folder}/commit", what, name, block)
-            continue
-        yield from _block_problems(split, block, record)
+    for found in run(partial(_block_problems, split), range(split.n_blocks)):
+        yield from found
 
 
 def _index_faults(split: SplitIndex) -> list[str]:
@@ -154,7 +156,15 @@ def _edges_follow(edges: EdgeAxis, bounds: IntArray) -> bool:
     )
 
 
-def _block_problems(split: SplitIndex, block: int, record: Record) -> Iterator[Problem]:
+def _block_problems(split: SplitIndex, block: int) -> list[Problem]:
+    record = read_record(split, block)
+    if record is not None:
+        return list(_shard_problems(split, block, record))
+    what = f"lacks block {block}"
+    return [_problem(split.place, f"{split.name}/{COMMIT}", what, split.name, block)]
+
+
+def _shard_problems(split: SplitIndex, block: int, record: Record) -> Iterator[Problem]:
     place = split.place
     decoded = {}
     for info, expected in zip(split.arrays.values(), record.tolist(), strict=True):

@@ -35,6 +35,17 @@ def _arguments(store: Path, out: Path, *more: object) -> list[object]:
     ]
 
 
+def test_trains_from_a_staged_copy(small_store: FeatureStore, tmp_path: Path) -> None:
+    near = _arguments(small_store.path, tmp_path / "near")
+    far = _arguments(small_store.path, tmp_path / "far", "--stage", tmp_path / "stage")
+    for arguments in (near, far):
+        assert run_command(main, arguments).exit_code == 0
+    (copy,) = (tmp_path / "stage").glob("small-*.zarr")
+    assert FeatureStore.open(copy).fingerprint == small_store.fingerprint
+    runs = [tmp_path / name / "student.safetensors" for name in ("near", "far")]
+    assert runs[0].read_bytes() == runs[1].read_bytes()
+
+
 def test_trains_and_resumes(small_store: FeatureStore, tmp_path: Path) -> None:
     out = tmp_path / "run"
     done = run_command(

@@ -15,7 +15,8 @@ from pipeline.graphs.neighbors import neighbor_edges
 from pipeline.inspect import describe_store, render_description
 from pipeline.models.checkpoint import save_model
 from pipeline.models.zoo import build_model
-from pipeline.planning import plan_split, scan_dataset
+from pipeline.planning import plan_split
+from pipeline.scanning import scan_dataset
 from pipeline.spec import CacheSpec, load_spec
 from pipeline.store.reader import FeatureStore
 from pipeline.store.verify import verify_store

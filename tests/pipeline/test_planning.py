@@ -12,7 +12,7 @@ from pipeline.build import Source, create_or_match, prepare
 from pipeline.datasets import Dataset, open_dataset
 from pipeline.errors import DataError
 from pipeline.graphs.neighbors import GraphRule, neighbor_edges
-from pipeline.planning import scan_dataset
+from pipeline.scanning import scan_dataset
 from pipeline.spec import CacheSpec, load_spec
 from pipeline.store.writer import StoreWriter
 from pipeline.structure import Sample, Structure
@@ -99,7 +99,7 @@ def test_a_sample_whose_edges_cannot_be_counted_is_named(dataset: Dataset) -> No
 def test_folded_equations_have_the_solution_of_all(
     dataset: Dataset, fold: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(statistics, "_FOLD", fold)
+    monkeypatch.setattr(statistics, "FOLD", fold)
     samples = [dataset[i] for i in range(30)]
     counts = np.zeros((30, 119))
     for row, sample in zip(counts, samples, strict=True):

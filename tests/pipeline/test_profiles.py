@@ -169,6 +169,21 @@ def test_compact_and_back(small_store: FeatureStore, tmp_path: Path) -> None:
     assert verify_store(large) == []
 
 
+@pytest.mark.timeout(900)  # starting a process is slow on a busy machine
+def test_processes_convert_as_one_does(
+    small_store: FeatureStore, tmp_path: Path
+) -> None:
+    alone, shared = tmp_path / "a.zarr", tmp_path / "b.zarr"
+    for out, workers in ((alone, 0), (shared, 2)):
+        flags = ["--workers", workers]
+        done = run_command(main, ["compact", small_store.path, out, *flags])
+        assert done.exit_code == 0, done.output
+    files = [file.relative_to(alone) for file in alone.rglob("*") if file.is_file()]
+    assert len(files) > 50
+    for file in files:
+        assert (shared / file).read_bytes() == (alone / file).read_bytes(), file
+
+
 def test_one_field_of_a_mixed_store(coded: FeatureStore, tmp_path: Path) -> None:
     out = tmp_path / "h.zarr"
     source = Path(coded.path)

@@ -13,8 +13,8 @@ import pytest
 import toy_store
 from http_server import FolderServer, serving
 
+from pipeline import remote
 from pipeline.errors import DamagedStoreError, StoreError
-from pipeline.store import places
 from pipeline.store.reader import FeatureStore, SplitReader
 from pipeline.store.verify import verify_store
 
@@ -154,7 +154,7 @@ def test_damage_over_http_is_found(folder: Path, tmp_path: Path):
 def test_a_network_that_fails_now_and_then(
     folder: Path, server: FolderServer, monkeypatch
 ):
-    monkeypatch.setattr(places, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(remote, "FIRST_PAUSE", 0.001)
     split = FeatureStore.open(f"{server.url}/toy.zarr").splits["train"]
     server.failures = 2
     wanted = FeatureStore.open(folder).splits["train"]

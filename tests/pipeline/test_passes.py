@@ -1,0 +1,347 @@
+"""Passes over datasets: alike in one process and in several, and not made twice."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline import scanning, source
+from pipeline.build import build_store, prepare
+from pipeline.datasets import (
+    Dataset,
+    IndexedDataset,
+    Listing,
+    aselmdb,
+    extxyz,
+    oc20_lmdb,
+    open_dataset,
+)
+from pipeline.errors import DataError, SpecError
+from pipeline.graphs.neighbors import GraphRule, neighbor_edges
+from pipeline.passes import Run, processes
+from pipeline.scanning import Scan, scan_dataset
+from pipeline.spec import load_spec
+from pipeline.statistics import LabelSums
+from pipeline.store.reader import FeatureStore
+from pipeline.structure import Structure
+from tests.frames import DEMO, collision_frames, write_frames
+from tests.pipeline.oc20_files import (
+    Slab,
+    aselmdb_row,
+    packed_json,
+    pyg2,
+    pyg_fields,
+    slabs,
+    write_lmdb,
+)
+from tests.stores import build, spec_document, write_spec
+
+RULE = GraphRule(4.0, 12, symmetric=True)
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """Two processes, which all tests of this module share."""
+    with processes(2) as made:
+        yield made
+
+
+def _count(structure: Structure) -> int:
+    return len(neighbor_edges(structure, RULE))
+
+
+def _refuse(number: int) -> int:
+    if number == 7:
+        raise DataError("Number 7 is refused.")
+    return number * number
+
+
+@pytest.mark.timeout(900)  # starting a process is slow on a busy machine
+def test_results_come_in_order_and_errors_in_their_place(run: Run) -> None:
+    assert list(run(_refuse, range(7))) == [n * n for n in range(7)]
+    found = run(_refuse, range(50))
+    assert [next(found) for _ in range(7)] == [n * n for n in range(7)]
+    with pytest.raises(DataError, match="Number 7 is refused"):
+        next(found)
+
+
+def test_only_some_items_are_taken_ahead(run: Run) -> None:
+    taken: list[int] = []
+
+    def items() -> Iterator[int]:
+        for number in range(1000):
+            taken.append(number)
+            yield number + 8
+
+    found = run(_refuse, items())
+    next(found)
+    found.close()
+    assert len(taken) < 10
+
+
+def _write_aselmdb(folder: Path, made: list[Slab]) -> Path:
+    """Two files, the ids of whose rows are partly their places."""
+    folder.mkdir()
+    for name, part in (("a", made[:11]), ("b", made[11:])):
+        rows = [aselmdb_row(slab) for slab in part]
+        rows[3] |= {"data": {}}
+        packed = {str(i + 1): packed_json(row) for i, row in enumerate(rows)}
+        write_lmdb(folder / f"{name}.aselmdb", packed)
+    return folder
+
+
+def _write_lmdb(folder: Path, made: list[Slab]) -> Path:
+    folder.mkdir()
+    for name, part in (("a", made[:9]), ("b", made[9:])):
+        values = {str(i): pyg2(pyg_fields(slab)) for i, slab in enumerate(part)}
+        write_lmdb(folder / f"{name}.lmdb", values, length=len(part))
+    return folder
+
+
+def _write_texts(folder: Path, made: list[Slab]) -> Path:
+    folder.mkdir()
+    texts = collision_frames(len(made))
+    write_frames(folder / "1.extxyz", texts[:5])
+    write_frames(folder / "2.extxyz.xz", texts[5:14])
+    write_frames(folder / "10.extxyz.gz", texts[14:])
+    return folder
+
+
+WRITERS: dict[str, Callable[[Path, list[Slab]], Path]] = {
+    "aselmdb": _write_aselmdb,
+    "oc20_lmdb": _write_lmdb,
+    "extxyz": _write_texts,
+    "oc20_raw": _write_texts,
+}
+
+
+@pytest.fixture(params=WRITERS)
+def files(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, Path]:
+    """Format and folder of a dataset of 20 samples in several files."""
+    return request.param, WRITERS[request.param](tmp_path / "data", slabs(20))
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces so small that every process gets several of them."""
+    for module in (aselmdb, extxyz, oc20_lmdb):
+        monkeypatch.setattr(module, "PIECE", 3)
+    monkeypatch.setattr(scanning, "FOLD", 3)
+
+
+def _listed_by(run: Run) -> Callable[[IndexedDataset], Listing]:
+    return lambda dataset: dataset.list_samples(run)
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("chosen", [{}, {"offset": 2, "every": 3, "limit": 4}])
+def test_processes_list_and_scan_as_one_does(
+    files: tuple[str, Path], chosen: dict[str, int], run: Run
+) -> None:
+    format, folder = files
+    alone = open_dataset(format, str(folder), **chosen)
+    shared = open_dataset(format, str(folder), lister=_listed_by(run), **chosen)
+    assert list(shared.sample_ids) == list(alone.sample_ids)
+    assert shared.n_atoms.tolist() == alone.n_atoms.tolist()
+    _assert_alike(
+        scan_dataset(shared, "per_element", _count, run),
+        scan_dataset(alone, "per_element", _count),
+    )
+    _assert_alike(scan_dataset(shared, "none", None, run), scan_dataset(alone, "none"))
+
+
+def _assert_alike(found: Scan, wanted: Scan) -> None:
+    assert found.content == wanted.content
+    assert found.labels == wanted.labels
+    for name in ("checksums", "hashes", "n_edges"):
+        assert np.array_equal(getattr(found, name), getattr(wanted, name)), name
+
+
+def test_every_part_of_a_sample_has_a_say_in_its_hash(
+    collisions: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = collisions(12)
+    hashes = scan_dataset(open_dataset("extxyz", str(path)), "none").hashes
+    assert len(set(hashes.tolist())) == 12
+    text = path.read_text()
+    energy = text.split("energy=")[1].split()[0]
+    path.write_text(text.replace(f"energy={energy}", "energy=-1.5", 1))
+    changed = scan_dataset(open_dataset("extxyz", str(path)), "none").hashes
+    assert (changed != hashes).tolist() == [True] + [False] * 11
+
+
+@pytest.mark.parametrize("sizes", [(30,), (13, 17), (1, 2, 27)])
+def test_sums_of_parts_are_those_of_the_whole(
+    sizes: tuple[int, ...], collisions: Callable[..., Path]
+) -> None:
+    dataset = open_dataset("extxyz", str(collisions(30)))
+    samples = [dataset[i] for i in range(30)]
+    merged = LabelSums()
+    for first, size in zip(np.cumsum([0, *sizes]), sizes, strict=False):
+        part = LabelSums()
+        part.add(samples[first : first + size])
+        merged.merge(part)
+    found = merged.normalizer("per_element")
+    whole = LabelSums()
+    whole.add(samples)
+    wanted = whole.normalizer("per_element")
+    assert found.element_references == pytest.approx(wanted.element_references)
+    assert found.force_std == pytest.approx(wanted.force_std)
+    assert found.energy_mean == pytest.approx(wanted.energy_mean, abs=1e-9)
+
+
+def _spec(folder: Path, format: str, data: Path, **more: Any) -> Path:
+    split = {"format": format, "path": str(data), **more}
+    document = spec_document({"train": split}, folder / "s.zarr")
+    return write_spec(folder / "s.yaml", document)
+
+
+def _never(*args: object, **options: object) -> None:
+    raise AssertionError("this pass was made already")
+
+
+def _refuse_passes(monkeypatch: pytest.MonkeyPatch, dataset: Dataset) -> None:
+    """Let nobody list or scan; formats that keep samples in memory must list."""
+    monkeypatch.setattr(source, "scan_dataset", _never)
+    if not dataset.keeps_samples:
+        monkeypatch.setattr(type(dataset), "list_samples", _never)
+
+
+def test_what_was_found_is_not_sought_again(
+    files: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = load_spec(_spec(tmp_path, *files))
+    assert not build_store(spec, blocks=(7, 8))
+    job = prepare(spec)
+    _refuse_passes(monkeypatch, job.source.datasets["train"])
+    again = prepare(spec)
+    assert again.attributes == job.attributes
+    for index in range(20):
+        sample = job.source.datasets["train"][index]
+        same = again.source.datasets["train"][index]
+        assert same.structure.checksum == sample.structure.checksum
+        assert (same.sample_id, same.energy) == (sample.sample_id, sample.energy)
+    assert build_store(spec)
+    assert len(FeatureStore.open(spec.store.path).splits["train"]) == 20
+
+
+def test_passes_are_made_again_where_a_file_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = _write_aselmdb(tmp_path / "data", slabs(20))
+    path = _spec(tmp_path, "aselmdb", data)
+    spec = load_spec(path)
+    before = prepare(spec).attributes["fingerprint"]
+    build_store(spec, blocks=(7, 8))
+    os.utime(data / "a.aselmdb", (1, 1))
+    made: list[str] = []
+    monkeypatch.setattr(
+        source,
+        "scan_dataset",
+        lambda *args: made.append("scan") or scan_dataset(*args),
+    )
+    assert prepare(spec).attributes["fingerprint"] == before
+    assert made == ["scan"]
+    # Other samples than the store was planned for are refused.
+    shutil.rmtree(data)
+    _write_aselmdb(data, slabs(20)[::-1])
+    with pytest.raises(Exception, match="was planned for another spec"):
+        build_store(spec)
+    assert made == ["scan"] * 2
+
+
+@pytest.mark.parametrize("file", ["train.listing.npz", "train.scan.npz"])
+@pytest.mark.parametrize("damage", [b"", b"PK nonsense", None])
+def test_a_damaged_sidecar_is_made_anew(
+    file: str, damage: bytes | None, tmp_path: Path
+) -> None:
+    data = _write_aselmdb(tmp_path / "data", slabs(20))
+    spec = load_spec(_spec(tmp_path, "aselmdb", data))
+    build_store(spec, blocks=(7, 8))
+    kept = tmp_path / "s.zarr.index" / file
+    sound = kept.read_bytes()
+    if damage is None:
+        content = bytearray(sound)
+        content[len(content) // 2] ^= 255
+        damage = bytes(content)
+    kept.write_bytes(damage)
+    assert build_store(spec)
+    assert kept.read_bytes() == sound
+
+
+def test_a_label_that_changes_unseen_is_refused_when_its_block_is_filled(
+    tmp_path: Path,
+) -> None:
+    """Same structures, sizes and times of files: only the hash of samples can tell."""
+    made = slabs(20)
+    data = tmp_path / "d.aselmdb"
+
+    def write(energy: float) -> None:
+        data.unlink(missing_ok=True)
+        rows = [aselmdb_row(slab) | {"energy": 1.5} for slab in made]
+        rows[4] |= {"energy": energy}
+        packed = {str(i + 1): packed_json(row) for i, row in enumerate(rows)}
+        write_lmdb(data, packed)
+        os.utime(data, (1e9, 1e9))
+
+    write(1.25)
+    size = data.stat().st_size
+    spec = load_spec(_spec(tmp_path, "aselmdb", data))
+    build_store(spec, blocks=(7, 8))
+    write(1.75)
+    assert data.stat().st_size == size
+    name = f"{made[4].sid}_{made[4].fid}"
+    with pytest.raises(DataError, match=f"sample '{name}' is not what it was"):
+        build_store(spec)
+    write(1.25)
+    assert build_store(spec)
+
+
+def test_planning_by_several_processes_gives_the_same_store(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = _write_lmdb(tmp_path / "data", slabs(20))
+    alone = prepare(load_spec(_spec(tmp_path, "oc20_lmdb", data)))
+    monkeypatch.setattr("pipeline.build.processes", partial(_given, run))
+    shared = prepare(load_spec(_spec(tmp_path, "oc20_lmdb", data)), workers=2)
+    assert shared.attributes == alone.attributes
+
+
+class _given:
+    """The processes there are, in place of new ones."""
+
+    def __init__(self, run: Run, workers: int) -> None:
+        self.run = run
+
+    def __enter__(self) -> Run:
+        return self.run
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def test_content_of_a_dataset_has_the_digest_that_it_always_had() -> None:
+    """Else no store that is there could be continued."""
+    path = str(DEMO / "collisions_val.extxyz.xz")
+    found = scan_dataset(open_dataset("extxyz", path, limit=60), "none").content
+    assert found == "c62b80cb445ef4ada802e9a59d65903f8f46013e5096700255f3b754f7c30eb5"
+
+
+def test_credentials_in_a_url_are_refused(tmp_path: Path) -> None:
+    path = _spec(tmp_path, "extxyz", Path("x"))
+    override = "splits.train.path=https://me:secret@host/x.extxyz"
+    with pytest.raises(SpecError, match=r"splits\.train\.path has credentials"):
+        load_spec(path, [override])
+
+
+def test_a_store_of_labels_has_a_sidecar_that_may_be_removed(tmp_path: Path) -> None:
+    data = _write_lmdb(tmp_path / "data", slabs(20))
+    path = _spec(tmp_path, "oc20_lmdb", data)
+    store = build(path)
+    shutil.rmtree(tmp_path / "s.zarr.index")
+    assert build(path).fingerprint == store.fingerprint
