@@ -1,11 +1,12 @@
 """``kd-cache``: build, inspect and verify stores. Heavy imports happen in commands."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NoReturn
 
 import click
 from tqdm import tqdm
@@ -14,6 +15,8 @@ from pipeline.commands import chosen_device, log_to_file, one_sentence_errors
 
 if TYPE_CHECKING:
     from pipeline.convert import Conversion
+    from pipeline.filling import Filling
+    from pipeline.progress import Progress
     from pipeline.spec import CacheSpec
 
 CHECK_FAILED = 1
@@ -77,7 +80,17 @@ _threads_option = click.option(
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="Processes to fill blocks with; 0: this one.",
+    help="Processes to fill blocks with, one per GPU; 0: this one.",
+)
+@click.option(
+    "--scheduler", help="Address of a Dask cluster whose workers fill blocks instead."
+)
+@click.option(
+    "--retries",
+    type=click.IntRange(min=0),
+    default=3,
+    show_default=True,
+    help="Of a block, after a lost worker or a failing disk, network or device.",
 )
 @click.option("--blocks", help="Half-open range A:B of blocks, for array jobs.")
 @_set_option
@@ -93,23 +106,35 @@ def build(
     out: str | None,
     device: str | None,
     workers: int,
+    scheduler: str | None,
+    retries: int,
     blocks: str | None,
     overrides: tuple[str, ...],
     threads: int | None,
     receipt: Path | None,
 ) -> None:
-    """Build the store of SPEC, or continue it; a finished store is left alone."""
+    """Build the store of SPEC, or continue it; a finished store is left alone.
+
+    How far it is stands in STORE.status.json. Ctrl-C ends it at once, and the same
+    command goes on where it stopped.
+    """
     chosen = _spec_for_store(spec, out, overrides)
     block_range = _block_range(blocks)
+    if workers and scheduler is not None:
+        raise click.UsageError("--workers and --scheduler exclude each other.")
 
-    from pipeline.build import build_store
+    from pipeline.filling import Filling
 
-    store, place = _started(chosen, device, threads)
-    with _progress() as report:
-        sealed = build_store(
-            chosen, device=place, workers=workers, blocks=block_range, report=report
-        )
-    if not sealed:
+    store, place = _started(chosen, None if scheduler else device, threads)
+    filling = Filling(
+        device=device if scheduler else place,
+        workers=workers,
+        scheduler=scheduler,
+        threads=threads,
+        retries=retries,
+        blocks=block_range,
+    )
+    if not _built(chosen, filling):
         click.echo(f"{store}: the blocks asked for are done, others are still missing.")
         return
     click.echo(f"{store}: complete and sealed.")
@@ -117,14 +142,53 @@ def build(
         _write_receipt(receipt, store)
 
 
+def _built(spec: "CacheSpec", filling: "Filling") -> bool:
+    """Whether the store is sealed after the build; ends the process on a signal."""
+    from pipeline.build import build_store
+    from pipeline.interrupts import Stopped, stopped_by_signals
+    from pipeline.progress import Progress, status_file
+
+    store = Path(spec.store.path)
+    part = "" if filling.blocks is None else ".{}-{}".format(*filling.blocks)
+    status = store.with_name(f"{store.name}{part}.status.json")
+    progress = Progress()
+    try:
+        with (
+            stopped_by_signals(),
+            status_file(status, progress),
+            _progress(progress) as report,
+        ):
+            return build_store(spec, filling=filling, report=report, progress=progress)
+    except Stopped as stopped:
+        text = f"Stopped by {stopped}; the same command goes on where it stopped."
+        _end_process(text, stopped.exit_code)
+
+
+def _end_process(text: str, exit_code: int) -> NoReturn:
+    """End without waiting for threads that compute; blocks are whole or not there."""
+    click.echo(text, err=True)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(exit_code)
+
+
 @contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
+def _progress(
+    progress: "Progress | None" = None,
+) -> Iterator[Callable[[str, int, int], None]]:
     """A bar on a terminal, a line every ten seconds elsewhere; with rate and ETA."""
     interval = 0.2 if sys.stderr.isatty() else 10.0
     with tqdm(unit="sample", desc="cache", mininterval=interval) as bar:
 
         def report(split: str, samples: int, blocks_left: int) -> None:
-            bar.set_postfix_str(f"{split}, {blocks_left} blocks left", refresh=False)
+            told = f"{split}, {blocks_left} blocks left"
+            if progress is not None:
+                if bar.total is None:
+                    bar.reset(progress.samples)
+                    bar.initial = bar.n = bar.last_print_n = progress.samples_before
+                told += f", {progress.workers} workers" if progress.workers > 1 else ""
+                told += f", {len(progress.failed)} failed" if progress.failed else ""
+            bar.set_postfix_str(told, refresh=False)
             bar.update(samples)
 
         yield report

@@ -15,17 +15,11 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from pipeline.build import (
-    Filling,
-    Job,
-    Report,
-    create_or_match,
-    fill_blocks,
-    prepare,
-)
+from pipeline.build import Job, create_or_match, prepare
 from pipeline.documents import as_json
 from pipeline.errors import SpecError, StoreError
 from pipeline.files import sync_folder, told_when_full
+from pipeline.filling import Filling, Report, fill_blocks
 from pipeline.spec import CacheSpec
 from pipeline.store.creation import remove_leftovers
 from pipeline.store.index import METADATA

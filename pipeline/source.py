@@ -1,8 +1,9 @@
 """What blocks are filled from: datasets in storage order and the teacher."""
 
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from pipeline.datasets import Dataset, open_split
 from pipeline.errors import DataError
 from pipeline.fields import FIELDS
 from pipeline.planning import CountEdges, wanted_features
+from pipeline.screening import without
 from pipeline.spec import CacheSpec
 from pipeline.store.adoption import Adoption
 from pipeline.store.calibration import Calibration, known_calibration
@@ -35,8 +37,15 @@ class Source:
     _working: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
-    def open(cls, spec: CacheSpec, device: str = "cpu") -> "Source":
+    def open(
+        cls,
+        spec: CacheSpec,
+        device: str = "cpu",
+        left_out: Mapping[str, Collection[str]] = MappingProxyType({}),
+    ) -> "Source":
         """Datasets and teacher of ``spec``; reads no sample.
+
+        ``left_out`` has ids of samples of splits that are passed over.
 
         Raises
         ------
@@ -49,9 +58,14 @@ class Source:
             teacher = Teacher.load(spec.teacher, device, layers)
             teacher.check_fields(tuple(spec.features))
         datasets = {name: open_split(split) for name, split in spec.splits.items()}
-        seed = spec.store.seed
-        orders = {n: storage_order(len(d), seed) for n, d in datasets.items()}
-        return cls(spec, datasets, orders, teacher)
+        for name, ids in left_out.items():
+            datasets[name] = without(datasets[name], ids)
+        return cls(spec, datasets, _orders(spec, datasets), teacher)
+
+    def leaving_out(self, split: str, ids: Collection[str]) -> "Source":
+        """The same without some samples of a split."""
+        datasets = {**self.datasets, split: without(self.datasets[split], ids)}
+        return replace(self, datasets=datasets, orders=_orders(self.spec, datasets))
 
     def fill_block(
         self,
@@ -128,6 +142,11 @@ class Source:
         if self.teacher is None or "edge_features" not in self.fields(split):
             return None
         return self.teacher.count_edges
+
+
+def _orders(spec: CacheSpec, datasets: Mapping[str, Dataset]) -> dict[str, IntArray]:
+    seed = spec.store.seed
+    return {name: storage_order(len(d), seed) for name, d in datasets.items()}
 
 
 def _check_unchanged(

@@ -80,6 +80,11 @@ class SplitSpec(ClosedModel):
     compare_energies: bool = Key(
         True, description="false: may have another kind of energy than other splits"
     )
+    on_bad_sample: Literal["fail", "skip"] = Key(
+        "fail",
+        description="skip: leave out samples that cannot be read, have unknown "
+        "elements or no neighbours; the store names them",
+    )
 
 
 class FeatureSpec(ClosedModel):
