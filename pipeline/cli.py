@@ -15,7 +15,7 @@ from pipeline.commands import chosen_device, log_to_file, one_sentence_errors
 
 if TYPE_CHECKING:
     from pipeline.convert import Conversion
-    from pipeline.filling import Filling
+    from pipeline.filling import Filling, Report
     from pipeline.progress import Progress
     from pipeline.spec import CacheSpec
 
@@ -123,6 +123,7 @@ def build(
     if workers and scheduler is not None:
         raise click.UsageError("--workers and --scheduler exclude each other.")
 
+    from pipeline.build import build_store
     from pipeline.filling import Filling
 
     store, place = _started(chosen, None if scheduler else device, threads)
@@ -134,7 +135,9 @@ def build(
         retries=retries,
         blocks=block_range,
     )
-    if not _built(chosen, filling):
+    with _told(store, filling) as (report, progress):
+        sealed = build_store(chosen, filling=filling, report=report, progress=progress)
+    if not sealed:
         click.echo(f"{store}: the blocks asked for are done, others are still missing.")
         return
     click.echo(f"{store}: complete and sealed.")
@@ -142,13 +145,12 @@ def build(
         _write_receipt(receipt, store)
 
 
-def _built(spec: "CacheSpec", filling: "Filling") -> bool:
-    """Whether the store is sealed after the build; ends the process on a signal."""
-    from pipeline.build import build_store
+@contextmanager
+def _told(store: Path, filling: "Filling") -> Iterator["tuple[Report, Progress]"]:
+    """A bar, a status file beside the store, and an end of the process on a signal."""
     from pipeline.interrupts import Stopped, stopped_by_signals
     from pipeline.progress import Progress, status_file
 
-    store = Path(spec.store.path)
     part = "" if filling.blocks is None else ".{}-{}".format(*filling.blocks)
     status = store.with_name(f"{store.name}{part}.status.json")
     progress = Progress()
@@ -158,7 +160,7 @@ def _built(spec: "CacheSpec", filling: "Filling") -> bool:
             status_file(status, progress),
             _progress(progress) as report,
         ):
-            return build_store(spec, filling=filling, report=report, progress=progress)
+            yield report, progress
     except Stopped as stopped:
         text = f"Stopped by {stopped}; the same command goes on where it stopped."
         _end_process(text, stopped.exit_code)
@@ -225,10 +227,12 @@ def add_field(
     chosen = _spec_for_store(spec, out, overrides)
 
     from pipeline.extend import extend_store
+    from pipeline.filling import Filling
 
     store, place = _started(chosen, device, threads)
-    with _progress() as report:
-        added = extend_store(chosen, device=place, workers=workers, report=report)
+    filling = Filling(device=place, workers=workers, threads=threads)
+    with _told(store, filling) as (report, progress):
+        added = extend_store(chosen, filling=filling, report=report, progress=progress)
     what = ", ".join(added) if added else "nothing, it has all of it already"
     click.echo(f"{store}: added {what}; complete and sealed.")
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from pipeline.errors import PipelineError, WorkersError
+from pipeline.files import is_full
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -69,8 +70,13 @@ class Pool(Protocol):
 
 
 def retried(error: Exception) -> bool:
-    """Whether an error may be gone at the next try: a lost worker, a failing system."""
-    return isinstance(error, TaskLost | OSError)
+    """Whether an error may be gone at the next try: a lost worker, a failing system.
+
+    A full disk stays full.
+    """
+    if isinstance(error, OSError):
+        return not is_full(error)
+    return isinstance(error, TaskLost)
 
 
 def run_tasks(

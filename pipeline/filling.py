@@ -35,7 +35,6 @@ from pipeline.errors import (
     StoreError,
     WorkersError,
 )
-from pipeline.files import is_full
 from pipeline.interrupts import Stopped
 from pipeline.progress import Progress
 from pipeline.source import Source
@@ -120,7 +119,7 @@ def fill_blocks(
             task,
             pending,
             retries=filling.retries,
-            transient=_transient_in(pool),
+            transient=transient_in(pool),
             on_retry=partial(_tell_retry, progress),
             on_tick=lambda: _count_workers(progress, pool),
         ):
@@ -208,13 +207,11 @@ def _failure(
     return DataError(text) if data else StoreError(text)
 
 
-def _transient_in(pool: Pool) -> Callable[[Exception], bool]:
+def transient_in(pool: Pool) -> Callable[[Exception], bool]:
     """Which errors may be gone at another try in ``pool``."""
     elsewhere = isinstance(pool, DaskPool)
 
     def transient(error: Exception) -> bool:
-        if isinstance(error, OSError) and is_full(error):
-            return False
         # A worker that was thought dead may still hold a block; another device may do.
         return retried(error) or (
             elsewhere and isinstance(error, BusyError | DeviceError)
