@@ -96,5 +96,5 @@ def _die(scene: Scene) -> None:
     with scene.lock:
         scene.deaths += 1
     worker = get_worker()
-    worker.loop.add_callback(worker.close, timeout=0, executor_wait=False, nanny=False)
+    worker.loop.add_callback(worker.close, timeout=2, executor_wait=False, nanny=False)
     time.sleep(0.1)  # until the scheduler has noticed
