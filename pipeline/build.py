@@ -14,7 +14,7 @@ from pipeline.filling import Filling, Report, count_blocks, fill_blocks
 from pipeline.planning import plan_split, scan_dataset, store_attributes
 from pipeline.preview import preview
 from pipeline.progress import Progress
-from pipeline.screening import ElementsChecked, bad_samples
+from pipeline.screening import Checked, bad_samples
 from pipeline.source import Source
 from pipeline.spec import CacheSpec
 from pipeline.statistics import check_energy_kinds
@@ -99,10 +99,11 @@ def _screened(source: Source) -> tuple[Source, dict[str, list[list[str]]]]:
 
 
 def _checked(dataset: Dataset, teacher: Teacher | None) -> Dataset:
-    """``dataset``, whose samples are refused when the teacher has no such element."""
+    """``dataset``, whose samples are refused when the teacher cannot take them."""
     if teacher is None:
         return dataset
-    return ElementsChecked(dataset, teacher.potential.elements)
+    potential = teacher.potential
+    return Checked(dataset, potential.elements, potential.graph_rule)
 
 
 def build_store(

@@ -8,6 +8,7 @@ import numpy.typing as npt
 
 from pipeline.datasets import Dataset
 from pipeline.errors import DataError
+from pipeline.graphs.neighbors import GraphRule, sample_edges
 from pipeline.models.elements import check_elements
 from pipeline.structure import Sample
 from pipeline.teacher import Teacher
@@ -42,13 +43,20 @@ class Without(Dataset):
         return self._inner.n_atoms[np.asarray(self._chosen, np.intp)]
 
 
-class ElementsChecked(Dataset):
-    """Another dataset, whose samples are refused when an element is not known."""
+class Checked(Dataset):
+    """Another dataset, whose samples are refused when a teacher cannot take them.
 
-    def __init__(self, inner: Dataset, elements: Container[int]) -> None:
+    Elements are looked up; neighbours are searched for only where no two atoms that
+    follow each other are within the cutoff, so that this costs next to nothing.
+    """
+
+    def __init__(
+        self, inner: Dataset, elements: Container[int], rule: GraphRule
+    ) -> None:
         self.path = inner.path
         self._inner = inner
         self._elements = elements
+        self._rule = rule
 
     def __len__(self) -> int:
         return len(self._inner)
@@ -57,6 +65,9 @@ class ElementsChecked(Dataset):
         sample = self._inner[index]
         numbers = sample.structure.atomic_numbers
         check_elements(numbers, self._elements, [sample.sample_id] * len(numbers))
+        steps = np.diff(sample.structure.positions, axis=0)
+        if not (np.square(steps).sum(axis=1) <= self._rule.cutoff**2).any():
+            sample_edges(sample.sample_id, sample.structure, self._rule)
         return sample
 
     @property
