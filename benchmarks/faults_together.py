@@ -23,7 +23,7 @@ from pipeline.build import build_store
 from pipeline.convert import conversion_of, convert_store
 from pipeline.errors import StoreError
 from pipeline.extend import extend_store
-from pipeline.filling import Filling
+from pipeline.filler import Filling
 from pipeline.store.reader import FeatureStore
 
 Act = Callable[[], object]

@@ -10,7 +10,8 @@ from pipeline.commands import chosen_device
 from pipeline.datasets import Dataset
 from pipeline.errors import StoreError
 from pipeline.files import told_when_full
-from pipeline.filling import Filling, Report, count_blocks, fill_blocks
+from pipeline.filler import Filling
+from pipeline.filling import Report, count_blocks, fill_blocks
 from pipeline.planning import plan_split, scan_dataset, store_attributes
 from pipeline.preview import preview
 from pipeline.progress import Progress

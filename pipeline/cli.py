@@ -1,22 +1,17 @@
 """``kd-cache``: build, inspect and verify stores. Heavy imports happen in commands."""
 
 import json
-import os
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NoReturn
+from typing import TYPE_CHECKING, Literal
 
 import click
-from tqdm import tqdm
 
 from pipeline.commands import chosen_device, log_to_file, one_sentence_errors
+from pipeline.console import progress_bar, told
 
 if TYPE_CHECKING:
     from pipeline.convert import Conversion
-    from pipeline.filling import Filling, Report
-    from pipeline.progress import Progress
     from pipeline.spec import CacheSpec
 
 CHECK_FAILED = 1
@@ -124,7 +119,7 @@ def build(
         raise click.UsageError("--workers and --scheduler exclude each other.")
 
     from pipeline.build import build_store
-    from pipeline.filling import Filling
+    from pipeline.filler import Filling
 
     store, place = _started(chosen, None if scheduler else device, threads)
     filling = Filling(
@@ -135,7 +130,7 @@ def build(
         retries=retries,
         blocks=block_range,
     )
-    with _told(store, filling) as (report, progress):
+    with told(store, filling.blocks) as (report, progress):
         sealed = build_store(chosen, filling=filling, report=report, progress=progress)
     if not sealed:
         click.echo(f"{store}: the blocks asked for are done, others are still missing.")
@@ -143,57 +138,6 @@ def build(
     click.echo(f"{store}: complete and sealed.")
     if receipt is not None:
         _write_receipt(receipt, store)
-
-
-@contextmanager
-def _told(store: Path, filling: "Filling") -> Iterator["tuple[Report, Progress]"]:
-    """A bar, a status file beside the store, and an end of the process on a signal."""
-    from pipeline.interrupts import Stopped, stopped_by_signals
-    from pipeline.progress import Progress, status_file
-
-    part = "" if filling.blocks is None else ".{}-{}".format(*filling.blocks)
-    status = store.with_name(f"{store.name}{part}.status.json")
-    progress = Progress()
-    try:
-        with (
-            stopped_by_signals(),
-            status_file(status, progress),
-            _progress(progress) as report,
-        ):
-            yield report, progress
-    except Stopped as stopped:
-        text = f"Stopped by {stopped}; the same command goes on where it stopped."
-        _end_process(text, stopped.exit_code)
-
-
-def _end_process(text: str, exit_code: int) -> NoReturn:
-    """End without waiting for threads that compute; blocks are whole or not there."""
-    click.echo(text, err=True)
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    os._exit(exit_code)
-
-
-@contextmanager
-def _progress(
-    progress: "Progress | None" = None,
-) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on a terminal, a line every ten seconds elsewhere; with rate and ETA."""
-    interval = 0.2 if sys.stderr.isatty() else 10.0
-    with tqdm(unit="sample", desc="cache", mininterval=interval) as bar:
-
-        def report(split: str, samples: int, blocks_left: int) -> None:
-            told = f"{split}, {blocks_left} blocks left"
-            if progress is not None:
-                if bar.total is None:
-                    bar.reset(progress.samples)
-                    bar.initial = bar.n = bar.last_print_n = progress.samples_before
-                told += f", {progress.workers} workers" if progress.workers > 1 else ""
-                told += f", {len(progress.failed)} failed" if progress.failed else ""
-            bar.set_postfix_str(told, refresh=False)
-            bar.update(samples)
-
-        yield report
 
 
 def _write_receipt(receipt: Path, store: Path) -> None:
@@ -231,7 +175,7 @@ def add_field(
 
     store, place = _started(chosen, device, threads)
     filling = Filling(device=place, workers=workers, threads=threads)
-    with _told(store, filling) as (report, progress):
+    with told(store, filling.blocks) as (report, progress):
         added = extend_store(chosen, filling=filling, report=report, progress=progress)
     what = ", ".join(added) if added else "nothing, it has all of it already"
     click.echo(f"{store}: added {what}; complete and sealed.")
@@ -241,7 +185,7 @@ def _convert(store: str, out: Path, conversion: "Conversion") -> None:
     from pipeline.convert import convert_store
 
     log_to_file("pipeline", out.with_name(out.name + ".log"))
-    with _progress() as report:
+    with progress_bar() as report:
         convert_store(store, out, conversion, report)
     click.echo(f"{out}: complete and sealed.")
 

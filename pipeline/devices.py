@@ -50,9 +50,8 @@ def in_halves(
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     middle = len(items) // 2
-    log.warning(
-        "a pass over %d samples does not fit into memory (%s) and is done in two; "
-        "lower teacher.batch_atoms or teacher.batch_gib",
+    log.info(
+        "a pass over %d samples does not fit into memory (%s) and is done in two",
         len(items),
         reason,
     )

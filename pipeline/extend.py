@@ -20,7 +20,8 @@ from pipeline.build import Job, create_or_match, prepare
 from pipeline.documents import as_json
 from pipeline.errors import SpecError, StoreError
 from pipeline.files import sync_folder, told_when_full
-from pipeline.filling import Filling, Report, fill_blocks
+from pipeline.filler import Filling
+from pipeline.filling import Report, fill_blocks
 from pipeline.progress import Progress
 from pipeline.spec import CacheSpec
 from pipeline.store.creation import remove_leftovers

@@ -34,9 +34,12 @@ class Progress:
     samples_done: int = 0
     workers: int = 0
     retries: int = 0
+    smaller_passes: int = 0
     failed: dict[str, str] = field(default_factory=dict)
     error: str | None = None
     _began: float | None = None
+    _first: tuple[float, int] | None = None
+    _last: float = 0.0
     samples_before: int = 0
 
     def begin(self, blocks: int, samples: int, done: int, samples_done: int) -> None:
@@ -51,14 +54,23 @@ class Progress:
         """Count one more block with ``samples``."""
         self.blocks_done += 1
         self.samples_done += samples
+        self._last = time.monotonic()
+        if self._first is None:
+            self._first = self._last, self.samples_done
 
     @property
     def rate(self) -> float | None:
-        """Samples per second since filling began; None before the first block."""
-        made = self.samples_done - self.samples_before
-        if self._began is None or not made:
+        """Samples per second; None before the first block.
+
+        Between the first block and the last one, so that what workers need to start is
+        left out as soon as there are two blocks.
+        """
+        if self._began is None or self._first is None:
             return None
-        return made / max(time.monotonic() - self._began, 1e-9)
+        begin, before = self._first
+        if self.samples_done == before:
+            begin, before = self._began, self.samples_before
+        return (self.samples_done - before) / max(self._last - begin, 1e-9)
 
     @property
     def eta(self) -> float | None:
@@ -78,6 +90,7 @@ class Progress:
             "eta_seconds": _rounded(self.eta if self.state == "filling" else None),
             "workers_alive": self.workers,
             "retries": self.retries,
+            "smaller_passes": self.smaller_passes,
             "failed_blocks": dict(self.failed),
             "error": self.error,
         }
