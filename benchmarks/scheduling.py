@@ -70,10 +70,11 @@ class Row:
 @click.option("--workers", default=64, show_default=True)
 @click.option("--seconds", default=2.0, show_default=True, help="Median of a block.")
 @click.option("--spread", default=0.1, show_default=True, help="Of its logarithm.")
-@click.option("--failing", default=0.05, show_default=True)
-@click.option("--dying", default=0.01, show_default=True)
+@click.option("--failing", default=0.05, show_default=True, help="Share of tries.")
+@click.option("--dying", default=0.01, show_default=True, help="Share of tries.")
 @click.option("--seed", default=0, show_default=True)
 @click.option("--folder", type=click.Path(path_type=Path), help="Where to work.")
+@click.option("--only", type=click.Choice(["none", "failing", "dying", "both"]))
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 def main(
     blocks: int,
@@ -84,15 +85,18 @@ def main(
     dying: float,
     seed: int,
     folder: Path | None,
+    only: str | None,
     as_json: bool,
 ) -> None:
     times = np.random.default_rng(seed).lognormal(np.log(seconds), spread, blocks)
     cases = {
         "none": (0.0, 0.0),
-        f"{failing:.0%} failing": (failing, 0.0),
-        f"{dying:.0%} dying": (0.0, dying),
+        "failing": (failing, 0.0),
+        "dying": (0.0, dying),
         "both": (failing, dying),
     }
+    if only is not None:
+        cases = {only: cases[only]}
     rows = []
     with tempfile.TemporaryDirectory(dir=folder) as made:
         for name, chances in cases.items():

@@ -47,8 +47,7 @@ def in_halves(
         yield result
         return
     # Out of the handler: nothing holds the tensors of the failed pass any more.
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    free_cached_memory()
     middle = len(items) // 2
     log.info(
         "a pass over %d samples does not fit into memory (%s) and is done in two",
@@ -57,6 +56,12 @@ def in_halves(
     )
     yield from in_halves(run, items[:middle])
     yield from in_halves(run, items[middle:])
+
+
+def free_cached_memory() -> None:
+    """Give back what this process keeps of a GPU without using it."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def threads_of_one(workers: int) -> int:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pipeline.devices import free_cached_memory
 from pipeline.distribute import (
     DaskPool,
     Outcome,
@@ -198,6 +199,7 @@ def _workplace(
         finally:
             threads.close(wait)
         return
+    free_cached_memory()  # planning may have left a worker's GPU full
     fingerprint = str(writer.attributes["fingerprint"])
     document = source.spec.model_dump_json()
     task = partial(fill_in_worker, document, writer.path, fingerprint, filling)

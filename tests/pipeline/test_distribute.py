@@ -1,7 +1,10 @@
 """Running tasks: never too many at once, tried again or given up, one end for each."""
 
 import errno
+import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -20,6 +23,7 @@ from pipeline.distribute import (
     run_tasks,
 )
 from pipeline.errors import DataError, WorkersError
+from tests.pipeline.builds import ROOT
 
 THREADS = 3
 
@@ -145,3 +149,22 @@ def test_waiting_for_workers_ends(tmp_path: Path) -> None:
         pool = DaskPool(client, patience=0.2)
         with pytest.raises(WorkersError, match="No Dask worker"):
             list(run_tasks(pool, abs, [1]))
+
+
+@pytest.mark.timeout(300)
+def test_a_simulated_build_loses_nothing_and_does_nothing_twice(tmp_path: Path) -> None:
+    script = ROOT / "benchmarks" / "scheduling.py"
+    options = ["--blocks", 60, "--workers", 12, "--seconds", 0.02, "--only", "both"]
+    more = ["--failing", 0.2, "--dying", 0.1, "--folder", tmp_path, "--json"]
+    done = subprocess.run(
+        [sys.executable, script, *map(str, options), *map(str, more)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)
+    assert (row["lost"], row["twice"], row["given_up"]) == (0, 0, 0)
+    assert row["failures"] > 2
+    assert row["deaths"] > 2
+    assert row["tries"] >= 60 + row["failures"]
