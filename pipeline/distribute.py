@@ -394,5 +394,7 @@ def _interrupts_blocked() -> Iterator[None]:
 
 def _silence() -> None:
     """Dask tells with tracebacks what is told by one sentence here."""
-    for name in ("distributed", "tornado.application", "asyncio"):
+    known = [n for n in logging.root.manager.loggerDict if n.startswith("distributed.")]
+    # Its configuration gives some of its loggers a level of their own.
+    for name in ("distributed", "tornado.application", "asyncio", *known):
         logging.getLogger(name).setLevel(logging.CRITICAL)
