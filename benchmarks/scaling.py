@@ -1,11 +1,12 @@
 """What a second worker is worth: one build with one and with two, turn by turn.
 
-    python benchmarks/scaling.py cache_specs/demo.yaml --set splits.train.limit=2000
+    python benchmarks/scaling.py cache_specs/demo.yaml --set splits.test=null
 
 Real teacher, real data. Each run is `kd-cache build` in a process of its own with
 ``--workers``, every worker with the same number of threads (``--threads``, by default
 one, so that two workers take two cores and one takes one). The rate is that of the
-status file, from the first block to the last, without planning and starting; runs
+blocks in the middle of a run, while every worker has its two in hand: planning, starting
+and the last blocks, at which workers have nothing more to do, are left out. Runs
 alternate, and every store must have the same bytes. To be run while nothing else is.
 """
 
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from datetime import datetime
 from pathlib import Path
 
 import click
@@ -55,7 +57,8 @@ def main(
                 whole[count].append(time.perf_counter() - begin)
                 told = json.loads(store.with_name("s.zarr.status.json").read_text())
                 samples, blocks = told["samples_total"], told["blocks_total"]
-                rates[count].append(told["samples_per_second"])
+                log = store.with_name("s.zarr.log").read_text()
+                rates[count].append(_rate(log, 2 * max(1, count), samples / blocks))
                 digests.add(_digest(store))
             click.echo(f"{count} workers: {rates[count][-1]:.1f} samples/s", err=True)
     click.echo(f"{samples} samples in {blocks} blocks, {threads} thread(s) a worker")
@@ -86,6 +89,19 @@ def _build(
     )
     if done.returncode:
         sys.exit(done.stderr)
+
+
+def _rate(log: str, flying: int, samples: float) -> float:
+    """Samples per second between the first and the last ``flying`` blocks of a log."""
+    ends = [
+        datetime.fromisoformat(line.partition(" INFO ")[0].replace(",", "."))
+        for line in log.splitlines()
+        if " written, " in line
+    ]
+    if len(ends) <= 2 * flying:
+        sys.exit(f"{len(ends)} blocks are too few; take more samples or fewer --rows")
+    middle = ends[flying - 1 : len(ends) - flying]
+    return samples * (len(middle) - 1) / (middle[-1] - middle[0]).total_seconds()
 
 
 def _digest(store: Path) -> str:

@@ -136,9 +136,12 @@ def fill_in_worker(
         fill = _worker_filler(document, path, fingerprint, filling)
     try:
         return fill(block)
-    except DeviceError:
+    except DeviceError as error:
         if filling.scheduler is None:
             # The process cannot use its device any more; a fresh one can.
+            os.write(
+                2, f"Warning: {block}: {error}; its worker starts anew.\n".encode()
+            )
             os._exit(1)
         raise
 
