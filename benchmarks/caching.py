@@ -13,7 +13,9 @@ from pathlib import Path
 import click
 import torch
 
-from pipeline.build import Filling, create_or_match, fill_blocks, prepare
+from pipeline.build import create_or_match, prepare
+from pipeline.filler import Filling
+from pipeline.filling import fill_blocks
 from pipeline.inspect import describe_store
 from pipeline.spec import load_spec
 from pipeline.store.writer import StoreWriter

@@ -23,6 +23,7 @@ from pipeline.build import build_store
 from pipeline.convert import conversion_of, convert_store
 from pipeline.errors import StoreError
 from pipeline.extend import extend_store
+from pipeline.filler import Filling
 from pipeline.store.reader import FeatureStore
 
 Act = Callable[[], object]
@@ -121,7 +122,7 @@ def two_builds(
 def two_restarts(folder: Path, materials: Path, rounds: int) -> Tally:
     """Two builds of one spec, which an earlier one began."""
     spec = spec_of(materials, folder / "work/s.zarr", MANY)
-    begin = partial(build_store, spec, blocks=(2, 3))
+    begin = partial(build_store, spec, filling=Filling(blocks=(2, 3)))
     return two_builds(folder, materials, rounds, begin)
 
 
@@ -130,7 +131,7 @@ def two_ranges(folder: Path, materials: Path, rounds: int) -> Tally:
 
     def build(*blocks: int) -> Act:
         spec = spec_of(materials, folder / "work/s.zarr", MANY)
-        return lambda: build_store(spec, blocks=blocks or None)
+        return lambda: build_store(spec, filling=Filling(blocks=blocks or None))
 
     tally = Tally()
     stage = Stage(folder, materials, lambda: None, build())

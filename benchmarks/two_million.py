@@ -155,6 +155,7 @@ def index_pass(folder: Path, workers: int) -> Measured:
 def plan(folder: Path, workers: int) -> Measured:
     """Everything up to an empty store."""
     from pipeline.build import create_or_match, prepare
+from pipeline.filler import Filling
 
     spec = _loaded(folder)
     store = Path(spec.store.path)
@@ -190,7 +191,7 @@ def fill(folder: Path, workers: int) -> Measured:
         if not left:
             laps.update(clock.lap("filling"))
 
-    build_store(spec, workers=workers, report=last)
+    build_store(spec, filling=Filling(workers=workers), report=last)
     return {
         **laps,
         **clock.lap("sealing"),

@@ -2,15 +2,13 @@
 
 import json
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
-from tqdm import tqdm
 
 from pipeline.commands import chosen_device, log_to_file, one_sentence_errors
+from pipeline.console import progress_bar, told
 
 if TYPE_CHECKING:
     from pipeline.convert import Conversion
@@ -109,7 +107,17 @@ _workers_option = click.option(
     type=click.IntRange(min=0),
     default=0,
     show_default=True,
-    help="Processes to fill blocks with; 0: this one.",
+    help="Processes to fill blocks with, one per GPU; 0: this one.",
+)
+@click.option(
+    "--scheduler", help="Address of a Dask cluster whose workers fill blocks instead."
+)
+@click.option(
+    "--retries",
+    type=click.IntRange(min=0),
+    default=3,
+    show_default=True,
+    help="Of a block, after a lost worker or a failing disk, network or device.",
 )
 @click.option("--blocks", help="Half-open range A:B of blocks, of every split.")
 @click.option(
@@ -129,29 +137,40 @@ def build(
     out: str | None,
     device: str | None,
     workers: int,
+    scheduler: str | None,
+    retries: int,
     blocks: str | None,
     part: str | None,
     overrides: tuple[str, ...],
     threads: int | None,
     receipt: Path | None,
 ) -> None:
-    """Build the store of SPEC, or continue it; a finished store is left alone."""
+    """Build the store of SPEC, or continue it; a finished store is left alone.
+
+    How far it is stands in STORE.status.json. Ctrl-C ends it at once, and the same
+    command goes on where it stopped.
+    """
     chosen = _spec_for_store(spec, out, overrides)
     block_range = _block_range(blocks)
     share = _chosen_part(part, {"--blocks": blocks, "--receipt": receipt})
+    if workers and scheduler is not None:
+        raise click.UsageError("--workers and --scheduler exclude each other.")
 
     from pipeline.build import build_store
+    from pipeline.filler import Filling
 
-    store, place = _started(chosen, device, threads)
-    with _progress() as report:
-        sealed = build_store(
-            chosen,
-            device=place,
-            workers=workers,
-            blocks=block_range,
-            part=share,
-            report=report,
-        )
+    store, place = _started(chosen, None if scheduler else device, threads)
+    filling = Filling(
+        device=device if scheduler else place,
+        workers=workers,
+        scheduler=scheduler,
+        threads=threads,
+        retries=retries,
+        blocks=block_range,
+        part=share,
+    )
+    with told(store, filling.label) as (report, progress):
+        sealed = build_store(chosen, filling=filling, report=report, progress=progress)
     if not sealed:
         rest = "the store is not sealed" if share else "others are still missing"
         click.echo(f"{store}: the blocks asked for are done, {rest}.")
@@ -159,19 +178,6 @@ def build(
     click.echo(f"{store}: complete and sealed.")
     if receipt is not None:
         _write_receipt(receipt, store)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on a terminal, a line every ten seconds elsewhere; with rate and ETA."""
-    interval = 0.2 if sys.stderr.isatty() else 10.0
-    with tqdm(unit="sample", desc="cache", mininterval=interval) as bar:
-
-        def report(split: str, samples: int, blocks_left: int) -> None:
-            bar.set_postfix_str(f"{split}, {blocks_left} blocks left", refresh=False)
-            bar.update(samples)
-
-        yield report
 
 
 def _write_receipt(receipt: Path, store: Path) -> None:
@@ -246,10 +252,12 @@ def add_field(
     chosen = _spec_for_store(spec, out, overrides)
 
     from pipeline.extend import extend_store
+    from pipeline.filling import Filling
 
     store, place = _started(chosen, device, threads)
-    with _progress() as report:
-        added = extend_store(chosen, device=place, workers=workers, report=report)
+    filling = Filling(device=place, workers=workers, threads=threads)
+    with told(store) as (report, progress):
+        added = extend_store(chosen, filling=filling, report=report, progress=progress)
     what = ", ".join(added) if added else "nothing, it has all of it already"
     click.echo(f"{store}: added {what}; complete and sealed.")
 
@@ -258,7 +266,7 @@ def _convert(store: str, out: Path, conversion: "Conversion", workers: int) -> N
     from pipeline.convert import convert_store
 
     log_to_file("pipeline", out.with_name(out.name + ".log"))
-    with _progress() as report:
+    with progress_bar() as report:
         convert_store(store, out, conversion, report, workers)
     click.echo(f"{out}: complete and sealed.")
 
@@ -345,7 +353,7 @@ def push(store: str, target: str, check: bool) -> None:
     """
     from pipeline.store.transfer import copy_store
 
-    with _progress() as report:
+    with progress_bar() as report:
         complete = copy_store(store, target, report)
     if not complete:
         click.echo(f"{target}: the finished blocks are there, others are missing.")

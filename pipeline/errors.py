@@ -27,3 +27,15 @@ class StoreError(PipelineError, RuntimeError):
 
 class DamagedStoreError(StoreError):
     """Bytes on disk are not the bytes that were written."""
+
+
+class BusyError(StoreError):
+    """Another process is writing what was to be written."""
+
+
+class WorkersError(PipelineError, RuntimeError):
+    """The processes that should do the work are gone or cannot do it."""
+
+
+class DeviceError(PipelineError, RuntimeError):
+    """A device failed or is too small; the message says at what."""

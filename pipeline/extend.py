@@ -10,22 +10,19 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from pipeline.build import (
-    Filling,
-    Job,
-    Report,
-    create_or_match,
-    fill_blocks,
-    prepare,
-)
+from pipeline.build import Job, create_or_match, prepare
 from pipeline.documents import as_json
 from pipeline.errors import SpecError, StoreError
 from pipeline.files import sync_folder, told_when_full
+from pipeline.filler import Filling
+from pipeline.filling import Report, fill_blocks
+from pipeline.progress import Progress
 from pipeline.spec import CacheSpec
 from pipeline.store.creation import remove_leftovers
 from pipeline.store.index import METADATA
@@ -41,9 +38,9 @@ _RENAME_EXCHANGE = 2
 def extend_store(
     spec: CacheSpec,
     *,
-    device: str = "cpu",
-    workers: int = 0,
+    filling: Filling | None = None,
     report: Report = lambda split, samples, blocks_left: None,
+    progress: Progress | None = None,
 ) -> list[str]:
     """Add to the store of ``spec`` what it lacks; names what was added.
 
@@ -57,31 +54,36 @@ def extend_store(
     StoreError
         There is no finished store, or another process is extending it.
     """
+    filling = replace(filling or Filling(), before=Path(spec.store.path))
+    progress = progress or Progress()
     path = Path(spec.store.path)
     staging = path.with_name(f".{path.name}.extended")
     with told_when_full(path), _only_one(path):
         _finish_exchange(path, staging)
         before = FeatureStore.open(path)
-        job = prepare(spec, device, before, workers)
+        job = prepare(spec, filling.device or "cpu", before, filling.workers)
         if before.fingerprint == job.attributes["fingerprint"]:
             _remove(staging)
             return []
         added = _additions(before.attributes, as_json(job.attributes))
         log.info("%s: adding %s", path, ", ".join(added))
-        _build_beside(job, staging, Filling(device, workers, before=path), report)
+        _build_beside(job, staging, filling, report, progress)
         _exchange(staging, path)
         _remove(staging)
         return added
 
 
-def _build_beside(job: Job, staging: Path, filling: Filling, report: Report) -> None:
+def _build_beside(
+    job: Job, staging: Path, filling: Filling, report: Report, progress: Progress
+) -> None:
     wanted = job.attributes["fingerprint"]
     if staging.exists() and not _continues(staging, wanted):
         _remove(staging)
     create_or_match(job, staging)
     writer = StoreWriter(staging)
     if not writer.sealed:
-        fill_blocks(job.source, writer, filling, report)
+        fill_blocks(job.source, writer, filling, report, progress)
+        progress.state = "sealing"
         writer.seal()
 
 

@@ -11,6 +11,11 @@ from pathlib import Path
 from pipeline.errors import StoreError
 
 
+def is_full(error: OSError) -> bool:
+    """Whether the disk or the quota has no room left."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT)
+
+
 @contextmanager
 def told_when_full(store: Path) -> Iterator[None]:
     """Name ``store`` and the way on where its disk has no room for what is written.
@@ -25,7 +30,7 @@ def told_when_full(store: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if not is_full(error):
             raise
         raise StoreError(
             f"There is no space left on the disk of {store} ({error.strerror}); make "

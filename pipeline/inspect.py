@@ -38,12 +38,18 @@ def describe_store(path: Path | str) -> dict[str, Any]:
         "fingerprint": store.fingerprint,
         "teacher": None if teacher is None else _teacher_summary(teacher),
         "preview": store.attributes.get("provenance", {}).get("preview", {}),
+        "left_out": {name: len(bad) for name, bad in _bad_samples(store).items()},
         "splits": {
             name: _describe_split(split, complete) | {"labelled": labelled.get(name)}
             for name, split in store.splits.items()
         },
         "advice": _advice(store),
     }
+
+
+def _bad_samples(store: FeatureStore) -> dict[str, list[list[str]]]:
+    """Id and reason of the samples that the store was planned without, by split."""
+    return dict(store.attributes.get("provenance", {}).get("bad_samples", {}))
 
 
 def _teacher_summary(teacher: dict[str, Any]) -> dict[str, Any]:
@@ -136,6 +142,8 @@ def render_description(description: dict[str, Any]) -> str:
         lines += [f"error        of reduced precision, {split}: {told}"] if told else []
     for name, split in description["splits"].items():
         lines += ["", *_split_lines(name, split)]
+    for name, count in description["left_out"].items():
+        lines += ["", f"{count} samples of split {name} were left out as bad"]
     lines += ["", *description["advice"]] if description["advice"] else []
     return "\n".join(lines)
 

@@ -1,9 +1,10 @@
 """What blocks are filled from: datasets in storage order and the teacher."""
 
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from pipeline.models.normalizer import Normalizer
 from pipeline.passes import Run
 from pipeline.planning import wanted_features
 from pipeline.scanning import CountEdges, Hashes, Scan, sample_hash, scan_dataset
+from pipeline.screening import Checked, without
 from pipeline.sidecar import Sidecar
 from pipeline.spec import CacheSpec
 from pipeline.store.adoption import Adoption
@@ -33,7 +35,8 @@ class Source:
     """All that a process needs to fill blocks of a planned store.
 
     ``orders`` gives for every split the dataset index at each storage position,
-    ``known`` what a pass over its content found when the store was planned.
+    ``planned`` ids and reasons of samples that planned splits do without, ``known``
+    what a pass over its content found when the store was planned.
     """
 
     spec: CacheSpec
@@ -41,14 +44,23 @@ class Source:
     orders: dict[str, IntArray]
     teacher: Teacher | None
     sidecar: Sidecar
+    planned: dict[str, list[tuple[str, str]]]
     known: dict[str, Scan]
     _working: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
-    def open(cls, spec: CacheSpec, device: str = "cpu", run: Run = map) -> "Source":
+    def open(
+        cls,
+        spec: CacheSpec,
+        device: str = "cpu",
+        run: Run = map,
+        store: Path | None = None,
+    ) -> "Source":
         """Datasets and teacher of ``spec``; reads no sample.
 
-        Samples are listed by ``run``, unless the sidecar of the store has them.
+        Samples are listed by ``run``, unless the sidecar of the store has them. Those
+        that ``store`` was planned without, by default the one of ``spec``, are passed
+        over.
 
         Raises
         ------
@@ -60,16 +72,28 @@ class Source:
         if spec.teacher is not None:
             teacher = Teacher.load(spec.teacher, device, layers)
             teacher.check_fields(tuple(spec.features))
-        store = Path(spec.store.path)
-        sidecar = Sidecar(store)
+        place = Path(spec.store.path)
+        sidecar = Sidecar(place)
+        header = _header(place if store is None else store)
+        planned = _left_out(header)
         datasets = {
             name: open_split(split, sidecar.lister(name, split, run))
             for name, split in spec.splits.items()
         }
-        seed = spec.store.seed
-        orders = {n: storage_order(len(d), seed) for n, d in datasets.items()}
-        known = _known_scans(store, sidecar, datasets)
-        return cls(spec, datasets, orders, teacher, sidecar, known)
+        for name in datasets.keys() & planned.keys():
+            if planned[name]:
+                ids = [sample_id for sample_id, _ in planned[name]]
+                datasets[name] = without(datasets[name], ids)
+        known = _known_scans(header, sidecar, datasets)
+        orders = _orders(spec, datasets)
+        return cls(spec, datasets, orders, teacher, sidecar, planned, known)
+
+    def leaving_out(self, split: str, ids: Collection[str]) -> "Source":
+        """The same without some samples of a split."""
+        if not ids:
+            return self
+        datasets = {**self.datasets, split: without(self.datasets[split], ids)}
+        return replace(self, datasets=datasets, orders=_orders(self.spec, datasets))
 
     def scan(self, split: str, count_edges: bool, run: Run = map) -> Scan:
         """What the store was planned for, or else a pass over the dataset.
@@ -81,7 +105,14 @@ class Source:
         if known is not None and counter is None:
             return known
         references = self.spec.splits[split].reference_energies
-        return scan_dataset(self.datasets[split], references, counter, run)
+        return scan_dataset(self._checked(split), references, counter, run)
+
+    def _checked(self, split: str) -> Dataset:
+        """A dataset whose samples are refused when the teacher cannot take them."""
+        if self.teacher is None:
+            return self.datasets[split]
+        potential = self.teacher.potential
+        return Checked(self.datasets[split], potential.elements, potential.graph_rule)
 
     def keep_scans(self, scans: Mapping[str, Scan]) -> None:
         """Keep what passes found, once the store is known to be planned for it."""
@@ -170,13 +201,29 @@ class Source:
         return self.teacher.count_edges
 
 
+def _orders(spec: CacheSpec, datasets: Mapping[str, Dataset]) -> dict[str, IntArray]:
+    seed = spec.store.seed
+    return {name: storage_order(len(d), seed) for name, d in datasets.items()}
+
+
+def _header(store: Path) -> dict[str, Any]:
+    """What the store says of itself; empty where it is not planned yet."""
+    return dict(read_root(FolderPlace(store))[ROOT_KEY]) if store.exists() else {}
+
+
+def _left_out(header: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
+    """By planned split, id and reason of the samples that it was planned without."""
+    bad = header.get("provenance", {}).get("bad_samples", {})
+    return {
+        name: [(str(sample_id), str(reason)) for sample_id, reason in bad.get(name, [])]
+        for name in header.get("splits", {})
+    }
+
+
 def _known_scans(
-    store: Path, sidecar: Sidecar, datasets: Mapping[str, Dataset]
+    header: Mapping[str, Any], sidecar: Sidecar, datasets: Mapping[str, Dataset]
 ) -> dict[str, Scan]:
-    """What is kept of the datasets as they are now and as ``store`` was planned for."""
-    if not store.exists():
-        return {}
-    header = read_root(FolderPlace(store))[ROOT_KEY]
+    """What is kept of the datasets as they are now and as the store was planned for."""
     planned, statistics = header.get("splits", {}), header.get("label_statistics", {})
     labelled = header.get("provenance", {}).get("labelled", {})
     known = {}

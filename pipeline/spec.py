@@ -94,6 +94,11 @@ class SplitSpec(ClosedModel):
     compare_energies: bool = Key(
         True, description="false: may have another kind of energy than other splits"
     )
+    on_bad_sample: Literal["fail", "skip"] = Key(
+        "fail",
+        description="skip: leave out samples that cannot be read, have unknown "
+        "elements or no neighbours; the store names them",
+    )
     labels: Literal["all", "none"] | None = Key(
         None,
         description="none: those of the source are left out, only the teacher labels "

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.errors import SpecError
+from pipeline.devices import in_halves, is_out_of_memory
+from pipeline.errors import DataError, SpecError
 from pipeline.fields import EDGE_IDENTITY_FIELDS, FIELDS, PREDICTION_FIELDS
 from pipeline.graphs.neighbors import GraphRule, neighbor_edges
 from pipeline.spec import TeacherSpec
@@ -139,16 +140,24 @@ class Teacher:
         Raises
         ------
         DataError
-            A sample has an element the model does not know, or no neighbours.
+            A sample has an element the model does not know, no neighbours, or does not
+            fit into memory alone. Where several do not fit together, they are passed in
+            parts, which may change the last bits of their numbers.
         """
         names = (*PREDICTION_FIELDS, *fields)
         if "edge_features" in fields:
             names += EDGE_IDENTITY_FIELDS
         parts: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in names}
         # Graphs of the next batch are made while the network works on this one.
+        first = 0
         for group in _one_ahead(self._groups(samples)):
-            for name, values in self._predict_group(group, names).items():
-                parts[name].append(values)
+            named = list(zip(samples[first : first + len(group)], group, strict=True))
+            first += len(group)
+            for arrays in in_halves(
+                lambda some: self._predict_some(some, names), named
+            ):
+                for name, values in arrays.items():
+                    parts[name].append(values)
         return {name: np.concatenate(pieces) for name, pieces in parts.items()}
 
     def precision_error(
@@ -186,6 +195,21 @@ class Teacher:
             size += need
         if group:
             yield group
+
+    def _predict_some(
+        self, named: Sequence[tuple[Sample, Graph]], names: Sequence[str]
+    ) -> Arrays:
+        try:
+            return self._predict_group([graph for _, graph in named], names)
+        except Exception as error:
+            if len(named) > 1 or not is_out_of_memory(error):
+                raise
+            sample = named[0][0]
+            raise DataError(
+                f"Sample {sample.sample_id!r} of {len(sample.structure)} atoms does "
+                f"not fit into the memory of {self.device} alone; use a device with "
+                "more, or leave it out."
+            ) from None
 
     def _predict_group(self, group: Sequence[Graph], names: Sequence[str]) -> Arrays:
         layers = {name: self.layers[name] for name in names if name in self.layers}

@@ -72,6 +72,32 @@ class Dataset(ABC):
             seen[sample_id] = index
 
 
+class DerivedDataset(Dataset):
+    """Samples of another dataset, changed as they are read; alike in all else."""
+
+    def __init__(self, inner: Dataset) -> None:
+        self.path = inner.path
+        self._inner = inner
+
+    def __len__(self) -> int:
+        return len(self._inner)
+
+    @property
+    def sample_ids(self) -> Sequence[str]:
+        """Ids in the order of the source."""
+        return self._inner.sample_ids
+
+    @property
+    def n_atoms(self) -> npt.NDArray[np.int32]:
+        """Atoms of every sample, (n,) int32."""
+        return self._inner.n_atoms
+
+    @property
+    def keeps_samples(self) -> bool:
+        """Whether the samples lie in memory from when the dataset is opened."""
+        return self._inner.keeps_samples
+
+
 @dataclass(frozen=True, eq=False)
 class Listing:
     """What the pass over the files of a dataset tells of its samples.

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.datasets.base import Dataset
+from pipeline.datasets.base import Dataset, DerivedDataset
 from pipeline.errors import DataError
 from pipeline.graphs.neighbors import GraphRule, neighbor_edges
 from pipeline.spec import RattleSpec
@@ -23,7 +23,7 @@ _GRID = 2.0**-24
 _COLLISIONS = GraphRule(CLOSEST_PAIR, max_neighbors=1, symmetric=False)
 
 
-class Rattled(Dataset):
+class Rattled(DerivedDataset):
     """``rattle.copies`` copies of every sample of ``dataset``, without labels.
 
     Free atoms are displaced by Gaussians of ``rattle.sigma`` Å along each axis; cell
@@ -33,8 +33,7 @@ class Rattled(Dataset):
     """
 
     def __init__(self, dataset: Dataset, rattle: RattleSpec) -> None:
-        self.path = dataset.path
-        self._dataset = dataset
+        super().__init__(dataset)
         self._rattle = rattle
         copies = range(rattle.copies)
         self._ids = [f"{name}~r{k}" for name in dataset.sample_ids for k in copies]
@@ -52,7 +51,7 @@ class Rattled(Dataset):
             Every draw brings two atoms together, or no atom is free; names the sample.
         """
         number = range(len(self))[index]
-        sample = self._dataset[number // self._rattle.copies]
+        sample = self._inner[number // self._rattle.copies]
         return Sample.without_labels(
             self._ids[number], self._displaced(self._ids[number], sample.structure)
         )

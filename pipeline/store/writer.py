@@ -15,7 +15,7 @@ from typing import Any
 import numpy.typing as npt
 from filelock import FileLock, Timeout
 
-from pipeline.errors import DamagedStoreError, StoreError
+from pipeline.errors import BusyError, DamagedStoreError, StoreError
 from pipeline.files import make_folder_durably, sync_folder, write_atomically
 from pipeline.store.adoption import Adoption
 from pipeline.store.creation import create_store, remove_leftovers
@@ -114,15 +114,17 @@ class StoreWriter:
 
         Raises
         ------
+        BusyError
+            Another writer holds the block.
         StoreError
-            When another writer holds the block or the store is sealed.
+            The store is sealed.
         """
         index = self._split(split)
         index.block_positions(block)
         self._refuse_if_sealed()
         with self._lock(f"{split}.{block}") as held:
             if not held:
-                raise StoreError(
+                raise BusyError(
                     f"Block {block} of split {split!r} of {self.path} is being written "
                     "by another process; wait for it or build other blocks."
                 )

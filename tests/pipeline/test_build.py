@@ -13,6 +13,7 @@ import yaml
 from pipeline.build import build_store
 from pipeline.datasets import open_dataset
 from pipeline.errors import CheckpointError, DataError, SpecError, StoreError
+from pipeline.filler import Filling
 from pipeline.spec import CacheSpec, load_spec
 from pipeline.store.reader import FeatureStore
 from pipeline.store.verify import verify_store
@@ -56,7 +57,7 @@ def test_dask_workers_write_the_same_bytes(
     told: list[tuple[str, int, int]] = []
     sealed = build_store(
         _spec_at(small_spec, store),
-        workers=1,
+        filling=Filling(workers=1, threads=1),
         report=lambda split, samples, left: told.append((split, samples, left)),
     )
     assert sealed
@@ -89,11 +90,11 @@ def test_ranges_of_blocks_then_the_rest_write_the_same_bytes(
 ) -> None:
     store = tmp_path / "s.zarr"
     spec = _spec_at(many_blocks[0], store)
-    assert not build_store(spec, blocks=(1, 3))
+    assert not build_store(spec, filling=Filling(blocks=(1, 3)))
     with pytest.raises(StoreError, match="blocks 0, 3, 4, 5 of split 'train'"):
         FeatureStore.open(store)
-    assert not build_store(spec, blocks=(9, 99))
-    assert not build_store(spec, blocks=(2, 99))
+    assert not build_store(spec, filling=Filling(blocks=(9, 99)))
+    assert not build_store(spec, filling=Filling(blocks=(2, 99)))
     assert build_store(spec)
     assert _shards(store) == many_blocks[1]
 
@@ -116,7 +117,7 @@ def test_lost_parts_of_an_unsealed_store_are_built_again(
     """A deleted, a changed and a torn shard, and a block without its record."""
     store = tmp_path / "s.zarr"
     spec = _spec_at(many_blocks[0], store)
-    assert not build_store(spec, blocks=(0, 5))
+    assert not build_store(spec, filling=Filling(blocks=(0, 5)))
     shards = store / "train" / "features" / "node_features" / "c"
     (shards / "0" / "0").unlink()
     content = bytearray((shards / "1" / "0").read_bytes())

@@ -22,6 +22,7 @@ from pipeline.datasets import (
     open_dataset,
 )
 from pipeline.errors import DataError, SpecError
+from pipeline.filler import Filling
 from pipeline.graphs.neighbors import GraphRule, neighbor_edges
 from pipeline.passes import Run, processes
 from pipeline.scanning import Scan, scan_dataset
@@ -216,7 +217,7 @@ def test_what_was_found_is_not_sought_again(
     files: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = load_spec(_spec(tmp_path, *files))
-    assert not build_store(spec, blocks=(7, 8))
+    assert not build_store(spec, filling=Filling(blocks=(7, 8)))
     job = prepare(spec)
     _refuse_passes(monkeypatch, job.source.datasets["train"])
     again = prepare(spec)
@@ -237,7 +238,7 @@ def test_passes_are_made_again_where_a_file_changed(
     path = _spec(tmp_path, "aselmdb", data)
     spec = load_spec(path)
     before = prepare(spec).attributes["fingerprint"]
-    build_store(spec, blocks=(7, 8))
+    build_store(spec, filling=Filling(blocks=(7, 8)))
     os.utime(data / "a.aselmdb", (1, 1))
     made: list[str] = []
     monkeypatch.setattr(
@@ -262,7 +263,7 @@ def test_a_damaged_sidecar_is_made_anew(
 ) -> None:
     data = _write_aselmdb(tmp_path / "data", slabs(20))
     spec = load_spec(_spec(tmp_path, "aselmdb", data))
-    build_store(spec, blocks=(7, 8))
+    build_store(spec, filling=Filling(blocks=(7, 8)))
     kept = tmp_path / "s.zarr.index" / file
     sound = kept.read_bytes()
     if damage is None:
@@ -292,7 +293,7 @@ def test_a_label_that_changes_unseen_is_refused_when_its_block_is_filled(
     write(1.25)
     size = data.stat().st_size
     spec = load_spec(_spec(tmp_path, "aselmdb", data))
-    build_store(spec, blocks=(7, 8))
+    build_store(spec, filling=Filling(blocks=(7, 8)))
     write(1.75)
     assert data.stat().st_size == size
     name = f"{made[4].sid}_{made[4].fid}"

@@ -1,0 +1,400 @@
+"""Runs many independent tasks, few at a time, each to one recorded end.
+
+Knows nothing of what tasks do. Tasks must bear being run again: a worker may die after
+it did its work and before it could tell.
+"""
+
+import heapq
+import itertools
+import logging
+import os
+import queue
+import signal
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Generic, Protocol, TypeVar
+
+from pipeline.errors import PipelineError, WorkersError
+from pipeline.files import is_full
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+RETRIES = 3
+PER_WORKER = 2
+_TICK_S = 0.5
+_GATHER_S = 10.0
+_PATIENCE_S = 180.0
+
+
+class TaskLost(Exception):
+    """The worker that had a task died with it."""
+
+
+class StillRunning(Exception):
+    """A task that seemed to have ended is being run again."""
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[Item, Result]):
+    """How a task ended: with a result, or with the last error of all attempts."""
+
+    item: Item
+    result: Result | None
+    error: Exception | None
+    attempts: int
+
+
+class Pool(Protocol):
+    """Where tasks run."""
+
+    def submit(self, task: Callable[[Any], Any], item: Any) -> Any:
+        """Start ``task(item)``; a future with ``add_done_callback``."""
+
+    def collect(self, future: Any) -> Any:
+        """What an ended future has, or its exception, TaskLost or StillRunning."""
+
+    def capacity(self) -> int:
+        """How many tasks should be in flight now."""
+
+    def check(self) -> None:
+        """Raise WorkersError when nothing that is in flight can ever end."""
+
+    def abandon(self, futures: Iterable[Any]) -> None:
+        """Forget futures that nobody waits for any more."""
+
+
+def retried(error: Exception) -> bool:
+    """Whether an error may be gone at the next try: a lost worker, a failing system.
+
+    A full disk stays full.
+    """
+    if isinstance(error, OSError):
+        return not is_full(error)
+    return isinstance(error, TaskLost)
+
+
+def run_tasks(
+    pool: Pool,
+    task: Callable[[Item], Result],
+    items: Iterable[Item],
+    *,
+    retries: int = RETRIES,
+    transient: Callable[[Exception], bool] = retried,
+    delay: float = 0.5,
+    on_retry: Callable[[Item, Exception], None] = lambda item, error: None,
+    on_tick: Callable[[], None] = lambda: None,
+) -> Iterator[Outcome[Item, Result]]:
+    """Run ``task`` on every item; exactly one outcome for each, in order of ending.
+
+    Never more are in flight than the pool asks for. A ``transient`` error is tried
+    again up to ``retries`` times, after ``delay`` seconds, then four times as long. An
+    outcome with an error is one that stayed, or one of the input (PipelineError). The
+    main thread is never blocked for longer than a moment, so that signals come through.
+
+    Raises
+    ------
+    WorkersError
+        The workers are gone for good.
+    Exception
+        Any other error of a task, at once: it is one of the program or of the disk.
+    """
+    run = _Run(pool, task, items, on_tick)
+    try:
+        while (ended := run.next_ended()) is not None:
+            item, tries, future = ended
+            try:
+                result = pool.collect(future)
+            except StillRunning:
+                run.watch(item, tries, future)
+            except WorkersError:
+                raise
+            except Exception as error:
+                if transient(error) and tries <= retries:
+                    on_retry(item, error)
+                    run.again(item, tries, delay * 4 ** (tries - 1))
+                elif transient(error) or isinstance(error, PipelineError):
+                    yield Outcome(item, None, error, tries)
+                else:
+                    raise
+            else:
+                yield Outcome(item, result, None, tries)
+    finally:
+        run.end()
+
+
+class _Run(Generic[Item, Result]):
+    """Tasks waiting, tasks in flight, and those that wait for another try."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        task: Callable[[Item], Result],
+        items: Iterable[Item],
+        on_tick: Callable[[], None],
+    ) -> None:
+        self._pool = pool
+        self._task = task
+        self._fresh = deque(items)
+        self._on_tick = on_tick
+        self._numbers = itertools.count()
+        self._flying: dict[int, tuple[Item, int, Any]] = {}
+        self._later: list[tuple[float, int, Item, int]] = []
+        self._ended: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def next_ended(self) -> tuple[Item, int, Any] | None:
+        """Item, tries and future of the next task that ends; None when all have."""
+        while True:
+            self._fill()
+            if not self._flying and not self._later and not self._fresh:
+                return None
+            try:
+                return self._flying.pop(self._ended.get(timeout=self._pause()))
+            except queue.Empty:
+                self._on_tick()
+                self._pool.check()
+
+    def watch(self, item: Item, tries: int, future: Any) -> None:
+        """Wait for the end of ``future``."""
+        number = next(self._numbers)
+        self._flying[number] = item, tries, future
+        future.add_done_callback(lambda _: self._ended.put(number))
+
+    def again(self, item: Item, tries: int, pause: float) -> None:
+        """Run ``item`` once more after ``pause`` seconds."""
+        due = time.monotonic() + pause
+        heapq.heappush(self._later, (due, next(self._numbers), item, tries))
+
+    def end(self) -> None:
+        """Abandon whatever is in flight."""
+        self._pool.abandon([future for _, _, future in self._flying.values()])
+
+    def _pause(self) -> float:
+        if not self._later:
+            return _TICK_S
+        return min(_TICK_S, max(0.01, self._later[0][0] - time.monotonic()))
+
+    def _fill(self) -> None:
+        room = self._pool.capacity() - len(self._flying)
+        for item, tries in itertools.islice(self._next_items(), max(0, room)):
+            self.watch(item, tries + 1, self._pool.submit(self._task, item))
+
+    def _next_items(self) -> Iterator[tuple[Item, int]]:
+        """Items whose next try is due, then new ones, with the tries so far."""
+        while self._later and self._later[0][0] <= time.monotonic():
+            _, _, item, tries = heapq.heappop(self._later)
+            yield item, tries
+        while self._fresh:
+            yield self._fresh.popleft(), 0
+
+
+class ThreadPool:
+    """Threads of this process."""
+
+    def __init__(self, threads: int) -> None:
+        self._threads = threads
+        self._executor = ThreadPoolExecutor(threads)
+
+    def submit(self, task: Callable[[Any], Any], item: Any) -> Future[Any]:
+        """Start ``task(item)``."""
+        return self._executor.submit(task, item)
+
+    def collect(self, future: Future[Any]) -> Any:
+        """Return the result of an ended future, or raise its exception."""
+        return future.result()
+
+    def capacity(self) -> int:
+        """One task for every thread."""
+        return self._threads
+
+    def check(self) -> None:
+        """Threads do not get lost."""
+
+    def abandon(self, futures: Iterable[Future[Any]]) -> None:
+        """Cancel what has not begun."""
+        for future in futures:
+            future.cancel()
+
+    def close(self, wait: bool = True) -> None:
+        """End the threads; what they are at is waited for, or left to run on."""
+        self._executor.shutdown(wait=wait, cancel_futures=True)
+
+
+class DaskPool:
+    """Workers behind a Dask scheduler, whoever started them.
+
+    Results stay on the workers but for what tasks return, which should be small.
+    """
+
+    def __init__(
+        self, client: Any, per_worker: int = PER_WORKER, patience: float = _PATIENCE_S
+    ) -> None:
+        self._client = client
+        self._per_worker = per_worker
+        self._patience = patience
+        self._name = uuid.uuid4().hex[:12]
+        self._numbers = itertools.count()
+        self._workers = 0
+        self._asked = -_TICK_S
+        self._seen = time.monotonic()
+
+    @property
+    def workers(self) -> int:
+        """Workers that the scheduler knows, asked for at most twice a second."""
+        now = time.monotonic()
+        if now - self._asked >= _TICK_S:
+            self._asked = now
+            self._workers = self._count()
+            if self._workers:
+                self._seen = now
+        return self._workers
+
+    def submit(self, task: Callable[[Any], Any], item: Any) -> Any:
+        """Start ``task(item)`` on some worker."""
+        # Dask forgets no failed key as long as somebody has its future.
+        key = f"{self._name}-{next(self._numbers)}"
+        return self._client.submit(task, item, key=key, pure=False)
+
+    def collect(self, future: Any) -> Any:
+        """Return the result of an ended future, or raise its exception."""
+        from distributed import KilledWorker
+
+        try:
+            return future.result(timeout=_GATHER_S)
+        except KilledWorker as error:
+            where = getattr(error.last_worker, "address", "a worker")
+            raise TaskLost(f"{where} died with the task") from None
+        except CancelledError:
+            raise self._gone() from None
+        except TimeoutError:
+            if future.status == "error":
+                raise  # the task's own
+            raise StillRunning from None
+
+    def capacity(self) -> int:
+        """A fixed number for every worker that is alive."""
+        return self._per_worker * self.workers
+
+    def check(self) -> None:
+        """Raise WorkersError where the scheduler or all workers are gone."""
+        if self._client.status not in ("running", "connecting"):
+            raise self._gone()
+        if not self.workers and time.monotonic() - self._seen > self._patience:
+            raise WorkersError(
+                f"No Dask worker has been there for {self._patience:.0f} seconds; "
+                "start workers and give the same command again, it goes on where it "
+                "stopped."
+            )
+
+    def abandon(self, futures: Iterable[Any]) -> None:
+        """Cancel what has not begun; what has ends on its worker unheard."""
+        futures = list(futures)
+        if futures and self._client.status == "running":
+            with suppress(Exception):  # the scheduler may go away meanwhile
+                self._client.cancel(futures, force=True)
+
+    def _count(self) -> int:
+        try:
+            return len(self._client.nthreads())
+        except (OSError, RuntimeError, ValueError, CancelledError, TimeoutError):
+            # Its connection is being lost, of which futures and check() tell.
+            return self._workers
+
+    def _gone(self) -> WorkersError:
+        address = getattr(self._client.scheduler, "address", "its address")
+        return WorkersError(
+            f"The Dask scheduler at {address} is gone; start it again and give the "
+            "same command, what is done stays done."
+        )
+
+
+@contextmanager
+def connected(address: str) -> Iterator[Any]:
+    """Client of the Dask scheduler at ``address``.
+
+    Raises
+    ------
+    WorkersError
+        None answers there.
+    """
+    from distributed import Client
+
+    _silence()
+    try:
+        client = Client(address, timeout=10, set_as_default=False)
+    except (OSError, ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WorkersError(
+            f"No Dask scheduler answers at {address} ({reason}); start one with `dask "
+            "scheduler` or correct --scheduler."
+        ) from None
+    try:
+        yield client
+    finally:
+        with suppress(OSError, RuntimeError, TimeoutError):
+            client.close(timeout=2)
+
+
+@contextmanager
+def local_workers(workers: int, threads: int = PER_WORKER) -> Iterator[Any]:
+    """Client of ``workers`` fresh processes that run ``threads`` tasks each.
+
+    They are numbered from 0 on, started again when they die, and killed at the end, at
+    the latest with this process. Ctrl-C in a terminal does not reach them.
+    """
+    from distributed import Client, LocalCluster
+
+    _silence()
+    with _interrupts_blocked():
+        # Threads and processes inherit who may be interrupted.
+        cluster = LocalCluster(
+            n_workers=0,
+            threads_per_worker=threads,
+            processes=True,
+            memory_limit=0,  # blocks are as large as they are
+            dashboard_address="127.0.0.1:0",  # any free port
+            silence_logs=logging.CRITICAL,
+            # Deaths are counted by whoever runs the tasks.
+            scheduler_kwargs={"allowed_failures": 0},
+        )
+    try:
+        cluster.scale(workers)
+        with Client(cluster, set_as_default=False) as client:
+            try:
+                yield client
+            finally:
+                _kill(cluster)
+    finally:
+        cluster.close(timeout=10)
+
+
+def _kill(cluster: Any) -> None:
+    """End worker processes at once, whatever they are at."""
+    for nanny in list(cluster.workers.values()):
+        nanny.close_gracefully()  # it does not start the process again
+        pid = getattr(nanny, "pid", None)
+        if pid:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _silence() -> None:
+    """Dask tells with tracebacks what is told by one sentence here."""
+    known = [n for n in logging.root.manager.loggerDict if n.startswith("distributed.")]
+    # Its configuration gives some of its loggers a level of their own.
+    for name in ("distributed", "tornado.application", "asyncio", *known):
+        logging.getLogger(name).setLevel(logging.CRITICAL)

@@ -1,0 +1,114 @@
+"""Samples that no teacher pass could ever do: found before blocks are planned."""
+
+import logging
+from collections.abc import Collection, Container, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.datasets import Dataset
+from pipeline.datasets.base import DerivedDataset
+from pipeline.errors import DataError
+from pipeline.graphs.neighbors import GraphRule, sample_edges
+from pipeline.models.elements import check_elements
+from pipeline.structure import Sample
+from pipeline.teacher import Teacher
+
+log = logging.getLogger("pipeline.screening")
+_NAMED = 5
+
+
+class Without(DerivedDataset):
+    """Samples of another dataset, some left out, the others in their order."""
+
+    def __init__(self, inner: Dataset, chosen: Sequence[int]) -> None:
+        super().__init__(inner)
+        self._chosen = chosen
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._inner[self._chosen[index]]
+
+    @property
+    def sample_ids(self) -> Sequence[str]:
+        """Ids of the samples that are left."""
+        ids = self._inner.sample_ids
+        return [ids[index] for index in self._chosen]
+
+    @property
+    def n_atoms(self) -> npt.NDArray[np.int32]:
+        """Atoms of every sample that is left, (n,) int32."""
+        return self._inner.n_atoms[np.asarray(self._chosen, np.intp)]
+
+
+class Checked(DerivedDataset):
+    """Another dataset, whose samples are refused when a teacher cannot take them.
+
+    Elements are looked up; neighbours are searched for only where no two atoms that
+    follow each other are within the cutoff, so that this costs next to nothing.
+    """
+
+    def __init__(
+        self, inner: Dataset, elements: Container[int], rule: GraphRule
+    ) -> None:
+        super().__init__(inner)
+        self._elements = elements
+        self._rule = rule
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self._inner[index]
+        numbers = sample.structure.atomic_numbers
+        check_elements(numbers, self._elements, [sample.sample_id] * len(numbers))
+        steps = np.diff(sample.structure.positions, axis=0)
+        if not (np.square(steps).sum(axis=1) <= self._rule.cutoff**2).any():
+            sample_edges(sample.sample_id, sample.structure, self._rule)
+        return sample
+
+
+def without(dataset: Dataset, ids: Collection[str]) -> Dataset:
+    """``dataset`` without the samples of these ids."""
+    unwanted = frozenset(ids)
+    known = dataset.sample_ids
+    return Without(
+        dataset, [i for i in range(len(dataset)) if known[i] not in unwanted]
+    )
+
+
+def bad_samples(
+    split: str, dataset: Dataset, teacher: Teacher | None
+) -> list[tuple[str, str]]:
+    """Id and reason of every sample that cannot be read or made a graph of.
+
+    Raises
+    ------
+    DataError
+        Not one is sound.
+    """
+    found = []
+    for index, sample_id in enumerate(dataset.sample_ids):
+        try:
+            sample = dataset[index]
+            if teacher is not None:
+                teacher.potential.graph(sample)
+        except DataError as error:
+            found.append((sample_id, str(error)))
+    if not found:
+        return []
+    named = ", ".join(repr(sample_id) for sample_id, _ in found[:_NAMED])
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    if len(found) == len(dataset):
+        raise DataError(
+            f"splits.{split}: none of its {len(found)} samples can be used, the first "
+            f"because: {found[0][1]}"
+        )
+    log.warning(
+        "splits.%s: %d of %d samples are left out: %s%s; the store names all of them",
+        split,
+        len(found),
+        len(dataset),
+        named,
+        more,
+    )
+    return found

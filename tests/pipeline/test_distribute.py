@@ -1,0 +1,170 @@
+"""Running tasks: never too many at once, tried again or given up, one end for each."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from pipeline.distribute import (
+    DaskPool,
+    TaskLost,
+    ThreadPool,
+    connected,
+    local_workers,
+    run_tasks,
+)
+from pipeline.errors import DataError, WorkersError
+from tests.pipeline.builds import ROOT
+
+THREADS = 3
+
+
+@pytest.fixture
+def threads() -> Iterator[ThreadPool]:
+    pool = ThreadPool(THREADS)
+    yield pool
+    pool.close()
+
+
+class Tasks:
+    """Squares, after as many errors as are written down for an item."""
+
+    def __init__(self, errors: dict[int, list[Exception]]) -> None:
+        self.errors = errors
+        self.calls: Counter[int] = Counter()
+        self.most = 0
+        self._at_once = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, item: int) -> int:
+        with self._lock:
+            self.calls[item] += 1
+            self._at_once += 1
+            self.most = max(self.most, self._at_once)
+        time.sleep(0.002)
+        with self._lock:
+            self._at_once -= 1
+        if self.errors.get(item):
+            raise self.errors[item].pop(0)
+        return item * item
+
+
+def test_every_task_has_one_end_and_few_run_at_once(threads: ThreadPool) -> None:
+    tasks = Tasks({})
+    ends = list(run_tasks(threads, tasks, range(40)))
+    assert sorted((end.item, end.result) for end in ends) == [
+        (n, n * n) for n in range(40)
+    ]
+    assert all(end.error is None and end.attempts == 1 for end in ends)
+    assert tasks.most == THREADS
+    assert list(run_tasks(threads, tasks, [])) == []
+
+
+def test_failing_systems_are_tried_again_and_data_are_not(threads: ThreadPool) -> None:
+    lost, network = TaskLost("gone"), OSError(errno.EIO, "unplugged")
+    tasks = Tasks(
+        {
+            1: [network],
+            2: [lost, network],
+            3: [network] * 3,
+            4: [DataError("Sample 'x' is bad.")],
+        }
+    )
+    told: list[int] = []
+    ends = {
+        end.item: end
+        for end in run_tasks(
+            threads,
+            tasks,
+            range(6),
+            retries=2,
+            delay=0.001,
+            on_retry=lambda item, error: told.append(item),
+        )
+    }
+    assert {n: end.attempts for n, end in ends.items()} == tasks.calls
+    assert tasks.calls == {0: 1, 1: 2, 2: 3, 3: 3, 4: 1, 5: 1}
+    assert sorted(told) == [1, 2, 2, 3, 3]
+    assert ends[2].result == 4
+    assert ends[3].error is network
+    assert isinstance(ends[4].error, DataError)
+
+
+def test_full_disks_and_mistakes_of_the_program_end_everything(
+    threads: ThreadPool,
+) -> None:
+    for error in (TypeError("a mistake"), OSError(errno.ENOSPC, "full")):
+        tasks = Tasks({3: [error]})
+        with pytest.raises(type(error)):
+            for _ in run_tasks(threads, tasks, range(1000)):
+                pass
+        assert sum(tasks.calls.values()) < 100
+
+
+def _square(folder: Path, item: int) -> int:
+    """Dies once at every tenth item, and tells of every call by a file."""
+    number = len(list(folder.glob(f"{item}.*")))
+    (folder / f"{item}.{number}").touch()
+    if item % 10 == 4 and number == 0:
+        os._exit(9)
+    return item * item
+
+
+@pytest.mark.timeout(300)  # starting a process is slow on a busy machine
+def test_tasks_of_dead_workers_are_done_by_others(tmp_path: Path) -> None:
+    retried: list[int] = []
+    with local_workers(2) as client:
+        pool = DaskPool(client)
+        ends = list(
+            run_tasks(
+                pool,
+                partial(_square, tmp_path),
+                range(20),
+                on_retry=lambda item, error: retried.append(item),
+            )
+        )
+        assert sorted((e.item, e.result) for e in ends) == [
+            (n, n * n) for n in range(20)
+        ]
+        assert {4, 14} <= set(retried)
+        # Nothing is left over, and a second round works with the same processes.
+        assert [e.result for e in run_tasks(pool, abs, [-7])] == [7]
+        address = client.scheduler.address
+    words = f"No Dask scheduler answers at {address}"
+    with pytest.raises(WorkersError, match=words), connected(address):
+        pass
+
+
+def test_waiting_for_workers_ends(tmp_path: Path) -> None:
+    with local_workers(0) as client:
+        pool = DaskPool(client, patience=0.2)
+        with pytest.raises(WorkersError, match="No Dask worker"):
+            list(run_tasks(pool, abs, [1]))
+
+
+@pytest.mark.timeout(300)
+def test_a_simulated_build_loses_nothing_and_does_nothing_twice(tmp_path: Path) -> None:
+    script = ROOT / "benchmarks" / "scheduling.py"
+    options = ["--blocks", 60, "--workers", 12, "--seconds", 0.02, "--only", "both"]
+    more = ["--failing", 0.2, "--dying", 0.1, "--folder", tmp_path, "--json"]
+    done = subprocess.run(
+        [sys.executable, script, *map(str, options), *map(str, more)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout)
+    assert (row["lost"], row["twice"], row["given_up"]) == (0, 0, 0)
+    assert row["failures"] > 2
+    assert row["deaths"] > 2
+    assert row["tries"] >= 60 + row["failures"]

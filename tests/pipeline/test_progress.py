@@ -1,0 +1,117 @@
+"""The status file and signals: what others can rely on while a build runs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline import progress as module
+from pipeline.interrupts import Stopped, stopped_by_signals
+from pipeline.progress import Progress, status_file
+from tests.pipeline.builds import ROOT, wait_until
+
+
+def _read(path: Path) -> dict[str, object]:
+    return dict(json.loads(path.read_text()))
+
+
+def test_status_follows_the_build(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "INTERVAL_S", 0.01)
+    path = tmp_path / "deep" / "s.status.json"
+    progress = Progress()
+    with status_file(path, progress):
+        first = _read(path)
+        assert first["state"] == "planning"
+        assert first["pid"] == os.getpid()
+        assert first["samples_per_second"] is None
+        progress.begin(blocks=4, samples=40, done=1, samples_done=10)
+        progress.add(10)
+        time.sleep(0.05)
+        progress.add(10)
+        wait_until(lambda: _read(path)["blocks_done"] == 3, "the third block")
+        told = _read(path)
+        rate = progress.rate
+        assert rate is not None
+        # Ten samples in the time between two blocks, and ten are left.
+        assert 10 < rate <= 10 / 0.05
+        assert told["eta_seconds"] == pytest.approx(10 / rate, rel=1e-2)
+        assert (told["samples_done"], told["samples_total"]) == (30, 40)
+        assert told["started"] == first["started"]
+    assert _read(path)["state"] == "done"
+    assert [f.name for f in path.parent.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize(
+    ("error", "state", "words"),
+    [
+        (Stopped(signal.SIGTERM), "interrupted", None),
+        (KeyboardInterrupt(), "interrupted", None),
+        (ValueError("wrong"), "failed", "wrong"),
+    ],
+)
+def test_status_tells_how_it_ended(
+    error: BaseException, state: str, words: str | None, tmp_path: Path
+) -> None:
+    path = tmp_path / "s.status.json"
+    with pytest.raises(type(error)), status_file(path, Progress()):
+        raise error
+    assert (_read(path)["state"], _read(path)["error"]) == (state, words)
+
+
+def test_readers_never_see_half_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "INTERVAL_S", 0.0)
+    path = tmp_path / "s.status.json"
+    progress = Progress(failed={f"block {n}": "reason" * 20 for n in range(300)})
+    with status_file(path, progress):
+        assert all(len(_read(path)["failed_blocks"]) == 300 for _ in range(200))  # type: ignore[arg-type]
+
+
+def test_a_second_process_leaves_the_file_to_the_first(tmp_path: Path) -> None:
+    path = tmp_path / "s.status.json"
+    program = (
+        "import sys; from pathlib import Path; "
+        "from pipeline.progress import Progress, status_file\n"
+        "with status_file(Path(sys.argv[1]), Progress()): raise SystemExit(7)"
+    )
+    command = [sys.executable, "-c", program, str(path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with status_file(path, Progress()):
+        other = subprocess.run(command, env=environment, capture_output=True)
+        assert other.returncode == 7, other.stderr
+        assert _read(path)["pid"] == os.getpid()
+    assert _read(path)["state"] == "done"
+    assert subprocess.run(command, env=environment, capture_output=True).returncode == 7
+    assert _read(path)["state"] == "failed"
+
+
+def test_the_first_signal_stops_and_later_ones_do_not_disturb() -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Stopped) as stopped, stopped_by_signals():
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            threading.Event().wait(10)
+        finally:
+            os.kill(os.getpid(), signal.SIGINT)
+    assert stopped.value.exit_code == 143
+    assert str(stopped.value) == "SIGTERM"
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_signals_that_are_ignored_stay_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stopped_by_signals():
+            os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
