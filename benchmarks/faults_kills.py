@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -198,9 +198,8 @@ class Ordeal:
         found = contents(self.work)
         store = self.work / _STORE
         if self.operation.always:
-            mine = {n: b for n, b in found.items() if n.startswith(_STORE)}
             whole = any(
-                mine == {n: b for n, b in state.items() if n.startswith(_STORE)}
+                _of_store(found) == _of_store(state)
                 for state in (self.before, self.after)
             )
             sound = wait(forked(lambda: _require_sound(store))) == 0
@@ -233,6 +232,11 @@ class Ordeal:
         wrong = differing(contents(self.work), self.after)
         if wrong:
             sys.exit(f"{self.operation.name}: {how} differs in {wrong}")
+
+
+def _of_store(state: Mapping[str, bytes | None]) -> dict[str, bytes | None]:
+    """The files of the store itself, without what lies beside it."""
+    return {n: b for n, b in state.items() if n.startswith(f"{_STORE}/")}
 
 
 def _require_sound(store: Path) -> None:

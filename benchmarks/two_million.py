@@ -155,7 +155,6 @@ def index_pass(folder: Path, workers: int) -> Measured:
 def plan(folder: Path, workers: int) -> Measured:
     """Everything up to an empty store."""
     from pipeline.build import create_or_match, prepare
-from pipeline.filler import Filling
 
     spec = _loaded(folder)
     store = Path(spec.store.path)
@@ -181,6 +180,7 @@ def plan_again(folder: Path, workers: int) -> Measured:
 def fill(folder: Path, workers: int) -> Measured:
     """Every block, and the seal."""
     from pipeline.build import build_store
+    from pipeline.filler import Filling
 
     spec = _loaded(folder)
     store = Path(spec.store.path)

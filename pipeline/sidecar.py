@@ -118,9 +118,13 @@ class Sidecar:
         return columns if str(columns.pop("made_from", "")) == key else None
 
     def _write(self, name: str, key: str, columns: Columns) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
         np.savez(buffer, allow_pickle=False, made_from=np.array(key), **columns)
-        write_atomically(self._file(name), buffer.getbuffer())
+        with FileLock(self.folder / ".lock"):
+            for orphan in self.folder.glob("*.partial"):
+                orphan.unlink()
+            write_atomically(self._file(name), buffer.getbuffer())
         log.info("%s: %.1f MB kept", self._file(name), buffer.tell() / 1e6)
 
     def _file(self, name: str) -> Path:
