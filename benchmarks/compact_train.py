@@ -11,7 +11,7 @@ import click
 import numpy as np
 from compare import train
 
-from kd_train.data import CachedSamples
+from kd_train.loader.data import CachedSamples
 from pipeline.graphs.neighbors import GraphRule
 from pipeline.store.reader import FeatureStore
 

@@ -29,10 +29,10 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from kd_train.config import load_config
-from kd_train.data import CachedSamples
-from kd_train.loop import Run
-from kd_train.order import BatchRule, Positions, training_batches
-from kd_train.prefetch import moved
+from kd_train.loader.data import CachedSamples
+from kd_train.loader.order import BatchRule, Positions, training_batches
+from kd_train.loader.prefetch import moved
+from kd_train.trainer.loop import Run
 from pipeline.commands import chosen_device
 from pipeline.files import write_atomically
 from pipeline.models.checkpoint import LoadedModel, load_checkpoint

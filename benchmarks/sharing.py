@@ -26,9 +26,9 @@ import click
 import torch
 
 from kd_train.config import load_config
-from kd_train.loop import Run
-from kd_train.order import BatchRule, training_batches
-from kd_train.prefetch import prefetch
+from kd_train.loader.order import BatchRule, training_batches
+from kd_train.loader.prefetch import prefetch
+from kd_train.trainer.loop import Run
 from pipeline.commands import chosen_device
 from pipeline.store.reader import FeatureStore
 

@@ -230,7 +230,7 @@ def epoch(folder: Path, workers: int) -> Measured:
     those of one block: the small store lies in the processor's cache as a whole, and so
     does one block of the large one.
     """
-    from kd_train.order import BatchRule, epoch_batches
+    from kd_train.loader.order import BatchRule, epoch_batches
     from pipeline.store.reader import FeatureStore
 
     split = FeatureStore.open(folder / "store.zarr").splits["train"]
@@ -255,8 +255,8 @@ def epoch(folder: Path, workers: int) -> Measured:
 
 def batches(folder: Path, workers: int) -> Measured:
     """Training batches with their graphs, of the first 20 000 samples of an epoch."""
-    from kd_train.data import CachedSamples
-    from kd_train.order import BatchRule, epoch_batches
+    from kd_train.loader.data import CachedSamples
+    from kd_train.loader.order import BatchRule, epoch_batches
     from pipeline.graphs.neighbors import GraphRule
     from pipeline.store.reader import FeatureStore
 

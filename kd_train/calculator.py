@@ -12,7 +12,7 @@ from ase.calculators.calculator import Calculator, all_changes
 from ase.data import chemical_symbols
 from torch_geometric.data import Data
 
-from kd_train.trained import load_student, predict, without_reference
+from kd_train.evaluation.trained import load_student, predict, without_reference
 from pipeline.commands import chosen_device
 from pipeline.datasets.samples import Fields, checked_sample
 from pipeline.errors import DataError, SpecError

@@ -8,7 +8,7 @@ from pathlib import Path
 import click
 
 from kd_train.config import STRATEGIES, TrainConfig, load_config
-from kd_train.distributed import World, joined, process_device, world_of
+from kd_train.trainer.distributed import World, joined, process_device, world_of
 from pipeline.commands import chosen_device, log_to_file, one_sentence_errors
 from pipeline.errors import SpecError
 
@@ -87,8 +87,8 @@ def _train(
     """Train as asked for; returns the folder and the metrics in one line."""
     import torch
 
-    from kd_train.loop import Run
-    from kd_train.setup import resolved
+    from kd_train.trainer.loop import Run
+    from kd_train.trainer.setup import resolved
     from pipeline.store.reader import FeatureStore
 
     if threads is not None:
@@ -131,7 +131,7 @@ def report_main(
     runs: tuple[Path, ...], out: Path, partial: bool, cka: tuple[Path, ...]
 ) -> None:
     """Compare finished RUNS: gap-closed table, learning curves, parity plots."""
-    from kd_train.report import write_report
+    from kd_train.report.report import write_report
 
     click.echo(write_report(list(runs), out, partial=partial, cka=cka))
 
@@ -165,8 +165,8 @@ def cka_main(
     """
     import torch
 
-    from kd_train.cka import compare_models
-    from kd_train.heatmap import write_similarity
+    from kd_train.evaluation.cka import compare_models
+    from kd_train.report.heatmap import write_similarity
     from pipeline.store.reader import FeatureStore
 
     if threads is not None:

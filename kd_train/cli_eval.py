@@ -10,7 +10,7 @@ from pipeline.commands import chosen_device, one_sentence_errors
 from pipeline.errors import SpecError
 
 if TYPE_CHECKING:
-    from kd_train.scoring import Part
+    from kd_train.evaluation.scoring import Part
     from pipeline.models.checkpoint import LoadedModel
 
 FORMATS = ("extxyz", "oc20_lmdb", "oc20_raw", "ase_db", "aselmdb")
@@ -72,10 +72,10 @@ def eval_main(
         )
     import torch
 
-    from kd_train.scorecard import Scorecard, write_throughput
-    from kd_train.scoring import batches_of, pool_of, score
-    from kd_train.throughput import measure
-    from kd_train.trained import load_student
+    from kd_train.evaluation.scorecard import Scorecard, write_throughput
+    from kd_train.evaluation.scoring import batches_of, pool_of, score
+    from kd_train.evaluation.throughput import measure
+    from kd_train.evaluation.trained import load_student
 
     if threads is not None:
         torch.set_num_threads(threads)
@@ -115,8 +115,8 @@ def _store_parts(
     splits: tuple[str, ...],
     selection: dict[str, Any],
 ) -> tuple[dict[str, Any], list["Part"]]:
-    from kd_train.scoring import store_part
-    from kd_train.setup import chosen_split
+    from kd_train.evaluation.scoring import store_part
+    from kd_train.trainer.setup import chosen_split
     from pipeline.store.reader import FeatureStore
 
     store = FeatureStore.open(data)
@@ -134,8 +134,8 @@ def _dataset_parts(
     energy: Any,
     selection: dict[str, Any],
 ) -> tuple[dict[str, Any], list["Part"]]:
-    from kd_train.datafiles import guessed_format
-    from kd_train.scoring import dataset_part
+    from kd_train.evaluation.scoring import dataset_part
+    from kd_train.loader.datafiles import guessed_format
     from pipeline.datasets import open_dataset
 
     if splits:
@@ -160,8 +160,8 @@ def _dataset_parts(
 @one_sentence_errors
 def export_main(run: Path, out: Path, device: str) -> None:
     """Write the student in RUN as a program that torch runs without this package."""
-    from kd_train.export import export_student
-    from kd_train.trained import load_student
+    from kd_train.evaluation.export import export_student
+    from kd_train.evaluation.trained import load_student
 
     worst = export_student(load_student(run, chosen_device(device)), out)
     click.echo(

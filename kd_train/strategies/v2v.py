@@ -3,7 +3,7 @@
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
-from kd_train.adapters import linear_adapter
+from kd_train.strategies.adapters import linear_adapter
 from kd_train.strategies.base import Strategy, number_of, square_total
 from pipeline.models.output import ModelOutput
 

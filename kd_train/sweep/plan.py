@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kd_train.config import TrainConfig
-from kd_train.setup import chosen_split, resolved, stored_widths
 from kd_train.strategies import REGISTRY
 from kd_train.strategies.base import Setting
 from kd_train.sweep.grid import Sweep, SweepRun, load_sweep
+from kd_train.trainer.setup import chosen_split, resolved, stored_widths
 from pipeline.documents import nearest
 from pipeline.errors import SpecError
 from pipeline.models.normalizer import Normalizer

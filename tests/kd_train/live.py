@@ -9,7 +9,7 @@ import torch
 from torch_geometric.data import Data
 
 from kd_train.config import TrainConfig
-from kd_train.loop import Run
+from kd_train.trainer.loop import Run
 from pipeline.datasets import open_dataset
 from pipeline.fields import PREDICTION_FIELDS
 from pipeline.store.reader import FeatureStore

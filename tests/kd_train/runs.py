@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from kd_train.config import TrainConfig
-from kd_train.loop import Run
+from kd_train.trainer.loop import Run
 from pipeline.store.reader import FeatureStore
 from tests.stores import train_config
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from kd_train.data import CachedSamples, decoded
+from kd_train.loader.data import CachedSamples, decoded
 from pipeline.datasets import open_dataset
 from pipeline.errors import DataError
 from pipeline.graphs.neighbors import GraphRule

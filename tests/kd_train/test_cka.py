@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
-from kd_train.cka import LinearCKA, Similarity, compare_models
 from kd_train.cli import cka_main, report_main
-from kd_train.data import CachedSamples
+from kd_train.evaluation.cka import LinearCKA, Similarity, compare_models
+from kd_train.loader.data import CachedSamples
 from pipeline.models.checkpoint import load_checkpoint
 from pipeline.store.reader import FeatureStore
 from tests.commands import refusal, run_command
@@ -218,7 +218,7 @@ def test_command_says_what_is_wrong(finished, small_spec, labels_store, tmp_path
 
 
 def test_a_wide_map_has_no_numbers_but_every_layer(tmp_path):
-    from kd_train.heatmap import write_similarity
+    from kd_train.report.heatmap import write_similarity
 
     names = tuple(f"layer_{i}" for i in range(20))
     matrix = np.random.default_rng(0).uniform(size=(20, 20))

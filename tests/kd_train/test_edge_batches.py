@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch_geometric.data import Data
 
-from kd_train.data import CachedSamples
+from kd_train.loader.data import CachedSamples
 from pipeline.datasets import Dataset, open_dataset
 from pipeline.fields import FIELDS, LABEL_FIELDS, STRUCTURE_FIELDS
 from pipeline.graphs.neighbors import Edges, GraphRule, sample_edges

@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from kd_train.cli_eval import eval_main
-from kd_train.data import CachedSamples
-from kd_train.datafiles import DatasetSamples, guessed_format
-from kd_train.selected import SelectedSplit
-from kd_train.throughput import _has_levelled_off, structures_of
-from kd_train.trained import load_student
+from kd_train.evaluation.throughput import _has_levelled_off, structures_of
+from kd_train.evaluation.trained import load_student
+from kd_train.loader.data import CachedSamples
+from kd_train.loader.datafiles import DatasetSamples, guessed_format
+from kd_train.loader.selected import SelectedSplit
 from pipeline.datasets import open_dataset
 from pipeline.errors import SpecError
 from pipeline.store.reader import FeatureStore

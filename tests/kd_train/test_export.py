@@ -14,8 +14,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from kd_train.cli_eval import export_main
-from kd_train.export import HEADER, compared, export_student, tensor_inputs
-from kd_train.trained import load_student, predict
+from kd_train.evaluation.export import HEADER, compared, export_student, tensor_inputs
+from kd_train.evaluation.trained import load_student, predict
 from pipeline.errors import CheckpointError
 from pipeline.graphs.batch import collate
 from pipeline.graphs.neighbors import neighbor_edges
@@ -24,7 +24,7 @@ from pipeline.models.normalizer import Normalizer
 from pipeline.models.zoo import PRESETS, build_model
 from pipeline.store.reader import FeatureStore
 from tests.commands import refusal
-from tests.kd_train.runs import make_run
+from tests.kd_train.report.runs import make_run
 from tests.stores import STUDENTS, TINY_PAINN, save_gemnet, train_config
 from tests.teachers.shared_data import made_samples
 

@@ -9,8 +9,8 @@ import torch
 from ase.build import fcc111
 
 from kd_train.config import TrainConfig
-from kd_train.loop import Run
-from kd_train.setup import resolved
+from kd_train.trainer.loop import Run
+from kd_train.trainer.setup import resolved
 from pipeline.errors import DataError
 from pipeline.models.gemnet.fitting import Scale
 from pipeline.spec import load_spec

@@ -8,15 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd_train.data import CachedSamples, read_paths
-from kd_train.joined import JoinedSplit, Split
-from kd_train.setup import chosen_split, store_normalizer
+from kd_train.loader.data import CachedSamples, read_paths
+from kd_train.loader.joined import JoinedSplit, Split
+from kd_train.trainer.setup import chosen_split, store_normalizer
 from pipeline.errors import SpecError, StoreError
 from pipeline.graphs.neighbors import GraphRule
 from pipeline.models.normalizer import Normalizer
 from pipeline.store.reader import FeatureStore, SplitReader
 from tests.frames import collision_frames, write_frames
-from tests.kd_train.runs import make_run
+from tests.kd_train.report.runs import make_run
 from tests.stores import (
     FLOAT32,
     build,

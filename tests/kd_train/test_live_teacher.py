@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kd_train.loop import Run
+from kd_train.trainer.loop import Run
 from pipeline.fields import PREDICTION_FIELDS
 from pipeline.spec import TeacherSpec
 from pipeline.store.reader import FeatureStore

@@ -9,17 +9,17 @@ import pytest
 import torch
 
 from kd_train.config import LossConfig
-from kd_train.data import CachedSamples
-from kd_train.evaluate import evaluate, teacher_metrics
+from kd_train.evaluation.evaluate import evaluate, teacher_metrics
+from kd_train.evaluation.metrics import MetricSums, gap_closed
+from kd_train.loader.data import CachedSamples
+from kd_train.loader.order import ordered_batches
 from kd_train.losses import (
     energy_total,
     force_l2_total,
     force_mae_total,
     joint_mean,
 )
-from kd_train.metrics import MetricSums, gap_closed
-from kd_train.order import ordered_batches
-from kd_train.schedule import learning_rate
+from kd_train.trainer.schedule import learning_rate
 from pipeline.datasets import open_dataset
 from pipeline.models.checkpoint import load_checkpoint
 from pipeline.models.output import ModelOutput

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from kd_train.config import OptimizerConfig
-from kd_train.optimizer import make_optimizer, parameter_groups
+from kd_train.trainer.optimizer import make_optimizer, parameter_groups
 from pipeline.models.zoo import build_model
 from tests.stores import TINY_PAINN
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch_geometric.data import Data
 
-from kd_train.prefetch import moved, pinned, prefetch
+from kd_train.loader.prefetch import moved, pinned, prefetch
 from pipeline.errors import DataError
 
 # A thread that is never ended would hold its test for long.

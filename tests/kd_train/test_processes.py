@@ -9,18 +9,24 @@ import numpy as np
 import pytest
 import torch
 
-from kd_train.checkpoint import read_checkpoint
 from kd_train.cli import main
-from kd_train.distributed import World, in_turns, joined, process_device, world_of
-from kd_train.evaluate import evaluate
-from kd_train.order import BatchRule, epoch_parts, ordered_batches
+from kd_train.evaluation.evaluate import evaluate
+from kd_train.loader.order import BatchRule, epoch_parts, ordered_batches
+from kd_train.trainer.checkpoint import read_checkpoint
+from kd_train.trainer.distributed import (
+    World,
+    in_turns,
+    joined,
+    process_device,
+    world_of,
+)
 from pipeline.errors import PipelineError, SpecError
 from pipeline.models.checkpoint import load_checkpoint
 from pipeline.store.reader import FeatureStore
 from tests.commands import refusal
 from tests.kd_train.gradients_of_ranks import CONFIGS, PARTS
 from tests.kd_train.processes import TIMEOUT, by_hand, torchrun
-from tests.kd_train.runs import make_run, metric_rows
+from tests.kd_train.report.runs import make_run, metric_rows
 from tests.stores import (
     FLOAT32,
     STUDENTS,

@@ -12,8 +12,8 @@ from torch.optim.lr_scheduler import LinearLR, MultiStepLR
 
 from kd_train.config import RECIPES, TrainConfig, load_config
 from kd_train.recipe import read_recipe, with_recipe
-from kd_train.schedule import learning_rate
-from kd_train.setup import run_normalizer
+from kd_train.trainer.schedule import learning_rate
+from kd_train.trainer.setup import run_normalizer
 from pipeline.errors import SpecError
 from pipeline.models.normalizer import Normalizer
 from pipeline.models.zoo import PRESETS

@@ -18,15 +18,15 @@ from PIL import Image
 
 from kd_train import figures
 from kd_train.cli import report_main
-from kd_train.cohorts import make_cohorts
 from kd_train.config import TrainConfig, load_config
-from kd_train.figures import looks
-from kd_train.findings import findings, training_command
-from kd_train.parity import parity_files
-from kd_train.plots import mean_curve, throughput_caption, throughput_points
-from kd_train.report import write_report
-from kd_train.runs import read_run, read_runs
-from kd_train.tables import make_table
+from kd_train.report.cohorts import make_cohorts
+from kd_train.report.figures import looks
+from kd_train.report.findings import findings, training_command
+from kd_train.report.parity import parity_files
+from kd_train.report.plots import mean_curve, throughput_caption, throughput_points
+from kd_train.report.report import write_report
+from kd_train.report.runs import read_run, read_runs
+from kd_train.report.tables import make_table
 from pipeline.errors import PipelineError, SpecError
 from tests.kd_train.folders import (
     HALF,

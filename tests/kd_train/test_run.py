@@ -12,9 +12,9 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from kd_train.config import TrainConfig
-from kd_train.data import CachedSamples
-from kd_train.metrics import MetricSums
-from kd_train.setup import make_learner, store_normalizer, weights_digest
+from kd_train.evaluation.metrics import MetricSums
+from kd_train.loader.data import CachedSamples
+from kd_train.trainer.setup import make_learner, store_normalizer, weights_digest
 from pipeline.errors import (
     DamagedStoreError,
     DataError,
@@ -26,7 +26,7 @@ from pipeline.models.normalizer import Normalizer
 from pipeline.models.zoo import PRESETS, build_model
 from pipeline.store.reader import FeatureStore
 from tests.frames import collision_frames, frame, write_frames
-from tests.kd_train.runs import distilling, make_run, metric_rows
+from tests.kd_train.report.runs import distilling, make_run, metric_rows
 from tests.stores import (
     STUDENTS,
     build,

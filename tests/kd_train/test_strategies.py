@@ -11,9 +11,9 @@ import torch
 from torch_geometric.data import Data
 
 from kd_train.config import STRATEGIES, DistillConfig, LossConfig
-from kd_train.setup import make_learner
 from kd_train.strategies import REGISTRY, Strategy
 from kd_train.strategies.base import Setting
+from kd_train.trainer.setup import make_learner
 from pipeline.errors import DataError, SpecError
 from pipeline.models.normalizer import Normalizer
 from pipeline.models.output import ModelOutput

@@ -8,10 +8,10 @@ import subprocess
 import numpy as np
 import pytest
 
-from kd_train.cohorts import make_cohorts
-from kd_train.layouts import csv_table, latex_escaped, latex_table, text_table
-from kd_train.runs import read_runs
-from kd_train.tables import Spread, make_table
+from kd_train.report.cohorts import make_cohorts
+from kd_train.report.layouts import csv_table, latex_escaped, latex_table, text_table
+from kd_train.report.runs import read_runs
+from kd_train.report.tables import Spread, make_table
 from tests.kd_train.folders import HALF, NAMES, PLAIN, TEACHER, make_run
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from ase.data import chemical_symbols
 
-from kd_train.loop import Run
-from kd_train.setup import has_labels, store_normalizer
+from kd_train.trainer.loop import Run
+from kd_train.trainer.setup import has_labels, store_normalizer
 from pipeline.datasets import open_dataset
 from pipeline.errors import SpecError
 from pipeline.labelling import label_splits
@@ -17,7 +17,7 @@ from pipeline.models.normalizer import Normalizer
 from pipeline.spec import load_spec
 from pipeline.store.reader import FeatureStore
 from tests.frames import collision_frames, frame, write_frames
-from tests.kd_train.runs import make_run, metric_rows
+from tests.kd_train.report.runs import make_run, metric_rows
 from tests.stores import (
     build,
     spec_document,

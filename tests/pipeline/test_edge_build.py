@@ -176,7 +176,7 @@ def test_continuing_counts_no_edges_again(
 
 def _run(store: FeatureStore, folder: Path, student: str, **sizes: Any) -> Any:
     from kd_train.config import TrainConfig
-    from kd_train.loop import Run
+    from kd_train.trainer.loop import Run
 
     document = {
         "student": {"preset": student, "hyperparameters": sizes},

@@ -15,9 +15,9 @@ import pytest
 import torch
 import yaml
 
-from kd_train.loop import Run
 from kd_train.sweep.grid import load_sweep
 from kd_train.sweep.jobs import read_outcome, run_job
+from kd_train.trainer.loop import Run
 from pipeline.files import sha256_of
 from pipeline.store.reader import FeatureStore
 from tests.stores import STUDENTS

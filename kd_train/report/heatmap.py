@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from pydantic import ConfigDict
 
-from kd_train.cka import Similarity
-from kd_train.figures import files_of, new_figure, style
+from kd_train.evaluation.cka import Similarity
+from kd_train.report.figures import files_of, new_figure, style
 from pipeline.documents import ClosedModel, validate
 from pipeline.errors import SpecError
 from pipeline.files import write_atomically

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite, nan
 
-from kd_train.cohorts import Cohort, Variant
-from kd_train.metrics import gap_closed
-from kd_train.runs import Metrics
+from kd_train.evaluation.metrics import gap_closed
+from kd_train.report.cohorts import Cohort, Variant
+from kd_train.report.runs import Metrics
 
 MISSING = "–"
 TEACHER = "teacher"

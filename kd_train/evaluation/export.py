@@ -16,7 +16,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch_geometric.data import Data
 
-from kd_train.trained import predict
+from kd_train.evaluation.trained import predict
 from pipeline.errors import CheckpointError
 from pipeline.files import write_atomically
 from pipeline.graphs.batch import collate
@@ -108,7 +108,7 @@ def export_student(student: LoadedModel, path: Path) -> dict[str, float]:
     if student.name not in EXPORTABLE:
         raise CheckpointError(
             f"A {student.name} cannot be exported; {' and '.join(EXPORTABLE)} can. Use "
-            "kd_train.calculator, or load_student of kd_train.trained."
+            "kd_train.calculator, or load_student of kd_train.evaluation.trained."
         )
     buffer = io.BytesIO()
     program = exported(student)

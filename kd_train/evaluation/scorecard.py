@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from kd_train.records import without_nan
-from kd_train.scoring import METRICS, Score, mean_over
-from kd_train.throughput import Throughput
-from kd_train.trained import STUDENT_FILE
+from kd_train.evaluation.scoring import METRICS, Score, mean_over
+from kd_train.evaluation.throughput import Throughput
+from kd_train.evaluation.trained import STUDENT_FILE
+from kd_train.trainer.records import without_nan
 from pipeline.files import write_atomically
 from pipeline.models.checkpoint import LoadedModel
 

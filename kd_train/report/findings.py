@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_train.cohorts import Cohort
-from kd_train.layouts import gap_text, joined
-from kd_train.runs import FinishedRun, Incomplete, flat_defaults
-from kd_train.tables import COLUMNS, Column, Row, Table
+from kd_train.report.cohorts import Cohort
+from kd_train.report.layouts import gap_text, joined
+from kd_train.report.runs import FinishedRun, Incomplete, flat_defaults
+from kd_train.report.tables import COLUMNS, Column, Row, Table
 
 _FLAGS = {
     "strategy": "--strategy",

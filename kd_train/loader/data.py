@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 from torch_geometric.data import Data
 
-from kd_train.joined import Split
-from kd_train.order import Positions
+from kd_train.loader.joined import Split
+from kd_train.loader.order import Positions
 from pipeline.fields import (
     EDGE_IDENTITY_FIELDS,
     FIELDS,

@@ -19,29 +19,41 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch_geometric.data import Data
 
-from kd_train.checkpoint import read_checkpoint, save_checkpoint
 from kd_train.config import TrainConfig
-from kd_train.data import CachedSamples, decoded
-from kd_train.distributed import ALONE, World
+from kd_train.loader.data import CachedSamples, decoded
+from kd_train.loader.order import (
+    BatchRule,
+    Draw,
+    check_budget,
+    grouped,
+    training_batches,
+)
+from kd_train.loader.prefetch import moved, pinned, prefetch
 from kd_train.losses import Term
-from kd_train.numerics import compile_student, determinism, training_numerics
-from kd_train.objective import Objective
-from kd_train.optimizer import make_optimizer
-from kd_train.order import BatchRule, Draw, check_budget, grouped, training_batches
-from kd_train.prefetch import moved, pinned, prefetch
-from kd_train.progress import Progress
-from kd_train.records import Window, progress_bar, require_same_run, short, write_rows
-from kd_train.results import export_student, write_results
-from kd_train.schedule import learning_rate
-from kd_train.setup import (
+from kd_train.trainer.checkpoint import read_checkpoint, save_checkpoint
+from kd_train.trainer.distributed import ALONE, World
+from kd_train.trainer.numerics import compile_student, determinism, training_numerics
+from kd_train.trainer.objective import Objective
+from kd_train.trainer.optimizer import make_optimizer
+from kd_train.trainer.progress import Progress
+from kd_train.trainer.records import (
+    Window,
+    progress_bar,
+    require_same_run,
+    short,
+    write_rows,
+)
+from kd_train.trainer.results import export_student, write_results
+from kd_train.trainer.schedule import learning_rate
+from kd_train.trainer.setup import (
     Learner,
     chosen_split,
     make_learner,
     resolved,
     weights_digest,
 )
-from kd_train.validate import Validator
-from kd_train.weighting import Weighting
+from kd_train.trainer.validate import Validator
+from kd_train.trainer.weighting import Weighting
 from pipeline.errors import PipelineError, SpecError
 from pipeline.files import write_atomically
 from pipeline.models.network import Network

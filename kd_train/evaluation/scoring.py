@@ -14,15 +14,15 @@ from torch_geometric.data import Data
 from tqdm import tqdm
 
 from kd_train.config import LossConfig
-from kd_train.data import CachedSamples
-from kd_train.datafiles import DatasetSamples
-from kd_train.evaluate import evaluate, teacher_metrics
-from kd_train.joined import Split
-from kd_train.order import Positions, ordered_batches, ordered_within
-from kd_train.prefetch import pinned, prefetch
-from kd_train.selected import SelectedSplit
-from kd_train.throughput import POOL, structures_of
-from kd_train.trained import without_reference
+from kd_train.evaluation.evaluate import evaluate, teacher_metrics
+from kd_train.evaluation.throughput import POOL, structures_of
+from kd_train.evaluation.trained import without_reference
+from kd_train.loader.data import CachedSamples
+from kd_train.loader.datafiles import DatasetSamples
+from kd_train.loader.joined import Split
+from kd_train.loader.order import Positions, ordered_batches, ordered_within
+from kd_train.loader.prefetch import pinned, prefetch
+from kd_train.loader.selected import SelectedSplit
 from pipeline.datasets import Dataset
 from pipeline.errors import SpecError
 from pipeline.models.checkpoint import LoadedModel

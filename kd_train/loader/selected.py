@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from kd_train.joined import Arrays, Indices, Split
+from kd_train.loader.joined import Arrays, Indices, Split
 from pipeline.store.encoding import Encoding
 from pipeline.store.reader import ArrayInfo
 

@@ -6,8 +6,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kd_train.cohorts import Cohort, Variant
-from kd_train.figures import GRID, Look, files_of, looks, mixed, new_figure, style
+from kd_train.report.cohorts import Cohort, Variant
+from kd_train.report.figures import (
+    GRID,
+    Look,
+    files_of,
+    looks,
+    mixed,
+    new_figure,
+    style,
+)
 
 _COLUMNS = 4
 _MAX_COMPONENTS = 300_000

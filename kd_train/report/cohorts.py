@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kd_train.config import STRATEGIES
-from kd_train.runs import FinishedRun, Metrics, number
+from kd_train.report.runs import FinishedRun, Metrics, number
 from pipeline.errors import SpecError
 
 # Settings that may differ between a run and its baseline beside those of distillation,

@@ -12,9 +12,14 @@ from torch import nn
 from torch_geometric.data import Data
 
 from kd_train.config import LossConfig, TrainConfig
-from kd_train.data import CachedSamples, read_paths
-from kd_train.joined import JoinedSplit, Split
-from kd_train.losses import Labels, OutputError, completed_labels, reference_labels
+from kd_train.loader.data import CachedSamples, read_paths
+from kd_train.loader.joined import JoinedSplit, Split
+from kd_train.losses import (
+    Labels,
+    OutputError,
+    completed_labels,
+    reference_labels,
+)
 from kd_train.recipe import with_recipe
 from kd_train.strategies import REGISTRY, Strategy
 from kd_train.strategies.base import Setting

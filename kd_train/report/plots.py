@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kd_train.cohorts import Cohort, Variant
-from kd_train.figures import GRID, Look, files_of, looks, new_figure, style
-from kd_train.runs import FinishedRun, Throughput
-from kd_train.tables import COLUMNS, TEACHER, Column, Spread
+from kd_train.report.cohorts import Cohort, Variant
+from kd_train.report.figures import GRID, Look, files_of, looks, new_figure, style
+from kd_train.report.runs import FinishedRun, Throughput
+from kd_train.report.tables import COLUMNS, TEACHER, Column, Spread
 
 _ERRORS = (COLUMNS[1], COLUMNS[0])  # forces first: they tell more of a potential
 _MARKERS = "os^Dv*"

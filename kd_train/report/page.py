@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
 
-from kd_train.cohorts import Cohort
-from kd_train.findings import training_command
-from kd_train.layouts import gap_text, joined
-from kd_train.runs import FinishedRun, Incomplete
-from kd_train.tables import COLUMNS, MISSING, TEACHER, Row, Table
+from kd_train.report.cohorts import Cohort
+from kd_train.report.findings import training_command
+from kd_train.report.layouts import gap_text, joined
+from kd_train.report.runs import FinishedRun, Incomplete
+from kd_train.report.tables import COLUMNS, MISSING, TEACHER, Row, Table
 
 _PACKAGES = ("kd-train", "torch", "numpy", "matplotlib")
 _STYLE = """

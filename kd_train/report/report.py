@@ -3,20 +3,20 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd_train.cohorts import Cohort, make_cohorts
-from kd_train.findings import findings, report_command
-from kd_train.heatmap import read_similarity
-from kd_train.layouts import csv_table, latex_table, text_table
-from kd_train.page import Figure, Report, page
-from kd_train.parity import parity_files
-from kd_train.plots import (
+from kd_train.report.cohorts import Cohort, make_cohorts
+from kd_train.report.findings import findings, report_command
+from kd_train.report.heatmap import read_similarity
+from kd_train.report.layouts import csv_table, latex_table, text_table
+from kd_train.report.page import Figure, Report, page
+from kd_train.report.parity import parity_files
+from kd_train.report.plots import (
     curves_files,
     throughput_caption,
     throughput_files,
     throughput_points,
 )
-from kd_train.runs import Incomplete, read_runs
-from kd_train.tables import make_table
+from kd_train.report.runs import Incomplete, read_runs
+from kd_train.report.tables import make_table
 from pipeline.files import write_atomically
 
 _FIGURES = {

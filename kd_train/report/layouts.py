@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from math import isfinite, nan
 
-from kd_train.tables import COLUMNS, Column, Row, Spread, Table
+from kd_train.report.tables import COLUMNS, Column, Row, Spread, Table
 
 _LATEX = {
     "\\": r"\textbackslash{}",

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from kd_train.config import TrainConfig
-from kd_train.distributed import World
+from kd_train.trainer.distributed import World
 from pipeline.errors import SpecError
 from pipeline.files import write_atomically
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
-from kd_train.data import CachedSamples
-from kd_train.joined import Split
-from kd_train.order import Positions, ordered_within
-from kd_train.prefetch import moved, pinned, prefetch
-from kd_train.setup import chosen_split
+from kd_train.loader.data import CachedSamples
+from kd_train.loader.joined import Split
+from kd_train.loader.order import Positions, ordered_within
+from kd_train.loader.prefetch import moved, pinned, prefetch
+from kd_train.trainer.setup import chosen_split
 from pipeline.errors import SpecError
 from pipeline.fields import FIELDS
 from pipeline.models.checkpoint import load_checkpoint

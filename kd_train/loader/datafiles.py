@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch_geometric.data import Data
 
-from kd_train.order import Positions
+from kd_train.loader.order import Positions
 from pipeline.datasets import Dataset
 from pipeline.errors import SpecError
 from pipeline.graphs.batch import collate

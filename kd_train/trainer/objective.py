@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from kd_train.losses import Term, joint_mean
-from kd_train.numerics import forward_precision, in_float32
+from kd_train.trainer.numerics import forward_precision, in_float32
 
 
 class Objective(nn.Module):

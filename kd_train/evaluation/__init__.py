@@ -1,0 +1,1 @@
+"""Metrics, throughput and similarity of models; finished students as files."""

@@ -1,0 +1,1 @@
+"""From the store to batches: samples, their order, threads that read ahead."""
