@@ -3,8 +3,8 @@
     python benchmarks/scaling.py cache_specs/demo.yaml --set splits.test=null
 
 Real teacher, real data. Each run is `kd-cache build` in a process of its own with
-``--workers``, every worker with the same number of threads (``--threads``, by default
-one, so that two workers take two cores and one takes one). The rate is that of the
+``--workers``, every worker with the same number of threads (``--threads``, one by
+default, so that two workers take two cores and one takes one). The rate is that of the
 blocks in the middle of a run, while every worker has its two in hand: planning,
 starting and the last blocks, at which workers have nothing more to do, are left out.
 Runs alternate, and every store must have the same bytes. To be run while nothing else

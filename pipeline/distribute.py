@@ -314,8 +314,8 @@ class DaskPool:
 
 
 @contextmanager
-def connected(address: str) -> Iterator[Any]:
-    """Client of the Dask scheduler at ``address``.
+def connected(address: str, timeout: float = 10.0) -> Iterator[Any]:
+    """Client of the Dask scheduler at ``address``, tried for ``timeout`` seconds.
 
     Raises
     ------
@@ -326,7 +326,7 @@ def connected(address: str) -> Iterator[Any]:
 
     _silence()
     try:
-        client = Client(address, timeout=10, set_as_default=False)
+        client = Client(address, timeout=timeout, set_as_default=False)
     except (OSError, ValueError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WorkersError(

@@ -140,7 +140,7 @@ def test_tasks_of_dead_workers_are_done_by_others(tmp_path: Path) -> None:
         assert [e.result for e in run_tasks(pool, abs, [-7])] == [7]
         address = client.scheduler.address
     words = f"No Dask scheduler answers at {address}"
-    with pytest.raises(WorkersError, match=words), connected(address):
+    with pytest.raises(WorkersError, match=words), connected(address, 0.5):
         pass
 
 
