@@ -1,5 +1,5 @@
 # Stage one: `snakemake --cores 8 cache_X` for every cache_specs/X.yaml.
-# On a cluster the same with a profile: docs/scaling_cluster.md.
+# On a cluster the same with a profile: docs/scaling.md.
 # Both stages on the embedded example: `snakemake --cores 2 demo`.
 # Many students on one store: `snakemake --cores 8 sweep --config sweep=FILE`.
 from snakemake.utils import min_version

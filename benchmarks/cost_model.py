@@ -4,7 +4,7 @@
     python benchmarks/cost_model.py --set teacher_rate=140 --set row_bytes=2366
 
 Nothing is measured here: every constant is a line of the first table with the place it
-comes from, and can be set. docs/scaling_cluster.md shows what is printed.
+comes from, and can be set. docs/scaling.md shows what is printed.
 """
 
 from dataclasses import dataclass
@@ -36,7 +36,7 @@ CONSTANTS = {
     "overhead": Constant(
         1.04, "× teacher's time", "docs/benchmarks.md: 1.01 to 1.04 on a CPU"
     ),
-    "plan_ms": Constant(0.6, "core ms a sample", "docs/scaling_cluster.md, OC20 LMDB"),
+    "plan_ms": Constant(0.6, "core ms a sample", "docs/scaling.md, OC20 LMDB"),
     "plan_processes": Constant(
         1.0, "processes", "a choice: that read datasets at once"
     ),

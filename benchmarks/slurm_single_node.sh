@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The workflow under a real Slurm on this one machine (Debian 12, as root), with two of
-# its jobs killed half-way; docs/scaling_cluster.md shows what it prints.
+# its jobs killed half-way; docs/scaling.md shows what it prints.
 #
 #   pip install -e '.[slurm]'
 #   bash benchmarks/slurm_single_node.sh [FOLDER]
