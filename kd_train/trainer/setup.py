@@ -248,8 +248,12 @@ def store_normalizer(store: FeatureStore, choice: str) -> Normalizer:
 def has_labels(split: Split) -> bool:
     """Whether a sample has a reference energy, or one of the first has forces."""
     energy, forces = FIELDS["energy"].path, FIELDS["forces"].path
-    if np.isfinite(split.read(np.arange(len(split)), [energy])[energy]).any():
-        return True
+    for block in range(split.n_blocks):
+        # Where any sample has one, a sample of the first block does.
+        if np.isfinite(
+            split.read(split.block_positions(block), [energy])[energy]
+        ).any():
+            return True
     first = np.arange(min(KIND_SAMPLES, len(split)))
     return bool(np.isfinite(split.read(first, [forces])[forces]).any())
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from kd_train.loader.data import CachedSamples, decoded
+from kd_train.loader.data import _EDGE_OVERHEAD, CachedSamples, decoded
 from pipeline.datasets import open_dataset
 from pipeline.errors import DataError
 from pipeline.graphs.neighbors import GraphRule
@@ -68,7 +68,7 @@ def test_edges_are_kept_up_to_the_limit_and_are_the_same(
     assert torch.equal(none.batch(positions).edge_index, expected)
     assert len(kept._edges) == 6
     assert not none._edges
-    room = kept._edges[0].nbytes
+    room = kept._edges[0].nbytes + _EDGE_OVERHEAD
     one = CachedSamples(split, RULE, ELEMENTS, edge_cache_bytes=room)
     one.batch(positions)
     assert list(one._edges) == [0]

@@ -13,7 +13,7 @@ from kd_train.loader.joined import JoinedSplit
 from pipeline.graphs.neighbors import GraphRule
 from pipeline.store.reader import FeatureStore
 from tests.commands import run_command
-from tests.kd_train.report.runs import distilling, make_run
+from tests.kd_train.runs import distilling, make_run
 from tests.stores import build, spec_document, write_spec
 
 RULE = GraphRule(5.0, 20, symmetric=True)

@@ -24,7 +24,7 @@ from pipeline.models.normalizer import Normalizer
 from pipeline.models.zoo import PRESETS, build_model
 from pipeline.store.reader import FeatureStore
 from tests.commands import refusal
-from tests.kd_train.report.runs import make_run
+from tests.kd_train.runs import make_run
 from tests.stores import STUDENTS, TINY_PAINN, save_gemnet, train_config
 from tests.teachers.shared_data import made_samples
 
@@ -57,7 +57,7 @@ def test_file_has_the_parameters_of_the_plain_network(
 def test_adapters_of_any_student_stay_behind(
     student: str, small_store: FeatureStore, tmp_path: Path
 ) -> None:
-    config = train_config(student, strategy="n2n", steps=1, eval_every=1)
+    config = train_config(student, strategy="n2n", steps=1, eval_every=1, recipe="none")
     run = make_run(small_store, tmp_path, config)
     run.train(resume=False)
     assert len(list(run.learner.adapters.parameters())) == 2

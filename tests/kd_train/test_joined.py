@@ -16,7 +16,7 @@ from pipeline.graphs.neighbors import GraphRule
 from pipeline.models.normalizer import Normalizer
 from pipeline.store.reader import FeatureStore, SplitReader
 from tests.frames import collision_frames, write_frames
-from tests.kd_train.report.runs import make_run
+from tests.kd_train.runs import make_run
 from tests.stores import (
     FLOAT32,
     build,

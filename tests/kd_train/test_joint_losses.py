@@ -22,7 +22,7 @@ from pipeline.errors import SpecError
 from pipeline.models.output import ModelOutput
 from pipeline.store.reader import FeatureStore
 from tests.frames import frame, write_frames
-from tests.kd_train.report.runs import make_run
+from tests.kd_train.runs import make_run
 from tests.stores import (
     build,
     save_teacher,

@@ -12,7 +12,7 @@ from kd_train.trainer.checkpoint import read_checkpoint
 from kd_train.trainer.numerics import compiler_errors, determinism, matmul_precision
 from pipeline.errors import PipelineError, SpecError
 from pipeline.store.reader import FeatureStore
-from tests.kd_train.report.runs import distilling, make_run
+from tests.kd_train.runs import distilling, make_run
 from tests.stores import STUDENTS, train_config
 
 CPU = torch.device("cpu")

@@ -26,7 +26,7 @@ from pipeline.store.reader import FeatureStore
 from tests.commands import refusal
 from tests.kd_train.gradients_of_ranks import CONFIGS, PARTS
 from tests.kd_train.processes import TIMEOUT, by_hand, torchrun
-from tests.kd_train.report.runs import make_run, metric_rows
+from tests.kd_train.runs import make_run, metric_rows
 from tests.stores import (
     FLOAT32,
     STUDENTS,

@@ -16,9 +16,9 @@ import yaml
 from click.testing import CliRunner
 from PIL import Image
 
-from kd_train import figures
 from kd_train.cli import report_main
 from kd_train.config import TrainConfig, load_config
+from kd_train.report import figures
 from kd_train.report.cohorts import make_cohorts
 from kd_train.report.figures import looks
 from kd_train.report.findings import findings, training_command

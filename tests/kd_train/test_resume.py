@@ -16,7 +16,7 @@ from kd_train.trainer.checkpoint import read_checkpoint, save_checkpoint
 from kd_train.trainer.loop import Run
 from pipeline.errors import CheckpointError, SpecError
 from pipeline.store.reader import FeatureStore
-from tests.kd_train.report.runs import TIMINGS, distilling, make_run, metric_rows
+from tests.kd_train.runs import TIMINGS, distilling, make_run, metric_rows
 from tests.stores import train_config
 
 

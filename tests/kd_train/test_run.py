@@ -26,7 +26,7 @@ from pipeline.models.normalizer import Normalizer
 from pipeline.models.zoo import PRESETS, build_model
 from pipeline.store.reader import FeatureStore
 from tests.frames import collision_frames, frame, write_frames
-from tests.kd_train.report.runs import distilling, make_run, metric_rows
+from tests.kd_train.runs import distilling, make_run, metric_rows
 from tests.stores import (
     STUDENTS,
     build,

@@ -11,7 +11,7 @@ from kd_train.trainer.loop import Run
 from kd_train.trainer.progress import Progress, is_better
 from pipeline.models.checkpoint import load_checkpoint
 from pipeline.store.reader import FeatureStore
-from tests.kd_train.report.runs import make_run, metric_rows
+from tests.kd_train.runs import make_run, metric_rows
 from tests.stores import train_config
 
 NAN = math.nan

@@ -17,7 +17,7 @@ from pipeline.models.normalizer import Normalizer
 from pipeline.spec import load_spec
 from pipeline.store.reader import FeatureStore
 from tests.frames import collision_frames, frame, write_frames
-from tests.kd_train.report.runs import make_run, metric_rows
+from tests.kd_train.runs import make_run, metric_rows
 from tests.stores import (
     build,
     spec_document,

@@ -10,7 +10,7 @@ import torch
 from kd_train.config import LambdaSchedule
 from kd_train.trainer.weighting import Weighting, schedule_factor
 from pipeline.store.reader import FeatureStore
-from tests.kd_train.report.runs import distilling, make_run, metric_rows
+from tests.kd_train.runs import distilling, make_run, metric_rows
 from tests.stores import train_config
 
 CPU = torch.device("cpu")
