@@ -107,7 +107,9 @@ def status_file(path: Path, progress: Progress) -> Iterator[None]:
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     try:
         lock.acquire(timeout=0)
-    except Timeout:
+    except (Timeout, OSError):
+        # Another process writes it, or there is no room for a lock: nothing depends
+        # on this file, and a full disk ends the build elsewhere.
         yield
         return
     writer = _StatusWriter(path, progress)
@@ -165,8 +167,8 @@ class _StatusWriter:
             "started": self._started,
             "updated": _now(),
         }
-        temporary = self._path.with_name(f".{self._path.name}.partial")
-        # A full disk ends the build elsewhere; nothing depends on this file.
+        # Not ".partial", which creating a store clears away as its own.
+        temporary = self._path.with_name(f".{self._path.name}.new")
         with suppress(OSError):
             temporary.write_text(json.dumps(told, indent=2) + "\n")
             temporary.replace(self._path)

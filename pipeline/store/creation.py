@@ -75,7 +75,8 @@ def _creation_lock(path: Path, timeout: float) -> Iterator[None]:
     lock_file = _lock_file(path)
     with FileLock(lock_file, timeout=timeout):
         for orphan in path.parent.glob(f".{path.name}.*.partial"):
-            shutil.rmtree(orphan)
+            if orphan.is_dir():
+                shutil.rmtree(orphan)
         try:
             yield
         finally:

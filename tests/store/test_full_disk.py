@@ -138,11 +138,11 @@ def _measured(disk: SmallDisk, start: Path, arguments: list[object]) -> Command:
 
 
 def _files(folder: Path) -> dict[str, bytes]:
-    """All files but the log, which tells times."""
+    """All files but the log and the status, which tell times."""
     return {
         str(file.relative_to(folder)): file.read_bytes()
         for file in folder.rglob("*")
-        if file.is_file() and file.suffix != ".log"
+        if file.is_file() and not file.name.endswith((".log", ".status.json"))
     }
 
 
