@@ -14,7 +14,7 @@ from pipeline.errors import PipelineError, SpecError
 if TYPE_CHECKING:
     import torch
 
-BAD_INPUT = 2
+CHECK_FAILED, BAD_INPUT = 1, 2
 
 
 def one_sentence_errors(command: Callable[..., None]) -> Callable[..., None]:
