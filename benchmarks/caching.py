@@ -14,8 +14,8 @@ import click
 import torch
 
 from pipeline.build import create_or_match, prepare
-from pipeline.filler import Filling
-from pipeline.filling import fill_blocks
+from pipeline.execution.filler import Filling
+from pipeline.execution.filling import fill_blocks
 from pipeline.inspect import describe_store
 from pipeline.spec import load_spec
 from pipeline.store.writer import StoreWriter

@@ -22,8 +22,8 @@ from faults_stores import contents, differing, make_materials, spec_of
 from pipeline.build import build_store
 from pipeline.convert import conversion_of, convert_store
 from pipeline.errors import StoreError
+from pipeline.execution.filler import Filling
 from pipeline.extend import extend_store
-from pipeline.filler import Filling
 from pipeline.store.reader import FeatureStore
 
 Act = Callable[[], object]

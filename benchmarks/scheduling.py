@@ -3,13 +3,13 @@
     python benchmarks/scheduling.py
     python benchmarks/scheduling.py --blocks 200 --workers 16 --seconds 0.5
 
-Real are the engine (``pipeline.distribute``), the Dask scheduler and its 64 workers,
-which are threads of this process, and the store: every block is claimed, written,
-committed and checked as in a build. A stub stands for the teacher: it sleeps as long as
-a block takes, log-normally distributed around a median (``--seconds``, scaled down from
-what was measured) with the spread of measured blocks. One run each without trouble,
-with 5 % of tries failing, with a worker dying at 1 % of tries, and with both. Exit
-code 1 when a block was lost, was written twice or is damaged.
+Real are the engine (``pipeline.execution.distribute``), the Dask scheduler and its 64
+workers, which are threads of this process, and the store: every block is claimed,
+written, committed and checked as in a build. A stub stands for the teacher: it sleeps
+as long as a block takes, log-normally distributed around a median (``--seconds``,
+scaled down from what was measured) with the spread of measured blocks. One run each
+without trouble, with 5 % of tries failing, with a worker dying at 1 % of tries, and
+with both. Exit code 1 when a block was lost, was written twice or is damaged.
 """
 
 import heapq
@@ -31,8 +31,8 @@ import dask
 import numpy as np
 import scheduling_stub as stub
 
-from pipeline.distribute import DaskPool, run_tasks
-from pipeline.filling import transient_in
+from pipeline.execution.distribute import DaskPool, run_tasks
+from pipeline.execution.filling import transient_in
 
 _KIB = 1024
 

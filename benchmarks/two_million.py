@@ -143,7 +143,7 @@ def _loaded(folder: Path) -> Any:
 def index_pass(folder: Path, workers: int) -> Measured:
     """Open the dataset with nothing kept of it."""
     from pipeline.datasets import open_split
-    from pipeline.passes import processes
+    from pipeline.execution.passes import processes
 
     split = _loaded(folder).splits["train"]
     clock = Clock()
@@ -180,7 +180,7 @@ def plan_again(folder: Path, workers: int) -> Measured:
 def fill(folder: Path, workers: int) -> Measured:
     """Every block, and the seal."""
     from pipeline.build import build_store
-    from pipeline.filler import Filling
+    from pipeline.execution.filler import Filling
 
     spec = _loaded(folder)
     store = Path(spec.store.path)

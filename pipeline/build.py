@@ -8,13 +8,13 @@ from typing import Any
 
 from pipeline.commands import chosen_device
 from pipeline.errors import StoreError
+from pipeline.execution.filler import Filling
+from pipeline.execution.filling import Report, count_blocks, fill_blocks
+from pipeline.execution.passes import processes
+from pipeline.execution.progress import Progress
 from pipeline.files import told_when_full
-from pipeline.filler import Filling
-from pipeline.filling import Report, count_blocks, fill_blocks
-from pipeline.passes import processes
 from pipeline.planning import plan_split, store_attributes
 from pipeline.preview import preview
-from pipeline.progress import Progress
 from pipeline.scanning import Scan
 from pipeline.screening import bad_samples
 from pipeline.source import Source

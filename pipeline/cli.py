@@ -14,10 +14,10 @@ from pipeline.commands import (
     log_to_file,
     one_sentence_errors,
 )
-from pipeline.console import told
+from pipeline.execution.console import told
 
 if TYPE_CHECKING:
-    from pipeline.scatter import Part
+    from pipeline.execution.scatter import Part
     from pipeline.spec import CacheSpec
 
 
@@ -43,7 +43,7 @@ def _chosen_part(text: str | None, others: dict[str, object]) -> "Part | None":
     """The part that was asked for; refuses options that a part cannot have."""
     if text is None:
         return None
-    from pipeline.scatter import Part
+    from pipeline.execution.scatter import Part
 
     for option, value in others.items():
         if value is not None:
@@ -154,7 +154,7 @@ def build(
         raise click.UsageError("--workers and --scheduler exclude each other.")
 
     from pipeline.build import build_store
-    from pipeline.filler import Filling
+    from pipeline.execution.filler import Filling
 
     store, place = _started(chosen, None if scheduler else device, threads)
     filling = Filling(
@@ -248,8 +248,8 @@ def add_field(
     """
     chosen = _spec_for_store(spec, out, overrides)
 
+    from pipeline.execution.filling import Filling
     from pipeline.extend import extend_store
-    from pipeline.filling import Filling
 
     store, place = _started(chosen, device, threads)
     filling = Filling(device=place, workers=workers, threads=threads)

@@ -13,7 +13,7 @@ from pipeline.commands import (
     log_to_file,
     one_sentence_errors,
 )
-from pipeline.console import progress_bar
+from pipeline.execution.console import progress_bar
 
 if TYPE_CHECKING:
     from pipeline.convert import Conversion

@@ -11,9 +11,9 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline.errors import SpecError, StoreError
+from pipeline.execution.passes import processes
 from pipeline.fields import CHANNEL_FIELDS
 from pipeline.files import told_when_full
-from pipeline.passes import processes
 from pipeline.planning import array_attributes, array_identity, stored_dtype
 from pipeline.spec import FeatureSpec
 from pipeline.store.adoption import Adoption

@@ -19,10 +19,10 @@ from filelock import FileLock, Timeout
 from pipeline.build import Job, create_or_match, prepare
 from pipeline.documents import as_json
 from pipeline.errors import SpecError, StoreError
+from pipeline.execution.filler import Filling
+from pipeline.execution.filling import Report, fill_blocks
+from pipeline.execution.progress import Progress
 from pipeline.files import sync_folder, told_when_full
-from pipeline.filler import Filling
-from pipeline.filling import Report, fill_blocks
-from pipeline.progress import Progress
 from pipeline.spec import CacheSpec
 from pipeline.store.creation import remove_leftovers
 from pipeline.store.index import METADATA

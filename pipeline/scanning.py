@@ -11,8 +11,8 @@ import numpy.typing as npt
 from pipeline.datasets import Dataset
 from pipeline.datasets.base import in_pieces
 from pipeline.errors import DataError
+from pipeline.execution.passes import Run
 from pipeline.models.normalizer import Normalizer
-from pipeline.passes import Run
 from pipeline.statistics import FOLD, LabelSums
 from pipeline.store.layout import IntArray
 from pipeline.structure import Sample, Structure

@@ -18,8 +18,8 @@ import numpy.typing as npt
 from filelock import FileLock
 
 from pipeline.datasets import IndexedDataset, Lister, Listing
+from pipeline.execution.passes import Run
 from pipeline.files import write_atomically
-from pipeline.passes import Run
 from pipeline.scanning import Hashes, Scan
 from pipeline.spec import SplitSpec
 

@@ -11,9 +11,9 @@ import numpy as np
 from pipeline.calibrating import calibrate_fields
 from pipeline.datasets import Dataset, open_split
 from pipeline.errors import DataError
+from pipeline.execution.passes import Run
 from pipeline.fields import FIELDS
 from pipeline.models.normalizer import Normalizer
-from pipeline.passes import Run
 from pipeline.planning import wanted_features
 from pipeline.scanning import CountEdges, Hashes, Scan, sample_hash, scan_dataset
 from pipeline.screening import Checked, without

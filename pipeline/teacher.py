@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from pipeline.devices import in_halves, is_out_of_memory
 from pipeline.errors import DataError, SpecError
+from pipeline.execution.devices import in_halves, is_out_of_memory
 from pipeline.fields import EDGE_IDENTITY_FIELDS, FIELDS, PREDICTION_FIELDS
 from pipeline.graphs.neighbors import GraphRule, neighbor_edges
 from pipeline.spec import TeacherSpec

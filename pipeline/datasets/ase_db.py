@@ -10,7 +10,7 @@ import numpy as np
 from pipeline.datasets.base import IndexedDataset, Listing, Selection
 from pipeline.datasets.rows import row_id, row_sample
 from pipeline.errors import DataError
-from pipeline.passes import Run
+from pipeline.execution.passes import Run
 from pipeline.structure import Sample
 
 WINDOW = 1000

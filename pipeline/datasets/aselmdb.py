@@ -12,7 +12,7 @@ from pipeline.datasets.base import IndexedDataset, Listing, Selection, in_pieces
 from pipeline.datasets.lmdb_files import LmdbFile, lmdb_files
 from pipeline.datasets.rows import row_id, row_sample
 from pipeline.errors import DataError
-from pipeline.passes import Run
+from pipeline.execution.passes import Run
 from pipeline.structure import Sample
 
 # Rows that one process lists at a time.

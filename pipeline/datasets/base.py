@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import DataError
-from pipeline.passes import Run
+from pipeline.execution.passes import Run
 from pipeline.structure import Sample
 
 

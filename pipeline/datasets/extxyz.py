@@ -19,7 +19,7 @@ from pipeline.datasets.frames import (
     unpacked_text,
 )
 from pipeline.datasets.samples import checked_sample
-from pipeline.passes import Run
+from pipeline.execution.passes import Run
 from pipeline.structure import Sample
 
 log = logging.getLogger("pipeline.datasets")

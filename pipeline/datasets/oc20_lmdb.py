@@ -18,7 +18,7 @@ from pipeline.datasets.pyg_pickles import (
 from pipeline.datasets.samples import Fields, checked_sample, pair_id
 from pipeline.datasets.unpickling import Refusal
 from pipeline.errors import DataError
-from pipeline.passes import Run
+from pipeline.execution.passes import Run
 from pipeline.structure import Sample
 
 # Samples that one process lists at a time.

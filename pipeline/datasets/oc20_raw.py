@@ -25,7 +25,7 @@ from pipeline.datasets.frames import (
 )
 from pipeline.datasets.samples import checked_sample, pair_id
 from pipeline.errors import DataError
-from pipeline.passes import Run
+from pipeline.execution.passes import Run
 from pipeline.structure import Sample
 
 log = logging.getLogger("pipeline.datasets")

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.errors import DamagedStoreError
-from pipeline.passes import Run, processes
+from pipeline.execution.passes import Run, processes
 from pipeline.store.edges import CELL_OFFSETS, EDGE_INDEX, edge_faults
 from pipeline.store.index import (
     COMMIT,

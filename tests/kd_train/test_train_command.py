@@ -8,7 +8,7 @@ import yaml
 
 from kd_train.cli import main
 from pipeline.build import build_store
-from pipeline.filler import Filling
+from pipeline.execution.filler import Filling
 from pipeline.spec import load_spec
 from pipeline.store.reader import FeatureStore
 from tests.commands import refusal, run_command

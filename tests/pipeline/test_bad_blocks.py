@@ -11,10 +11,10 @@ import torch
 
 from pipeline.build import build_store
 from pipeline.cli import main
-from pipeline.devices import in_halves, is_device_failure, is_out_of_memory
 from pipeline.errors import DataError, StoreError
-from pipeline.filler import Filling
-from pipeline.progress import Progress
+from pipeline.execution.devices import in_halves, is_device_failure, is_out_of_memory
+from pipeline.execution.filler import Filling
+from pipeline.execution.progress import Progress
 from pipeline.source import Source
 from pipeline.spec import load_spec
 from pipeline.store.reader import FeatureStore

@@ -13,7 +13,7 @@ import yaml
 from pipeline.build import build_store
 from pipeline.datasets import open_dataset
 from pipeline.errors import CheckpointError, DataError, SpecError, StoreError
-from pipeline.filler import Filling
+from pipeline.execution.filler import Filling
 from pipeline.spec import CacheSpec, load_spec
 from pipeline.store.reader import FeatureStore
 from pipeline.store.verify import verify_store

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.build import build_store
 from pipeline.cli import main
-from pipeline.filler import Filling
+from pipeline.execution.filler import Filling
 from pipeline.models.checkpoint import save_model
 from pipeline.models.zoo import build_model
 from pipeline.spec import load_spec

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.distribute import (
+from pipeline.errors import DataError, WorkersError
+from pipeline.execution.distribute import (
     DaskPool,
     TaskLost,
     ThreadPool,
@@ -22,7 +23,6 @@ from pipeline.distribute import (
     local_workers,
     run_tasks,
 )
-from pipeline.errors import DataError, WorkersError
 from tests.pipeline.builds import ROOT
 
 THREADS = 3

@@ -22,9 +22,9 @@ from pipeline.datasets import (
     open_dataset,
 )
 from pipeline.errors import DataError, SpecError
-from pipeline.filler import Filling
+from pipeline.execution.filler import Filling
+from pipeline.execution.passes import Run, processes
 from pipeline.graphs.neighbors import GraphRule, neighbor_edges
-from pipeline.passes import Run, processes
 from pipeline.scanning import Scan, scan_dataset
 from pipeline.spec import load_spec
 from pipeline.statistics import LabelSums

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import progress as module
-from pipeline.interrupts import Stopped, stopped_by_signals
-from pipeline.progress import Progress, status_file
+from pipeline.execution import progress as module
+from pipeline.execution.interrupts import Stopped, stopped_by_signals
+from pipeline.execution.progress import Progress, status_file
 from tests.pipeline.builds import ROOT, wait_until
 
 
@@ -80,7 +80,7 @@ def test_a_second_process_leaves_the_file_to_the_first(tmp_path: Path) -> None:
     path = tmp_path / "s.status.json"
     program = (
         "import sys; from pathlib import Path; "
-        "from pipeline.progress import Progress, status_file\n"
+        "from pipeline.execution.progress import Progress, status_file\n"
         "with status_file(Path(sys.argv[1]), Progress()): raise SystemExit(7)"
     )
     command = [sys.executable, "-c", program, str(path)]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.cli import main
 from pipeline.errors import SpecError
-from pipeline.scatter import Part
+from pipeline.execution.scatter import Part
 from pipeline.store.reader import FeatureStore
 from pipeline.store.writer import StoreWriter
 from tests.commands import refusal, run_command

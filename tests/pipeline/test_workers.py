@@ -16,10 +16,10 @@ import pytest
 
 from pipeline.build import build_store
 from pipeline.cli import main
-from pipeline.distribute import connected
 from pipeline.errors import WorkersError
-from pipeline.filler import Filling
-from pipeline.filling import check_workers
+from pipeline.execution.distribute import connected
+from pipeline.execution.filler import Filling
+from pipeline.execution.filling import check_workers
 from pipeline.spec import load_spec
 from pipeline.store.reader import FeatureStore
 from pipeline.store.writer import StoreWriter

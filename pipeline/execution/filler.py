@@ -13,15 +13,15 @@ from typing import NamedTuple
 import torch
 
 from pipeline.commands import chosen_device
-from pipeline.devices import (
+from pipeline.errors import DeviceError, PipelineError, StoreError, WorkersError
+from pipeline.execution.devices import (
     device_of_one,
     is_device_failure,
     is_out_of_memory,
     threads_of_one,
 )
-from pipeline.distribute import RETRIES
-from pipeline.errors import DeviceError, PipelineError, StoreError, WorkersError
-from pipeline.scatter import Part
+from pipeline.execution.distribute import RETRIES
+from pipeline.execution.scatter import Part
 from pipeline.source import Source
 from pipeline.spec import CacheSpec
 from pipeline.store.reader import FeatureStore
@@ -201,7 +201,7 @@ def _notes_of_this_thread() -> Iterator[list[str]]:
     """Collect what is told of devices while a block is filled."""
     notes: list[str] = []
     handler = _Collector(notes, threading.get_ident())
-    logger = logging.getLogger("pipeline.devices")
+    logger = logging.getLogger("pipeline.execution.devices")
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     try:

@@ -10,8 +10,8 @@ from typing import NoReturn
 import click
 from tqdm import tqdm
 
-from pipeline.interrupts import Stopped, stopped_by_signals
-from pipeline.progress import Progress, status_file
+from pipeline.execution.interrupts import Stopped, stopped_by_signals
+from pipeline.execution.progress import Progress, status_file
 
 Report = Callable[[str, int, int], None]
 

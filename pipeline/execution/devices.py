@@ -10,7 +10,7 @@ import torch
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-log = logging.getLogger("pipeline.devices")
+log = logging.getLogger("pipeline.execution.devices")
 _FULL = ("can't allocate memory", "ALLOC_FAILED", "out of memory")
 _BROKEN = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "cuDNN error", "HIP error")
 

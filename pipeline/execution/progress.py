@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from pipeline.interrupts import Stopped
+from pipeline.execution.interrupts import Stopped
 
 State = Literal["planning", "filling", "sealing", "done", "failed", "interrupted"]
 INTERVAL_S = 2.0

@@ -7,8 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.devices import free_cached_memory
-from pipeline.distribute import (
+from pipeline.errors import BusyError, DataError, DeviceError, StoreError, WorkersError
+from pipeline.execution.devices import free_cached_memory
+from pipeline.execution.distribute import (
     DaskPool,
     Outcome,
     Pool,
@@ -18,8 +19,7 @@ from pipeline.distribute import (
     retried,
     run_tasks,
 )
-from pipeline.errors import BusyError, DataError, DeviceError, StoreError, WorkersError
-from pipeline.filler import (
+from pipeline.execution.filler import (
     Block,
     BlockFiller,
     Filled,
@@ -28,12 +28,12 @@ from pipeline.filler import (
     not_seen,
     store_seen,
 )
-from pipeline.interrupts import Stopped
-from pipeline.progress import Progress
+from pipeline.execution.interrupts import Stopped
+from pipeline.execution.progress import Progress
 from pipeline.source import Source
 from pipeline.store.writer import StoreWriter
 
-log = logging.getLogger("pipeline.filling")
+log = logging.getLogger("pipeline.execution.filling")
 Report = Callable[[str, int, int], None]
 # Of a process that fills blocks: one has the teacher, the other the disk.
 _THREADS = 2

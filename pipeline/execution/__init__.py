@@ -1,0 +1,1 @@
+"""Work shared by threads, processes and jobs: pools, retries, progress, signals."""
