@@ -125,7 +125,11 @@ class BlockFiller:
                     self._writer, block.split, block.number, before
                 )
             except (RuntimeError, MemoryError) as error:
-                raise _translated(error) from error
+                meant = _translated(error)
+                if meant is error:
+                    # Raised from itself it would be its own cause: Dask follows causes.
+                    raise
+                raise meant from error
         return Filled(samples, tuple(notes))
 
 

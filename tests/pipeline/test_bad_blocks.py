@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.build import build_store
+from pipeline.build import build_store, plan_store
 from pipeline.cli import main
-from pipeline.errors import DataError, StoreError
+from pipeline.errors import BusyError, DataError, StoreError
 from pipeline.execution.devices import in_halves, is_device_failure, is_out_of_memory
-from pipeline.execution.filler import Filling
+from pipeline.execution.filler import Block, BlockFiller, Filling
 from pipeline.execution.progress import Progress
 from pipeline.source import Source
 from pipeline.spec import load_spec
@@ -164,6 +164,26 @@ def test_a_dataset_that_comes_back_is_read_again(
     failures[2] = 0
     assert build_store(load_spec(spec))
     assert shards(whole.path) == files
+
+
+def test_no_error_of_a_block_is_its_own_cause(
+    tmp_path: Path, teacher_file: Path
+) -> None:
+    """Dask follows causes to their end, and would take all memory on the way."""
+    spec = load_spec(_spec(tmp_path, collision_frames(12), teacher_file))
+    path = plan_store(spec)
+    fill = BlockFiller(Source.open(spec), StoreWriter(path), None)
+    with (
+        StoreWriter(path).claim_block("train", 0),
+        pytest.raises(BusyError) as caught,
+    ):
+        fill(Block("train", 0))
+    seen: list[BaseException] = []
+    error: BaseException | None = caught.value
+    while error is not None and len(seen) < 10:
+        seen.append(error)
+        error = error.__cause__
+    assert len(seen) == len(set(map(id, seen))) < 10
 
 
 def test_passes_that_do_not_fit_are_halved(
