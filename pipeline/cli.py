@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.cli_stores import COMMANDS
+from pipeline.cli_stores import COMMANDS, workers_option
 from pipeline.commands import (
     CHECK_FAILED,
     chosen_device,
@@ -191,6 +191,7 @@ def _write_receipt(receipt: Path, store: Path) -> None:
 @_device_option
 @_set_option
 @_threads_option
+@workers_option
 @one_sentence_errors
 def plan(
     spec: Path,
@@ -198,6 +199,7 @@ def plan(
     device: str | None,
     overrides: tuple[str, ...],
     threads: int | None,
+    workers: int,
 ) -> None:
     """Plan the store of SPEC without filling it, for `build --part`; then `seal`."""
     chosen = _spec_for_store(spec, out, overrides)
@@ -206,7 +208,7 @@ def plan(
     from pipeline.store.writer import StoreWriter
 
     _, place = _started(chosen, device, threads)
-    store = plan_store(chosen, place)
+    store = plan_store(chosen, place, workers)
     blocks = (
         f"{s.n_blocks} of {name}" for name, s in StoreWriter(store).splits.items()
     )

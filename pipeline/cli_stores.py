@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from pipeline.convert import Conversion
     from pipeline.store.verify import Problem
 
-_workers_option = click.option(
+workers_option = click.option(
     "--workers",
     type=click.IntRange(min=0),
     default=0,
@@ -58,7 +58,7 @@ _field_option = click.option(
     help="Of compact: squared error relative to the variance; default 0.001.",
 )
 @_field_option
-@_workers_option
+@workers_option
 @one_sentence_errors
 def compact(
     store: str,
@@ -90,7 +90,7 @@ def compact(
     help="Of faithful; default: the field's own.",
 )
 @_field_option
-@_workers_option
+@workers_option
 @one_sentence_errors
 def hydrate(
     store: str,
@@ -164,7 +164,7 @@ def info(store: str, as_json: bool, as_csv: bool) -> None:
 )
 @click.option("--set", "overrides", multiple=True, help="teacher.checkpoint=PATH etc.")
 @click.option("--device", default=None, help="Of the teacher; default: a GPU if any.")
-@_workers_option
+@workers_option
 @one_sentence_errors
 def verify(
     store: str,

@@ -115,7 +115,7 @@ def test_refusals(small_spec: Path, tmp_path: Path) -> None:
         refused = run_command(main, ["build", *common, *part, *more])
         assert refused.exit_code == 2
         assert more[0] in refused.stderr
-    run_command(main, ["plan", *common])
+    run_command(main, ["plan", *common, "--workers", 1])
     other = ("--set", "store.seed=5")
     assert "another spec" in refusal(main, ["build", *common, *part, *other])
     run_command(main, ["build", *common, *part])
