@@ -51,7 +51,7 @@ class RunningBuild:
     def workers(self) -> list[psutil.Process]:
         """Worker processes that are alive."""
         children = psutil.Process(self.process.pid).children(recursive=True)
-        return [c for c in children if "spawn_main" in " ".join(c.cmdline())]
+        return [c for c in children if _is_worker(c)]
 
     def interrupt(self) -> tuple[int, str]:
         """Ctrl-C, which goes to the whole group; exit code and standard error."""
@@ -62,6 +62,13 @@ class RunningBuild:
         """Exit code and standard error, once it ends."""
         _, said = self.process.communicate(timeout=_ANSWER_S)
         return self.process.returncode, said
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    try:
+        return "spawn_main" in " ".join(process.cmdline())
+    except psutil.NoSuchProcess:  # it has ended since it was listed
+        return False
 
 
 def gone(processes: list[psutil.Process]) -> bool:
