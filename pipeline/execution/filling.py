@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pipeline.commands import chosen_device
 from pipeline.errors import BusyError, DataError, DeviceError, StoreError, WorkersError
 from pipeline.execution.devices import free_cached_memory
 from pipeline.execution.distribute import (
@@ -35,8 +36,8 @@ from pipeline.store.writer import StoreWriter
 
 log = logging.getLogger("pipeline.execution.filling")
 Report = Callable[[str, int, int], None]
-# Of a process that fills blocks: one has the teacher, the other the disk.
-_THREADS = 2
+# At a Dask worker: one block is at hand when the other ends.
+_QUEUED = 2
 # So many failures end a build that succeeds less often than it fails.
 _MANY_FAILURES = 3
 _NAMED = 3
@@ -188,7 +189,7 @@ def _workplace(
 ) -> Iterator[tuple[Pool, Callable[[Block], Filled]]]:
     """Where blocks are filled, and the task that fills one."""
     if not filling.workers and filling.scheduler is None:
-        threads = ThreadPool(_THREADS)
+        threads = ThreadPool(_blocks_at_once(filling))
         wait = True
         try:
             yield threads, BlockFiller(source, writer, filling.before)
@@ -205,10 +206,18 @@ def _workplace(
     if filling.scheduler is not None:
         with connected(filling.scheduler) as client:
             check_workers(client, writer.path, fingerprint)
-            yield DaskPool(client, _THREADS), task
+            yield DaskPool(client, _QUEUED), task
     else:
-        with local_workers(filling.workers, _THREADS) as client:
-            yield DaskPool(client, _THREADS), task
+        with local_workers(filling.workers, _blocks_at_once(filling)) as client:
+            yield DaskPool(client, _QUEUED), task
+
+
+def _blocks_at_once(filling: Filling) -> int:
+    """Of a process: while a GPU computes one block, another is read or written.
+
+    On a CPU both would take turns at the same cores and at Python's lock.
+    """
+    return 1 if chosen_device(filling.device).type == "cpu" else 2
 
 
 def check_workers(client: Any, path: Path, fingerprint: str) -> None:

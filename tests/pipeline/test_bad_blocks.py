@@ -1,6 +1,7 @@
 """Samples and blocks that cannot be made: named, left out, or done in parts."""
 
 import json
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -137,6 +138,28 @@ def test_builds_that_only_fail_end_soon(
     with pytest.raises(DataError, match="3 of "):
         build_store(spec)
     assert 3 <= len(asked) <= 5
+
+
+def test_a_cpu_makes_one_block_at_a_time(
+    tmp_path: Path, teacher_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two would need the memory of two and wait for each other."""
+    fill = Source.fill_block
+    now: list[int] = []
+    most: list[int] = []
+
+    def watched(self: Source, writer: Any, split: str, block: int, before: Any) -> int:
+        now.append(block)
+        most.append(len(now))
+        time.sleep(0.1)
+        done = fill(self, writer, split, block, before)
+        now.remove(block)
+        return done
+
+    monkeypatch.setattr(Source, "fill_block", watched)
+    build_store(load_spec(_spec(tmp_path, collision_frames(300), teacher_file)))
+    assert len(most) > 1
+    assert max(most) == 1
 
 
 def test_a_dataset_that_comes_back_is_read_again(
