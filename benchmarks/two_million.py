@@ -6,14 +6,15 @@ Each size is a synthetic dataset of three-atom molecules in .aselmdb files, labe
 a random PaiNN of four channels, so that what is measured is this program and not the
 teacher. Every step runs in a process of its own, which reports its time and the memory
 it took; with several sizes, the last column is the cost per sample of the last divided
-by that of the first. Times of small sizes are the least of ``--repeats`` runs, each by
-the clock and by the processor, which a busy machine changes less. FOLDER needs
-1.3 kB a sample and can be removed afterwards.
+by that of the first. Times of small sizes are medians of ``--repeats`` runs, each by
+the clock and by the processor, which a busy machine changes less. FOLDER needs 1.3 kB
+a sample and can be removed afterwards.
 """
 
 import json
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -254,7 +255,10 @@ def epoch(folder: Path, workers: int) -> Measured:
 
 
 def batches(folder: Path, workers: int) -> Measured:
-    """Training batches with their graphs, of the first 20 000 samples of an epoch."""
+    """Training batches with their graphs, of the first 20 000 samples of an epoch.
+
+    Chunks are checked before: 20 000 samples touch those of many more.
+    """
     from kd_train.loader.data import CachedSamples
     from kd_train.loader.order import BatchRule, epoch_batches
     from pipeline.graphs.neighbors import GraphRule
@@ -262,6 +266,9 @@ def batches(folder: Path, workers: int) -> Measured:
 
     split = FeatureStore.open(folder / "store.zarr").splits["train"]
     rule = GraphRule(TEACHER["cutoff"], int(TEACHER["max_neighbors"]), True)
+    paths = [path for path in split.index.arrays if not path.startswith("teacher/")]
+    for block in range(split.n_blocks):
+        split.read_stored(split.block_positions(block), paths)
     samples = CachedSamples(split, rule, (1, 8), ("node_features", "vector_features"))
     blocks = [split.block_positions(block) for block in range(split.n_blocks)]
     drawn = epoch_batches(blocks, split.n_atoms, BatchRule(0, BATCH), 0, 0)
@@ -309,7 +316,7 @@ def _in_process(step: str, folder: Path, workers: int) -> Measured:
 
 
 def measure(folder: Path, samples: int, workers: int, repeats: int) -> Measured:
-    """All steps at one size; times are the least of the repeats."""
+    """All steps at one size; medians of the repeats."""
     found = make_data(folder, samples)
     click.echo(f"{samples}: data made", err=True)
     for step in STEPS:
@@ -318,7 +325,7 @@ def measure(folder: Path, samples: int, workers: int, repeats: int) -> Measured:
             if step == "fill" and number:
                 _in_process("plan", folder, workers)
             runs.append(_in_process(step, folder, workers))
-        found |= {name: min(run[name] for run in runs) for name in runs[0]}
+        found |= {n: statistics.median(run[n] for run in runs) for n in runs[0]}
         click.echo(f"{samples}: {step} {json.dumps(runs[0])}", err=True)
     return found
 

@@ -217,14 +217,16 @@ def plan(
 
 @main.command()
 @click.argument("store", type=click.Path(path_type=Path))
+@workers_option
 @one_sentence_errors
-def seal(store: Path) -> None:
+def seal(store: Path, workers: int) -> None:
     """Check every block of STORE, whose parts are all filled, and seal it."""
+    from pipeline.execution.console import check_bar
     from pipeline.files import told_when_full
     from pipeline.store.writer import StoreWriter
 
-    with told_when_full(store):
-        StoreWriter(store).seal()
+    with told_when_full(store), check_bar("seal") as report:
+        StoreWriter(store).seal(workers, report)
     click.echo(f"{store}: complete and sealed.")
 
 

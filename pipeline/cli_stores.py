@@ -190,9 +190,11 @@ def verify(
 
 def _verify(store: str, workers: int) -> list["Problem"]:
     """Problems of the store, told as they are found."""
+    from pipeline.execution.console import check_bar
     from pipeline.store.verify import verify_store
 
-    problems = verify_store(store, workers)
+    with check_bar("verify") as report:
+        problems = verify_store(store, workers, report)
     for problem in problems:
         click.echo(f"{problem}", err=True)
     if not problems:

@@ -14,6 +14,7 @@ from pipeline.execution.interrupts import Stopped, stopped_by_signals
 from pipeline.execution.progress import Progress, status_file
 
 Report = Callable[[str, int, int], None]
+_MOMENT_S = 2.0
 
 
 @contextmanager
@@ -42,6 +43,28 @@ def _end_process(text: str, exit_code: int) -> NoReturn:
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     os._exit(exit_code)
+
+
+@contextmanager
+def check_bar(what: str) -> Iterator[Callable[[str, int], None]]:
+    """A bar of blocks that are being checked, where that takes more than a moment."""
+    terminal = sys.stderr.isatty()
+    seen: dict[str, int] = {}
+    with tqdm(
+        unit="block",
+        desc=what,
+        delay=_MOMENT_S,
+        mininterval=0.2 if terminal else 10.0,
+        leave=not terminal,
+    ) as bar:
+
+        def report(split: str, blocks: int) -> None:
+            seen[split] = blocks
+            bar.total = sum(seen.values())
+            bar.set_postfix_str(split, refresh=False)
+            bar.update()
+
+        yield report
 
 
 @contextmanager

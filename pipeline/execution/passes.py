@@ -5,7 +5,7 @@ For work that is data-parallel on CPUs. Processes, since decoding holds Python's
 
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
@@ -37,7 +37,10 @@ def processes(workers: int) -> Iterator[Run]:
             nonlocal client
             if client is None:
                 client = _started(stack, workers)
-            return _in_order(client, workers, function, items)
+            results = _in_order(client, workers, function, items)
+            # Where nobody asks for the rest, it is cancelled while the cluster lives.
+            stack.callback(results.close)
+            return results
 
         yield run
 
@@ -62,7 +65,7 @@ def _in_order(
     workers: int,
     function: Callable[[Item], Result],
     items: Iterable[Item],
-) -> Iterator[Result]:
+) -> Generator[Result, None, None]:
     """Results in the order of ``items``, a bounded number of them made ahead."""
     sent = client.scatter(function, broadcast=True, hash=False)
     ahead: deque[Any] = deque()

@@ -12,6 +12,8 @@ CPUS = int(config.get("cpus", 2))
 SET = [f"--set {change}" for change in config.get("set", "").split()]
 # Of processes within one job, for machines with several devices.
 WORKERS = f"--workers {config.get('workers', 0)}"
+# Of the jobs that read all data, before and after the others: planning and sealing.
+PASSES = int(config.get("pass_workers", 0))
 
 
 def memory(wildcards, attempt):
@@ -74,7 +76,7 @@ for spec in sorted(Path("cache_specs").glob("*.yaml")):
                 f"{folder}.parts/plan.log",
             benchmark:
                 f"{folder}.parts/plan.benchmark.tsv"
-            threads: CPUS
+            threads: max(CPUS, PASSES)
             resources:
                 gpu=GPUS,
                 mem_mb=memory,
@@ -82,9 +84,10 @@ for spec in sorted(Path("cache_specs").glob("*.yaml")):
             params:
                 store=f"caches/{name}.zarr",
                 overrides=SET,
+                workers=PASSES,
             shell:
                 "kd-cache plan {input.spec} --out {params.store} --threads {threads} "
-                "{params.overrides} > {log} 2>&1"
+                "--workers {params.workers} {params.overrides} > {log} 2>&1"
 
         rule:
             name:
@@ -140,18 +143,20 @@ for spec in sorted(Path("cache_specs").glob("*.yaml")):
                 f"{folder}.log",
             benchmark:
                 f"{folder}.benchmark.tsv"
-            threads: CPUS
+            threads: max(CPUS, PASSES)
             resources:
                 mem_mb=memory,
                 runtime=minutes,
             params:
                 store=f"caches/{name}.zarr",
+                workers=PASSES,
                 benchmarks=expand(
                     f"{folder}.parts/{{job}}.benchmark.tsv",
                     job=["plan", *(f"{n}-of-{JOBS}" for n in range(1, JOBS + 1))],
                 ),
             shell:
-                "(kd-cache seal {params.store} && kd-cache verify {params.store} && "
+                "(kd-cache seal {params.store} --workers {params.workers} && "
+                "kd-cache verify {params.store} --workers {params.workers} && "
                 "kd-cache info {params.store} --json > {output.receipt} && "
                 "kd-cache info {params.store} --csv > {output.fields} && "
                 "awk 'NR == 1 {{print \"job\\t\" $0}} FNR == 2 "

@@ -26,6 +26,7 @@ from pipeline.store.layout import (
     plan_edges,
 )
 from pipeline.store.ledger import (
+    CheckReport,
     Record,
     changed_files,
     read_digests,
@@ -55,11 +56,15 @@ class Problem:
         return self.message
 
 
-def verify_store(path: Path | str, workers: int = 0) -> list[Problem]:
+def verify_store(
+    path: Path | str,
+    workers: int = 0,
+    report: CheckReport = lambda split, blocks: None,
+) -> list[Problem]:
     """All problems of the store at ``path``; an empty list means it is sound.
 
     Blocks are checked by so many ``workers``, or by this process; what is found, and
-    in which order, is the same.
+    in which order, is the same. ``report`` is told of every block.
 
     Raises
     ------
@@ -74,7 +79,7 @@ def verify_store(path: Path | str, workers: int = 0) -> list[Problem]:
     problems = list(_metadata_problems(place, root[ROOT_KEY]["complete"]))
     with processes(workers) as run:
         for name in root[SPLITS_KEY]:
-            problems.extend(_split_problems(place, name, run))
+            problems.extend(_split_problems(place, name, run, report))
     return problems
 
 
@@ -107,7 +112,9 @@ def _metadata_problems(place: Place, sealed: bool) -> Iterator[Problem]:
             yield _problem(place, name, what)
 
 
-def _split_problems(place: Place, name: str, run: Run) -> Iterator[Problem]:
+def _split_problems(
+    place: Place, name: str, run: Run, report: CheckReport
+) -> Iterator[Problem]:
     try:
         split = read_split(place, name)
     except DamagedStoreError as error:
@@ -120,6 +127,7 @@ def _split_problems(place: Place, name: str, run: Run) -> Iterator[Problem]:
     if broken:
         return
     for found in run(partial(_block_problems, split), range(split.n_blocks)):
+        report(name, split.n_blocks)
         yield from found
 
 

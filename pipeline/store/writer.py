@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from filelock import FileLock, Timeout
 
 from pipeline.errors import BusyError, DamagedStoreError, StoreError
+from pipeline.execution.passes import Run, processes
 from pipeline.files import make_folder_durably, sync_folder, write_atomically
 from pipeline.store.adoption import Adoption
 from pipeline.store.creation import create_store, remove_leftovers
@@ -28,6 +30,7 @@ from pipeline.store.index import (
 )
 from pipeline.store.ledger import (
     DIGEST_FILE,
+    CheckReport,
     encode_digests,
     encode_record,
     is_committed,
@@ -213,12 +216,26 @@ class StoreWriter:
             record.unlink()
             sync_folder(record.parent)
 
-    def seal(self) -> None:
-        """Mark the store complete after checking every shard against its record."""
+    def seal(
+        self, workers: int = 0, report: CheckReport = lambda split, blocks: None
+    ) -> None:
+        """Mark the store complete after checking every shard against its record.
+
+        Shards are read by so many ``workers``, or by this process; ``report`` is told
+        of every block.
+
+        Raises
+        ------
+        StoreError
+            Blocks are missing.
+        DamagedStoreError
+            A block is not what was written; it is discarded.
+        """
         if self.sealed:
             return
-        for index in self.splits.values():
-            self._check_committed(index)
+        with processes(workers) as run:
+            for index in self.splits.values():
+                self._check_committed(index, run, report)
         with self._lock(_SEAL, wait=True):
             # Another process may have been faster, with the same bytes.
             if not self.sealed:
@@ -235,11 +252,16 @@ class StoreWriter:
         _write_durably(self.path / DIGEST_FILE, digests, self.path)
         write_atomically(self.path / METADATA, root)
 
-    def _check_committed(self, index: SplitIndex) -> None:
-        if any(not is_committed(index, block) for block in range(index.n_blocks)):
+    def _check_committed(
+        self, index: SplitIndex, run: Run, report: CheckReport
+    ) -> None:
+        blocks = range(index.n_blocks)
+        if any(not is_committed(index, block) for block in blocks):
             raise StoreError(unsealed_message(self._place, self.splits.values()))
-        for block in range(index.n_blocks):
-            if not is_committed(index, block, verify=True):
+        sound = run(partial(is_committed, index, verify=True), blocks)
+        for block, good in zip(blocks, sound, strict=True):
+            report(index.name, index.n_blocks)
+            if not good:
                 self.discard_block(index.name, block)
                 raise DamagedStoreError(
                     f"Block {block} of split {index.name!r} of {self.path} changed "

@@ -11,14 +11,39 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.build import build_store, plan_store
+from pipeline.cli import main
+from pipeline.execution import console
 from pipeline.execution import progress as module
+from pipeline.execution.filler import Filling
 from pipeline.execution.interrupts import Stopped, stopped_by_signals
 from pipeline.execution.progress import Progress, status_file
+from pipeline.execution.scatter import Part
+from pipeline.spec import load_spec
+from pipeline.store.writer import StoreWriter
+from tests.commands import run_command
 from tests.pipeline.builds import ROOT, wait_until
 
 
 def _read(path: Path) -> dict[str, object]:
     return dict(json.loads(path.read_text()))
+
+
+def test_long_checks_show_how_far_they_are(
+    small_spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = tmp_path / "s.zarr"
+    spec = load_spec(small_spec, [f"store.path={store}"])
+    plan_store(spec)
+    assert not build_store(spec, filling=Filling(part=Part(1, 1)))
+    blocks = sum(split.n_blocks for split in StoreWriter(store).splits.values())
+    monkeypatch.setattr(console, "_MOMENT_S", 0.0)
+    for command in ("seal", "verify"):
+        done = run_command(main, [command, store])
+        assert done.exit_code == 0
+        assert f"{blocks}/{blocks}" in done.stderr
+    monkeypatch.setattr(console, "_MOMENT_S", 600.0)
+    assert run_command(main, ["verify", store]).stderr == ""
 
 
 def test_status_follows_the_build(

@@ -183,7 +183,11 @@ def test_verifying_pending_blocks_finds_changed_bytes(victim: Path, sealed: Path
     assert toy_store.contents(victim) == toy_store.contents(sealed)
 
 
-def test_sealing_discards_a_block_that_changed_after_it_was_written(tmp_path: Path):
+@pytest.mark.timeout(900)  # starting a process is slow on a busy machine
+@pytest.mark.parametrize("workers", [0, 1])
+def test_sealing_discards_a_block_that_changed_after_it_was_written(
+    tmp_path: Path, workers: int
+):
     path = tmp_path / "toy.zarr"
     toy_store.build(path, ("val",))
     writer = StoreWriter(path)
@@ -194,12 +198,16 @@ def test_sealing_discards_a_block_that_changed_after_it_was_written(tmp_path: Pa
     file = path / "val/structures/tags/c/0"
     file.write_bytes(file.read_bytes()[::-1])
     with pytest.raises(DamagedStoreError, match=r"Block 0 of split 'val' .* discarded"):
-        writer.seal()
+        writer.seal(workers)
     assert writer.pending_blocks("val") == [0]
     assert not writer.sealed
     writer.write_block("val", 0, rows)
-    writer.seal()
-    assert verify_store(path) == []
+    checked: list[tuple[str, int]] = []
+    writer.seal(workers, lambda *told: checked.append(told))
+    assert checked == [("val", plan.blocks.n_blocks)] * plan.blocks.n_blocks
+    again: list[tuple[str, int]] = []
+    assert verify_store(path, report=lambda *told: again.append(told)) == []
+    assert again == checked
 
 
 def test_verify_reports_an_unfinished_store(tmp_path: Path):

@@ -53,14 +53,17 @@ def test_every_store_can_be_shared_by_jobs() -> None:
     targets = [f"cache_{spec}" for spec in SPECS]
     done = _snakemake(
         *("--dry-run", "--forceall", "--printshellcmds", "--cores", "2", *targets),
-        *("--config", "jobs=3", "set=store.seed=3"),
+        *("--config", "jobs=3", "set=store.seed=3", "pass_workers=5"),
     )
     assert done.returncode == 0, done.stderr
     commands = done.stdout + done.stderr
     for spec in SPECS:
         store = f"cache_specs/{spec}.yaml --out caches/{spec}.zarr"
         assert f"kd-cache plan {store}" in commands
-        assert f"kd-cache seal caches/{spec}.zarr" in commands
+        assert f"kd-cache seal caches/{spec}.zarr --workers 5 " in commands
+        assert f"kd-cache verify caches/{spec}.zarr --workers 5 " in commands
+        (plan,) = [w for w in commands.splitlines() if f"kd-cache plan {store}" in w]
+        assert "--workers 5 " in plan
         for number in (1, 2, 3):
             lines = [
                 line
