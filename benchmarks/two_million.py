@@ -6,9 +6,10 @@ Each size is a synthetic dataset of three-atom molecules in .aselmdb files, labe
 a random PaiNN of four channels, so that what is measured is this program and not the
 teacher. Every step runs in a process of its own, which reports its time and the memory
 it took; with several sizes, the last column is the cost per sample of the last divided
-by that of the first. Times of small sizes are medians of ``--repeats`` runs, each by
-the clock and by the processor, which a busy machine changes less. FOLDER needs 1.3 kB
-a sample and can be removed afterwards.
+by that of the first. Machines change their speed within minutes, so each step is done
+at all sizes before the next one, and at small sizes ``--repeats`` times before and
+after the large ones; what is told are medians, by the clock and by the processor.
+FOLDER needs 1.3 kB a sample and can be removed afterwards.
 """
 
 import json
@@ -315,19 +316,23 @@ def _in_process(step: str, folder: Path, workers: int) -> Measured:
     return json.loads(done.stdout.decode().splitlines()[-1])
 
 
-def measure(folder: Path, samples: int, workers: int, repeats: int) -> Measured:
-    """All steps at one size; medians of the repeats."""
-    found = make_data(folder, samples)
-    click.echo(f"{samples}: data made", err=True)
-    for step in STEPS:
-        runs = []
-        for number in range(repeats):
-            if step == "fill" and number:
-                _in_process("plan", folder, workers)
-            runs.append(_in_process(step, folder, workers))
-        found |= {n: statistics.median(run[n] for run in runs) for n in runs[0]}
-        click.echo(f"{samples}: {step} {json.dumps(runs[0])}", err=True)
-    return found
+def by_turns(
+    step: str, folder: Path, samples: tuple[int, ...], workers: int, repeats: int
+) -> dict[int, Measured]:
+    """One step at every size; medians of the repeats of small sizes."""
+    small = [size for size in samples if size <= SMALL] * repeats
+    large = [size for size in samples if size > SMALL]
+    runs: dict[int, list[Measured]] = {size: [] for size in samples}
+    for size in [*small, *large, *(small if large else [])]:
+        place = folder / str(size)
+        if step == "fill" and runs[size]:
+            _in_process("plan", place, workers)
+        runs[size].append(_in_process(step, place, workers))
+        click.echo(f"{size}: {step} {json.dumps(runs[size][-1])}", err=True)
+    return {
+        size: {name: statistics.median(run[name] for run in told) for name in told[0]}
+        for size, told in runs.items()
+    }
 
 
 def table(results: dict[int, Measured]) -> str:
@@ -361,7 +366,7 @@ def table(results: dict[int, Measured]) -> str:
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--samples", multiple=True, type=int, default=(20_000, 2_000_000))
 @click.option("--workers", type=int, default=0, help="Of planning, filling, verifying.")
-@click.option("--repeats", type=int, default=3, help="Of sizes up to 100 000.")
+@click.option("--repeats", type=int, default=2, help="Of sizes up to 100 000.")
 @click.option("--keep", is_flag=True, help="Leave data and stores where they are.")
 @click.option("--step", type=click.Choice(list(STEPS)), help="Only this, as JSON.")
 def main(
@@ -376,15 +381,14 @@ def main(
     if step is not None:
         click.echo(json.dumps(STEPS[step](folder, workers)))
         return
-    results = {}
-    for size in samples:
-        place = folder / str(size)
-        place.mkdir(parents=True, exist_ok=True)
-        times = repeats if size <= SMALL else 1
-        results[size] = measure(place, size, workers, times)
+    results = {size: make_data(folder / str(size), size) for size in samples}
+    for name in STEPS:
+        for size, told in by_turns(name, folder, samples, workers, repeats).items():
+            results[size] |= told
         (folder / "results.json").write_text(json.dumps(results, indent=2))
-        if not keep:
-            shutil.rmtree(place)
+    if not keep:
+        for size in samples:
+            shutil.rmtree(folder / str(size))
     click.echo(table(results))
 
 
