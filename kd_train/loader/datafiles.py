@@ -66,7 +66,7 @@ class DatasetSamples:
 
 
 def guessed_format(path: Path) -> str:
-    """Format of a dataset file by its suffix.
+    """Format of a dataset file by its suffix, or of a folder by its files'.
 
     Raises
     ------
@@ -75,20 +75,31 @@ def guessed_format(path: Path) -> str:
     """
     if not path.exists():
         raise SpecError(f"--data {path} does not exist.")
-    suffixes = [suffix for suffix in path.suffixes if suffix not in _PACKED]
-    found = _BY_SUFFIX.get(suffixes[-1]) if suffixes else None
+    found = _of_folder(path) if path.is_dir() else _of_file(path)
     if found == "extxyz" and _has_energies_beside(path):
         raise SpecError(
             f"--data {path} may be a raw chunk of OC20, since a .txt file lies beside; "
             "add --format oc20_raw or --format extxyz."
         )
-    if found is None or (path.is_dir() and found != "oc20_lmdb"):
+    if found is None:
         known = "extxyz, oc20_lmdb, oc20_raw, ase_db or aselmdb"
         raise SpecError(
             f"--data {path} is no store and does not tell its format; add --format "
             f"{known}."
         )
     return found
+
+
+def _of_file(path: Path) -> str | None:
+    suffixes = [suffix for suffix in path.suffixes if suffix not in _PACKED]
+    return _BY_SUFFIX.get(suffixes[-1]) if suffixes else None
+
+
+def _of_folder(path: Path) -> str | None:
+    if path.suffix == ".lmdb" or (path / "data.mdb").is_file():
+        return "oc20_lmdb"
+    found = {entry.suffix for entry in path.iterdir()} & {".lmdb", ".aselmdb"}
+    return _BY_SUFFIX[found.pop()] if len(found) == 1 else None
 
 
 def _has_energies_beside(path: Path) -> bool:

@@ -262,6 +262,27 @@ def test_suffixes_tell_formats(tmp_path: Path, name: str, format: str) -> None:
     assert guessed_format(tmp_path / name) == format
 
 
+@pytest.mark.parametrize(
+    ("names", "format"),
+    [
+        (["data.0000.lmdb", "data.0001.lmdb", "data.0000.lmdb-lock"], "oc20_lmdb"),
+        (["a.aselmdb", "metadata.npz"], "aselmdb"),
+        (["data.mdb", "lock.mdb"], "oc20_lmdb"),
+    ],
+)
+def test_files_of_a_folder_tell_its_format(
+    tmp_path: Path, names: list[str], format: str
+) -> None:
+    for name in names:
+        (tmp_path / name).touch()
+    assert guessed_format(tmp_path) == format
+    (tmp_path / "b.lmdb").touch()
+    (tmp_path / "b.aselmdb").touch()
+    if "data.mdb" not in names:
+        with pytest.raises(SpecError, match="--format"):
+            guessed_format(tmp_path)
+
+
 def test_formats_that_suffixes_do_not_tell(tmp_path: Path) -> None:
     (tmp_path / "0.extxyz.xz").touch()
     (tmp_path / "0.txt.xz").touch()
