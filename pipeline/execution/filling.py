@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeline.commands import chosen_device
 from pipeline.errors import BusyError, DataError, DeviceError, StoreError, WorkersError
+from pipeline.execution.clusters import local_workers
 from pipeline.execution.devices import free_cached_memory
 from pipeline.execution.distribute import (
     DaskPool,
@@ -16,7 +17,6 @@ from pipeline.execution.distribute import (
     Pool,
     ThreadPool,
     connected,
-    local_workers,
     retried,
     run_tasks,
 )

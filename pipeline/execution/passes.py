@@ -3,11 +3,15 @@
 For work that is data-parallel on CPUs. Processes, since decoding holds Python's lock.
 """
 
-import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar
+from concurrent.futures import CancelledError
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from pipeline.errors import WorkersError
+from pipeline.execution.clusters import local_workers
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -16,6 +20,9 @@ Run = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 
 # Items that each process has in hand or waiting, so that it never waits itself.
 _AHEAD = 3
+# So often an item is sent again because its process died: a kill may hit anybody once.
+_LOSSES = 3
+_PATIENCE_S = 180.0
 
 
 @contextmanager
@@ -23,7 +30,14 @@ def processes(workers: int) -> Iterator[Run]:
     """``map`` for so many processes; with 0 it is ``map`` itself, in this one.
 
     The cluster starts with the first call and ends with the context. What a
-    ``functools.partial`` holds is sent to each process once.
+    ``functools.partial`` holds is sent to each process once. A process that dies is
+    started again, and what it had in hand is done again.
+
+    Raises
+    ------
+    WorkersError
+        From the results: processes died again and again at the same item, or none
+        can be started.
     """
     if workers == 0:
         yield map
@@ -36,28 +50,13 @@ def processes(workers: int) -> Iterator[Run]:
         ) -> Iterator[Result]:
             nonlocal client
             if client is None:
-                client = _started(stack, workers)
+                client = stack.enter_context(local_workers(workers, threads=1))
             results = _in_order(client, workers, function, items)
             # Where nobody asks for the rest, it is cancelled while the cluster lives.
             stack.callback(results.close)
             return results
 
         yield run
-
-
-def _started(stack: ExitStack, workers: int) -> Any:
-    from distributed import Client, LocalCluster
-
-    cluster = LocalCluster(
-        n_workers=workers,
-        threads_per_worker=1,
-        processes=True,
-        # Mapped files count as memory of the process, which must not end it.
-        memory_limit=0,
-        dashboard_address="127.0.0.1:0",  # any free port
-        silence_logs=logging.CRITICAL,
-    )
-    return stack.enter_context(Client(stack.enter_context(cluster)))
 
 
 def _in_order(
@@ -67,18 +66,109 @@ def _in_order(
     items: Iterable[Item],
 ) -> Generator[Result, None, None]:
     """Results in the order of ``items``, a bounded number of them made ahead."""
-    sent = client.scatter(function, broadcast=True, hash=False)
-    ahead: deque[Any] = deque()
+    ahead: _Ahead[Item, Result] = _Ahead(client, function)
     try:
         for item in items:
-            ahead.append(client.submit(_call, sent, item, pure=False))
+            ahead.add(item)
             if len(ahead) == _AHEAD * workers:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+                yield ahead.next()
+        while len(ahead):
+            yield ahead.next()
     finally:
-        client.cancel(list(ahead))
+        ahead.cancel()
+
+
+@dataclass
+class _Sent(Generic[Item]):
+    """An item under way, and how often a process died that had it."""
+
+    item: Item
+    future: Any
+    losses: int = 0
+
+
+class _Ahead(Generic[Item, Result]):
+    """Items that processes have, in order; those of dead processes are sent again."""
+
+    def __init__(self, client: Any, function: Callable[[Item], Result]) -> None:
+        self._client = client
+        self._function = function
+        self._sent: deque[_Sent[Item]] = deque()
+        self._there = self._send_function()
+
+    def __len__(self) -> int:
+        return len(self._sent)
+
+    def add(self, item: Item) -> None:
+        """Send one more item."""
+        self._sent.append(_Sent(item, self._submit(item)))
+
+    def next(self) -> Result:
+        """Result of the first item, or the error of the function."""
+        while True:
+            try:
+                result: Result = self._sent[0].future.result()
+            except Exception as error:
+                if not _is_loss(error):
+                    raise
+                self._send_again()
+            else:
+                self._sent.popleft()
+                return result
+
+    def cancel(self) -> None:
+        """Cancel what nobody asked for."""
+        if self._sent and self._client.status == "running":
+            with suppress(OSError, TimeoutError, CancelledError):
+                self._client.cancel([sent.future for sent in self._sent])
+
+    def _submit(self, item: Item) -> Any:
+        return self._client.submit(_call, self._there, item, pure=False)
+
+    def _send_again(self) -> None:
+        """Send what was lost, and the function, which may be lost with it."""
+        if self._sent[0].losses == _LOSSES:
+            raise _dying()
+        lost = [sent for sent in self._sent if _is_lost(sent.future)]
+        self._there = self._send_function()
+        for sent in lost:
+            sent.losses += 1
+            sent.future = self._submit(sent.item)
+
+    def _send_function(self) -> Any:
+        for _ in range(_LOSSES + 1):
+            try:
+                self._client.wait_for_workers(1, timeout=_PATIENCE_S)
+            except TimeoutError:
+                raise WorkersError(
+                    f"No worker process could be started in {_PATIENCE_S:.0f} seconds; "
+                    "give the same command again with fewer --workers."
+                ) from None
+            with suppress(OSError):  # the process that it was sent to died
+                return self._client.scatter(self._function, broadcast=True, hash=False)
+        raise _dying()
 
 
 def _call(function: Callable[[Item], Result], item: Item) -> Result:
     return function(item)
+
+
+def _is_loss(error: object) -> bool:
+    """Whether an item, or the function that it needs, died with a process."""
+    from distributed import KilledWorker
+
+    return isinstance(error, KilledWorker | CancelledError)
+
+
+def _is_lost(future: Any) -> bool:
+    if future.status == "error":
+        return _is_loss(future.exception())
+    return bool(future.cancelled())
+
+
+def _dying() -> WorkersError:
+    return WorkersError(
+        f"Worker processes died {_LOSSES + 1} times at the same piece of work, most "
+        "likely killed since memory was full; give the same command again with fewer "
+        "--workers"
+    )

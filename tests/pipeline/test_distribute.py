@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import DataError, WorkersError
+from pipeline.execution.clusters import local_workers
 from pipeline.execution.distribute import (
     DaskPool,
     TaskLost,
     ThreadPool,
     connected,
-    local_workers,
     run_tasks,
 )
 from tests.pipeline.builds import ROOT

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -21,7 +22,7 @@ from pipeline.datasets import (
     oc20_lmdb,
     open_dataset,
 )
-from pipeline.errors import DataError, SpecError
+from pipeline.errors import DataError, SpecError, WorkersError
 from pipeline.execution.filler import Filling
 from pipeline.execution.passes import Run, processes
 from pipeline.graphs.neighbors import GraphRule, neighbor_edges
@@ -83,6 +84,28 @@ def test_only_some_items_are_taken_ahead(run: Run) -> None:
     next(found)
     found.close()
     assert len(taken) < 10
+
+
+def _die_at_seven(folder: Path, deaths: int, number: int) -> int:
+    """Kills its process at number 7 for so many times; ``folder`` counts them."""
+    if number == 7 and (died := len(list(folder.iterdir()))) < deaths:
+        (folder / str(died)).touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number * number
+
+
+@pytest.mark.timeout(900)
+def test_passes_outlive_a_death_but_not_one_after_the_other(tmp_path: Path) -> None:
+    for name in ("once", "always"):
+        (tmp_path / name).mkdir()
+    with processes(1) as alone:
+        once = alone(partial(_die_at_seven, tmp_path / "once", 1), range(18))
+        assert list(once) == [n * n for n in range(18)]
+        always = alone(partial(_die_at_seven, tmp_path / "always", 99), range(18))
+        with pytest.raises(WorkersError, match="fewer --workers$"):
+            list(always)
+    assert len(list((tmp_path / "once").iterdir())) == 1
+    assert len(list((tmp_path / "always").iterdir())) == 4
 
 
 def _write_aselmdb(folder: Path, made: list[Slab]) -> Path:
