@@ -225,8 +225,8 @@ def seal(store: Path, workers: int) -> None:
     from pipeline.files import told_when_full
     from pipeline.store.writer import StoreWriter
 
-    with told_when_full(store), check_bar("seal") as report:
-        StoreWriter(store).seal(workers, report)
+    with told_when_full(store), check_bar("seal") as count:
+        StoreWriter(store).seal(workers, count)
     click.echo(f"{store}: complete and sealed.")
 
 

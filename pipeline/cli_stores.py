@@ -193,8 +193,8 @@ def _verify(store: str, workers: int) -> list["Problem"]:
     from pipeline.execution.console import check_bar
     from pipeline.store.verify import verify_store
 
-    with check_bar("verify") as report:
-        problems = verify_store(store, workers, report)
+    with check_bar("verify") as count:
+        problems = verify_store(store, workers, count)
     for problem in problems:
         click.echo(f"{problem}", err=True)
     if not problems:

@@ -21,7 +21,7 @@ def refusal(command: click.Command, arguments: Sequence[object]) -> str:
     assert result.exit_code == 2, result.output
     said = result.stderr.replace("\r", "\n").splitlines()
     # A progress bar may have been drawn before the error was met.
-    lines = [s for s in said if s.strip() and not re.search("(sample|step)/s", s)]
+    lines = [s for s in said if s.strip() and not re.search("(sample|step|block)/s", s)]
     assert len(lines) == 1, lines
     assert lines[0].startswith("Error: "), lines
     assert lines[0].endswith("."), lines

@@ -11,6 +11,7 @@ import click
 from tqdm import tqdm
 
 from pipeline.execution.interrupts import Stopped, stopped_by_signals
+from pipeline.execution.passes import Count
 from pipeline.execution.progress import Progress, status_file
 
 Report = Callable[[str, int, int], None]
@@ -46,25 +47,26 @@ def _end_process(text: str, exit_code: int) -> NoReturn:
 
 
 @contextmanager
-def check_bar(what: str) -> Iterator[Callable[[str, int], None]]:
+def check_bar(what: str) -> Iterator[Count]:
     """A bar of blocks that are being checked, where that takes more than a moment."""
     terminal = sys.stderr.isatty()
-    seen: dict[str, int] = {}
     with tqdm(
         unit="block",
         desc=what,
         delay=_MOMENT_S,
-        mininterval=0.2 if terminal else 10.0,
+        mininterval=_interval_s(),
         leave=not terminal,
     ) as bar:
 
-        def report(split: str, blocks: int) -> None:
-            seen[split] = blocks
-            bar.total = sum(seen.values())
-            bar.set_postfix_str(split, refresh=False)
-            bar.update()
+        def count(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
 
-        yield report
+        yield count
+
+
+def _interval_s() -> float:
+    return 0.2 if sys.stderr.isatty() else 10.0
 
 
 @contextmanager
@@ -72,8 +74,7 @@ def progress_bar(
     progress: Progress | None = None,
 ) -> Iterator[Report]:
     """A bar on a terminal, a line every ten seconds elsewhere; with rate and ETA."""
-    interval = 0.2 if sys.stderr.isatty() else 10.0
-    with tqdm(unit="sample", desc="cache", mininterval=interval) as bar:
+    with tqdm(unit="sample", desc="cache", mininterval=_interval_s()) as bar:
 
         def report(split: str, samples: int, blocks_left: int) -> None:
             told = f"{split}, {blocks_left} blocks left"

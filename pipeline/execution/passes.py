@@ -17,6 +17,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 # As ``map``: results come in the order of the items, each when it is asked for.
 Run = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
+# Told how many items of a pass are done, of how many; at first none.
+Count = Callable[[int, int], None]
 
 # Items that each process has in hand or waiting, so that it never waits itself.
 _AHEAD = 3
@@ -57,6 +59,25 @@ def processes(workers: int) -> Iterator[Run]:
             return results
 
         yield run
+
+
+class Tally:
+    """Tells ``count`` how far a pass over ``total`` items is."""
+
+    def __init__(self, count: Count, total: int) -> None:
+        self._count = count
+        self._total = total
+        self._done = 0
+        count(0, total)
+
+    def add(self, items: int = 1) -> None:
+        """Count items that are done."""
+        self._done += items
+        self._count(self._done, self._total)
+
+
+def not_counted(done: int, total: int) -> None:
+    """A ``Count`` for whoever does not ask."""
 
 
 def _in_order(

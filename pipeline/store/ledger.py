@@ -19,8 +19,6 @@ from pipeline.store.places import Place
 from pipeline.store.shard import with_crc, without_crc
 
 Record = npt.NDArray[np.uint64]
-# Told of each block that was checked: its split, and how many blocks that has.
-CheckReport = Callable[[str, int], None]
 
 DIGEST_FILE = f"{DIGESTS}/c/0"
 _HEX = 32

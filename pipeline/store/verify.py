@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.errors import DamagedStoreError
-from pipeline.execution.passes import Run, processes
+from pipeline.execution.passes import Count, Run, Tally, not_counted, processes
 from pipeline.store.edges import CELL_OFFSETS, EDGE_INDEX, edge_faults
 from pipeline.store.index import (
     COMMIT,
@@ -26,7 +26,6 @@ from pipeline.store.layout import (
     plan_edges,
 )
 from pipeline.store.ledger import (
-    CheckReport,
     Record,
     changed_files,
     read_digests,
@@ -59,12 +58,12 @@ class Problem:
 def verify_store(
     path: Path | str,
     workers: int = 0,
-    report: CheckReport = lambda split, blocks: None,
+    count: Count = not_counted,
 ) -> list[Problem]:
     """All problems of the store at ``path``; an empty list means it is sound.
 
     Blocks are checked by so many ``workers``, or by this process; what is found, and
-    in which order, is the same. ``report`` is told of every block.
+    in which order, is the same. ``count`` is told of the blocks.
 
     Raises
     ------
@@ -77,9 +76,13 @@ def verify_store(
     except DamagedStoreError as error:
         return [Problem("", str(error))]
     problems = list(_metadata_problems(place, root[ROOT_KEY]["complete"]))
+    splits = [_opened(place, name) for name in root[SPLITS_KEY]]
+    tally = Tally(count, sum(split.n_blocks for split, _ in splits if split))
     with processes(workers) as run:
-        for name in root[SPLITS_KEY]:
-            problems.extend(_split_problems(place, name, run, report))
+        for split, faults in splits:
+            problems.extend(faults)
+            if split is not None:
+                problems.extend(_blocks_problems(split, run, tally))
     return problems
 
 
@@ -112,22 +115,19 @@ def _metadata_problems(place: Place, sealed: bool) -> Iterator[Problem]:
             yield _problem(place, name, what)
 
 
-def _split_problems(
-    place: Place, name: str, run: Run, report: CheckReport
-) -> Iterator[Problem]:
+def _opened(place: Place, name: str) -> tuple[SplitIndex | None, list[Problem]]:
+    """A split whose blocks can be checked, or what is wrong with it."""
     try:
         split = read_split(place, name)
     except DamagedStoreError as error:
-        yield Problem(name, str(error))
-        return
-    folder = f"{name}/index"
-    broken = _index_faults(split)
-    for fault in broken:
-        yield _problem(place, folder, fault)
-    if broken:
-        return
+        return None, [Problem(name, str(error))]
+    faults = [_problem(place, f"{name}/index", what) for what in _index_faults(split)]
+    return None if faults else split, faults
+
+
+def _blocks_problems(split: SplitIndex, run: Run, tally: Tally) -> Iterator[Problem]:
     for found in run(partial(_block_problems, split), range(split.n_blocks)):
-        report(name, split.n_blocks)
+        tally.add()
         yield from found
 
 

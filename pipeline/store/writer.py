@@ -17,7 +17,7 @@ import numpy.typing as npt
 from filelock import FileLock, Timeout
 
 from pipeline.errors import BusyError, DamagedStoreError, StoreError
-from pipeline.execution.passes import Run, processes
+from pipeline.execution.passes import Count, Run, Tally, not_counted, processes
 from pipeline.files import make_folder_durably, sync_folder, write_atomically
 from pipeline.store.adoption import Adoption
 from pipeline.store.creation import create_store, remove_leftovers
@@ -30,7 +30,6 @@ from pipeline.store.index import (
 )
 from pipeline.store.ledger import (
     DIGEST_FILE,
-    CheckReport,
     encode_digests,
     encode_record,
     is_committed,
@@ -216,13 +215,11 @@ class StoreWriter:
             record.unlink()
             sync_folder(record.parent)
 
-    def seal(
-        self, workers: int = 0, report: CheckReport = lambda split, blocks: None
-    ) -> None:
+    def seal(self, workers: int = 0, count: Count = not_counted) -> None:
         """Mark the store complete after checking every shard against its record.
 
-        Shards are read by so many ``workers``, or by this process; ``report`` is told
-        of every block.
+        Shards are read by so many ``workers``, or by this process; ``count`` is told
+        of the blocks.
 
         Raises
         ------
@@ -233,9 +230,11 @@ class StoreWriter:
         """
         if self.sealed:
             return
+        splits = self.splits.values()
+        tally = Tally(count, sum(index.n_blocks for index in splits))
         with processes(workers) as run:
-            for index in self.splits.values():
-                self._check_committed(index, run, report)
+            for index in splits:
+                self._check_committed(index, run, tally)
         with self._lock(_SEAL, wait=True):
             # Another process may have been faster, with the same bytes.
             if not self.sealed:
@@ -252,15 +251,13 @@ class StoreWriter:
         _write_durably(self.path / DIGEST_FILE, digests, self.path)
         write_atomically(self.path / METADATA, root)
 
-    def _check_committed(
-        self, index: SplitIndex, run: Run, report: CheckReport
-    ) -> None:
+    def _check_committed(self, index: SplitIndex, run: Run, tally: Tally) -> None:
         blocks = range(index.n_blocks)
         if any(not is_committed(index, block) for block in blocks):
             raise StoreError(unsealed_message(self._place, self.splits.values()))
         sound = run(partial(is_committed, index, verify=True), blocks)
         for block, good in zip(blocks, sound, strict=True):
-            report(index.name, index.n_blocks)
+            tally.add()
             if not good:
                 self.discard_block(index.name, block)
                 raise DamagedStoreError(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -38,10 +39,13 @@ def test_long_checks_show_how_far_they_are(
     assert not build_store(spec, filling=Filling(part=Part(1, 1)))
     blocks = sum(split.n_blocks for split in StoreWriter(store).splits.values())
     monkeypatch.setattr(console, "_MOMENT_S", 0.0)
+    monkeypatch.setattr(console, "_interval_s", lambda: 0.0)
     for command in ("seal", "verify"):
         done = run_command(main, [command, store])
         assert done.exit_code == 0
-        assert f"{blocks}/{blocks}" in done.stderr
+        drawn = re.findall(r"(\d+)/(\d+) \[", done.stderr)
+        assert {total for _, total in drawn} == {str(blocks)}
+        assert [int(n) for n, _ in drawn][: blocks + 1] == [*range(blocks + 1)]
     monkeypatch.setattr(console, "_MOMENT_S", 600.0)
     assert run_command(main, ["verify", store]).stderr == ""
 

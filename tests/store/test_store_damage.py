@@ -202,11 +202,12 @@ def test_sealing_discards_a_block_that_changed_after_it_was_written(
     assert writer.pending_blocks("val") == [0]
     assert not writer.sealed
     writer.write_block("val", 0, rows)
-    checked: list[tuple[str, int]] = []
+    total = plan.blocks.n_blocks
+    checked: list[tuple[int, int]] = []
     writer.seal(workers, lambda *told: checked.append(told))
-    assert checked == [("val", plan.blocks.n_blocks)] * plan.blocks.n_blocks
-    again: list[tuple[str, int]] = []
-    assert verify_store(path, report=lambda *told: again.append(told)) == []
+    assert checked == [(done, total) for done in range(total + 1)]
+    again: list[tuple[int, int]] = []
+    assert verify_store(path, count=lambda *told: again.append(told)) == []
     assert again == checked
 
 
