@@ -10,7 +10,7 @@ from pipeline.commands import chosen_device
 from pipeline.errors import StoreError
 from pipeline.execution.filler import Filling
 from pipeline.execution.filling import Report, count_blocks, fill_blocks
-from pipeline.execution.passes import processes
+from pipeline.execution.passes import Count, not_counted, processes, worthwhile
 from pipeline.execution.progress import Progress
 from pipeline.files import told_when_full
 from pipeline.planning import plan_split, store_attributes
@@ -126,13 +126,15 @@ def build_store(
     *,
     filling: Filling | None = None,
     report: Report = lambda split, samples, blocks_left: None,
+    count: Count = not_counted,
     progress: Progress | None = None,
 ) -> bool:
     """Create or continue the store of ``spec``; True once it is sealed.
 
     ``filling`` says which blocks are filled and by whom; the bytes written are the
     same. A part of a planned store leaves it unsealed: checking all blocks is no work
-    for each of many jobs. ``progress`` is kept up to date.
+    for each of many jobs. ``report`` is told of every block that is filled, ``count``
+    of those that are checked at the end; ``progress`` is kept up to date.
 
     Raises
     ------
@@ -163,10 +165,23 @@ def build_store(
             fill_blocks(job.source, writer, filling, report, progress)
         if filling.part or any(writer.pending_blocks(split) for split in job.plans):
             return False
-        progress.state = "sealing"
-        writer.seal()
+        seal_filled(writer, filling.workers, progress, count)
         log.info("%s: sealed", path)
         return True
+
+
+def seal_filled(
+    writer: StoreWriter, workers: int, progress: Progress, count: Count
+) -> None:
+    """Check all blocks and seal the store, by ``workers`` where it has many blocks."""
+
+    def checked(done: int, total: int) -> None:
+        progress.check(done, total)
+        count(done, total)
+
+    progress.state = "sealing"
+    blocks = sum(split.n_blocks for split in writer.splits.values())
+    writer.seal(worthwhile(workers, blocks), checked)
 
 
 def create_or_match(job: Job, path: Path) -> None:

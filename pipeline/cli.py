@@ -166,8 +166,14 @@ def build(
         blocks=block_range,
         part=share,
     )
-    with told(store, filling.label) as (report, progress):
-        sealed = build_store(chosen, filling=filling, report=report, progress=progress)
+    with told(store, filling.label) as (bar, progress):
+        sealed = build_store(
+            chosen,
+            filling=filling,
+            report=bar.filled,
+            count=bar.checked,
+            progress=progress,
+        )
     if not sealed:
         rest = "the store is not sealed" if share else "others are still missing"
         click.echo(f"{store}: the blocks asked for are done, {rest}.")
@@ -257,8 +263,14 @@ def add_field(
 
     store, place = _started(chosen, device, threads)
     filling = Filling(device=place, workers=workers, threads=threads)
-    with told(store) as (report, progress):
-        added = extend_store(chosen, filling=filling, report=report, progress=progress)
+    with told(store) as (bar, progress):
+        added = extend_store(
+            chosen,
+            filling=filling,
+            report=bar.filled,
+            count=bar.checked,
+            progress=progress,
+        )
     what = ", ".join(added) if added else "nothing, it has all of it already"
     click.echo(f"{store}: added {what}; complete and sealed.")
 

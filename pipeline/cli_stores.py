@@ -32,8 +32,8 @@ def _convert(store: str, out: Path, conversion: "Conversion", workers: int) -> N
     from pipeline.convert import convert_store
 
     log_to_file("pipeline", out.with_name(out.name + ".log"))
-    with progress_bar() as report:
-        convert_store(store, out, conversion, report, workers)
+    with progress_bar() as bar:
+        convert_store(store, out, conversion, bar.filled, workers, bar.checked)
     click.echo(f"{out}: complete and sealed.")
 
 
@@ -119,8 +119,8 @@ def push(store: str, target: str, check: bool) -> None:
     """
     from pipeline.store.transfer import copy_store
 
-    with progress_bar() as report:
-        complete = copy_store(store, target, report)
+    with progress_bar() as bar:
+        complete = copy_store(store, target, bar.filled)
     if not complete:
         click.echo(f"{target}: the finished blocks are there, others are missing.")
         return

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from pipeline.errors import SpecError, StoreError
-from pipeline.execution.passes import processes
+from pipeline.execution.passes import Count, not_counted, processes, worthwhile
 from pipeline.fields import CHANNEL_FIELDS
 from pipeline.files import told_when_full
 from pipeline.planning import array_attributes, array_identity, stored_dtype
@@ -78,10 +78,12 @@ def convert_store(
     conversion: Conversion,
     report: Report = lambda split, samples, blocks_left: None,
     workers: int = 0,
+    count: Count = not_counted,
 ) -> None:
     """Write the store at ``source`` to ``out`` as ``conversion`` says, and seal it.
 
-    Blocks are converted by so many ``workers``, or by this process.
+    Blocks are converted by so many ``workers``, or by this process. ``report`` is told
+    of every block that is, ``count`` of those that are checked at the end.
 
     May be killed at any moment and called again. The new store has the same blocks and
     samples; encodings are calibrated on the features of its first samples, which its
@@ -128,7 +130,8 @@ def convert_store(
             done = run(_Converter(source, out, chosen), pending)
             for number, (name, samples) in enumerate(done, 1):
                 report(name, samples, len(pending) - number)
-        writer.seal()
+        blocks = sum(split.n_blocks for split in writer.splits.values())
+        writer.seal(worthwhile(workers, blocks), count)
 
 
 class _Converter:

@@ -16,11 +16,12 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from pipeline.build import Job, create_or_match, prepare
+from pipeline.build import Job, create_or_match, prepare, seal_filled
 from pipeline.documents import as_json
 from pipeline.errors import SpecError, StoreError
 from pipeline.execution.filler import Filling
 from pipeline.execution.filling import Report, fill_blocks
+from pipeline.execution.passes import Count, not_counted
 from pipeline.execution.progress import Progress
 from pipeline.files import sync_folder, told_when_full
 from pipeline.spec import CacheSpec
@@ -40,6 +41,7 @@ def extend_store(
     *,
     filling: Filling | None = None,
     report: Report = lambda split, samples, blocks_left: None,
+    count: Count = not_counted,
     progress: Progress | None = None,
 ) -> list[str]:
     """Add to the store of ``spec`` what it lacks; names what was added.
@@ -67,14 +69,19 @@ def extend_store(
             return []
         added = _additions(before.attributes, as_json(job.attributes))
         log.info("%s: adding %s", path, ", ".join(added))
-        _build_beside(job, staging, filling, report, progress)
+        _build_beside(job, staging, filling, report, count, progress)
         _exchange(staging, path)
         _remove(staging)
         return added
 
 
 def _build_beside(
-    job: Job, staging: Path, filling: Filling, report: Report, progress: Progress
+    job: Job,
+    staging: Path,
+    filling: Filling,
+    report: Report,
+    count: Count,
+    progress: Progress,
 ) -> None:
     wanted = job.attributes["fingerprint"]
     if staging.exists() and not _continues(staging, wanted):
@@ -83,8 +90,7 @@ def _build_beside(
     writer = StoreWriter(staging)
     if not writer.sealed:
         fill_blocks(job.source, writer, filling, report, progress)
-        progress.state = "sealing"
-        writer.seal()
+        seal_filled(writer, filling.workers, progress, count)
 
 
 def _continues(staging: Path, fingerprint: str) -> bool:

@@ -2,10 +2,10 @@
 
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import click
 from tqdm import tqdm
@@ -14,12 +14,11 @@ from pipeline.execution.interrupts import Stopped, stopped_by_signals
 from pipeline.execution.passes import Count
 from pipeline.execution.progress import Progress, status_file
 
-Report = Callable[[str, int, int], None]
 _MOMENT_S = 2.0
 
 
 @contextmanager
-def told(store: Path, label: str = "") -> Iterator[tuple[Report, Progress]]:
+def told(store: Path, label: str = "") -> Iterator[tuple["Bar", Progress]]:
     """A bar, a status file beside the store, and an end of the process on a signal.
 
     ``label`` in the file's name tells processes at one store apart.
@@ -30,9 +29,9 @@ def told(store: Path, label: str = "") -> Iterator[tuple[Report, Progress]]:
         with (
             stopped_by_signals(),
             status_file(status, progress),
-            progress_bar(progress) as report,
+            progress_bar(progress) as bar,
         ):
-            yield report, progress
+            yield bar, progress
     except Stopped as stopped:
         text = f"Stopped by {stopped}; the same command goes on where it stopped."
         _end_process(text, stopped.exit_code)
@@ -69,22 +68,64 @@ def _interval_s() -> float:
     return 0.2 if sys.stderr.isatty() else 10.0
 
 
+class Bar:
+    """Samples whose blocks are written, then blocks that are checked; a bar for each.
+
+    With ``progress`` it knows what is there already.
+    """
+
+    def __init__(self, progress: Progress | None = None) -> None:
+        self._progress = progress
+        self._what = ""
+        self._bar: tqdm[Any] | None = None
+        if progress is None:
+            self._at("cache", "sample")
+
+    def filled(self, split: str, samples: int, blocks_left: int) -> None:
+        """Tell of one more block, with ``samples``."""
+        told, progress = f"{split}, {blocks_left} blocks left", self._progress
+        if progress is None:
+            bar = self._at("cache", "sample")
+        else:
+            # The rate is that from the first block on.
+            bar = self._at("cache", "sample", progress.samples, progress.samples_done)
+            samples = progress.samples_done - int(bar.n)
+            told += f", {progress.workers} workers" if progress.workers > 1 else ""
+            told += f", {len(progress.failed)} failed" if progress.failed else ""
+        bar.set_postfix_str(told, refresh=False)
+        bar.update(samples)
+
+    def checked(self, blocks: int, total: int) -> None:
+        """Tell how many blocks are checked, of ``total``."""
+        bar = self._at("seal", "block", total)
+        bar.update(blocks - bar.n)
+
+    def close(self) -> None:
+        """Leave what it says where it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def _at(
+        self, what: str, unit: str, total: int | None = None, done: int = 0
+    ) -> "tqdm[Any]":
+        if self._bar is None or self._what != what:
+            self.close()
+            self._what = what
+            self._bar = tqdm(
+                desc=what,
+                unit=unit,
+                total=total,
+                initial=done,
+                mininterval=_interval_s(),
+            )
+        return self._bar
+
+
 @contextmanager
-def progress_bar(
-    progress: Progress | None = None,
-) -> Iterator[Report]:
+def progress_bar(progress: Progress | None = None) -> Iterator[Bar]:
     """A bar on a terminal, a line every ten seconds elsewhere; with rate and ETA."""
-    with tqdm(unit="sample", desc="cache", mininterval=_interval_s()) as bar:
-
-        def report(split: str, samples: int, blocks_left: int) -> None:
-            told = f"{split}, {blocks_left} blocks left"
-            if progress is not None:
-                if bar.total is None:
-                    bar.reset(progress.samples)
-                    bar.initial = bar.n = bar.last_print_n = progress.samples_before
-                told += f", {progress.workers} workers" if progress.workers > 1 else ""
-                told += f", {len(progress.failed)} failed" if progress.failed else ""
-            bar.set_postfix_str(told, refresh=False)
-            bar.update(samples)
-
-        yield report
+    bar = Bar(progress)
+    try:
+        yield bar
+    finally:
+        bar.close()

@@ -20,6 +20,8 @@ Run = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 # Told how many items of a pass are done, of how many; at first none.
 Count = Callable[[int, int], None]
 
+# A process takes seconds to start, and reads a block in less.
+_FEW = 64
 # Items that each process has in hand or waiting, so that it never waits itself.
 _AHEAD = 3
 # So often an item is sent again because its process died: a kill may hit anybody once.
@@ -31,7 +33,7 @@ _PATIENCE_S = 180.0
 def processes(workers: int) -> Iterator[Run]:
     """``map`` for so many processes; with 0 it is ``map`` itself, in this one.
 
-    The cluster starts with the first call and ends with the context. What a
+    The cluster starts with the first item and ends with the context. What a
     ``functools.partial`` holds is sent to each process once. A process that dies is
     started again, and what it had in hand is done again.
 
@@ -47,14 +49,17 @@ def processes(workers: int) -> Iterator[Run]:
     with ExitStack() as stack:
         client: Any = None
 
-        def run(
-            function: Callable[[Item], Result], items: Iterable[Item]
-        ) -> Iterator[Result]:
+        def connect() -> Any:
             nonlocal client
             if client is None:
                 client = stack.enter_context(local_workers(workers, threads=1))
-            results = _in_order(client, workers, function, items)
-            # Where nobody asks for the rest, it is cancelled while the cluster lives.
+            return client
+
+        def run(
+            function: Callable[[Item], Result], items: Iterable[Item]
+        ) -> Iterator[Result]:
+            results = _in_order(connect, workers, function, items)
+            # Nothing starts a cluster again when this one has ended.
             stack.callback(results.close)
             return results
 
@@ -76,27 +81,34 @@ class Tally:
         self._count(self._done, self._total)
 
 
+def worthwhile(workers: int, items: int) -> int:
+    """``workers``, or none for so few items that to start them would take longer."""
+    return workers if items >= _FEW else 0
+
+
 def not_counted(done: int, total: int) -> None:
     """A ``Count`` for whoever does not ask."""
 
 
 def _in_order(
-    client: Any,
+    connect: Callable[[], Any],
     workers: int,
     function: Callable[[Item], Result],
     items: Iterable[Item],
 ) -> Generator[Result, None, None]:
     """Results in the order of ``items``, a bounded number of them made ahead."""
-    ahead: _Ahead[Item, Result] = _Ahead(client, function)
+    ahead: _Ahead[Item, Result] | None = None
     try:
         for item in items:
+            ahead = ahead or _Ahead(connect(), function)
             ahead.add(item)
-            if len(ahead) == _AHEAD * workers:
+            if ahead.items == _AHEAD * workers:
                 yield ahead.next()
-        while len(ahead):
+        while ahead and ahead.items:
             yield ahead.next()
     finally:
-        ahead.cancel()
+        if ahead:
+            ahead.cancel()
 
 
 @dataclass
@@ -117,7 +129,9 @@ class _Ahead(Generic[Item, Result]):
         self._sent: deque[_Sent[Item]] = deque()
         self._there = self._send_function()
 
-    def __len__(self) -> int:
+    @property
+    def items(self) -> int:
+        """Items whose results nobody has had."""
         return len(self._sent)
 
     def add(self, item: Item) -> None:

@@ -30,6 +30,7 @@ class Progress:
     state: State = "planning"
     blocks: int = 0
     blocks_done: int = 0
+    blocks_checked: int = 0
     samples: int = 0
     samples_done: int = 0
     workers: int = 0
@@ -58,6 +59,11 @@ class Progress:
         if self._first is None:
             self._first = self._last, self.samples_done
 
+    def check(self, checked: int, blocks: int) -> None:
+        """Tell how many blocks of the whole store are checked to seal it."""
+        self.blocks = self.blocks_done = blocks
+        self.blocks_checked = checked
+
     @property
     def rate(self) -> float | None:
         """Samples per second; None before the first block.
@@ -84,6 +90,7 @@ class Progress:
             "state": self.state,
             "blocks_done": self.blocks_done,
             "blocks_total": self.blocks,
+            "blocks_checked": self.blocks_checked,
             "samples_done": self.samples_done,
             "samples_total": self.samples,
             "samples_per_second": _rounded(self.rate),

@@ -8,22 +8,25 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
 from pipeline.build import build_store, plan_store
 from pipeline.cli import main
-from pipeline.execution import console
+from pipeline.execution import console, passes
 from pipeline.execution import progress as module
 from pipeline.execution.filler import Filling
 from pipeline.execution.interrupts import Stopped, stopped_by_signals
+from pipeline.execution.passes import Run
 from pipeline.execution.progress import Progress, status_file
 from pipeline.execution.scatter import Part
 from pipeline.spec import load_spec
 from pipeline.store.writer import StoreWriter
 from tests.commands import run_command
 from tests.pipeline.builds import ROOT, wait_until
+from tests.stores import spec_document, write_spec
 
 
 def _read(path: Path) -> dict[str, object]:
@@ -48,6 +51,55 @@ def test_long_checks_show_how_far_they_are(
         assert [int(n) for n, _ in drawn][: blocks + 1] == [*range(blocks + 1)]
     monkeypatch.setattr(console, "_MOMENT_S", 600.0)
     assert run_command(main, ["verify", store]).stderr == ""
+
+
+def _totals(said: str, what: str) -> list[tuple[int, int]]:
+    """Counts and totals that a bar has drawn."""
+    drawn = re.findall(rf"{what}: +\d+%\|[^|]*\| *(\d+)/(\d+) \[", said)
+    return [(int(done), int(total)) for done, total in drawn]
+
+
+def test_builds_and_conversions_show_how_far_sealing_is(
+    small_spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "_interval_s", lambda: 0.0)
+    store = tmp_path / "s.zarr"
+    build = ("build", small_spec, "--out", store, "--device", "cpu")
+    compact = ("compact", store, tmp_path / "c.zarr")
+    for command in (build, compact):
+        done = run_command(main, command)
+        assert done.exit_code == 0
+        blocks = sum(split.n_blocks for split in StoreWriter(store).splits.values())
+        drawn = list(dict.fromkeys(_totals(done.stderr, "seal")))
+        assert drawn == [(n, blocks) for n in range(blocks + 1)]
+    told = _read(store.with_name("s.zarr.status.json"))
+    assert (told["blocks_checked"], told["blocks_total"]) == (blocks, blocks)
+    assert _totals(run_command(main, build).stderr, "seal") == []
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_workers_seal_where_there_are_many_blocks(
+    more: int,
+    datasets: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[int] = []
+
+    def counting(workers: int) -> AbstractContextManager[Run]:
+        asked.append(workers)
+        return passes.processes(0)
+
+    store = tmp_path / "s.zarr"
+    spec = load_spec(write_spec(tmp_path / "s.yaml", spec_document(datasets, store)))
+    plan_store(spec)
+    assert not build_store(spec, filling=Filling(part=Part(1, 1)))
+    blocks = sum(split.n_blocks for split in StoreWriter(store).splits.values())
+    monkeypatch.setattr(passes, "_FEW", blocks + more)
+    monkeypatch.setattr("pipeline.build.processes", lambda _: passes.processes(0))
+    monkeypatch.setattr("pipeline.store.writer.processes", counting)
+    assert build_store(spec, filling=Filling(workers=2))
+    assert asked == [0 if more else 2]
 
 
 def test_status_follows_the_build(
