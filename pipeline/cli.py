@@ -14,7 +14,7 @@ from pipeline.commands import (
     log_to_file,
     one_sentence_errors,
 )
-from pipeline.execution.console import told
+from pipeline.execution.console import ended_by_signals, told
 
 if TYPE_CHECKING:
     from pipeline.execution.scatter import Part
@@ -129,6 +129,7 @@ _threads_option = click.option(
     help="Written once the store is sealed: what a workflow engine waits for.",
 )
 @one_sentence_errors
+@ended_by_signals()
 def build(
     spec: Path,
     out: str | None,
@@ -199,6 +200,9 @@ def _write_receipt(receipt: Path, store: Path) -> None:
 @_threads_option
 @workers_option
 @one_sentence_errors
+@ended_by_signals(
+    "a store is planned whole or not at all, so give the same command again"
+)
 def plan(
     spec: Path,
     out: str | None,
@@ -225,6 +229,9 @@ def plan(
 @click.argument("store", type=click.Path(path_type=Path))
 @workers_option
 @one_sentence_errors
+@ended_by_signals(
+    "the store is not sealed, and the same command checks all blocks again"
+)
 def seal(store: Path, workers: int) -> None:
     """Check every block of STORE, whose parts are all filled, and seal it."""
     from pipeline.execution.console import check_bar
@@ -244,6 +251,7 @@ def seal(store: Path, workers: int) -> None:
 @_set_option
 @_threads_option
 @one_sentence_errors
+@ended_by_signals()
 def add_field(
     spec: Path,
     out: str | None,
@@ -282,6 +290,7 @@ def add_field(
 @_device_option
 @_set_option
 @one_sentence_errors
+@ended_by_signals("the check is not finished, and the same command starts it again")
 def check_teacher(
     spec: Path,
     samples: int,
@@ -317,6 +326,7 @@ def check_teacher(
 @_device_option
 @_set_option
 @one_sentence_errors
+@ended_by_signals("the same command starts again")
 def label(
     spec: Path, out: Path, device: str | None, overrides: tuple[str, ...]
 ) -> None:

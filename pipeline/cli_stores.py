@@ -13,7 +13,7 @@ from pipeline.commands import (
     log_to_file,
     one_sentence_errors,
 )
-from pipeline.execution.console import progress_bar
+from pipeline.execution.console import ended_by_signals, progress_bar
 
 if TYPE_CHECKING:
     from pipeline.convert import Conversion
@@ -60,6 +60,7 @@ _field_option = click.option(
 @_field_option
 @workers_option
 @one_sentence_errors
+@ended_by_signals()
 def compact(
     store: str,
     out: Path,
@@ -92,6 +93,7 @@ def compact(
 @_field_option
 @workers_option
 @one_sentence_errors
+@ended_by_signals()
 def hydrate(
     store: str,
     out: Path,
@@ -111,6 +113,7 @@ def hydrate(
 @click.argument("target")
 @click.option("--verify", "check", is_flag=True, help="Read every byte back.")
 @one_sentence_errors
+@ended_by_signals()
 def push(store: str, target: str, check: bool) -> None:
     """Copy STORE to TARGET, a URL or a folder; what is there already stays.
 
@@ -166,6 +169,7 @@ def info(store: str, as_json: bool, as_csv: bool) -> None:
 @click.option("--device", default=None, help="Of the teacher; default: a GPU if any.")
 @workers_option
 @one_sentence_errors
+@ended_by_signals("the check is not finished, and the same command starts it again")
 def verify(
     store: str,
     repair: bool,

@@ -15,6 +15,7 @@ from pipeline.execution.passes import Count
 from pipeline.execution.progress import Progress, status_file
 
 _MOMENT_S = 2.0
+_GOES_ON = "the same command goes on where it stopped"
 
 
 @contextmanager
@@ -25,16 +26,26 @@ def told(store: Path, label: str = "") -> Iterator[tuple["Bar", Progress]]:
     """
     status = store.with_name(".".join(filter(None, (store.name, label, "status.json"))))
     progress = Progress()
+    with (
+        ended_by_signals(),
+        status_file(status, progress),
+        progress_bar(progress) as bar,
+    ):
+        yield bar, progress
+
+
+@contextmanager
+def ended_by_signals(then: str = _GOES_ON) -> Iterator[None]:
+    """End the process with one sentence at Ctrl-C or SIGTERM, exit code 130 or 143.
+
+    ``then`` says what the same command does next. Also a decorator, for a whole command
+    with what it imports.
+    """
     try:
-        with (
-            stopped_by_signals(),
-            status_file(status, progress),
-            progress_bar(progress) as bar,
-        ):
-            yield bar, progress
+        with stopped_by_signals():
+            yield
     except Stopped as stopped:
-        text = f"Stopped by {stopped}; the same command goes on where it stopped."
-        _end_process(text, stopped.exit_code)
+        _end_process(f"Stopped by {stopped}; {then}.", stopped.exit_code)
 
 
 def _end_process(text: str, exit_code: int) -> NoReturn:

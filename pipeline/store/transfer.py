@@ -15,6 +15,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from pipeline.errors import StoreError
+from pipeline.execution.interrupts import Stopped
 from pipeline.files import make_folder_durably, told_when_full, write_atomically
 from pipeline.remote import is_url
 from pipeline.store.index import METADATA, ROOT_KEY, SplitIndex
@@ -99,10 +100,17 @@ def copy_store(
         return True
     copy.begin()
     missing = copy.missing_blocks()
-    with ThreadPoolExecutor(_AT_ONCE) as threads:
+    threads = ThreadPoolExecutor(_AT_ONCE)
+    wait = True
+    try:
         done = threads.map(lambda item: copy.block(*item), missing)
         for number, (index, samples) in enumerate(done, 1):
             report(index.name, samples, len(missing) - number)
+    except Stopped:
+        wait = False  # a block counts once its record is there
+        raise
+    finally:
+        threads.shutdown(wait, cancel_futures=True)
     if not store.attributes["complete"]:
         return False
     copy.seal()
