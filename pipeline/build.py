@@ -10,7 +10,7 @@ from pipeline.commands import chosen_device
 from pipeline.errors import StoreError
 from pipeline.execution.filler import Filling
 from pipeline.execution.filling import Report, count_blocks, fill_blocks
-from pipeline.execution.passes import Count, not_counted, processes, worthwhile
+from pipeline.execution.passes import Count, Run, not_counted, processes, worthwhile
 from pipeline.execution.progress import Progress
 from pipeline.files import told_when_full
 from pipeline.planning import plan_split, store_attributes
@@ -60,7 +60,7 @@ def prepare(
     new = before is not None or not Path(spec.store.path).exists()
     old = {} if before is None else before.splits
     with processes(workers) as run:
-        source, bad = _screened(Source.open(spec, device, run))
+        source, bad = _screened(Source.open(spec, device, run), run)
         if new:
             check_energy_kinds(spec.splits, source.datasets)
         scans = {name: source.scan(name, new, run) for name in source.datasets}
@@ -102,7 +102,7 @@ def plan_store(spec: CacheSpec, device: str = "cpu", workers: int = 0) -> Path:
     return path
 
 
-def _screened(source: Source) -> tuple[Source, dict[str, list[list[str]]]]:
+def _screened(source: Source, run: Run) -> tuple[Source, dict[str, list[list[str]]]]:
     """``source`` without the samples that its spec lets out; their ids and reasons.
 
     Splits that are planned already keep to what was found then.
@@ -114,7 +114,7 @@ def _screened(source: Source) -> tuple[Source, dict[str, list[list[str]]]]:
         if name in source.planned:
             bad = source.planned[name]
         else:
-            bad = bad_samples(name, source.datasets[name], source.teacher)
+            bad = bad_samples(name, source.datasets[name], source.teacher, run)
             source = source.leaving_out(name, [sample_id for sample_id, _ in bad])
         if bad:
             found[name] = [list(pair) for pair in bad]

@@ -2,13 +2,15 @@
 
 import logging
 from collections.abc import Collection, Container, Sequence
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.datasets import Dataset
-from pipeline.datasets.base import DerivedDataset
+from pipeline.datasets.base import DerivedDataset, in_pieces
 from pipeline.errors import DataError
+from pipeline.execution.passes import Run
 from pipeline.graphs.neighbors import GraphRule, sample_edges
 from pipeline.models.elements import check_elements
 from pipeline.structure import Sample
@@ -16,6 +18,8 @@ from pipeline.teacher import Teacher
 
 log = logging.getLogger("pipeline.screening")
 _NAMED = 5
+_PIECE = 512
+_Needs = tuple[Container[int], GraphRule]
 
 
 class Without(DerivedDataset):
@@ -59,8 +63,7 @@ class Checked(DerivedDataset):
 
     def __getitem__(self, index: int) -> Sample:
         sample = self._inner[index]
-        numbers = sample.structure.atomic_numbers
-        check_elements(numbers, self._elements, [sample.sample_id] * len(numbers))
+        _check_elements(sample, self._elements)
         steps = np.diff(sample.structure.positions, axis=0)
         if not (np.square(steps).sum(axis=1) <= self._rule.cutoff**2).any():
             sample_edges(sample.sample_id, sample.structure, self._rule)
@@ -77,23 +80,28 @@ def without(dataset: Dataset, ids: Collection[str]) -> Dataset:
 
 
 def bad_samples(
-    split: str, dataset: Dataset, teacher: Teacher | None
+    split: str, dataset: Dataset, teacher: Teacher | None, run: Run = map
 ) -> list[tuple[str, str]]:
     """Id and reason of every sample that cannot be read or made a graph of.
+
+    They are looked at in the processes of ``run``; what is found, and in which order,
+    does not depend on how many these are.
 
     Raises
     ------
     DataError
         Not one is sound.
     """
-    found = []
-    for index, sample_id in enumerate(dataset.sample_ids):
-        try:
-            sample = dataset[index]
-            if teacher is not None:
-                teacher.potential.graph(sample)
-        except DataError as error:
-            found.append((sample_id, str(error)))
+    needs: _Needs | None = None
+    if teacher is not None:
+        # All of a teacher that a graph needs; the rest may not bear being sent.
+        needs = teacher.potential.elements, teacher.potential.graph_rule
+    elif dataset.keeps_samples:
+        run = map  # there is less to do than to send
+    look = partial(_bad_among, dataset, needs)
+    found: list[tuple[str, str]] = []
+    for part in run(look, in_pieces(range(len(dataset)), _PIECE)):
+        found += part
     if not found:
         return []
     named = ", ".join(repr(sample_id) for sample_id, _ in found[:_NAMED])
@@ -112,3 +120,24 @@ def bad_samples(
         more,
     )
     return found
+
+
+def _bad_among(
+    dataset: Dataset, needs: _Needs | None, indices: range
+) -> list[tuple[str, str]]:
+    found = []
+    for index in indices:
+        try:
+            sample = dataset[index]
+            if needs is not None:
+                elements, rule = needs
+                _check_elements(sample, elements)
+                sample_edges(sample.sample_id, sample.structure, rule)
+        except DataError as error:
+            found.append((dataset.sample_ids[index], str(error)))
+    return found
+
+
+def _check_elements(sample: Sample, elements: Container[int]) -> None:
+    numbers = sample.structure.atomic_numbers
+    check_elements(numbers, elements, [sample.sample_id] * len(numbers))

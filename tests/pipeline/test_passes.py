@@ -1,6 +1,7 @@
 """Passes over datasets: alike in one process and in several, and not made twice."""
 
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import scanning, source
+from pipeline import scanning, screening, source
 from pipeline.build import build_store, prepare
 from pipeline.datasets import (
     Dataset,
@@ -27,11 +28,13 @@ from pipeline.execution.filler import Filling
 from pipeline.execution.passes import Run, processes
 from pipeline.graphs.neighbors import GraphRule, neighbor_edges
 from pipeline.scanning import Scan, scan_dataset
-from pipeline.spec import load_spec
+from pipeline.screening import bad_samples
+from pipeline.spec import TeacherSpec, load_spec
 from pipeline.statistics import LabelSums
 from pipeline.store.reader import FeatureStore
 from pipeline.structure import Structure
-from tests.frames import DEMO, collision_frames, write_frames
+from pipeline.teacher import Teacher
+from tests.frames import DEMO, collision_frames, frame, write_frames
 from tests.pipeline.oc20_files import (
     Slab,
     aselmdb_row,
@@ -334,6 +337,43 @@ def test_planning_by_several_processes_gives_the_same_store(
     monkeypatch.setattr("pipeline.build.processes", partial(_given, run))
     shared = prepare(load_spec(_spec(tmp_path, "oc20_lmdb", data)), workers=2)
     assert shared.attributes == alone.attributes
+
+
+@pytest.mark.timeout(900)
+def test_bad_samples_are_found_by_any_number_of_processes(
+    tmp_path: Path, run: Run, teacher_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In order and named alike, with at most four samples looked at in one go."""
+    frames = collision_frames(20)
+    for place in (3, 9, 17):
+        frames.insert(place, frame(f"alone{place}", ["H"], [[0, 0, 0]], energy=-13.0))
+    frames.insert(5, frame("heavy", ["U", "H"], [[0, 0, 0], [1, 0, 0]], energy=-13.0))
+    data = write_frames(tmp_path / "d.extxyz", frames)
+    dataset = open_dataset("extxyz", str(data))
+    teacher = Teacher.load(TeacherSpec(model="painn", checkpoint=str(teacher_file)))
+    pieces: list[range] = []
+
+    def counting(function: Callable[..., Any], items: Any) -> Iterator[Any]:
+        pieces.extend(items)
+        return run(function, items)
+
+    alone = bad_samples("train", dataset, teacher)
+    assert [name for name, _ in alone] == ["alone3", "heavy", "alone9", "alone17"]
+    for sample_id, reason in alone:
+        sample = dataset[dataset.sample_ids.index(sample_id)]
+        with pytest.raises(DataError, match=re.escape(reason)):
+            teacher.potential.graph(sample)
+    monkeypatch.setattr(screening, "_PIECE", 4)
+    assert bad_samples("train", dataset, teacher, counting) == alone
+    assert len(pieces) == 6
+    spec = load_spec(_spec(tmp_path, "extxyz", data, on_bad_sample="skip"))
+    asked: list[Any] = []
+    monkeypatch.setattr("pipeline.build.processes", partial(_given, run))
+    monkeypatch.setattr(
+        "pipeline.build.bad_samples", lambda *given: asked.append(given[3]) or []
+    )
+    prepare(spec, workers=2)
+    assert asked == [run]
 
 
 class _given:
