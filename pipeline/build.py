@@ -10,7 +10,14 @@ from pipeline.commands import chosen_device
 from pipeline.errors import StoreError
 from pipeline.execution.filler import Filling
 from pipeline.execution.filling import Report, count_blocks, fill_blocks
-from pipeline.execution.passes import Count, Run, not_counted, processes, worthwhile
+from pipeline.execution.passes import (
+    Count,
+    Run,
+    Tally,
+    not_counted,
+    processes,
+    worthwhile,
+)
 from pipeline.execution.progress import Progress
 from pipeline.files import told_when_full
 from pipeline.planning import plan_split, store_attributes
@@ -41,12 +48,14 @@ def prepare(
     device: str = "cpu",
     before: FeatureStore | None = None,
     workers: int = 0,
+    count: Count = not_counted,
 ) -> Job:
     """Load the teacher, read every dataset once, plan every split.
 
     Datasets are read by so many ``workers``, or by this process. Those that a store is
     there for already, and whose files have not changed since, are not read again: what
-    was found then is in its sidecar.
+    was found then is in its sidecar. ``count`` is told how many samples each pass over
+    them has read.
 
     Edges are counted and encodings calibrated only for a store that is not there yet:
     one that is knows them. With ``before``, the store there is planned anew, its own
@@ -60,10 +69,13 @@ def prepare(
     new = before is not None or not Path(spec.store.path).exists()
     old = {} if before is None else before.splits
     with processes(workers) as run:
-        source, bad = _screened(Source.open(spec, device, run), run)
+        source, bad = _screened(Source.open(spec, device, run), run, count)
         if new:
             check_energy_kinds(spec.splits, source.datasets)
-        scans = {name: source.scan(name, new, run) for name in source.datasets}
+        tally = Tally(count, sum(map(len, source.datasets.values())))
+        scans = {
+            name: source.scan(name, new, run, tally.add) for name in source.datasets
+        }
     calibrations = {
         name: source.calibrations(name, old[name].index if name in old else None)
         for name in (source.datasets if new else ())
@@ -90,31 +102,40 @@ def prepare(
     return Job(source, scans, plans, attributes)
 
 
-def plan_store(spec: CacheSpec, device: str = "cpu", workers: int = 0) -> Path:
+def plan_store(
+    spec: CacheSpec,
+    device: str = "cpu",
+    workers: int = 0,
+    count: Count = not_counted,
+) -> Path:
     """Plan the store of ``spec``, or accept the one there; fills nothing.
 
-    Datasets are read by so many ``workers``. Raises as `build_store` does.
+    Datasets are read by so many ``workers``; ``count`` is told how many samples each
+    pass has read. Raises as `build_store` does.
     """
-    job = prepare(spec, device, workers=workers)
+    job = prepare(spec, device, workers=workers, count=count)
     path = Path(spec.store.path)
     with told_when_full(path):
         create_or_match(job, path)
     return path
 
 
-def _screened(source: Source, run: Run) -> tuple[Source, dict[str, list[list[str]]]]:
+def _screened(
+    source: Source, run: Run, count: Count
+) -> tuple[Source, dict[str, list[list[str]]]]:
     """``source`` without the samples that its spec lets out; their ids and reasons.
 
     Splits that are planned already keep to what was found then.
     """
     found = {}
-    for name, split in source.spec.splits.items():
-        if split.on_bad_sample == "fail":
-            continue
-        if name in source.planned:
+    skipping = [n for n, s in source.spec.splits.items() if s.on_bad_sample != "fail"]
+    new = {n: source.datasets[n] for n in skipping if n not in source.planned}
+    tally = Tally(count, sum(map(len, new.values()))) if new else None
+    for name in skipping:
+        if tally is None or name not in new:
             bad = source.planned[name]
         else:
-            bad = bad_samples(name, source.datasets[name], source.teacher, run)
+            bad = bad_samples(name, new[name], source.teacher, run, tally.add)
             source = source.leaving_out(name, [sample_id for sample_id, _ in bad])
         if bad:
             found[name] = [list(pair) for pair in bad]
@@ -134,7 +155,8 @@ def build_store(
     ``filling`` says which blocks are filled and by whom; the bytes written are the
     same. A part of a planned store leaves it unsealed: checking all blocks is no work
     for each of many jobs. ``report`` is told of every block that is filled, ``count``
-    of those that are checked at the end; ``progress`` is kept up to date.
+    of samples while it plans and of blocks while it seals; ``progress`` is kept up to
+    date.
 
     Raises
     ------
@@ -146,6 +168,7 @@ def build_store(
     """
     filling = filling or Filling()
     progress = progress or Progress()
+    count = counted_in(progress, count)
     path = Path(spec.store.path)
     if filling.part is not None and not path.exists():
         raise StoreError(
@@ -153,7 +176,8 @@ def build_store(
         )
     # Workers of a cluster choose for themselves; they may have what is missing here.
     device = filling.device if filling.scheduler is None else None
-    job = prepare(spec, str(chosen_device(device)), workers=filling.workers)
+    place = str(chosen_device(device))
+    job = prepare(spec, place, workers=filling.workers, count=count)
     with told_when_full(path):
         create_or_match(job, path)
         writer = StoreWriter(path)
@@ -174,14 +198,19 @@ def seal_filled(
     writer: StoreWriter, workers: int, progress: Progress, count: Count
 ) -> None:
     """Check all blocks and seal the store, by ``workers`` where it has many blocks."""
-
-    def checked(done: int, total: int) -> None:
-        progress.check(done, total)
-        count(done, total)
-
     progress.state = "sealing"
     blocks = sum(split.n_blocks for split in writer.splits.values())
-    writer.seal(worthwhile(workers, blocks), checked)
+    writer.seal(worthwhile(workers, blocks), count)
+
+
+def counted_in(progress: Progress, count: Count) -> Count:
+    """``count``, which tells ``progress`` as well."""
+
+    def told(done: int, total: int) -> None:
+        progress.count(done, total)
+        count(done, total)
+
+    return told
 
 
 def create_or_match(job: Job, path: Path) -> None:

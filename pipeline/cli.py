@@ -14,7 +14,7 @@ from pipeline.commands import (
     log_to_file,
     one_sentence_errors,
 )
-from pipeline.execution.console import ended_by_signals, told
+from pipeline.execution.console import check_bar, ended_by_signals, told
 
 if TYPE_CHECKING:
     from pipeline.execution.scatter import Part
@@ -172,7 +172,7 @@ def build(
             chosen,
             filling=filling,
             report=bar.filled,
-            count=bar.checked,
+            count=bar.counted,
             progress=progress,
         )
     if not sealed:
@@ -218,7 +218,8 @@ def plan(
     from pipeline.store.writer import StoreWriter
 
     _, place = _started(chosen, device, threads)
-    store = plan_store(chosen, place, workers)
+    with check_bar("plan", "sample") as count:
+        store = plan_store(chosen, place, workers, count)
     blocks = (
         f"{s.n_blocks} of {name}" for name, s in StoreWriter(store).splits.items()
     )
@@ -234,7 +235,6 @@ def plan(
 )
 def seal(store: Path, workers: int) -> None:
     """Check every block of STORE, whose parts are all filled, and seal it."""
-    from pipeline.execution.console import check_bar
     from pipeline.files import told_when_full
     from pipeline.store.writer import StoreWriter
 
@@ -276,7 +276,7 @@ def add_field(
             chosen,
             filling=filling,
             report=bar.filled,
-            count=bar.checked,
+            count=bar.counted,
             progress=progress,
         )
     what = ", ".join(added) if added else "nothing, it has all of it already"

@@ -33,7 +33,7 @@ def _convert(store: str, out: Path, conversion: "Conversion", workers: int) -> N
 
     log_to_file("pipeline", out.with_name(out.name + ".log"))
     with progress_bar() as bar:
-        convert_store(store, out, conversion, bar.filled, workers, bar.checked)
+        convert_store(store, out, conversion, bar.filled, workers, bar.counted)
     click.echo(f"{out}: complete and sealed.")
 
 

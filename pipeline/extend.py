@@ -16,7 +16,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from pipeline.build import Job, create_or_match, prepare, seal_filled
+from pipeline.build import Job, counted_in, create_or_match, prepare, seal_filled
 from pipeline.documents import as_json
 from pipeline.errors import SpecError, StoreError
 from pipeline.execution.filler import Filling
@@ -58,12 +58,13 @@ def extend_store(
     """
     filling = replace(filling or Filling(), before=Path(spec.store.path))
     progress = progress or Progress()
+    count = counted_in(progress, count)
     path = Path(spec.store.path)
     staging = path.with_name(f".{path.name}.extended")
     with told_when_full(path), _only_one(path):
         _finish_exchange(path, staging)
         before = FeatureStore.open(path)
-        job = prepare(spec, filling.device or "cpu", before, filling.workers)
+        job = prepare(spec, filling.device or "cpu", before, filling.workers, count)
         if before.fingerprint == job.attributes["fingerprint"]:
             _remove(staging)
             return []

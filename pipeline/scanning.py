@@ -11,7 +11,7 @@ import numpy.typing as npt
 from pipeline.datasets import Dataset
 from pipeline.datasets.base import in_pieces
 from pipeline.errors import DataError
-from pipeline.execution.passes import Run
+from pipeline.execution.passes import Run, not_told
 from pipeline.models.normalizer import Normalizer
 from pipeline.statistics import FOLD, LabelSums
 from pipeline.store.layout import IntArray
@@ -55,10 +55,12 @@ def scan_dataset(
     reference_energies: str,
     count_edges: CountEdges | None = None,
     run: Run = map,
+    read: Callable[[int], None] = not_told,
 ) -> Scan:
     """Read every sample of ``dataset`` once, in the processes of ``run``.
 
-    The result does not depend on how many these are.
+    The result does not depend on how many these are. ``read`` is told how many more
+    samples are.
 
     Raises
     ------
@@ -75,6 +77,7 @@ def scan_dataset(
         content.update(part.content)
         labels.merge(part.labels)
         columns.append((part.checksums, part.hashes, part.n_edges))
+        read(len(part.checksums))
     checksums, hashes, n_edges = map(np.concatenate, zip(*columns, strict=True))
     return Scan(
         checksums,

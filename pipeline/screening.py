@@ -1,7 +1,7 @@
 """Samples that no teacher pass could ever do: found before blocks are planned."""
 
 import logging
-from collections.abc import Collection, Container, Sequence
+from collections.abc import Callable, Collection, Container, Sequence
 from functools import partial
 
 import numpy as np
@@ -10,7 +10,7 @@ import numpy.typing as npt
 from pipeline.datasets import Dataset
 from pipeline.datasets.base import DerivedDataset, in_pieces
 from pipeline.errors import DataError
-from pipeline.execution.passes import Run
+from pipeline.execution.passes import Run, not_told
 from pipeline.graphs.neighbors import GraphRule, sample_edges
 from pipeline.models.elements import check_elements
 from pipeline.structure import Sample
@@ -80,12 +80,16 @@ def without(dataset: Dataset, ids: Collection[str]) -> Dataset:
 
 
 def bad_samples(
-    split: str, dataset: Dataset, teacher: Teacher | None, run: Run = map
+    split: str,
+    dataset: Dataset,
+    teacher: Teacher | None,
+    run: Run = map,
+    read: Callable[[int], None] = not_told,
 ) -> list[tuple[str, str]]:
     """Id and reason of every sample that cannot be read or made a graph of.
 
     They are looked at in the processes of ``run``; what is found, and in which order,
-    does not depend on how many these are.
+    does not depend on how many these are. ``read`` is told how many more samples are.
 
     Raises
     ------
@@ -100,8 +104,10 @@ def bad_samples(
         run = map  # there is less to do than to send
     look = partial(_bad_among, dataset, needs)
     found: list[tuple[str, str]] = []
-    for part in run(look, in_pieces(range(len(dataset)), _PIECE)):
+    pieces = in_pieces(range(len(dataset)), _PIECE)
+    for piece, part in zip(pieces, run(look, pieces), strict=True):
         found += part
+        read(len(piece))
     if not found:
         return []
     named = ", ".join(repr(sample_id) for sample_id, _ in found[:_NAMED])

@@ -1,7 +1,7 @@
 """What blocks are filled from: datasets in storage order and the teacher."""
 
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import numpy as np
 from pipeline.calibrating import calibrate_fields
 from pipeline.datasets import Dataset, open_split
 from pipeline.errors import DataError
-from pipeline.execution.passes import Run
+from pipeline.execution.passes import Run, not_told
 from pipeline.fields import FIELDS
 from pipeline.models.normalizer import Normalizer
 from pipeline.planning import wanted_features
@@ -95,17 +95,25 @@ class Source:
         datasets = {**self.datasets, split: without(self.datasets[split], ids)}
         return replace(self, datasets=datasets, orders=_orders(self.spec, datasets))
 
-    def scan(self, split: str, count_edges: bool, run: Run = map) -> Scan:
+    def scan(
+        self,
+        split: str,
+        count_edges: bool,
+        run: Run = map,
+        read: Callable[[int], None] = not_told,
+    ) -> Scan:
         """What the store was planned for, or else a pass over the dataset.
 
-        Edges are counted, where the split keeps any, if they are asked for.
+        Edges are counted, where the split keeps any, if they are asked for. ``read`` is
+        told how many more samples are done.
         """
         counter = self.edge_counter(split) if count_edges else None
         known = self.known.get(split)
         if known is not None and counter is None:
+            read(len(known.checksums))
             return known
         references = self.spec.splits[split].reference_energies
-        return scan_dataset(self._checked(split), references, counter, run)
+        return scan_dataset(self._checked(split), references, counter, run, read)
 
     def _checked(self, split: str) -> Dataset:
         """A dataset whose samples are refused when the teacher cannot take them."""

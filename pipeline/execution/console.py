@@ -57,11 +57,11 @@ def _end_process(text: str, exit_code: int) -> NoReturn:
 
 
 @contextmanager
-def check_bar(what: str) -> Iterator[Count]:
+def check_bar(what: str, unit: str = "block") -> Iterator[Count]:
     """A bar of blocks that are being checked, where that takes more than a moment."""
     terminal = sys.stderr.isatty()
     with tqdm(
-        unit="block",
+        unit=unit,
         desc=what,
         delay=_MOMENT_S,
         mininterval=_interval_s(),
@@ -69,6 +69,8 @@ def check_bar(what: str) -> Iterator[Count]:
     ) as bar:
 
         def count(done: int, total: int) -> None:
+            if done == 0 and bar.n:
+                bar.reset()  # another pass
             bar.total = total
             bar.update(done - bar.n)
 
@@ -80,7 +82,7 @@ def _interval_s() -> float:
 
 
 class Bar:
-    """Samples whose blocks are written, then blocks that are checked; a bar for each.
+    """Samples read, samples whose blocks are written, blocks checked; a bar for each.
 
     With ``progress`` it knows what is there already.
     """
@@ -106,10 +108,13 @@ class Bar:
         bar.set_postfix_str(told, refresh=False)
         bar.update(samples)
 
-    def checked(self, blocks: int, total: int) -> None:
-        """Tell how many blocks are checked, of ``total``."""
-        bar = self._at("seal", "block", total)
-        bar.update(blocks - bar.n)
+    def counted(self, done: int, total: int) -> None:
+        """Tell how far a pass is: over samples to plan, over blocks to seal."""
+        if done == 0:
+            self._what = ""  # another pass
+        planning = self._progress is not None and self._progress.state == "planning"
+        bar = self._at(*(("plan", "sample") if planning else ("seal", "block")), total)
+        bar.update(done - bar.n)
 
     def close(self) -> None:
         """Leave what it says where it is."""

@@ -81,6 +81,10 @@ class Tally:
         self._count(self._done, self._total)
 
 
+def not_told(items: int) -> None:
+    """For whoever does not ask how many more items are done."""
+
+
 def worthwhile(workers: int, items: int) -> int:
     """``workers``, or none for so few items that to start them would take longer."""
     return workers if items >= _FEW else 0

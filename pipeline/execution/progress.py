@@ -24,6 +24,8 @@ INTERVAL_S = 2.0
 class Progress:
     """Counts of one run of a build; samples and blocks include those found done.
 
+    While it plans, samples are those that the pass at hand has read.
+
     ``failed`` has the reason of every block that could not be made.
     """
 
@@ -59,10 +61,13 @@ class Progress:
         if self._first is None:
             self._first = self._last, self.samples_done
 
-    def check(self, checked: int, blocks: int) -> None:
-        """Tell how many blocks of the whole store are checked to seal it."""
-        self.blocks = self.blocks_done = blocks
-        self.blocks_checked = checked
+    def count(self, done: int, total: int) -> None:
+        """Tell how far a pass is: over samples to plan, over all blocks to seal."""
+        if self.state == "planning":
+            self.samples_done, self.samples = done, total
+        else:
+            self.blocks = self.blocks_done = total
+            self.blocks_checked = done
 
     @property
     def rate(self) -> float | None:

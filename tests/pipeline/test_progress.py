@@ -25,6 +25,7 @@ from pipeline.execution.scatter import Part
 from pipeline.spec import load_spec
 from pipeline.store.writer import StoreWriter
 from tests.commands import run_command
+from tests.frames import collision_frames, write_frames
 from tests.pipeline.builds import ROOT, wait_until
 from tests.stores import spec_document, write_spec
 
@@ -75,6 +76,36 @@ def test_builds_and_conversions_show_how_far_sealing_is(
     told = _read(store.with_name("s.zarr.status.json"))
     assert (told["blocks_checked"], told["blocks_total"]) == (blocks, blocks)
     assert _totals(run_command(main, build).stderr, "seal") == []
+
+
+def test_planning_shows_how_many_samples_each_pass_has_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(console, "_interval_s", lambda: 0.0)
+    monkeypatch.setattr(console, "_MOMENT_S", 0.0)
+    monkeypatch.setattr("pipeline.scanning.FOLD", 15)
+    monkeypatch.setattr("pipeline.screening._PIECE", 15)
+    data = write_frames(tmp_path / "d.extxyz", collision_frames(40))
+    split = {"format": "extxyz", "path": str(data), "on_bad_sample": "skip"}
+    document = spec_document({"train": split}, tmp_path / "s.zarr")
+    spec = write_spec(tmp_path / "s.yaml", document)
+    progress = Progress()
+    told: list[tuple[int, int]] = []
+
+    def count(done: int, total: int) -> None:
+        if progress.state == "planning":
+            told.append((done, total))
+            assert told[-1] == (progress.samples_done, progress.samples)
+
+    assert build_store(load_spec(spec), count=count, progress=progress)
+    # Both passes, over all samples each: for bad ones, and for the content.
+    assert told == [(n, 40) for n in (0, 15, 30, 40)] * 2
+    assert progress.samples_done == 40
+    for command in ("plan", "build"):
+        out = ("--out", tmp_path / f"{command}.zarr", "--device", "cpu")
+        said = run_command(main, [command, spec, *out]).stderr
+        drawn = [pair for pair in _totals(said, "plan") if pair[0] in (15, 30)]
+        assert drawn == [(15, 40), (30, 40)] * 2
 
 
 @pytest.mark.parametrize("more", [0, 1])
