@@ -149,11 +149,19 @@ def _translated(error: RuntimeError | MemoryError) -> Exception:
 
 
 def fill_in_worker(
-    document: str, path: Path, fingerprint: str, filling: Filling, block: Block
+    document: str,
+    path: Path,
+    fingerprint: str,
+    build: str,
+    filling: Filling,
+    block: Block,
 ) -> Filled:
-    """Fill ``block`` in a worker process, which keeps datasets and teacher."""
+    """Fill ``block`` in a worker process, which keeps datasets and teacher.
+
+    It keeps them for one ``build``: the next one may find other files and another plan.
+    """
     with _starting:
-        fill = _worker_filler(document, path, fingerprint, filling)
+        fill = _worker_filler(document, path, fingerprint, build, filling)
     try:
         return fill(block)
     except DeviceError as error:
@@ -168,9 +176,9 @@ def fill_in_worker(
 
 @lru_cache(maxsize=1)
 def _worker_filler(
-    document: str, path: Path, fingerprint: str, filling: Filling
+    document: str, path: Path, fingerprint: str, build: str, filling: Filling
 ) -> BlockFiller:
-    """Datasets and teacher, loaded once in each worker process."""
+    """Datasets and teacher, loaded once in each worker process for a build."""
     from distributed import get_worker
 
     worker = get_worker()
