@@ -165,13 +165,20 @@ def fill_in_worker(
     try:
         return fill(block)
     except DeviceError as error:
-        if filling.scheduler is None:
+        if _starts_anew():
             # The process cannot use its device any more; a fresh one can.
             os.write(
                 2, f"Warning: {block}: {error}; its worker starts anew.\n".encode()
             )
             os._exit(1)
         raise
+
+
+def _starts_anew() -> bool:
+    """Whether this worker is started again when it ends: a nanny watches it."""
+    from distributed import get_worker
+
+    return get_worker().nanny is not None
 
 
 @lru_cache(maxsize=1)
