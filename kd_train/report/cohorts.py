@@ -11,6 +11,8 @@ from pipeline.errors import SpecError
 # Settings that may differ between a run and its baseline beside those of distillation,
 # the last of which changes no number.
 _FREE = ("strategy", "seed", "train_split", "loss.teacher_labels", "loader_threads")
+# Settings that count together, with the number of processes: the batch of a step.
+_BATCH = ("batch_size", "batch_atoms", "accumulate")
 
 
 @dataclass(frozen=True)
@@ -178,11 +180,12 @@ def _sortable(value: Any) -> tuple[int, float, str]:
 
 def _bound(run: FinishedRun) -> dict[str, Any]:
     """Settings that a run must share with its baseline."""
-    return {
+    bound = {
         key: value
         for key, value in run.settings.items()
-        if key not in _FREE and not key.startswith("distill.")
+        if key not in (*_FREE, *_BATCH) and not key.startswith("distill.")
     }
+    return bound | {"batch": run.batch}
 
 
 def _require_common(runs: Sequence[FinishedRun]) -> None:
@@ -209,6 +212,13 @@ def _require_equal_training(student: str, runs: Sequence[FinishedRun]) -> None:
             raise SpecError(
                 f"{runs[0].folder} and {run.folder}, both {student}, have different "
                 f"steps ({ours} and {theirs}); compare equal ones only."
+            )
+        if run.batch != runs[0].batch:
+            raise SpecError(
+                f"{runs[0].folder} and {run.folder}, both {student}, have different "
+                f"batches in a step ({runs[0].batch} and {run.batch}: batch_size or "
+                "batch_atoms, times accumulate, times processes); compare equal ones "
+                "only."
             )
 
 

@@ -62,11 +62,30 @@ class Summary(_Open):
 
 
 class Header(_Open):
-    """What ``config.yaml`` says: the configuration, and where training started."""
+    """What ``config.yaml`` says: the configuration, and where training started.
+
+    ``processes`` trained together; folders of before there could be several do not say.
+    """
 
     config: dict[str, Any]
     initial_weights: str
+    processes: int = Key(1, ge=1)
     versions: dict[str, str] = Key(default_factory=dict)
+
+
+class _Sizes(_Open):
+    """Settings that decide how much an optimiser step sees."""
+
+    batch_size: int
+    batch_atoms: int | None
+    accumulate: int
+
+    def together(self, processes: int) -> str:
+        """All batches of a step, of all processes, as ``128 samples``."""
+        atoms = self.batch_atoms
+        size = self.batch_size if atoms is None else atoms
+        total = size * self.accumulate * processes
+        return f"{total} {'samples' if atoms is None else 'atoms'}"
 
 
 class Throughput(_Open):
@@ -102,11 +121,15 @@ class Failure(_Open):
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """One finished run; curves and predictions are read when asked for."""
+    """One finished run; curves and predictions are read when asked for.
+
+    ``batch`` is what an optimiser step sees, of all processes: ``128 samples``.
+    """
 
     folder: Path
     summary: Summary
     header: Header
+    batch: str
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -210,9 +233,10 @@ def read_run(folder: Path) -> FinishedRun:
     again = f"write it anew with `kd-train --out {folder} --resume`"
     summary = _json_document(Summary, path, again)
     config = folder / "config.yaml"
-    return FinishedRun(
-        folder, summary, validate(Header, read_yaml(config), str(config))
-    )
+    header = validate(Header, read_yaml(config), str(config))
+    settings = flat_defaults() | _flat(header.config)
+    sizes = validate(_Sizes, settings, str(config))
+    return FinishedRun(folder, summary, header, sizes.together(header.processes))
 
 
 def flat_defaults() -> dict[str, Any]:

@@ -375,6 +375,28 @@ def test_refuses_unequal_training_within_a_student(tmp_path, key, value):
     refused(runs, tmp_path / "out", *runs, f"different {key}", value)
 
 
+@pytest.mark.parametrize(
+    ("processes", "config", "batch"),
+    [
+        (4, {}, "128 samples"),
+        (None, {"accumulate": 2}, "64 samples"),
+        (2, {"batch_size": 8, "accumulate": 3}, "48 samples"),
+        (3, {"batch_atoms": 1000}, "3000 atoms"),
+    ],
+)
+def test_refuses_unequal_batches_of_all_processes(tmp_path, processes, config, batch):
+    # The baseline's folder does not say of how many processes: one.
+    runs = [make_run(tmp_path)]
+    runs += [make_run(tmp_path, "n2n", 0, HALF, config=config, processes=processes)]
+    out = tmp_path / "out"
+    refused(runs, out, *runs, "32 samples", batch, "batch_size", "processes")
+
+
+def test_a_damaged_batch_size_is_named(tmp_path):
+    run = make_run(tmp_path, config={"batch_size": [3]})
+    refused([run], tmp_path / "out", run / "config.yaml", "batch_size")
+
+
 def test_refuses_different_initial_weights_of_one_seed(tmp_path):
     runs = [make_run(tmp_path), make_run(tmp_path, "n2n", initial_weights="other")]
     refused(runs, tmp_path / "out", *runs, "seed 0", "weights")
