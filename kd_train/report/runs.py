@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import shlex
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -183,13 +184,16 @@ class FinishedRun:
         path = self.folder / "throughput.json"
         if not path.exists():
             return None
-        again = f"measure it anew with `kd-eval {self.folder} --throughput`"
+        command = shlex.join(
+            ["kd-eval", str(self.folder), "--data", "STORE", "--throughput"]
+        )
+        again = f"measure it anew with `{command}` (STORE is the store)"
         return _json_document(Throughput, path, again)
 
     def _damaged(self, name: str) -> SpecError:
         return SpecError(
             f"{self.folder / name} is missing or damaged; write it anew with "
-            f"`kd-train --out {self.folder} --resume`."
+            f"{_resuming(self.folder)}."
         )
 
 
@@ -230,7 +234,7 @@ def read_run(folder: Path) -> FinishedRun:
     path = folder / "metrics.json"
     if not path.exists():
         raise SpecError(_why_unfinished(folder))
-    again = f"write it anew with `kd-train --out {folder} --resume`"
+    again = f"write it anew with {_resuming(folder)}"
     summary = _json_document(Summary, path, again)
     config = folder / "config.yaml"
     header = validate(Header, read_yaml(config), str(config))
@@ -258,8 +262,17 @@ def _why_unfinished(folder: Path) -> str:
         return f"{folder} is not a run folder: it has no config.yaml."
     state = "failed" if failure.exists() else "is not finished (it has no metrics.json)"
     return (
-        f"{folder} {state}; continue it with `kd-train --out {folder} --resume`, or "
-        "add --partial to list it in the report."
+        f"{folder} {state}; continue it with {_resuming(folder)}, or add --partial to "
+        "list it in the report."
+    )
+
+
+def _resuming(folder: Path) -> str:
+    """How to go on with a run, in words; kd-train refuses it other settings."""
+    command = ["kd-train", "--cache", "STORE", "--out", str(folder), "--resume"]
+    return (
+        f"`{shlex.join(command)}` (STORE is the store) and the settings that it was "
+        "started with"
     )
 
 

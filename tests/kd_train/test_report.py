@@ -16,7 +16,9 @@ import yaml
 from click.testing import CliRunner
 from PIL import Image
 
+from kd_train.cli import main as train_main
 from kd_train.cli import report_main
+from kd_train.cli_eval import eval_main
 from kd_train.config import TrainConfig, load_config
 from kd_train.report import figures
 from kd_train.report.cohorts import make_cohorts
@@ -362,6 +364,44 @@ def test_refuses_an_unfinished_run(tmp_path):
     run = make_run(tmp_path)
     (run / "metrics.json").unlink()
     refused([run], tmp_path / "out", run, "not finished", "kd-train", "--resume")
+
+
+def typed(message):
+    """Options and arguments of the command in ``message``, read by the command."""
+    (command,) = re.findall("`([^`]*)`", message)
+    name, *words = shlex.split(command)
+    return (
+        {"kd-train": train_main, "kd-eval": eval_main}[name]
+        .make_context(name, words)
+        .params
+    )
+
+
+def message_of(act, *arguments):
+    with pytest.raises(SpecError) as caught:
+        act(*arguments)
+    return str(caught.value)
+
+
+def test_commands_in_refusals_can_be_typed(tmp_path):
+    run = make_run(tmp_path, name="it's mine")
+    finished = read_run(run)
+    (run / "throughput.json").write_text("[")
+    measured = typed(message_of(finished.throughput))
+    assert (measured["run"], measured["data"]) == (run, "STORE")
+    assert measured["throughput"]
+    (run / "metrics.csv").unlink()
+    messages = [message_of(finished.curve, "val_energy_mae")]
+    (run / "metrics.json").write_text("[")
+    messages.append(message_of(read_run, run))
+    (run / "metrics.json").unlink()
+    messages.append(message_of(read_run, run))
+    (run / "failure.json").write_text("{}")
+    messages.append(message_of(read_run, run))
+    for message in messages:
+        asked = typed(message)
+        assert (asked["cache"], asked["out"], asked["resume"]) == ("STORE", run, True)
+        assert "the settings that it was started with" in message
 
 
 def test_refuses_runs_of_different_stores(tmp_path):
