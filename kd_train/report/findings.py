@@ -6,10 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from kd_train.config import STRATEGIES, TrainConfig
+from kd_train.recipe import with_recipe
 from kd_train.report.cohorts import Cohort
 from kd_train.report.layouts import gap_text, joined
-from kd_train.report.runs import FinishedRun, Incomplete, flat_defaults
+from kd_train.report.runs import FinishedRun, Incomplete, flat_defaults, flattened
 from kd_train.report.tables import COLUMNS, Column, Row, Table
+from pipeline.documents import validate
+from pipeline.errors import SpecError
 
 _FLAGS = {
     "strategy": "--strategy",
@@ -47,15 +53,43 @@ def findings(
 
 
 def training_command(run: FinishedRun) -> str:
-    """The command that makes ``run`` anew, with all settings that are no defaults."""
+    """The command that makes ``run`` anew, and with ``--resume`` goes on with it.
+
+    It sets everything that is no default, and everything that the run's recipe would
+    fill in, so that it stands for the same run whatever the recipe comes to hold.
+    """
     words = ["kd-train", "--cache", "STORE"]
-    defaults = flat_defaults()
+    if run.header.processes > 1:
+        count = str(run.header.processes)
+        words = ["torchrun", "--nproc-per-node", count, "-m", "kd_train", *words[1:]]
+    settings, left_out = _filled(run)
     for key, flag in _FLAGS.items():
-        words += [flag, str(run.settings[key])]
-    for key, value in run.settings.items():
-        if key not in _FLAGS and defaults.get(key) != value:
+        words += [flag, str(settings[key])]
+    for key, value in settings.items():
+        if key not in _FLAGS and (key not in left_out or left_out[key] != value):
             words += ["--set", f"{key}={_yaml_scalar(value)}"]
     return shlex.join([*words, "--out", str(run.folder)])
+
+
+def _filled(run: FinishedRun) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings of ``run`` with its recipe, and those that come about by themselves."""
+    defaults, name = flat_defaults(), run.settings["recipe"]
+    bare = {"student": {"preset": run.settings["student.preset"]}, "recipe": name}
+    try:
+        asked = validate(TrainConfig, bare, str(run.folder))
+        recipe = flattened(with_recipe(asked, None).model_dump(mode="json"))
+    except SpecError:  # of a version that knew other recipes or students
+        name, recipe = "none", defaults
+    if name in ("auto", "none"):  # from before there were recipes
+        return run.settings | {"recipe": "none"}, defaults
+    # Weights of the terms depend on the teacher, so none comes about by itself.
+    weights = {f"distill.{term}" for term in STRATEGIES}
+    alone = {
+        key: value
+        for key, value in defaults.items()
+        if recipe.get(key) == value and key not in weights
+    }
+    return run.settings, alone
 
 
 def report_command(
@@ -89,4 +123,5 @@ def _count(number: int, noun: str) -> str:
 
 def _yaml_scalar(value: Any) -> str:
     plain = isinstance(value, str) and value.replace("+", "_").isidentifier()
+    plain = plain and yaml.safe_load(value) == value  # not so of off, null, yes
     return value if plain else json.dumps(value, ensure_ascii=False)

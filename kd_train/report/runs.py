@@ -135,7 +135,7 @@ class FinishedRun:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """Configuration with dotted keys; defaults where the run knew no such key."""
-        return flat_defaults() | _flat(self.header.config)
+        return flat_defaults() | flattened(self.header.config)
 
     @property
     def strategies(self) -> tuple[str, ...]:
@@ -238,14 +238,14 @@ def read_run(folder: Path) -> FinishedRun:
     summary = _json_document(Summary, path, again)
     config = folder / "config.yaml"
     header = validate(Header, read_yaml(config), str(config))
-    settings = flat_defaults() | _flat(header.config)
+    settings = flat_defaults() | flattened(header.config)
     sizes = validate(_Sizes, settings, str(config))
     return FinishedRun(folder, summary, header, sizes.together(header.processes))
 
 
 def flat_defaults() -> dict[str, Any]:
     """The default configuration with dotted keys."""
-    return _flat(TrainConfig().model_dump(mode="json"))
+    return flattened(TrainConfig().model_dump(mode="json"))
 
 
 def number(value: object) -> str:
@@ -330,9 +330,12 @@ def _json_document(model: type[_Document], path: Path, remedy: str) -> _Document
     return validate(model, document, str(path))
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flattened(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``settings`` with dotted keys in place of sections."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         name = f"{prefix}{key}"
-        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+        flat |= (
+            flattened(value, f"{name}.") if isinstance(value, dict) else {name: value}
+        )
     return flat

@@ -20,6 +20,7 @@ from kd_train.cli import main as train_main
 from kd_train.cli import report_main
 from kd_train.cli_eval import eval_main
 from kd_train.config import TrainConfig, load_config
+from kd_train.recipe import with_recipe
 from kd_train.report import figures
 from kd_train.report.cohorts import make_cohorts
 from kd_train.report.figures import looks
@@ -188,17 +189,68 @@ def test_commands_make_the_same_runs_again(tmp_path):
     words = shlex.split(training_command(read_run(run)))
     assert words[:3] == ["kd-train", "--cache", "STORE"]
     assert words[-2:] == ["--out", str(run)]
-    sets = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
-    value = dict(zip(words[3::2], words[4::2], strict=True))
-    flags = {
-        "strategy": value["--strategy"],
-        "student.preset": value["--student"],
-        "seed": int(value["--seed"]),
-        "steps": int(value["--steps"]),
-    }
-    asked = load_config(None, flags, sets)
     header = read_run(run).header.config
-    assert asked == TrainConfig.model_validate(header | {"strategy": "n2n", "seed": 3})
+    told = {"strategy": "n2n", "seed": 3, "recipe": "none"}
+    assert commanded(words) == TrainConfig.model_validate(header | told)
+
+
+def commanded(words, teacher=None):
+    """What kd-train makes of its options in ``words``, on a store of ``teacher``."""
+    asked = train_main.make_context("kd-train", words[1:]).params
+    flags = {key: asked[key] for key in ("strategy", "seed", "steps")}
+    flags["student.preset"] = asked["student"]
+    return with_recipe(load_config(None, flags, asked["overrides"]), teacher)
+
+
+ODD = {
+    "batch_size": 32,
+    "loss": {"force_error": "l2", "teacher_labels": 0.5},
+    "optimizer": {"lr": 1e-3, "eps": 1e-7, "clip_norm": 10.0, "weight_decay": 2e-6},
+    "schedule": {"kind": "cosine", "warmup_steps": 3750, "milestones": []},
+    "distill": {"n2n": 100.0, "vanilla1": 1.0},
+    "student": {"hyperparameters": {"cutoff": None}},
+    "train_split": "off",
+    "recipe": "auto",
+}
+
+
+@pytest.mark.parametrize("changes", [{}, ODD], ids=["as the recipe", "overridden"])
+@pytest.mark.parametrize("teacher", ["painn", "gemnet_oc", None])
+@pytest.mark.parametrize(
+    ("recipe", "student"),
+    [
+        ("oc20", "schnet-oc20"),
+        ("oc20", "painn-small-oc20"),
+        ("coll", "schnet"),
+        ("coll", "painn-big"),
+        ("none", "schnet"),
+    ],
+)
+def test_commands_resolve_to_the_same_settings(
+    tmp_path, recipe, student, teacher, changes
+):
+    """A command overrules the recipe also where a setting was back at its default."""
+    own = changes.get("student", {}) | {"preset": student}
+    asked = changes | {"student": own, "strategy": "n2n", "recipe": recipe, "seed": 4}
+    trained = with_recipe(TrainConfig.model_validate(asked), teacher)
+    settings = trained.model_dump(mode="json")
+    run = make_run(tmp_path, "n2n", 4, HALF, student=student, config=settings)
+    words = shlex.split(training_command(read_run(run)))
+    for store_teacher in ("painn", "gemnet_oc", None):
+        assert commanded(words, store_teacher) == trained
+
+
+def test_command_of_several_processes_starts_as_many(tmp_path):
+    run = make_run(tmp_path, processes=4)
+    words = shlex.split(training_command(read_run(run)))
+    start = ["torchrun", "--nproc-per-node", "4", "-m", "kd_train"]
+    assert words[:7] == [*start, "--cache", "STORE"]
+
+
+def test_command_of_a_run_with_an_unknown_recipe_needs_none(tmp_path):
+    run = make_run(tmp_path, config={"recipe": "md22", "batch_size": 7})
+    found = commanded(shlex.split(training_command(read_run(run))))
+    assert (found.recipe, found.batch_size, found.steps) == ("none", 7, 10_000)
 
 
 def test_partial_lists_what_has_no_results(tmp_path):
