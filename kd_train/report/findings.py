@@ -12,7 +12,7 @@ from kd_train.config import STRATEGIES, TrainConfig
 from kd_train.recipe import with_recipe
 from kd_train.report.cohorts import Cohort
 from kd_train.report.layouts import gap_text, joined
-from kd_train.report.runs import FinishedRun, Incomplete, flat_defaults, flattened
+from kd_train.report.runs import FinishedRun, LeftOut, flat_defaults, flattened
 from kd_train.report.tables import COLUMNS, Column, Row, Table
 from pipeline.documents import validate
 from pipeline.errors import SpecError
@@ -26,7 +26,10 @@ _FLAGS = {
 
 
 def findings(
-    table: Table, cohorts: Sequence[Cohort], missing: Sequence[Incomplete]
+    table: Table,
+    cohorts: Sequence[Cohort],
+    missing: Sequence[LeftOut],
+    apart: Sequence[LeftOut],
 ) -> list[str]:
     """What was compared, and which row is best for every student."""
     runs = [run for cohort in cohorts for run in cohort.runs]
@@ -44,6 +47,9 @@ def findings(
     ]
     if missing:
         sentences.append(f"{_count(len(missing), 'run')} without results: see below.")
+    if apart:
+        told = _count(len(apart), "finished run")
+        sentences.append(f"{told} not comparable with the others: see below.")
     for cohort in cohorts:
         rows = [row for row in table.rows if row.student == cohort.student]
         if any(row.gaps is not None for row in rows):

@@ -198,8 +198,8 @@ class FinishedRun:
 
 
 @dataclass(frozen=True)
-class Incomplete:
-    """A run without results: what it was to be, and what became of it."""
+class LeftOut:
+    """A run that is not in the table: what it was to be, and why it is not there."""
 
     folder: Path
     what: str
@@ -208,7 +208,7 @@ class Incomplete:
 
 def read_runs(
     folders: Sequence[Path], *, partial: bool = False
-) -> tuple[list[FinishedRun], list[Incomplete]]:
+) -> tuple[list[FinishedRun], list[LeftOut]]:
     """Finished runs in ``folders``; with ``partial`` also what became of the others.
 
     Raises
@@ -225,7 +225,7 @@ def read_runs(
         except SpecError as error:
             if not partial:
                 raise
-            others.append(_incomplete(folder, str(error)))
+            others.append(_left_out(folder, str(error)))
     return finished, others
 
 
@@ -276,7 +276,7 @@ def _resuming(folder: Path) -> str:
     )
 
 
-def _incomplete(folder: Path, error: str) -> Incomplete:
+def _left_out(folder: Path, error: str) -> LeftOut:
     """What a report says of a folder that :func:`read_run` refused with ``error``."""
     try:
         config = read_yaml(folder / "config.yaml").get("config", {})
@@ -285,14 +285,14 @@ def _incomplete(folder: Path, error: str) -> Incomplete:
     except (SpecError, KeyError, TypeError, AttributeError):
         what = ""
     if (folder / "metrics.json").exists():
-        return Incomplete(folder, what, f"damaged: {error}")
+        return LeftOut(folder, what, f"damaged: {error}")
     if (folder / "failure.json").exists():
-        return Incomplete(folder, what, _failure(folder / "failure.json"))
+        return LeftOut(folder, what, _failure(folder / "failure.json"))
     if not (folder / "config.yaml").exists():
-        return Incomplete(folder, what, "not started")
+        return LeftOut(folder, what, "not started")
     step = _last_step(folder / "metrics.csv")
     place = "before its first validation" if step is None else f"at step {step}"
-    return Incomplete(folder, what, f"unfinished {place}")
+    return LeftOut(folder, what, f"unfinished {place}")
 
 
 def _failure(path: Path) -> str:

@@ -166,7 +166,7 @@ def test_summary_names_the_best_row_of_every_metric(three_seeds, tmp_path):
     worse = make_run(tmp_path, "v2v", 0, (400.0, 60.0, 0.4, 0.5), student="schnet")
     plain = make_run(tmp_path, "none", 0, (300.0, 60.0, 0.5, 1.0), student="schnet")
     cohorts = make_cohorts(read_runs([*three_seeds, plain, worse])[0])
-    assert findings(make_table(cohorts), cohorts, []) == [
+    assert findings(make_table(cohorts), cohorts, [], []) == [
         "8 finished runs of 2 students with 3 seeds on one store, validated on split "
         "val.",
         "painn-small: energy MAE is best with n2n (141.7 ± 52.0 meV, 75.0 ± 25.0 % of "
@@ -461,10 +461,72 @@ def test_refuses_runs_of_different_stores(tmp_path):
     refused(runs, tmp_path / "out", *runs, "f" * 12, "a" * 12)
 
 
-@pytest.mark.parametrize(("key", "value"), [("steps", 99), ("val_split", "test")])
-def test_refuses_unequal_training_within_a_student(tmp_path, key, value):
-    runs = [make_run(tmp_path), make_run(tmp_path, "n2n", **{key: value})]
-    refused(runs, tmp_path / "out", *runs, f"different {key}", value)
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"steps": 99}, "different steps (99 and 100)"),
+        ({"val_split": "test"}, "different splits, test_split or else val_split"),
+        ({"config": {"val_split": "more"}}, "different val_split (more and val)"),
+    ],
+)
+def test_refuses_unequal_training_within_a_student(tmp_path, changes, words):
+    runs = [make_run(tmp_path), make_run(tmp_path, "n2n", **changes)]
+    refused(runs, tmp_path / "out", *runs, words)
+
+
+MISFITS = {
+    "steps": {"steps": 99},
+    "split": {"val_split": "test"},
+    "curves": {"config": {"val_split": "more"}},
+    "store": {"fingerprint": "a" * 64},
+    "batch": {"processes": 2},
+    "start": {"initial_weights": "other"},
+    "twice": {},
+}
+
+
+def test_partial_lists_what_cannot_be_compared(tmp_path):
+    """The table is that of the rest alone, wherever the others stand."""
+    rest = [make_run(tmp_path, seed=seed) for seed in (0, 1)]
+    rest += [make_run(tmp_path, "n2n", seed, HALF) for seed in (0, 1)]
+    others = {
+        name: make_run(tmp_path, "n2n", 0, PLAIN, name=name, **changes)
+        for name, changes in MISFITS.items()
+    }
+    early = [folder for name, folder in others.items() if name != "twice"]
+    out = tmp_path / "out"
+    text = write_report([*early, *rest, others["twice"]], out, partial=True)
+    alone = write_report(rest, tmp_path / "alone")
+    table, listed = text.split(
+        "\nFinished runs that cannot be compared with the others:"
+    )
+    assert table == alone
+    said = dict(
+        line.strip().removeprefix(f"{tmp_path}/").split(": ", 1)
+        for line in listed.splitlines()
+        if line
+    )
+    assert said.keys() == MISFITS.keys()
+    assert said["steps"] == f"unlike {rest[0]}: different steps (99 and 100)"
+    assert "(64 samples and 32 samples" in said["batch"]
+    assert "fingerprints aaaaaaaaaaaa… and ffffffffffff…" in said["store"]
+    assert "metrics of different splits" in said["split"]
+    assert "different val_split (more and val)" in said["curves"]
+    assert "different initial weights" in said["start"]
+    assert said["twice"].startswith(f"unlike {rest[2]}: both are painn-small with")
+    page = parsed(out / "report.html")
+    assert page.titles[-2] == "Finished runs that cannot be compared with the others"
+    assert "7 finished runs not comparable with the others: see below." in page.words
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_partial_keeps_the_plain_student_where_all_runs_differ(tmp_path, order):
+    runs = [make_run(tmp_path, "v2v", 0, HALF, steps=70), make_run(tmp_path)]
+    runs += [make_run(tmp_path, "n2n", 0, HALF, steps=80)]
+    text = write_report(runs[::order], tmp_path / "out", partial=True)
+    assert "Baselines and teacher (100 steps, split val)" in text
+    assert f"  {runs[0]}: unlike {runs[1]}: different steps (70 and 100)\n" in text
+    assert f"  {runs[2]}: unlike {runs[1]}: different steps (80 and 100)\n" in text
 
 
 @pytest.mark.parametrize(
