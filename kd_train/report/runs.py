@@ -74,7 +74,7 @@ class Header(_Open):
     versions: dict[str, str] = Key(default_factory=dict)
 
 
-class _Sizes(_Open):
+class BatchSizes(_Open):
     """Settings that decide how much an optimiser step sees."""
 
     batch_size: int
@@ -239,7 +239,7 @@ def read_run(folder: Path) -> FinishedRun:
     config = folder / "config.yaml"
     header = validate(Header, read_yaml(config), str(config))
     settings = flat_defaults() | flattened(header.config)
-    sizes = validate(_Sizes, settings, str(config))
+    sizes = validate(BatchSizes, settings, str(config))
     return FinishedRun(folder, summary, header, sizes.together(header.processes))
 
 
