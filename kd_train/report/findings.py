@@ -1,6 +1,6 @@
 """The comparison in sentences, and the commands that its runs came from."""
 
-import json
+import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,7 +73,7 @@ def training_command(run: FinishedRun) -> str:
         words += [flag, str(settings[key])]
     for key, value in settings.items():
         if key not in _FLAGS and (key not in left_out or left_out[key] != value):
-            words += ["--set", f"{key}={_yaml_scalar(value)}"]
+            words += ["--set", f"{key}={_yaml_value(value)}"]
     return shlex.join([*words, "--out", str(run.folder)])
 
 
@@ -127,7 +127,9 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _yaml_scalar(value: Any) -> str:
-    plain = isinstance(value, str) and value.replace("+", "_").isidentifier()
-    plain = plain and yaml.safe_load(value) == value  # not so of off, null, yes
-    return value if plain else json.dumps(value, ensure_ascii=False)
+def _yaml_value(value: Any) -> str:
+    """``value`` as YAML for ``--set``, which reads as the same value and type."""
+    text = yaml.safe_dump(
+        value, default_flow_style=True, allow_unicode=True, width=math.inf
+    )
+    return text.removesuffix("\n").removesuffix("\n...")

@@ -208,7 +208,7 @@ ODD = {
     "optimizer": {"lr": 1e-3, "eps": 1e-7, "clip_norm": 10.0, "weight_decay": 2e-6},
     "schedule": {"kind": "cosine", "warmup_steps": 3750, "milestones": []},
     "distill": {"n2n": 100.0, "vanilla1": 1.0},
-    "student": {"hyperparameters": {"cutoff": None}},
+    "student": {"hyperparameters": {"cutoff": None, "eps": 1e-7, "act": "no"}},
     "train_split": "off",
     "recipe": "auto",
 }
