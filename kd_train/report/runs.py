@@ -268,7 +268,7 @@ def _why_unfinished(folder: Path) -> str:
 
 
 def _resuming(folder: Path) -> str:
-    """How to go on with a run, in words; kd-train refuses it other settings."""
+    """How to go on with a run, in words; its settings must be those of before."""
     command = ["kd-train", "--cache", "STORE", "--out", str(folder), "--resume"]
     return (
         f"`{shlex.join(command)}` (STORE is the store) and the settings that it was "
