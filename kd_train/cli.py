@@ -119,7 +119,11 @@ def _train(
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder.")
-@click.option("--partial", is_flag=True, help="List unfinished and failed runs.")
+@click.option(
+    "--partial",
+    is_flag=True,
+    help="List runs that are unfinished, failed or not comparable.",
+)
 @click.option(
     "--cka",
     multiple=True,

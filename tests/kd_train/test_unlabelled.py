@@ -6,8 +6,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from ase.data import chemical_symbols
 
+from kd_train.sweep.cli import main as sweep_main
 from kd_train.trainer.loop import Run
 from kd_train.trainer.setup import has_labels, store_normalizer
 from pipeline.datasets import open_dataset
@@ -16,6 +18,7 @@ from pipeline.labelling import label_splits
 from pipeline.models.normalizer import Normalizer
 from pipeline.spec import load_spec
 from pipeline.store.reader import FeatureStore
+from tests.commands import refusal, run_command
 from tests.frames import collision_frames, frame, write_frames
 from tests.kd_train.runs import make_run, metric_rows
 from tests.stores import (
@@ -212,3 +215,21 @@ def test_nothing_to_learn_from_is_refused_and_nothing_to_validate_against_told(
     assert "has no reference labels" not in caplog.text
     _run(store, tmp_path, "train", val_split="bare")
     assert "val_split: 'bare' has no reference labels" in caplog.text
+
+
+def test_a_sweep_with_nothing_to_learn_from_is_refused_before_it_starts(
+    store: FeatureStore, tmp_path: Path
+) -> None:
+    document = {
+        "store": str(store.path),
+        "out": "out",
+        "students": ["painn-small-demo"],
+        "strategies": ["n2n"],
+        "settings": {"train_split": "bare"},
+    }
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump(document))
+    assert run_command(sweep_main, ["list", path]).exit_code == 0
+    path.write_text(yaml.safe_dump(document | {"strategies": ["n2n", "none"]}))
+    sentence = refusal(sweep_main, ["list", path])
+    assert "run painn-small-demo-none-s0: train_split: 'bare' has no ref" in sentence
