@@ -34,7 +34,9 @@ def read_recipe(name: str) -> Recipe:
     return validate(Recipe, yaml.safe_load(path.read_text()), path.name)
 
 
-def with_recipe(config: TrainConfig, teacher: str | None) -> TrainConfig:
+def with_recipe(
+    config: TrainConfig, teacher: str | None, processes: int = 1
+) -> TrainConfig:
     """``config`` with the paper's values for everything that was not set.
 
     Parameters
@@ -44,11 +46,14 @@ def with_recipe(config: TrainConfig, teacher: str | None) -> TrainConfig:
         name takes that of the dataset; ``none`` leaves the built-in defaults.
     teacher
         Model of the store's teacher; None where no teacher ran.
+    processes
+        How many train together. The recipe's batch is that of a whole step, so each of
+        them gets its share of it as ``batch_size``.
 
     Raises
     ------
     SpecError
-        The named recipe has no such student.
+        The named recipe has no such student, or its batch has no equal shares.
     """
     student = config.student.preset
     name = _chosen(config.recipe, student)
@@ -57,9 +62,12 @@ def with_recipe(config: TrainConfig, teacher: str | None) -> TrainConfig:
     recipe = read_recipe(name)
     settings: dict[str, Any] = {
         **recipe.students[student],
-        "distill": _weights(recipe, name, teacher, student, config.strategies),
+        "distill": _weights(recipe, name, teacher, config),
     }
     chosen = _merged(settings, config.model_dump(exclude_unset=True))
+    if "batch_size" not in config.model_fields_set and config.batch_atoms is None:
+        whole = settings["batch_size"]
+        chosen["batch_size"] = _share(whole, name, processes, config.accumulate)
     return validate(TrainConfig, {**chosen, "recipe": name}, f"recipe {name}")
 
 
@@ -78,15 +86,25 @@ def _chosen(wished: str, student: str) -> str:
     return wished
 
 
+def _share(whole: int, name: str, processes: int, accumulate: int) -> int:
+    """Samples of one batch of one process where a step takes ``whole``."""
+    share, rest = divmod(whole, processes * accumulate)
+    if rest:
+        raise SpecError(
+            f"Recipe {name!r} steps on {whole} samples, which {processes} process(es) "
+            f"with accumulate={accumulate} cannot share evenly; set batch_size, the "
+            "samples in a batch of one process."
+        )
+    return share
+
+
 def _weights(
-    recipe: Recipe,
-    name: str,
-    teacher: str | None,
-    student: str,
-    strategies: tuple[str, ...],
+    recipe: Recipe, name: str, teacher: str | None, config: TrainConfig
 ) -> dict[str, float]:
     """Table 6 for the pair; of another teacher where the paper has not this one."""
-    if teacher is None or not strategies:
+    student, own = config.student.preset, config.distill.model_fields_set
+    unset = [strategy for strategy in config.strategies if strategy not in own]
+    if teacher is None or not unset:
         return {}
     known = {t: pairs[student] for t, pairs in recipe.pairs.items() if student in pairs}
     weights = known.get(teacher)
@@ -101,7 +119,7 @@ def _weights(
             student,
             source,
         )
-    for strategy in strategies:
+    for strategy in unset:
         if weights and strategy not in weights:
             log.warning(
                 "recipe %s has no weight of %s for %s; the default %g is taken",

@@ -144,27 +144,48 @@ def _require_labels(config: TrainConfig, train: Split, val: Split) -> None:
         )
 
 
-def resolved(config: TrainConfig, store: FeatureStore) -> TrainConfig:
+def resolved(
+    config: TrainConfig, store: FeatureStore, processes: int = 1
+) -> TrainConfig:
     """``config`` with the student and the recipe that the store suggests.
 
-    Where no student is named it is the paper's for the store's teacher: PaiNN-big for
-    GemNet-OC, else PaiNN-small; of the sizes for OC20 where structures are periodic.
-    Other values that are not set are those of the recipe, see ``kd_train.recipe``.
+    Values that are not set are those of the recipe for a run of ``processes``, see
+    ``kd_train.recipe``.
 
     Raises
     ------
     SpecError
-        The store has no such split, or the recipe no such student.
+        The store has no such split, the recipe no such student, or the recipe's batch
+        cannot be shared by the processes.
     """
+    config = with_student(config, store)
+    return with_recipe(config, _teacher_model(store), processes)
+
+
+def with_student(config: TrainConfig, store: FeatureStore) -> TrainConfig:
+    """``config`` with a student: where none is named, the paper's for the store.
+
+    PaiNN-big for GemNet-OC as teacher, else PaiNN-small; of the sizes for OC20 where
+    structures are periodic.
+
+    Raises
+    ------
+    SpecError
+        The store has no such split.
+    """
+    if config.student.preset:
+        return config
+    preset = "painn-big" if _teacher_model(store) == "gemnet_oc" else "painn-small"
+    if _is_periodic(chosen_split(store, config.train_split)):
+        preset += "-oc20"
+    student = config.student.model_copy(update={"preset": preset})
+    return config.model_copy(update={"student": student})
+
+
+def _teacher_model(store: FeatureStore) -> str | None:
+    """Kind of the store's teacher; None where no teacher ran."""
     teacher = store.attributes["teacher"]
-    model = None if teacher is None else teacher["model"]
-    if not config.student.preset:
-        preset = "painn-big" if model == "gemnet_oc" else "painn-small"
-        if _is_periodic(chosen_split(store, config.train_split)):
-            preset += "-oc20"
-        student = config.student.model_copy(update={"preset": preset})
-        config = config.model_copy(update={"student": student})
-    return with_recipe(config, model)
+    return None if teacher is None else teacher["model"]
 
 
 def _is_periodic(split: Split) -> bool:

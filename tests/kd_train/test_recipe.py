@@ -105,6 +105,47 @@ def test_a_pair_that_the_paper_lacks_is_told(caplog: pytest.LogCaptureFixture) -
     assert caplog.text == ""
 
 
+def test_weights_that_were_set_need_no_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = _config(student="painn-small", strategy="n2n", distill={"n2n": 3})
+    assert with_recipe(config, "sevennet").distill.n2n == 3
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("student", "processes", "accumulate", "share"),
+    [
+        ("schnet-oc20", 1, 1, 192),
+        ("schnet-oc20", 3, 1, 64),
+        ("schnet-oc20", 3, 4, 16),
+        ("painn-big-oc20", 2, 1, 16),
+        ("painn-small", 1, 4, 8),
+    ],
+)
+def test_a_step_of_all_processes_takes_the_batch_of_the_paper(
+    student: str, processes: int, accumulate: int, share: int
+) -> None:
+    config = _config(student=student, accumulate=accumulate)
+    once = with_recipe(config, None, processes)
+    assert once.batch_size == share
+    assert with_recipe(once, None, processes) == once
+
+
+def test_batches_that_the_user_set_are_those_of_a_process() -> None:
+    config = _config(student="schnet-oc20", batch_size=50)
+    assert with_recipe(config, None, 3).batch_size == 50
+    # batch_atoms replaces batch_size, so that there is nothing to share.
+    config = _config(student="painn-small", batch_atoms=500)
+    assert with_recipe(config, None, 3).batch_atoms == 500
+
+
+def test_a_batch_that_cannot_be_shared_is_refused() -> None:
+    message = r"'coll' steps on 32 samples.* 3 process.*accumulate=2.*set batch_size"
+    with pytest.raises(SpecError, match=message):
+        with_recipe(_config(student="painn-big", accumulate=2), None, 3)
+
+
 def _rates(config: TrainConfig, steps: list[int]) -> list[float]:
     return [learning_rate(config, step) for step in steps]
 
