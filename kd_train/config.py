@@ -197,7 +197,9 @@ class TrainConfig(ClosedModel):
         steps = value.milestones
         if any(a >= b for a, b in itertools.pairwise(steps)):
             raise ValueError("milestones must ascend")
-        if (value.kind == "milestones") != bool(steps):
+        # Where one of them is not set, a recipe may bring it.
+        complete = value.model_fields_set >= {"kind", "milestones"}
+        if complete and (value.kind == "milestones") != bool(steps):
             raise ValueError("milestones belong to kind milestones, and to no other")
         return value
 

@@ -18,6 +18,8 @@ from pipeline.errors import SpecError
 
 log = logging.getLogger("kd_train")
 _FOLDER = Path(__file__).parent / "recipes"
+# Keys of the schedule that mean nothing, or something else, for another kind.
+_OF_ONE_KIND = ("decay_rate", "decay_steps", "milestones")
 
 
 class Recipe(ClosedModel):
@@ -53,22 +55,30 @@ def with_recipe(
     Raises
     ------
     SpecError
-        The named recipe has no such student, or its batch has no equal shares.
+        The named recipe has no such student, its batch has no equal shares, or what
+        was set does not fit to the rest.
     """
     student = config.student.preset
     name = _chosen(config.recipe, student)
     if name == "none":
-        return config.model_copy(update={"recipe": name})
+        return _checked(config.model_copy(update={"recipe": name}))
     recipe = read_recipe(name)
     settings: dict[str, Any] = {
         **recipe.students[student],
+        "schedule": _schedule(recipe.students[student]["schedule"], config),
         "distill": _weights(recipe, name, teacher, config),
     }
     chosen = _merged(settings, config.model_dump(exclude_unset=True))
     if "batch_size" not in config.model_fields_set and config.batch_atoms is None:
         whole = settings["batch_size"]
         chosen["batch_size"] = _share(whole, name, processes, config.accumulate)
-    return validate(TrainConfig, {**chosen, "recipe": name}, f"recipe {name}")
+    return _checked(validate(TrainConfig, {**chosen, "recipe": name}, f"recipe {name}"))
+
+
+def _checked(config: TrainConfig) -> TrainConfig:
+    """``config``, with what depends on more than one value checked for all of them."""
+    validate(TrainConfig, config.model_dump(), f"configuration, recipe {config.recipe}")
+    return config
 
 
 def _chosen(wished: str, student: str) -> str:
@@ -84,6 +94,14 @@ def _chosen(wished: str, student: str) -> str:
             f"{', '.join(known)}); choose one of these or set recipe: none."
         )
     return wished
+
+
+def _schedule(schedule: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
+    """``schedule`` without what belongs to a kind that the user replaced by another."""
+    own = config.schedule
+    if "kind" not in own.model_fields_set or own.kind == schedule["kind"]:
+        return schedule
+    return {key: value for key, value in schedule.items() if key not in _OF_ONE_KIND}
 
 
 def _share(whole: int, name: str, processes: int, accumulate: int) -> int:

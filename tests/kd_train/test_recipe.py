@@ -191,6 +191,7 @@ def test_warm_up_and_milestones_agree_with_torch() -> None:
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [
+        ({"kind": "cosine", "milestones": [3]}, "milestones belong to kind milestones"),
         ({"kind": "milestones"}, "milestones belong to kind milestones"),
         ({"milestones": [3]}, "milestones belong to kind milestones"),
         ({"kind": "milestones", "milestones": [3, 3]}, "milestones must ascend"),
@@ -202,7 +203,35 @@ def test_impossible_schedules_are_refused(
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({"schedule": schedule}))
     with pytest.raises(SpecError, match=message):
-        load_config(path, {}, ())
+        with_recipe(load_config(path, {}, ()), None)
+
+
+@pytest.mark.parametrize("student", ["painn-big-oc20", "schnet-oc20", "schnet"])
+@pytest.mark.parametrize("kind", ["cosine", "constant", "exponential"])
+def test_another_kind_of_schedule_beats_the_recipe(student: str, kind: str) -> None:
+    config = _config(student=student, schedule={"kind": kind})
+    chosen = with_recipe(config, None)
+    known = read_recipe(chosen.recipe).students[student]["schedule"]
+    assert chosen.schedule.kind == kind
+    assert chosen.schedule.milestones == ()
+    # Every kind has a warm-up.
+    assert chosen.schedule.warmup_steps == known["warmup_steps"]
+    # Rates of another kind would be a different fall under the same name.
+    expected = known if kind == known["kind"] else dict(TrainConfig().schedule)
+    assert chosen.schedule.decay_rate == expected["decay_rate"]
+    assert with_recipe(chosen, None) == chosen
+
+
+def test_milestones_alone_beat_those_of_the_recipe() -> None:
+    config = load_config(
+        None, {"student.preset": "painn-big-oc20"}, ["schedule.milestones=[5, 9]"]
+    )
+    schedule = with_recipe(config, None).schedule
+    assert (schedule.kind, schedule.milestones) == ("milestones", (5, 9))
+    assert schedule.decay_rate == 0.45
+    config = _config(student="painn-big", schedule={"milestones": (5, 9)})
+    with pytest.raises(SpecError, match="belong to kind milestones, and to no other"):
+        with_recipe(config, None)
 
 
 def test_labels_as_they_are_need_a_teacher_in_the_same_units(
