@@ -63,7 +63,8 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
     Raises
     ------
     SpecError
-        The preset is unknown, or a strategy needs what store or student lack.
+        The preset is unknown, the student predicts no forces, or a strategy needs
+        what store or student lack.
     """
     preset = config.student.preset
     if preset not in PRESETS:
@@ -76,6 +77,7 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
     name, hyperparameters = PRESETS[preset]
     torch.manual_seed(config.seed)
     student = build_model(name, hyperparameters | config.student.hyperparameters)
+    _require_forces(student)
     if not student.is_fitted:
         student.fit(_fitting_batch(student, split))
     normalizer = run_normalizer(config, store)
@@ -114,6 +116,16 @@ def supervised_labels(config: LossConfig) -> Callable[[Data], Labels]:
     if not config.teacher_labels:
         return reference_labels
     return partial(completed_labels, weight=config.teacher_labels)
+
+
+def _require_forces(student: Network) -> None:
+    """Refuse a student that neither L0 nor its validation could be computed of."""
+    if not student.hyperparameters["regress_forces"]:
+        raise SpecError(
+            "student.hyperparameters.regress_forces is false, but losses and metrics "
+            "need forces; leave it out, and set loss.force_weight=0 to learn from "
+            "energies alone."
+        )
 
 
 def _require_predictions(split: Split) -> None:

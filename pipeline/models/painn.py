@@ -66,6 +66,11 @@ class PaiNN(Network):
         options = PaiNNOptions(**hyperparameters)
         if options.rbf.get("name") != "gaussian":
             raise SpecError(f"Basis {options.rbf} is not supported; use gaussian.")
+        if options.hidden_channels < 2:
+            raise SpecError(
+                f"painn.hidden_channels is {options.hidden_channels}, but at least 2 "
+                "are needed, since the last layers have half of them."
+            )
         self.options = options
         self.hyperparameters = asdict(options)
         self.graph_rule = GraphRule(

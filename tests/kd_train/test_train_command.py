@@ -98,6 +98,14 @@ def test_file_flags_and_overrides_join(
         (["--set", "sted=1"], ["'sted'", "'seed'"]),
         (["--set", "garbage"], ["--set 'garbage'"]),
         (["--set", "student.hyperparameters.layers=3"], ["layers", "num_layers"]),
+        (
+            ["--set", "student.hyperparameters.regress_forces=false"],
+            ["regress_forces is false", "loss.force_weight=0"],
+        ),
+        (
+            ["--set", "student.hyperparameters.hidden_channels=1"],
+            ["painn.hidden_channels is 1", "at least 2"],
+        ),
         (["--config", "absent.yaml"], ["absent.yaml does not exist"]),
         (["--config", "."], ["."]),
         (["--resume"], ["last.pt does not exist", "nothing to resume"]),
