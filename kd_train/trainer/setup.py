@@ -73,13 +73,10 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
     split = chosen_split(store, config.train_split, fields)
     if config.loss.teacher_labels:
         _require_predictions(split)
-    _require_labels(config, split, chosen_split(store, config.val_split))
     name, hyperparameters = PRESETS[preset]
     torch.manual_seed(config.seed)
     student = build_model(name, hyperparameters | config.student.hyperparameters)
     _require_forces(student)
-    if not student.is_fitted:
-        student.fit(_fitting_batch(student, split))
     normalizer = run_normalizer(config, store)
     setting = Setting(
         student_name=preset,
@@ -90,6 +87,9 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
         seed=config.seed,
     )
     strategies = tuple(REGISTRY[s](setting) for s in config.strategies)
+    _require_labels(config, split, chosen_split(store, config.val_split))
+    if not student.is_fitted:
+        student.fit(_fitting_batch(student, split))
     adapters = {s.name: s.adapter for s in strategies if s.adapter is not None}
     return Learner(
         name,
@@ -167,10 +167,13 @@ def resolved(
     Raises
     ------
     SpecError
-        The store has no such split, the recipe no such student, or the recipe's batch
-        cannot be shared by the processes.
+        The store has no such split, or lacks a field of the strategies; the recipe has
+        no such student, or its batch cannot be shared by the processes.
     """
     config = with_student(config, store)
+    stored = stored_widths(chosen_split(store, config.train_split))
+    for strategy in config.strategies:
+        REGISTRY[strategy].require_fields(stored)
     return with_recipe(config, _teacher_model(store), processes)
 
 
