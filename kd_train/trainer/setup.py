@@ -141,6 +141,7 @@ def _require_predictions(split: Split) -> None:
 
 def _require_labels(config: TrainConfig, train: Split, val: Split) -> None:
     """Refuse to learn from nothing, and tell that nothing can be validated against."""
+    _require_measure(config, val)
     if not has_labels(val):
         log.warning(
             "val_split: %r has no reference labels, so errors stay unknown; choose "
@@ -154,6 +155,45 @@ def _require_labels(config: TrainConfig, train: Split, val: Split) -> None:
             "'none' has nothing to learn from; join a split with labels, set "
             "loss.teacher_labels=1, or choose another strategy."
         )
+
+
+def _require_measure(config: TrainConfig, val: Split) -> None:
+    """Refuse to stop, or to choose weights as asked for, by what is never a number."""
+    if config.patience is not None:
+        wish, instead = f"patience={config.patience}", "leave patience out"
+    elif config.export == "best" and config.model_fields_set & {"export", "best_by"}:
+        wish, instead = "export=best", "set export=last"
+    else:
+        return
+    if not is_measured(val, config.best_by):
+        raise SpecError(
+            f"val_split: {val.name!r} has no labels for best_by={config.best_by}, "
+            f"which {wish} goes by; choose another split or best_by, or {instead}."
+        )
+
+
+def is_measured(split: Split, metric: str) -> bool:
+    """Whether any sample has the labels that ``metric`` (of ``best_by``) needs."""
+    return any(_measured(split, block)[metric] for block in range(split.n_blocks))
+
+
+def _measured(split: Split, block: int) -> dict[str, bool]:
+    """For every metric whether a sample of ``block`` has its labels."""
+    positions = np.asarray(split.block_positions(block))
+    paths = [FIELDS[name].path for name in ("energy", "forces", "fixed")]
+    values = split.read(positions, paths)
+    energy, forces, fixed = (values[path] for path in paths)
+    known = np.isfinite(energy)
+    usable = np.isfinite(forces).all(axis=1) & (fixed == 0)
+    sample = np.repeat(np.arange(len(positions)), split.n_atoms[positions])
+    forced = np.isin(np.arange(len(positions)), sample[usable])
+    return {
+        "loss": bool((known | forced).any()),
+        "energy_mae": bool(known.any()),
+        "forces_mae": bool(forced.any()),
+        "forces_cos": bool(forced.any()),
+        "efwt": bool((known & forced).any()),
+    }
 
 
 def resolved(

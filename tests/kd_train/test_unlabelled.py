@@ -211,4 +211,33 @@ def test_nothing_to_learn_from_is_refused_and_nothing_to_validate_against_told(
     _run(store, tmp_path, "bare", loss={"teacher_labels": 1.0}, val_split="energies")
     assert "has no reference labels" not in caplog.text
     _run(store, tmp_path, "train", val_split="bare")
+    _run(store, tmp_path, "train", val_split="bare", export="last", best_by="efwt")
     assert "val_split: 'bare' has no reference labels" in caplog.text
+
+
+METRICS = ("loss", "energy_mae", "forces_mae", "forces_cos", "efwt")
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("split", ["bare", "energies", "val", "bare+val"])
+def test_metrics_that_are_never_a_number_cannot_be_gone_by(
+    metric: str, split: str, store: FeatureStore, tmp_path: Path
+) -> None:
+    """What is refused is what the validation gives as NaN."""
+
+    def run(**changes: Any) -> Run:
+        wish = {"best_by": metric} | changes
+        return _run(store, tmp_path, "train", val_split=split, **wish)
+
+    free = run(export="last")
+    result = free.validator(free.averaged_student)
+    value = result.loss if metric == "loss" else result.metrics[metric]
+    if np.isfinite(value):
+        run(patience=2)
+        run(export="best")
+        return
+    message = rf"val_split: '{split}' has no labels for best_by={metric}, which "
+    with pytest.raises(SpecError, match=message + "patience=2 goes by"):
+        run(patience=2)
+    with pytest.raises(SpecError, match=message + "export=best goes by"):
+        run(export="best")
