@@ -37,6 +37,9 @@ log = logging.getLogger("kd_train")
 KIND_SAMPLES = 256
 # Samples on which a fresh student sets its scale factors.
 _FITTING_SAMPLES = 32
+# Recipe of the paper's periodic dataset, and ending of presets that are none of its.
+_PERIODIC_RECIPE = "oc20"
+_DEMO = "-demo"
 
 
 @dataclass(frozen=True)
@@ -211,10 +214,36 @@ def resolved(
         no such student, or its batch cannot be shared by the processes.
     """
     config = with_student(config, store)
-    stored = stored_widths(chosen_split(store, config.train_split))
+    split = chosen_split(store, config.train_split)
+    stored = stored_widths(split)
     for strategy in config.strategies:
         REGISTRY[strategy].require_fields(stored)
-    return with_recipe(config, _teacher_model(store), processes)
+    chosen = with_recipe(config, _teacher_model(store), processes)
+    if config.recipe == "auto":
+        _tell_of_recipe(chosen, split)
+    return chosen
+
+
+def _tell_of_recipe(config: TrainConfig, split: Split) -> None:
+    """Warn where the recipe that the student's name chose is not of such data."""
+    preset, recipe = config.student.preset, config.recipe
+    if recipe == "none":
+        if preset in PRESETS and not preset.endswith(_DEMO):
+            log.warning(
+                "no recipe has the student %s, so built-in defaults stand for all that "
+                "is not set, such as steps=%d; look at docs/training.md",
+                preset,
+                config.steps,
+            )
+    elif (recipe == _PERIODIC_RECIPE) != _is_periodic(split):
+        log.warning(
+            "the student %s takes the recipe %s, but the structures of %r %s; choose "
+            "another student, or set recipe to say that this is meant",
+            preset,
+            recipe,
+            split.name,
+            "are not periodic" if recipe == _PERIODIC_RECIPE else "are periodic",
+        )
 
 
 def with_student(config: TrainConfig, store: FeatureStore) -> TrainConfig:
