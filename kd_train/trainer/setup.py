@@ -218,10 +218,23 @@ def resolved(
     stored = stored_widths(split)
     for strategy in config.strategies:
         REGISTRY[strategy].require_fields(stored)
+    if "normalizer" not in config.model_fields_set and _has_units(store, config):
+        config = config.model_copy(update={"normalizer": "store"})
     chosen = with_recipe(config, _teacher_model(store), processes)
     if config.recipe == "auto":
         _tell_of_recipe(chosen, split)
     return chosen
+
+
+def _has_units(store: FeatureStore, config: TrainConfig) -> bool:
+    """Whether units of the store come before those of a recipe.
+
+    Students need the units of their teacher, and energies that the store has reference
+    energies for are total energies, which no student learns as they are.
+    """
+    if store.attributes["teacher"] is not None:
+        return True
+    return any(store_normalizer(store, config.train_split).element_references)
 
 
 def _tell_of_recipe(config: TrainConfig, split: Split) -> None:

@@ -13,11 +13,12 @@ from torch.optim.lr_scheduler import LinearLR, MultiStepLR
 from kd_train.config import RECIPES, TrainConfig, load_config
 from kd_train.recipe import read_recipe, with_recipe
 from kd_train.trainer.schedule import learning_rate
-from kd_train.trainer.setup import run_normalizer
+from kd_train.trainer.setup import resolved, run_normalizer
 from pipeline.errors import SpecError
 from pipeline.models.normalizer import Normalizer
 from pipeline.models.zoo import PRESETS
 from pipeline.store.reader import FeatureStore
+from tests.stores import build, spec_document, write_spec
 
 # arXiv:2306.14818, Table 6, typed from the page: vanilla1, vanilla2, n2n, e2n, v2v.
 TABLE_6 = {
@@ -232,6 +233,34 @@ def test_milestones_alone_beat_those_of_the_recipe() -> None:
     config = _config(student="painn-big", schedule={"milestones": (5, 9)})
     with pytest.raises(SpecError, match="belong to kind milestones, and to no other"):
         with_recipe(config, None)
+
+
+def test_coll_has_no_normalisation_unless_the_store_has_units(
+    small_store: FeatureStore,
+    labels_store: FeatureStore,
+    datasets: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    splits = {
+        name: {"format": "extxyz", "path": str(path), "reference_energies": "none"}
+        for name, path in datasets.items()
+    }
+    document = spec_document(splits, tmp_path / "s.zarr")
+    plain_store = build(write_spec(tmp_path / "s.yaml", document))
+    for store, student, expected in (
+        (plain_store, "gemnet-oc", "unit"),
+        (plain_store, "painn-big", "unit"),
+        (plain_store, "painn-big-oc20", "store"),
+        # Of a teacher with units of its own, and of total energies.
+        (small_store, "painn-small", "store"),
+        (labels_store, "painn-big", "store"),
+    ):
+        chosen = resolved(_config(student=student), store)
+        assert chosen.normalizer == expected
+        assert resolved(chosen, store) == chosen
+        run_normalizer(chosen, store)
+    set_by_user = _config(student="painn-big", normalizer="store")
+    assert resolved(set_by_user, plain_store).normalizer == "store"
 
 
 def test_labels_as_they_are_need_a_teacher_in_the_same_units(
