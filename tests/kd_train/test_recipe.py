@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,87 @@ TABLE_6 = {
 }
 
 
+# Tables 3 to 5 and the authors' files, typed from them.
+COLL = {
+    "recipe": "coll",
+    "batch_size": 32,
+    "steps": 500 * 120_000 // 32,  # epochs of 120 000 samples
+    "eval_every": 120_000 // 32,
+    "normalizer": "unit",
+    "optimizer.lr": 1e-3,
+    "optimizer.weight_decay": 2e-6,
+    "optimizer.decayed": "all",
+    "optimizer.amsgrad": True,
+    "optimizer.eps": 1e-7,
+    "optimizer.clip_norm": 10,
+    "schedule.kind": "exponential",
+    "schedule.warmup_steps": 3750,
+    "schedule.warmup_start": 0,
+    "schedule.decay_rate": 0.01,
+    "schedule.decay_steps": 4_000_000,
+    "schedule.milestones": (),
+    "loss.energy_weight": 1,
+    "loss.force_weight": 100,
+    "loss.force_error": "l2",
+    "ema_decay": 0.999,
+    "precision": "float32",
+}
+OC20_PAINN = {
+    "recipe": "oc20",
+    "batch_size": 32,
+    "steps": 1_000_000,
+    "eval_every": 10_000,
+    "normalizer": "store",
+    "optimizer.lr": 1e-4,
+    "optimizer.weight_decay": 0.01,
+    "optimizer.decayed": "all",
+    "optimizer.amsgrad": True,
+    "optimizer.eps": 1e-8,  # torch's own
+    "optimizer.clip_norm": 10,
+    "schedule.kind": "milestones",
+    "schedule.warmup_steps": 0,
+    "schedule.decay_rate": 0.45,
+    "schedule.milestones": (160_000, 320_000, 480_000, 640_000),
+    "loss.energy_weight": 1,
+    "loss.force_weight": 100,
+    "loss.force_error": "l2",
+    "ema_decay": 0.999,
+    "precision": "float32",
+}
+OC20_SCHNET = {
+    "recipe": "oc20",
+    "batch_size": 3 * 64,  # three GPUs
+    "steps": 30 * 2_000_000 // 192,  # epochs of OC20-2M
+    "eval_every": 10_417,  # an epoch, rounded up
+    "normalizer": "store",
+    "optimizer.lr": 1e-4,
+    "optimizer.weight_decay": 0.01,
+    "optimizer.decayed": "all",
+    "optimizer.amsgrad": False,
+    "optimizer.eps": 1e-8,
+    "optimizer.clip_norm": None,
+    "schedule.kind": "milestones",
+    "schedule.warmup_steps": 31_250,
+    "schedule.warmup_start": 0.1,
+    "schedule.decay_rate": 0.1,
+    "schedule.milestones": (52_083, 83_333, 104_166),
+    "loss.energy_weight": 1,
+    "loss.force_weight": 100,
+    "loss.force_error": "mae",
+    "ema_decay": 0,
+    "precision": "float32",
+}
+SETTINGS = {
+    "gemnet-oc": COLL,
+    "painn-big": COLL,
+    "painn-small": COLL,
+    "schnet": COLL,
+    "painn-big-oc20": OC20_PAINN,
+    "painn-small-oc20": OC20_PAINN,
+    "schnet-oc20": OC20_SCHNET,
+}
+
+
 def _config(**values: Any) -> TrainConfig:
     student = values.pop("student")
     return TrainConfig.model_validate({"student": {"preset": student}, **values})
@@ -46,6 +128,26 @@ def test_weights_are_those_of_the_paper(
     for name, value in zip(names, expected, strict=True):
         if value is not None:
             assert getattr(chosen.distill, name) == value
+
+
+@pytest.mark.parametrize(("student", "expected"), SETTINGS.items())
+def test_settings_are_those_of_the_paper(
+    student: str, expected: dict[str, Any]
+) -> None:
+    chosen = with_recipe(_config(student=student), None)
+    found = {key: attrgetter(key)(chosen) for key in expected}
+    assert found == expected
+
+
+def test_no_student_and_no_setting_of_a_recipe_is_left_out() -> None:
+    for name in RECIPES:
+        for student, settings in read_recipe(name).students.items():
+            given = {
+                f"{key}.{part}" if part else key
+                for key, value in settings.items()
+                for part in (value if isinstance(value, dict) else [""])
+            }
+            assert given <= SETTINGS[student].keys()
 
 
 def test_every_recipe_is_a_valid_configuration_of_a_known_student() -> None:
