@@ -23,6 +23,12 @@ from kd_train.losses import (
 from kd_train.recipe import with_recipe
 from kd_train.strategies import REGISTRY, Strategy
 from kd_train.strategies.base import Setting
+from kd_train.trainer.labels import (
+    FIRST_SAMPLES,
+    has_labels,
+    require_labels,
+    require_predictions,
+)
 from pipeline.documents import nearest
 from pipeline.errors import SpecError
 from pipeline.fields import FIELDS, PREDICTION_FIELDS
@@ -33,8 +39,6 @@ from pipeline.statistics import KIND_DIFFERENCE
 from pipeline.store.reader import FeatureStore
 
 log = logging.getLogger("kd_train")
-# Samples by which energies of teacher and labels are compared.
-KIND_SAMPLES = 256
 # Samples on which a fresh student sets its scale factors.
 _FITTING_SAMPLES = 32
 # Recipe of the paper's periodic dataset, and ending of presets that are none of its.
@@ -75,7 +79,7 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
     fields = wanted_fields(config)
     split = chosen_split(store, config.train_split, fields)
     if config.loss.teacher_labels:
-        _require_predictions(split)
+        require_predictions(split)
     name, hyperparameters = PRESETS[preset]
     torch.manual_seed(config.seed)
     student = build_model(name, hyperparameters | config.student.hyperparameters)
@@ -90,7 +94,7 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
         seed=config.seed,
     )
     strategies = tuple(REGISTRY[s](setting) for s in config.strategies)
-    _require_labels(config, split, chosen_split(store, config.val_split))
+    require_labels(config, split, chosen_split(store, config.val_split))
     if not student.is_fitted:
         student.fit(_fitting_batch(student, split))
     adapters = {s.name: s.adapter for s in strategies if s.adapter is not None}
@@ -129,74 +133,6 @@ def _require_forces(student: Network) -> None:
             "need forces; leave it out, and set loss.force_weight=0 to learn from "
             "energies alone."
         )
-
-
-def _require_predictions(split: Split) -> None:
-    """Refuse to take missing labels from a teacher that never ran."""
-    for name in PREDICTION_FIELDS:
-        if FIELDS[name].path not in split.arrays:
-            raise SpecError(
-                f"loss.teacher_labels needs the field {name!r}, which split "
-                f"{split.name!r} of this store lacks; add a teacher: section to the "
-                "spec and build the store again, or set loss.teacher_labels=0."
-            )
-
-
-def _require_labels(config: TrainConfig, train: Split, val: Split) -> None:
-    """Refuse to learn from nothing, and tell that nothing can be validated against."""
-    _require_measure(config, val)
-    if not has_labels(val):
-        log.warning(
-            "val_split: %r has no reference labels, so errors stay unknown; choose "
-            "another split",
-            val.name,
-        )
-    learns = config.strategies or config.loss.teacher_labels
-    if not learns and not has_labels(train):
-        raise SpecError(
-            f"train_split: {train.name!r} has no reference labels, so the strategy "
-            "'none' has nothing to learn from; join a split with labels, set "
-            "loss.teacher_labels=1, or choose another strategy."
-        )
-
-
-def _require_measure(config: TrainConfig, val: Split) -> None:
-    """Refuse to stop, or to choose weights as asked for, by what is never a number."""
-    if config.patience is not None:
-        wish, instead = f"patience={config.patience}", "leave patience out"
-    elif config.export == "best" and config.model_fields_set & {"export", "best_by"}:
-        wish, instead = "export=best", "set export=last"
-    else:
-        return
-    if not is_measured(val, config.best_by):
-        raise SpecError(
-            f"val_split: {val.name!r} has no labels for best_by={config.best_by}, "
-            f"which {wish} goes by; choose another split or best_by, or {instead}."
-        )
-
-
-def is_measured(split: Split, metric: str) -> bool:
-    """Whether any sample has the labels that ``metric`` (of ``best_by``) needs."""
-    return any(_measured(split, block)[metric] for block in range(split.n_blocks))
-
-
-def _measured(split: Split, block: int) -> dict[str, bool]:
-    """For every metric whether a sample of ``block`` has its labels."""
-    positions = np.asarray(split.block_positions(block))
-    paths = [FIELDS[name].path for name in ("energy", "forces", "fixed")]
-    values = split.read(positions, paths)
-    energy, forces, fixed = (values[path] for path in paths)
-    known = np.isfinite(energy)
-    usable = np.isfinite(forces).all(axis=1) & (fixed == 0)
-    sample = np.repeat(np.arange(len(positions)), split.n_atoms[positions])
-    forced = np.isin(np.arange(len(positions)), sample[usable])
-    return {
-        "loss": bool((known | forced).any()),
-        "energy_mae": bool(known.any()),
-        "forces_mae": bool(forced.any()),
-        "forces_cos": bool(forced.any()),
-        "efwt": bool((known & forced).any()),
-    }
 
 
 def resolved(
@@ -288,7 +224,7 @@ def _teacher_model(store: FeatureStore) -> str | None:
 def _is_periodic(split: Split) -> bool:
     """Whether any of the first samples is periodic."""
     path = FIELDS["pbc"].path
-    positions = np.arange(min(KIND_SAMPLES, len(split)))
+    positions = np.arange(min(FIRST_SAMPLES, len(split)))
     return bool(split.read(positions, [path])[path].any())
 
 
@@ -363,22 +299,9 @@ def store_normalizer(store: FeatureStore, choice: str) -> Normalizer:
     return Normalizer.from_dict(store.attributes["label_statistics"][first])
 
 
-def has_labels(split: Split) -> bool:
-    """Whether a sample has a reference energy, or one of the first has forces."""
-    energy, forces = FIELDS["energy"].path, FIELDS["forces"].path
-    for block in range(split.n_blocks):
-        # Where any sample has one, a sample of the first block does.
-        if np.isfinite(
-            split.read(split.block_positions(block), [energy])[energy]
-        ).any():
-            return True
-    first = np.arange(min(KIND_SAMPLES, len(split)))
-    return bool(np.isfinite(split.read(first, [forces])[forces]).any())
-
-
 def _energies_agree(split: Split) -> bool:
     """Whether the teacher's energies are of the kind of the labels, by some samples."""
-    positions = np.arange(min(KIND_SAMPLES, len(split)))
+    positions = np.arange(min(FIRST_SAMPLES, len(split)))
     paths = [FIELDS["energy"].path, FIELDS["teacher_energy"].path]
     values = split.read(positions, paths)
     difference = np.abs(values[paths[0]] - values[paths[1]]) / split.n_atoms[positions]

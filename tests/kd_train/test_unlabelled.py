@@ -8,8 +8,9 @@ import pytest
 import torch
 from ase.data import chemical_symbols
 
+from kd_train.trainer.labels import has_labels
 from kd_train.trainer.loop import Run
-from kd_train.trainer.setup import has_labels, store_normalizer
+from kd_train.trainer.setup import store_normalizer
 from pipeline.datasets import open_dataset
 from pipeline.errors import SpecError
 from pipeline.labelling import label_splits
