@@ -88,14 +88,14 @@ def _train(
     import torch
 
     from kd_train.trainer.loop import Run
-    from kd_train.trainer.setup import resolved
+    from kd_train.trainer.setup import with_student
     from pipeline.store.reader import FeatureStore
 
     if threads is not None:
         torch.set_num_threads(threads)
     place = chosen_device(process_device(world, device))
     store = FeatureStore.open(cache)
-    chosen = resolved(config, store)
+    chosen = with_student(config, store)
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     name = f"{chosen.student.preset}-{chosen.strategy}-s{chosen.seed}-{stamp}"
     folder = out or Path("runs") / world.texts(name)[0]

@@ -9,9 +9,13 @@ import torch
 import yaml
 from ase.data import chemical_symbols
 
+<<<<<<< HEAD
 from kd_train.sweep.cli import main as sweep_main
+=======
+from kd_train.trainer.labels import has_labels
+>>>>>>> recipe-fixes
 from kd_train.trainer.loop import Run
-from kd_train.trainer.setup import has_labels, store_normalizer
+from kd_train.trainer.setup import store_normalizer
 from pipeline.datasets import open_dataset
 from pipeline.errors import SpecError
 from pipeline.labelling import label_splits
@@ -214,9 +218,11 @@ def test_nothing_to_learn_from_is_refused_and_nothing_to_validate_against_told(
     _run(store, tmp_path, "bare", loss={"teacher_labels": 1.0}, val_split="energies")
     assert "has no reference labels" not in caplog.text
     _run(store, tmp_path, "train", val_split="bare")
+    _run(store, tmp_path, "train", val_split="bare", export="last", best_by="efwt")
     assert "val_split: 'bare' has no reference labels" in caplog.text
 
 
+<<<<<<< HEAD
 def test_a_sweep_with_nothing_to_learn_from_is_refused_before_it_starts(
     store: FeatureStore, tmp_path: Path
 ) -> None:
@@ -233,3 +239,31 @@ def test_a_sweep_with_nothing_to_learn_from_is_refused_before_it_starts(
     path.write_text(yaml.safe_dump(document | {"strategies": ["n2n", "none"]}))
     sentence = refusal(sweep_main, ["list", path])
     assert "run painn-small-demo-none-s0: train_split: 'bare' has no ref" in sentence
+=======
+METRICS = ("loss", "energy_mae", "forces_mae", "forces_cos", "efwt")
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("split", ["bare", "energies", "val", "bare+val"])
+def test_metrics_that_are_never_a_number_cannot_be_gone_by(
+    metric: str, split: str, store: FeatureStore, tmp_path: Path
+) -> None:
+    """What is refused is what the validation gives as NaN."""
+
+    def run(**changes: Any) -> Run:
+        wish = {"best_by": metric} | changes
+        return _run(store, tmp_path, "train", val_split=split, **wish)
+
+    free = run(export="last")
+    result = free.validator(free.averaged_student)
+    value = result.loss if metric == "loss" else result.metrics[metric]
+    if np.isfinite(value):
+        run(patience=2)
+        run(export="best")
+        return
+    message = rf"val_split: '{split}' has no labels for best_by={metric}, which "
+    with pytest.raises(SpecError, match=message + "patience=2 goes by"):
+        run(patience=2)
+    with pytest.raises(SpecError, match=message + "export=best goes by"):
+        run(export="best")
+>>>>>>> recipe-fixes
