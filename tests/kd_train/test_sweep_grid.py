@@ -229,8 +229,8 @@ def test_students_may_differ_in_steps(
     [
         (
             "painn-small-oc20",
-            {"schedule.kind": "cosine"},
-            ["recipe oc20", "milestones"],
+            {"accumulate": 7},
+            ["recipe oc20", "accumulate", "batch_size"],
         ),
         ("painn-small", {"normalizer": "unit"}, ["normalizer: unit", "this store's"]),
         ("painn-small", {"recipe": "oc20"}, ["'oc20' has no student 'painn-small'"]),

@@ -9,11 +9,8 @@ import torch
 import yaml
 from ase.data import chemical_symbols
 
-<<<<<<< HEAD
 from kd_train.sweep.cli import main as sweep_main
-=======
 from kd_train.trainer.labels import has_labels
->>>>>>> recipe-fixes
 from kd_train.trainer.loop import Run
 from kd_train.trainer.setup import store_normalizer
 from pipeline.datasets import open_dataset
@@ -222,7 +219,6 @@ def test_nothing_to_learn_from_is_refused_and_nothing_to_validate_against_told(
     assert "val_split: 'bare' has no reference labels" in caplog.text
 
 
-<<<<<<< HEAD
 def test_a_sweep_with_nothing_to_learn_from_is_refused_before_it_starts(
     store: FeatureStore, tmp_path: Path
 ) -> None:
@@ -239,7 +235,8 @@ def test_a_sweep_with_nothing_to_learn_from_is_refused_before_it_starts(
     path.write_text(yaml.safe_dump(document | {"strategies": ["n2n", "none"]}))
     sentence = refusal(sweep_main, ["list", path])
     assert "run painn-small-demo-none-s0: train_split: 'bare' has no ref" in sentence
-=======
+
+
 METRICS = ("loss", "energy_mae", "forces_mae", "forces_cos", "efwt")
 
 
@@ -266,4 +263,3 @@ def test_metrics_that_are_never_a_number_cannot_be_gone_by(
         run(patience=2)
     with pytest.raises(SpecError, match=message + "export=best goes by"):
         run(export="best")
->>>>>>> recipe-fixes
