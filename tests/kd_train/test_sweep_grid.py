@@ -229,8 +229,8 @@ def test_students_may_differ_in_steps(
     [
         (
             "painn-small-oc20",
-            {"accumulate": 7},
-            ["recipe oc20", "accumulate", "batch_size"],
+            {"schedule.kind": "cosine", "schedule.milestones": [5]},
+            ["milestones belong to"],
         ),
         ("painn-small", {"normalizer": "unit"}, ["normalizer: unit", "this store's"]),
         ("painn-small", {"recipe": "oc20"}, ["'oc20' has no student 'painn-small'"]),
