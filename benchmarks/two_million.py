@@ -303,8 +303,9 @@ def _size(folder: Path) -> int:
 class Memory(threading.Thread):
     """Largest memory of this process; pages of the files that it maps do not count."""
 
-    def __init__(self) -> None:
+    def __init__(self, pause: float = 0.1) -> None:
         super().__init__(daemon=True)
+        self._pause = pause
         self.largest = self.now()
         self.start()
 
@@ -316,9 +317,9 @@ class Memory(threading.Thread):
         return int(found[1]) * 1024 if found else 0
 
     def run(self) -> None:
-        """Look ten times a second."""
+        """Look again and again, after ``pause`` seconds."""
         while True:
-            time.sleep(0.1)
+            time.sleep(self._pause)
             self.largest = max(self.largest, self.now())
 
 
