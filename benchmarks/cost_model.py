@@ -37,8 +37,10 @@ CONSTANTS = {
         1.04, "× teacher's time", "docs/benchmarks.md: 1.01 to 1.04 on a CPU"
     ),
     "plan_ms": Constant(0.6, "core ms a sample", "docs/scaling.md, OC20 LMDB"),
-    "plan_processes": Constant(
-        1.0, "processes", "a choice: that read datasets at once"
+    "seal_gb": Constant(3.9, "GB/s a core", "hashing, docs/scaling.md"),
+    "verify_gb": Constant(0.45, "GB/s a core", "decoding and checks, docs/scaling.md"),
+    "pass_processes": Constant(
+        1.0, "processes", "a choice: that plan, seal and verify (pass_workers)"
     ),
     "disk_gb": Constant(1.0, "GB/s read", "one disk; a parallel file system has more"),
     "write_mb": Constant(
@@ -54,7 +56,9 @@ CONSTANTS = {
     "dataset_bytes": Constant(
         80.0, "bytes a sample", "CPython: an id of 11 characters and its places"
     ),
-    "blocks_in_memory": Constant(2.0, "blocks", "pipeline/build.py, threads of a job"),
+    "blocks_in_memory": Constant(
+        2.0, "blocks", "pipeline/execution/filling.py, on a GPU"
+    ),
     "program_gb": Constant(
         1.5, "GB", "a guess: Python, torch, CUDA's host side, weights"
     ),
@@ -69,8 +73,11 @@ def projection(
     size = rows * of["row_bytes"]
     blocks = ceil(rows / of["block_rows"])
     fill = samples / of["teacher_rate"] * of["overhead"] / gpus
-    plan = samples * of["plan_ms"] / 1e3 / of["plan_processes"]
-    check = size / (of["disk_gb"] * 1e9)
+    plan = samples * of["plan_ms"] / 1e3 / of["pass_processes"]
+    seal, verify = (
+        size / (min(of["disk_gb"], of[rate] * of["pass_processes"]) * 1e9)
+        for rate in ("seal_gb", "verify_gb")
+    )
     stream = gpus * of["teacher_rate"] / of["overhead"] * of["atoms"] * of["row_bytes"]
     index = samples * of["index_bytes"]
     dataset = samples * of["dataset_bytes"]
@@ -81,8 +88,9 @@ def projection(
     return [
         ("planning, h", _short(plan / HOUR)),
         ("filling, h", _short(fill / HOUR)),
-        ("sealing, then verifying, h", f"2 × {_short(check / HOUR)}"),
-        ("all, h", _short((plan + fill + 2 * check) / HOUR)),
+        ("sealing, h", _short(seal / HOUR)),
+        ("verifying, h", _short(verify / HOUR)),
+        ("all, h", _short((plan + fill + seal + verify) / HOUR)),
         ("GPU hours", _short(fill * gpus / HOUR)),
         ("store, TB", _short(size / 1e12)),
         ("blocks", f"{blocks:,}"),

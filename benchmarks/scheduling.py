@@ -2,12 +2,14 @@
 
     python benchmarks/scheduling.py
     python benchmarks/scheduling.py --blocks 200 --workers 16 --seconds 0.5
+    python benchmarks/scheduling.py --log caches/demo.zarr.log
 
 Real are the engine (``pipeline.execution.distribute``), the Dask scheduler and its 64
 workers, which are threads of this process, and the store: every block is claimed,
 written, committed and checked as in a build. A stub stands for the teacher: it sleeps
-as long as a block takes, log-normally distributed around a median (``--seconds``,
-scaled down from what was measured) with the spread of measured blocks. One run each
+as long as a block takes: times drawn from those between the blocks of a real build,
+which its log tells (``--log``), scaled to a median of ``--seconds``; without a log they
+are log-normal. Tries are those of the command. One run each
 without trouble, with 5 % of tries failing, with a worker dying at 1 % of tries, and
 with both. Exit code 1 when a block was lost, was written twice or is damaged.
 """
@@ -15,6 +17,7 @@ with both. Exit code 1 when a block was lost, was written twice or is damaged.
 import heapq
 import json
 import logging
+import re
 import resource
 import sys
 import tempfile
@@ -23,6 +26,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +37,10 @@ import numpy as np
 import scheduling_stub as stub
 
 from pipeline.execution.distribute import DaskPool, run_tasks
-from pipeline.execution.filling import transient_in
+from pipeline.execution.filling import awaited_in, transient_in
 
 _KIB = 1024
+_WRITTEN = re.compile(r"block \d+ of .* written")
 
 
 @dataclass
@@ -70,6 +76,7 @@ class Row:
 @click.option("--workers", default=64, show_default=True)
 @click.option("--seconds", default=2.0, show_default=True, help="Median of a block.")
 @click.option("--spread", default=0.1, show_default=True, help="Of its logarithm.")
+@click.option("--log", type=click.Path(exists=True, path_type=Path), help="Of a build.")
 @click.option("--failing", default=0.05, show_default=True, help="Share of tries.")
 @click.option("--dying", default=0.01, show_default=True, help="Share of tries.")
 @click.option("--seed", default=0, show_default=True)
@@ -81,6 +88,7 @@ def main(
     workers: int,
     seconds: float,
     spread: float,
+    log: Path | None,
     failing: float,
     dying: float,
     seed: int,
@@ -88,7 +96,13 @@ def main(
     only: str | None,
     as_json: bool,
 ) -> None:
-    times = np.random.default_rng(seed).lognormal(np.log(seconds), spread, blocks)
+    generator = np.random.default_rng(seed)
+    if log is None:
+        times = generator.lognormal(np.log(seconds), spread, blocks)
+    else:
+        measured = block_times(log)
+        times = generator.choice(measured, blocks) * (seconds / np.median(measured))
+        click.echo(f"{len(measured)} block times of {log.name}", err=True)
     cases = {
         "none": (0.0, 0.0),
         "failing": (failing, 0.0),
@@ -111,6 +125,16 @@ def main(
         sys.exit(1)
 
 
+def block_times(log: Path) -> np.ndarray:
+    """Seconds between blocks that one process wrote, from the log of its build."""
+    lines = [line for line in log.read_text().splitlines() if _WRITTEN.search(line)]
+    told = [datetime.fromisoformat(line[:23].replace(",", ".")) for line in lines]
+    seconds = np.array([(b - a).total_seconds() for a, b in pairwise(told)])
+    if not seconds.size:
+        raise click.BadParameter(f"{log} tells of fewer than two blocks.")
+    return seconds
+
+
 def simulate(
     name: str,
     times: list[float],
@@ -129,7 +153,11 @@ def simulate(
         pool = DaskPool(client)
         before, cpu, begin = _peak(), time.process_time(), time.perf_counter()
         for outcome in run_tasks(
-            pool, stub.fill, range(len(times)), retries=6, transient=transient_in(pool)
+            pool,
+            stub.fill,
+            range(len(times)),
+            transient=transient_in(pool),
+            awaited=awaited_in(pool),
         ):
             ended.append(outcome.item)
             if outcome.error is not None:

@@ -13,11 +13,13 @@ FOLDER needs 1.3 kB a sample and can be removed afterwards.
 """
 
 import json
+import re
 import resource
 import shutil
 import statistics
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable
@@ -166,7 +168,7 @@ def plan(folder: Path, workers: int) -> Measured:
     job = prepare(spec, workers=workers)
     found = clock.lap("planning")
     create_or_match(job, store)
-    return found | clock.lap("creating the store") | {"plan memory bytes": _peak()}
+    return found | clock.lap("creating the store")
 
 
 def plan_again(folder: Path, workers: int) -> Measured:
@@ -197,7 +199,6 @@ def fill(folder: Path, workers: int) -> Measured:
     return {
         **laps,
         **clock.lap("sealing"),
-        "fill memory bytes": _peak(),
         "store bytes": _size(store),
         "index bytes": _size(store / "train/index")
         - _size(store / "train/index/commit"),
@@ -210,17 +211,17 @@ def verify(folder: Path, workers: int) -> Measured:
 
     clock = Clock()
     assert not verify_store(folder / "store.zarr", workers)
-    return clock.lap("verifying") | {"verify memory bytes": _peak()}
+    return clock.lap("verifying")
 
 
 def open_store(folder: Path, workers: int) -> Measured:
     """Open the store; memory beyond that of the imports."""
     from pipeline.store.reader import FeatureStore
 
-    before = _resident()
+    before = Memory.now()
     clock = Clock()
     split = FeatureStore.open(folder / "store.zarr").splits["train"]
-    found = clock.lap("opening") | {"opened memory bytes": _resident() - before}
+    found = clock.lap("opening") | {"opened memory bytes": Memory.now() - before}
     split.position(str(split.sample_ids[-1]))
     return found | clock.lap("first look-up")
 
@@ -252,7 +253,7 @@ def epoch(folder: Path, workers: int) -> Measured:
         for positions in batches:
             split.read_stored(positions, paths)
         found |= clock.lap(name)
-    return found | {"epoch memory bytes": _peak()}
+    return found
 
 
 def batches(folder: Path, workers: int) -> Measured:
@@ -299,13 +300,27 @@ def _size(folder: Path) -> int:
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
 
 
-def _peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+class Memory(threading.Thread):
+    """Largest memory of this process; pages of the files that it maps do not count."""
 
+    def __init__(self, pause: float = 0.1) -> None:
+        super().__init__(daemon=True)
+        self._pause = pause
+        self.largest = self.now()
+        self.start()
 
-def _resident() -> int:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize()
+    @staticmethod
+    def now() -> int:
+        """Bytes of anonymous memory that are resident."""
+        told = Path("/proc/self/status").read_text()
+        found = re.search(r"RssAnon:\s+(\d+) kB", told)
+        return int(found[1]) * 1024 if found else 0
+
+    def run(self) -> None:
+        """Look again and again, after ``pause`` seconds."""
+        while True:
+            time.sleep(self._pause)
+            self.largest = max(self.largest, self.now())
 
 
 def _in_process(step: str, folder: Path, workers: int) -> Measured:
@@ -379,7 +394,10 @@ def main(
 ) -> None:
     """Measure costs per sample at all sizes in FOLDER."""
     if step is not None:
-        click.echo(json.dumps(STEPS[step](folder, workers)))
+        memory = Memory()
+        told = STEPS[step](folder, workers)
+        peak = {f"memory of {step} bytes": max(memory.largest, memory.now())}
+        click.echo(json.dumps(told | peak))
         return
     results = {size: make_data(folder / str(size), size) for size in samples}
     for name in STEPS:

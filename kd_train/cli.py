@@ -88,14 +88,14 @@ def _train(
     import torch
 
     from kd_train.trainer.loop import Run
-    from kd_train.trainer.setup import resolved
+    from kd_train.trainer.setup import with_student
     from pipeline.store.reader import FeatureStore
 
     if threads is not None:
         torch.set_num_threads(threads)
     place = chosen_device(process_device(world, device))
     store = FeatureStore.open(cache)
-    chosen = resolved(config, store)
+    chosen = with_student(config, store)
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     name = f"{chosen.student.preset}-{chosen.strategy}-s{chosen.seed}-{stamp}"
     folder = out or Path("runs") / world.texts(name)[0]
@@ -119,7 +119,11 @@ def _train(
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder.")
-@click.option("--partial", is_flag=True, help="List unfinished and failed runs.")
+@click.option(
+    "--partial",
+    is_flag=True,
+    help="List runs that are unfinished, failed or not comparable.",
+)
 @click.option(
     "--cka",
     multiple=True,

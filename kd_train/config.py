@@ -125,7 +125,12 @@ class TrainConfig(ClosedModel):
     accumulate: int = Key(
         1, ge=1, description="batches in a step, of every process; as one large batch"
     )
-    batch_size: int = Key(32, ge=1, description="samples in a batch at most")
+    batch_size: int = Key(
+        32,
+        ge=1,
+        description="samples in a batch of one process at most; default: of the "
+        "recipe's batch this process's share",
+    )
     batch_atoms: int | None = Key(
         None, ge=1, description="atoms in a batch at most; replaces batch_size when set"
     )
@@ -192,7 +197,9 @@ class TrainConfig(ClosedModel):
         steps = value.milestones
         if any(a >= b for a, b in itertools.pairwise(steps)):
             raise ValueError("milestones must ascend")
-        if (value.kind == "milestones") != bool(steps):
+        # Where one of them is not set, a recipe may bring it.
+        complete = value.model_fields_set >= {"kind", "milestones"}
+        if complete and (value.kind == "milestones") != bool(steps):
             raise ValueError("milestones belong to kind milestones, and to no other")
         return value
 

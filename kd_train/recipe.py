@@ -18,6 +18,8 @@ from pipeline.errors import SpecError
 
 log = logging.getLogger("kd_train")
 _FOLDER = Path(__file__).parent / "recipes"
+# Keys of the schedule that mean nothing, or something else, for another kind.
+_OF_ONE_KIND = ("decay_rate", "decay_steps", "milestones")
 
 
 class Recipe(ClosedModel):
@@ -34,7 +36,9 @@ def read_recipe(name: str) -> Recipe:
     return validate(Recipe, yaml.safe_load(path.read_text()), path.name)
 
 
-def with_recipe(config: TrainConfig, teacher: str | None) -> TrainConfig:
+def with_recipe(
+    config: TrainConfig, teacher: str | None, processes: int = 1
+) -> TrainConfig:
     """``config`` with the paper's values for everything that was not set.
 
     Parameters
@@ -44,23 +48,37 @@ def with_recipe(config: TrainConfig, teacher: str | None) -> TrainConfig:
         name takes that of the dataset; ``none`` leaves the built-in defaults.
     teacher
         Model of the store's teacher; None where no teacher ran.
+    processes
+        How many train together. The recipe's batch is that of a whole step, so each of
+        them gets its share of it as ``batch_size``.
 
     Raises
     ------
     SpecError
-        The named recipe has no such student.
+        The named recipe has no such student, its batch has no equal shares, or what
+        was set does not fit to the rest.
     """
     student = config.student.preset
     name = _chosen(config.recipe, student)
     if name == "none":
-        return config.model_copy(update={"recipe": name})
+        return _checked(config.model_copy(update={"recipe": name}))
     recipe = read_recipe(name)
     settings: dict[str, Any] = {
         **recipe.students[student],
-        "distill": _weights(recipe, name, teacher, student, config.strategies),
+        "schedule": _schedule(recipe.students[student]["schedule"], config),
+        "distill": _weights(recipe, name, teacher, config),
     }
     chosen = _merged(settings, config.model_dump(exclude_unset=True))
-    return validate(TrainConfig, {**chosen, "recipe": name}, f"recipe {name}")
+    if "batch_size" not in config.model_fields_set and config.batch_atoms is None:
+        whole = settings["batch_size"]
+        chosen["batch_size"] = _share(whole, name, processes, config.accumulate)
+    return _checked(validate(TrainConfig, {**chosen, "recipe": name}, f"recipe {name}"))
+
+
+def _checked(config: TrainConfig) -> TrainConfig:
+    """``config``, with what depends on more than one value checked for all of them."""
+    validate(TrainConfig, config.model_dump(), f"configuration, recipe {config.recipe}")
+    return config
 
 
 def _chosen(wished: str, student: str) -> str:
@@ -78,15 +96,33 @@ def _chosen(wished: str, student: str) -> str:
     return wished
 
 
+def _schedule(schedule: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
+    """``schedule`` without what belongs to a kind that the user replaced by another."""
+    own = config.schedule
+    if "kind" not in own.model_fields_set or own.kind == schedule["kind"]:
+        return schedule
+    return {key: value for key, value in schedule.items() if key not in _OF_ONE_KIND}
+
+
+def _share(whole: int, name: str, processes: int, accumulate: int) -> int:
+    """Samples of one batch of one process where a step takes ``whole``."""
+    share, rest = divmod(whole, processes * accumulate)
+    if rest:
+        raise SpecError(
+            f"Recipe {name!r} steps on {whole} samples, which {processes} process(es) "
+            f"with accumulate={accumulate} cannot share evenly; set batch_size, the "
+            "samples in a batch of one process."
+        )
+    return share
+
+
 def _weights(
-    recipe: Recipe,
-    name: str,
-    teacher: str | None,
-    student: str,
-    strategies: tuple[str, ...],
+    recipe: Recipe, name: str, teacher: str | None, config: TrainConfig
 ) -> dict[str, float]:
     """Table 6 for the pair; of another teacher where the paper has not this one."""
-    if teacher is None or not strategies:
+    student, own = config.student.preset, config.distill.model_fields_set
+    unset = [strategy for strategy in config.strategies if strategy not in own]
+    if teacher is None or not unset:
         return {}
     known = {t: pairs[student] for t, pairs in recipe.pairs.items() if student in pairs}
     weights = known.get(teacher)
@@ -101,7 +137,7 @@ def _weights(
             student,
             source,
         )
-    for strategy in strategies:
+    for strategy in unset:
         if weights and strategy not in weights:
             log.warning(
                 "recipe %s has no weight of %s for %s; the default %g is taken",

@@ -1,6 +1,7 @@
 """``kd-cache``: build, inspect and verify stores. Heavy imports happen in commands."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,10 +34,10 @@ for _command in COMMANDS:
 def _block_range(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
-    first, colon, last = text.partition(":")
-    if not (colon and first.isdigit() and last.isdigit() and int(first) < int(last)):
+    numbers = re.fullmatch(r"([0-9]{1,18}):([0-9]{1,18})", text)
+    if numbers is None or int(numbers[1]) >= int(numbers[2]):
         raise click.BadParameter(f"--blocks {text!r} must look like 0:8.")
-    return int(first), int(last)
+    return int(numbers[1]), int(numbers[2])
 
 
 def _chosen_part(text: str | None, others: dict[str, object]) -> "Part | None":

@@ -23,11 +23,17 @@ def is_url(text: object) -> bool:
 
 
 def refuse_credentials(url: str, key: str) -> None:
-    """Raise SpecError where a URL holds a password, which would be kept in stores."""
-    if "@" in urlsplit(url).netloc:
+    """Raise SpecError where a URL holds a password or a signature: stores keep URLs."""
+    parts = urlsplit(url)
+    if "@" in parts.netloc:
         raise SpecError(
             f"{key} has credentials in its URL, which stores would keep; leave them "
             "to the environment or to fsspec's configuration files."
+        )
+    if parts.query:
+        raise SpecError(
+            f"{key} has a query ('?…') in its URL, which stores would keep, signatures "
+            "included; leave it away, or fetch the file first."
         )
 
 

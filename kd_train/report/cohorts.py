@@ -1,4 +1,4 @@
-"""Runs in the rows of a comparison, and refusing what cannot stand in one table."""
+"""Runs in the rows of a comparison."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,11 +6,12 @@ from typing import Any
 
 from kd_train.config import STRATEGIES
 from kd_train.report.runs import FinishedRun, Metrics, number
-from pipeline.errors import SpecError
 
 # Settings that may differ between a run and its baseline beside those of distillation,
 # the last of which changes no number.
 _FREE = ("strategy", "seed", "train_split", "loss.teacher_labels", "loader_threads")
+# Settings that count together, with the number of processes: the batch of a step.
+_BATCH = ("batch_size", "batch_atoms", "accumulate")
 
 
 @dataclass(frozen=True)
@@ -81,14 +82,7 @@ def is_plain(run: FinishedRun) -> bool:
 
 
 def make_cohorts(runs: Sequence[FinishedRun]) -> list[Cohort]:
-    """Runs grouped by student, in the order in which students first appear.
-
-    Raises
-    ------
-    SpecError
-        Two runs cannot stand in one table.
-    """
-    _require_common(runs)
+    """Comparable runs grouped by student, in the order in which these first appear."""
     students = dict.fromkeys(run.summary.student for run in runs)
     return [
         _cohort(student, [run for run in runs if run.summary.student == student])
@@ -96,8 +90,13 @@ def make_cohorts(runs: Sequence[FinishedRun]) -> list[Cohort]:
     ]
 
 
+def row_settings(run: FinishedRun) -> tuple[str, str, dict[str, Any]]:
+    """Student, strategy and settings by the words of a label: equal within a row."""
+    told = _lambdas(run) | _choices(run)
+    return run.summary.student, run.summary.strategy, told
+
+
 def _cohort(student: str, members: list[FinishedRun]) -> Cohort:
-    _require_equal_training(student, members)
     choices = [_choices(run) for run in members]
     weights: dict[str, list[dict[str, Any]]] = {}
     for run in members:
@@ -113,10 +112,7 @@ def _cohort(student: str, members: list[FinishedRun]) -> Cohort:
         Variant(rows[key][0].summary.strategy, key[2], tuple(rows[key]))
         for key in sorted(rows)
     ]
-    cohort = Cohort(student, tuple(variants))
-    _require_every_seed_once(cohort)
-    _require_equal_start(cohort)
-    return cohort
+    return Cohort(student, tuple(variants))
 
 
 def _lambdas(run: FinishedRun) -> dict[str, Any]:
@@ -178,65 +174,12 @@ def _sortable(value: Any) -> tuple[int, float, str]:
 
 def _bound(run: FinishedRun) -> dict[str, Any]:
     """Settings that a run must share with its baseline."""
-    return {
+    bound = {
         key: value
         for key, value in run.settings.items()
-        if key not in _FREE and not key.startswith("distill.")
+        if key not in (*_FREE, *_BATCH) and not key.startswith("distill.")
     }
-
-
-def _require_common(runs: Sequence[FinishedRun]) -> None:
-    """One store and one split, since the teacher's row is the same for all students."""
-    for run in runs[1:]:
-        first, ours, theirs = runs[0], runs[0].summary, run.summary
-        if theirs.fingerprint != ours.fingerprint:
-            raise SpecError(
-                f"{first.folder} and {run.folder} were trained on different stores "
-                f"(fingerprints {ours.fingerprint[:12]}… and "
-                f"{theirs.fingerprint[:12]}…); report them separately."
-            )
-        if theirs.val_split != ours.val_split:
-            raise SpecError(
-                f"{first.folder} and {run.folder} have different val_split "
-                f"({ours.val_split} and {theirs.val_split}); compare equal ones only."
-            )
-
-
-def _require_equal_training(student: str, runs: Sequence[FinishedRun]) -> None:
-    for run in runs[1:]:
-        ours, theirs = runs[0].summary.steps, run.summary.steps
-        if ours != theirs:
-            raise SpecError(
-                f"{runs[0].folder} and {run.folder}, both {student}, have different "
-                f"steps ({ours} and {theirs}); compare equal ones only."
-            )
-
-
-def _require_every_seed_once(cohort: Cohort) -> None:
-    for variant in cohort.variants:
-        seen: dict[int, FinishedRun] = {}
-        for run in variant.runs:
-            first = seen.setdefault(run.summary.seed, run)
-            if first is run:
-                continue
-            raise SpecError(
-                f"{first.folder} and {run.folder} are both {cohort.student} with "
-                f"strategy {variant.label} and seed {run.summary.seed}; leave one of "
-                "them out."
-            )
-
-
-def _require_equal_start(cohort: Cohort) -> None:
-    """Runs of one seed must have had the same initial weights."""
-    first: dict[int, FinishedRun] = {}
-    for run in (*cohort.plain, *cohort.runs):
-        one = first.setdefault(run.summary.seed, run)
-        if one.header.initial_weights != run.header.initial_weights:
-            raise SpecError(
-                f"{run.folder} did not start from the weights of {one.folder}, though "
-                f"both have seed {run.summary.seed}; train both with the same student "
-                "and the same version."
-            )
+    return bound | {"batch": run.batch}
 
 
 def _rank(strategy: str) -> tuple[int, int, str]:

@@ -1,15 +1,21 @@
 """The comparison in sentences, and the commands that its runs came from."""
 
-import json
+import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from kd_train.config import STRATEGIES, TrainConfig
+from kd_train.recipe import with_recipe
 from kd_train.report.cohorts import Cohort
 from kd_train.report.layouts import gap_text, joined
-from kd_train.report.runs import FinishedRun, Incomplete, flat_defaults
+from kd_train.report.runs import FinishedRun, LeftOut, flat_defaults, flattened
 from kd_train.report.tables import COLUMNS, Column, Row, Table
+from pipeline.documents import validate
+from pipeline.errors import SpecError
 
 _FLAGS = {
     "strategy": "--strategy",
@@ -20,7 +26,10 @@ _FLAGS = {
 
 
 def findings(
-    table: Table, cohorts: Sequence[Cohort], missing: Sequence[Incomplete]
+    table: Table,
+    cohorts: Sequence[Cohort],
+    missing: Sequence[LeftOut],
+    apart: Sequence[LeftOut],
 ) -> list[str]:
     """What was compared, and which row is best for every student."""
     runs = [run for cohort in cohorts for run in cohort.runs]
@@ -38,6 +47,9 @@ def findings(
     ]
     if missing:
         sentences.append(f"{_count(len(missing), 'run')} without results: see below.")
+    if apart:
+        told = _count(len(apart), "finished run")
+        sentences.append(f"{told} not comparable with the others: see below.")
     for cohort in cohorts:
         rows = [row for row in table.rows if row.student == cohort.student]
         if any(row.gaps is not None for row in rows):
@@ -47,15 +59,43 @@ def findings(
 
 
 def training_command(run: FinishedRun) -> str:
-    """The command that makes ``run`` anew, with all settings that are no defaults."""
+    """The command that makes ``run`` anew, and with ``--resume`` goes on with it.
+
+    It sets everything that is no default, and everything that the run's recipe would
+    fill in, so that it stands for the same run whatever the recipe comes to hold.
+    """
     words = ["kd-train", "--cache", "STORE"]
-    defaults = flat_defaults()
+    if run.header.processes > 1:
+        count = str(run.header.processes)
+        words = ["torchrun", "--nproc-per-node", count, "-m", "kd_train", *words[1:]]
+    settings, left_out = _filled(run)
     for key, flag in _FLAGS.items():
-        words += [flag, str(run.settings[key])]
-    for key, value in run.settings.items():
-        if key not in _FLAGS and defaults.get(key) != value:
-            words += ["--set", f"{key}={_yaml_scalar(value)}"]
+        words += [flag, str(settings[key])]
+    for key, value in settings.items():
+        if key not in _FLAGS and (key not in left_out or left_out[key] != value):
+            words += ["--set", f"{key}={_yaml_value(value)}"]
     return shlex.join([*words, "--out", str(run.folder)])
+
+
+def _filled(run: FinishedRun) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings of ``run`` with its recipe, and those that come about by themselves."""
+    defaults, name = flat_defaults(), run.settings["recipe"]
+    bare = {"student": {"preset": run.settings["student.preset"]}, "recipe": name}
+    try:
+        asked = validate(TrainConfig, bare, str(run.folder))
+        recipe = flattened(with_recipe(asked, None).model_dump(mode="json"))
+    except SpecError:  # of a version that knew other recipes or students
+        name, recipe = "none", defaults
+    if name in ("auto", "none"):  # from before there were recipes
+        return run.settings | {"recipe": "none"}, defaults
+    # Weights of the terms depend on the teacher, so none comes about by itself.
+    weights = {f"distill.{term}" for term in STRATEGIES}
+    alone = {
+        key: value
+        for key, value in defaults.items()
+        if recipe.get(key) == value and key not in weights
+    }
+    return run.settings, alone
 
 
 def report_command(
@@ -87,6 +127,9 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def _yaml_scalar(value: Any) -> str:
-    plain = isinstance(value, str) and value.replace("+", "_").isidentifier()
-    return value if plain else json.dumps(value, ensure_ascii=False)
+def _yaml_value(value: Any) -> str:
+    """``value`` as YAML for ``--set``, which reads as the same value and type."""
+    text = yaml.safe_dump(
+        value, default_flow_style=True, allow_unicode=True, width=math.inf
+    )
+    return text.removesuffix("\n").removesuffix("\n...")

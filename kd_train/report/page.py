@@ -10,9 +10,11 @@ from importlib.metadata import PackageNotFoundError, version
 from kd_train.report.cohorts import Cohort
 from kd_train.report.findings import training_command
 from kd_train.report.layouts import gap_text, joined
-from kd_train.report.runs import FinishedRun, Incomplete
+from kd_train.report.runs import FinishedRun, LeftOut
 from kd_train.report.tables import COLUMNS, MISSING, TEACHER, Row, Table
 
+WITHOUT_RESULTS = "Runs without results"
+NOT_COMPARABLE = "Finished runs that cannot be compared with the others"
 _PACKAGES = ("kd-train", "torch", "numpy", "matplotlib")
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 76rem;
@@ -54,21 +56,26 @@ class Report:
 
     table: Table
     cohorts: Sequence[Cohort]
-    missing: Sequence[Incomplete]
+    missing: Sequence[LeftOut]
+    apart: Sequence[LeftOut]
     findings: Sequence[str]
     figures: Sequence[Figure]
     command: str
 
 
 def page(report: Report) -> str:
-    """The page: summary, table, figures, runs without results, provenance."""
+    """The page: summary, table, figures, runs left out, provenance."""
     sections = [
         _section("Summary", "".join(f"<p>{escape(s)}</p>\n" for s in report.findings)),
         _section("Gap closed", _results(report.table)),
         *(_section(one.title, _figure(one)) for one in report.figures),
     ]
-    if report.missing:
-        sections.append(_section("Runs without results", _missing(report.missing)))
+    for title, runs in (
+        (WITHOUT_RESULTS, report.missing),
+        (NOT_COMPARABLE, report.apart),
+    ):
+        if runs:
+            sections.append(_section(title, _left_out(runs)))
     sections.append(_section("Provenance", _provenance(report)))
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -130,12 +137,12 @@ def _html_row(row: Row, has_gaps: bool) -> str:
     return f"<tr{kind}>{''.join(cells)}</tr>\n"
 
 
-def _missing(missing: Sequence[Incomplete]) -> str:
+def _left_out(runs: Sequence[LeftOut]) -> str:
     rows = [_cells(("folder", "run", "state"), "th")]
     rows += [
         f"<tr><td>{escape(str(one.folder))}</td><td>{escape(one.what)}</td>"
         f'<td class="reason">{escape(one.state)}</td></tr>\n'
-        for one in missing
+        for one in runs
     ]
     return f'<div class="wide"><table class="list">{"".join(rows)}</table></div>\n'
 
@@ -216,7 +223,7 @@ def _run_table(cohorts: Sequence[Cohort]) -> str:
 def _run_cells(run: FinishedRun, label: str, cohort: Cohort) -> tuple[str, ...]:
     summary = run.summary
     baseline = cohort.baseline_of(run)
-    # Unequal weights were refused on reading, so a baseline to compare with means yes.
+    # Runs of unequal weights are not here, so a baseline to compare with means yes.
     equal = MISSING if baseline is None else "" if baseline is run else "yes"
     return (
         str(run.folder),

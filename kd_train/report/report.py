@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kd_train.report.cohorts import Cohort, make_cohorts
+from kd_train.report.comparable import comparable
 from kd_train.report.findings import findings, report_command
 from kd_train.report.heatmap import read_similarity
 from kd_train.report.layouts import csv_table, latex_table, text_table
-from kd_train.report.page import Figure, Report, page
+from kd_train.report.page import NOT_COMPARABLE, WITHOUT_RESULTS, Figure, Report, page
 from kd_train.report.parity import parity_files
 from kd_train.report.plots import (
     curves_files,
@@ -15,7 +16,7 @@ from kd_train.report.plots import (
     throughput_files,
     throughput_points,
 )
-from kd_train.report.runs import Incomplete, read_runs
+from kd_train.report.runs import LeftOut, read_runs
 from kd_train.report.tables import make_table
 from pipeline.files import write_atomically
 
@@ -48,8 +49,9 @@ def write_report(
 
     Writes table.txt, table.csv, table.tex, every figure as PNG and PDF, and
     report.html, which holds all of them. With ``partial`` unfinished, failed and
-    damaged runs are listed instead of refused. ``cka`` are folders that ``kd-cka``
-    wrote. Nothing is written if the runs cannot be compared.
+    damaged runs are listed instead of refused, and so are finished ones that cannot be
+    compared with the others. ``cka`` are folders that ``kd-cka`` wrote. Nothing is
+    written if the runs are refused.
 
     Raises
     ------
@@ -59,14 +61,18 @@ def write_report(
         matplotlib is not installed.
     """
     finished, missing = read_runs(runs, partial=partial)
+    finished, misfits = comparable(finished)
+    if misfits and not partial:
+        raise misfits[0].refusal()
+    apart = [misfit.listed() for misfit in misfits]
     cohorts = make_cohorts(finished)
     table = make_table(cohorts)
-    text = _text(cohorts, text_table(table), missing)
+    text = _text(cohorts, text_table(table), missing, apart)
     files = _figure_files(cohorts)
     command = report_command(runs, out, partial=partial, cka=cka)
-    told = findings(table, cohorts, missing)
+    told = findings(table, cohorts, missing, apart)
     shown = [*_shown(files, cohorts), *map(_similarity, cka)]
-    content = page(Report(table, cohorts, missing, told, shown, command))
+    content = page(Report(table, cohorts, missing, apart, told, shown, command))
     files |= {
         "table.txt": text.encode(),
         "table.csv": csv_table(table).encode(),
@@ -82,15 +88,21 @@ def write_report(
     return text
 
 
-def _text(cohorts: Sequence[Cohort], table: str, missing: Sequence[Incomplete]) -> str:
+def _text(
+    cohorts: Sequence[Cohort],
+    table: str,
+    missing: Sequence[LeftOut],
+    apart: Sequence[LeftOut],
+) -> str:
     """Store, table, and what became of the other runs."""
     parts = []
     if cohorts:
         parts.append(f"Store {cohorts[0].runs[0].summary.fingerprint[:12]}\n")
     parts.append(table)
-    if missing:
-        lines = "".join(f"  {one.folder}: {one.state}\n" for one in missing)
-        parts.append(f"Runs without results:\n{lines}")
+    for title, runs in ((WITHOUT_RESULTS, missing), (NOT_COMPARABLE, apart)):
+        if runs:
+            lines = "".join(f"  {one.folder}: {one.state}\n" for one in runs)
+            parts.append(f"{title}:\n{lines}")
     return "\n".join(parts)
 
 

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import math
+import shlex
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -62,11 +63,30 @@ class Summary(_Open):
 
 
 class Header(_Open):
-    """What ``config.yaml`` says: the configuration, and where training started."""
+    """What ``config.yaml`` says: the configuration, and where training started.
+
+    ``processes`` trained together; folders of before there could be several do not say.
+    """
 
     config: dict[str, Any]
     initial_weights: str
+    processes: int = Key(1, ge=1)
     versions: dict[str, str] = Key(default_factory=dict)
+
+
+class BatchSizes(_Open):
+    """Settings that decide how much an optimiser step sees."""
+
+    batch_size: int
+    batch_atoms: int | None
+    accumulate: int
+
+    def together(self, processes: int) -> str:
+        """All batches of a step, of all processes, as ``128 samples``."""
+        atoms = self.batch_atoms
+        size = self.batch_size if atoms is None else atoms
+        total = size * self.accumulate * processes
+        return f"{total} {'samples' if atoms is None else 'atoms'}"
 
 
 class Throughput(_Open):
@@ -102,16 +122,20 @@ class Failure(_Open):
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """One finished run; curves and predictions are read when asked for."""
+    """One finished run; curves and predictions are read when asked for.
+
+    ``batch`` is what an optimiser step sees, of all processes: ``128 samples``.
+    """
 
     folder: Path
     summary: Summary
     header: Header
+    batch: str
 
     @cached_property
     def settings(self) -> dict[str, Any]:
         """Configuration with dotted keys; defaults where the run knew no such key."""
-        return flat_defaults() | _flat(self.header.config)
+        return flat_defaults() | flattened(self.header.config)
 
     @property
     def strategies(self) -> tuple[str, ...]:
@@ -160,19 +184,22 @@ class FinishedRun:
         path = self.folder / "throughput.json"
         if not path.exists():
             return None
-        again = f"measure it anew with `kd-eval {self.folder} --throughput`"
+        command = shlex.join(
+            ["kd-eval", str(self.folder), "--data", "STORE", "--throughput"]
+        )
+        again = f"measure it anew with `{command}` (STORE is the store)"
         return _json_document(Throughput, path, again)
 
     def _damaged(self, name: str) -> SpecError:
         return SpecError(
             f"{self.folder / name} is missing or damaged; write it anew with "
-            f"`kd-train --out {self.folder} --resume`."
+            f"{_resuming(self.folder)}."
         )
 
 
 @dataclass(frozen=True)
-class Incomplete:
-    """A run without results: what it was to be, and what became of it."""
+class LeftOut:
+    """A run that is not in the table: what it was to be, and why it is not there."""
 
     folder: Path
     what: str
@@ -181,7 +208,7 @@ class Incomplete:
 
 def read_runs(
     folders: Sequence[Path], *, partial: bool = False
-) -> tuple[list[FinishedRun], list[Incomplete]]:
+) -> tuple[list[FinishedRun], list[LeftOut]]:
     """Finished runs in ``folders``; with ``partial`` also what became of the others.
 
     Raises
@@ -198,7 +225,7 @@ def read_runs(
         except SpecError as error:
             if not partial:
                 raise
-            others.append(_incomplete(folder, str(error)))
+            others.append(_left_out(folder, str(error)))
     return finished, others
 
 
@@ -207,17 +234,18 @@ def read_run(folder: Path) -> FinishedRun:
     path = folder / "metrics.json"
     if not path.exists():
         raise SpecError(_why_unfinished(folder))
-    again = f"write it anew with `kd-train --out {folder} --resume`"
+    again = f"write it anew with {_resuming(folder)}"
     summary = _json_document(Summary, path, again)
     config = folder / "config.yaml"
-    return FinishedRun(
-        folder, summary, validate(Header, read_yaml(config), str(config))
-    )
+    header = validate(Header, read_yaml(config), str(config))
+    settings = flat_defaults() | flattened(header.config)
+    sizes = validate(BatchSizes, settings, str(config))
+    return FinishedRun(folder, summary, header, sizes.together(header.processes))
 
 
 def flat_defaults() -> dict[str, Any]:
     """The default configuration with dotted keys."""
-    return _flat(TrainConfig().model_dump(mode="json"))
+    return flattened(TrainConfig().model_dump(mode="json"))
 
 
 def number(value: object) -> str:
@@ -234,12 +262,21 @@ def _why_unfinished(folder: Path) -> str:
         return f"{folder} is not a run folder: it has no config.yaml."
     state = "failed" if failure.exists() else "is not finished (it has no metrics.json)"
     return (
-        f"{folder} {state}; continue it with `kd-train --out {folder} --resume`, or "
-        "add --partial to list it in the report."
+        f"{folder} {state}; continue it with {_resuming(folder)}, or add --partial to "
+        "list it in the report."
     )
 
 
-def _incomplete(folder: Path, error: str) -> Incomplete:
+def _resuming(folder: Path) -> str:
+    """How to go on with a run, in words; its settings must be those of before."""
+    command = ["kd-train", "--cache", "STORE", "--out", str(folder), "--resume"]
+    return (
+        f"`{shlex.join(command)}` (STORE is the store) and the settings that it was "
+        "started with"
+    )
+
+
+def _left_out(folder: Path, error: str) -> LeftOut:
     """What a report says of a folder that :func:`read_run` refused with ``error``."""
     try:
         config = read_yaml(folder / "config.yaml").get("config", {})
@@ -248,14 +285,14 @@ def _incomplete(folder: Path, error: str) -> Incomplete:
     except (SpecError, KeyError, TypeError, AttributeError):
         what = ""
     if (folder / "metrics.json").exists():
-        return Incomplete(folder, what, f"damaged: {error}")
+        return LeftOut(folder, what, f"damaged: {error}")
     if (folder / "failure.json").exists():
-        return Incomplete(folder, what, _failure(folder / "failure.json"))
+        return LeftOut(folder, what, _failure(folder / "failure.json"))
     if not (folder / "config.yaml").exists():
-        return Incomplete(folder, what, "not started")
+        return LeftOut(folder, what, "not started")
     step = _last_step(folder / "metrics.csv")
     place = "before its first validation" if step is None else f"at step {step}"
-    return Incomplete(folder, what, f"unfinished {place}")
+    return LeftOut(folder, what, f"unfinished {place}")
 
 
 def _failure(path: Path) -> str:
@@ -293,9 +330,12 @@ def _json_document(model: type[_Document], path: Path, remedy: str) -> _Document
     return validate(model, document, str(path))
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flattened(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``settings`` with dotted keys in place of sections."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         name = f"{prefix}{key}"
-        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+        flat |= (
+            flattened(value, f"{name}.") if isinstance(value, dict) else {name: value}
+        )
     return flat

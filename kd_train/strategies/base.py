@@ -1,7 +1,7 @@
 """A strategy: the fields it reads from the store, its adapter, its loss."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -62,13 +62,18 @@ class Strategy(ABC):
         totals = self.totals(output, batch)
         return joint_mean(self.part_weights, totals, self.counts(batch))
 
-    def _check(self) -> None:
-        for field in self.fields:
-            if field not in self.setting.teacher_widths:
+    @classmethod
+    def require_fields(cls, stored: Container[str]) -> None:
+        """Raise SpecError unless all fields of the strategy are ``stored``."""
+        for field in cls.fields:
+            if field not in stored:
                 raise SpecError(
-                    f"Strategy {self.name!r} needs the field {field!r}, which this "
+                    f"Strategy {cls.name!r} needs the field {field!r}, which this "
                     f"store lacks; {_remedy(field)} and build the store again."
                 )
+
+    def _check(self) -> None:
+        self.require_fields(self.setting.teacher_widths)
         own = self.student_field
         if own is not None and own not in self.setting.student_widths:
             raise SpecError(

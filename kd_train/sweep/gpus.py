@@ -3,36 +3,62 @@
 import fcntl
 import os
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+# Seconds between two looks for a free GPU.
+_PAUSE = 2.0
+# What CUDA_VISIBLE_DEVICES holds where there is to be no GPU; Slurm writes the second.
+_NO_GPU = ("-1", "NoDevFiles")
+
 
 @contextmanager
-def free_gpu(folder: Path | None = None) -> Iterator[tuple[str, int] | None]:
+def free_gpu(
+    folder: Path | None = None,
+    waiting: Callable[[Sequence[str]], object] | None = None,
+) -> Iterator[tuple[str, int] | None]:
     """A GPU that no other run has: its name for CUDA, and the descriptor of its lock.
 
-    None where all are taken or there are none; the run then uses CUDA's first one. The
-    GPU is free again when every process that holds the descriptor has ended, also by
-    being killed. Locks are files in ``folder``, by default the system's for such.
+    Waits while all are taken, and first tells ``waiting`` their names. None where there
+    are none. The GPU is free again when every process that holds the descriptor has
+    ended, also by being killed. Locks are files in ``folder``, by default the system's
+    for such.
     """
     place = Path(tempfile.gettempdir()) if folder is None else folder
-    for name in _visible():
-        path = place / f"kd-sweep-gpu-{name.replace('/', '-')}-{os.getuid()}.lock"
-        with path.open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                continue
-            yield name, lock.fileno()
-            return
+    names = visible_gpus()
+    told = waiting is None
+    while names:
+        for name in names:
+            with (place / _lock_name(name)).open("a") as lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    continue
+                yield name, lock.fileno()
+                return
+        if waiting is not None and not told:
+            waiting(names)
+            told = True
+        time.sleep(_PAUSE)
     yield None
 
 
-def _visible() -> list[str]:
+def visible_gpus() -> list[str]:
     """GPUs that this process may use, as CUDA numbers or names them."""
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is not None:
-        return [name.strip() for name in listed.split(",") if name.strip()]
+        names = [name.strip() for name in listed.split(",") if name.strip()]
+        # CUDA sees no device after one that is none.
+        ends = [names.index(end) for end in _NO_GPU if end in names]
+        return names[: min(ends, default=len(names))]
     count = len(list(Path("/dev").glob("nvidia[0-9]*")))
     return [str(number) for number in range(count)]
+
+
+def _lock_name(gpu: str) -> str:
+    """Of one user, and of one Slurm job, each of which numbers its GPUs from 0."""
+    job = os.environ.get("SLURM_JOB_ID")
+    owner = f"{os.getuid()}" if job is None else f"{os.getuid()}-job{job}"
+    return f"kd-sweep-gpu-{gpu.replace('/', '-')}-{owner}.lock"

@@ -49,7 +49,7 @@ class SweepConfig(ClosedModel):
     threads: int = Key(1, ge=1, description="CPU threads of a run")
     gpus: int = Key(0, ge=0, le=1, description="GPUs that a run reserves")
     device: str | None = Key(
-        None, description="as of kd-train; default: cpu where gpus is 0"
+        None, description="as of kd-train; default: cpu where gpus is 0, else cuda"
     )
 
     def own_baseline(self, variant: str | None) -> bool:
@@ -113,9 +113,9 @@ class Sweep:
     runs: tuple[SweepRun, ...]
 
     @property
-    def device(self) -> str | None:
-        """For kd-train; None where that shall choose."""
-        return self.config.device or (None if self.config.gpus else "cpu")
+    def device(self) -> str:
+        """For kd-train, which refuses a GPU that is not there."""
+        return self.config.device or ("cuda" if self.config.gpus else "cpu")
 
     def folder(self, name: str) -> Path:
         """Run folder of the run called ``name``."""

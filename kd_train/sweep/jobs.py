@@ -7,7 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NoReturn
@@ -21,6 +22,10 @@ from pipeline.files import write_atomically
 
 # Of a process that was killed, as by a machine without memory.
 _ATTEMPTS = 3
+_NO_GPU = (
+    "The sweep reserves a GPU for every run (gpus: 1), but there is none here; set "
+    "gpus: 0 to train on the CPU, or device: cuda to let CUDA look for one."
+)
 _PROGRAM = "from kd_train.cli import main; main()"
 
 
@@ -87,20 +92,27 @@ def _command(sweep: Sweep, settings: Path, folder: Path) -> list[str]:
     command = [sys.executable, "-c", _PROGRAM, "--cache", sweep.store]
     command += ["--config", str(settings), "--out", str(folder), "--auto-resume"]
     command += ["--threads", str(sweep.config.threads)]
-    return command if sweep.device is None else [*command, "--device", sweep.device]
+    return [*command, "--device", sweep.device]
 
 
 def _trained(command: list[str], log: Path, sweep: Sweep, lock: int) -> str | None:
     """Run ``command``, on a GPU of its own where the sweep reserves one."""
     environment = {"OMP_NUM_THREADS": str(sweep.config.threads)}
-    if not sweep.config.gpus:
+    if not sweep.config.gpus or sweep.device == "cpu":
         return run_to_its_end(command, log, environment, (lock,))
-    with free_gpu() as gpu:
-        if gpu is None:
+    with free_gpu(waiting=partial(_tell_waiting, log)) as gpu:
+        if gpu is None and sweep.config.device is None:
+            return _NO_GPU
+        if gpu is None:  # none by the names of NVIDIA's devices, but the user insists
             return run_to_its_end(command, log, environment, (lock,))
         name, hold = gpu
         environment["CUDA_VISIBLE_DEVICES"] = name
         return run_to_its_end(command, log, environment, (lock, hold))
+
+
+def _tell_waiting(log: Path, names: Sequence[str]) -> None:
+    with log.open("a") as stream:
+        stream.write(f"waiting: other runs have all GPUs ({', '.join(names)})\n")
 
 
 def run_to_its_end(

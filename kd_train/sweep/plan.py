@@ -1,16 +1,27 @@
 """A sweep held against its store: what can be trained, what is left out and why."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from kd_train.config import TrainConfig
+from kd_train.loader.joined import Split
 from kd_train.strategies import REGISTRY
 from kd_train.strategies.base import Setting
+from kd_train.sweep.comparison import require_comparable, require_equal
 from kd_train.sweep.grid import Sweep, SweepRun, load_sweep
-from kd_train.trainer.setup import chosen_split, resolved, stored_widths
+from kd_train.trainer.setup import (
+    chosen_split,
+    has_labels,
+    resolved,
+    run_normalizer,
+    stored_widths,
+    wanted_fields,
+)
 from pipeline.documents import nearest
 from pipeline.errors import SpecError
+from pipeline.fields import PREDICTION_FIELDS
 from pipeline.models.normalizer import Normalizer
 from pipeline.models.zoo import PRESETS, build_model
 from pipeline.store.reader import FeatureStore
@@ -40,8 +51,9 @@ def plan(path: Path) -> Plan:
     Raises
     ------
     SpecError
-        The file is wrong, a student is unknown, the store lacks a field, or a student
-        has no such features and ``skip_impossible`` is false.
+        The file is wrong, a student is unknown, the store lacks a field, a student
+        has no such features and ``skip_impossible`` is false, or the report could not
+        compare the runs.
     StoreError
         There is no such store.
     """
@@ -54,13 +66,16 @@ def plan(path: Path) -> Plan:
             )
     store = FeatureStore.open(sweep.store)
     checks = _Checks(store)
-    skipped = {}
+    configs, skipped = {}, {}
     for run in sweep.runs:
         try:
-            reason = checks.reason(run.config)
+            config = checks.resolved(run.config)
+            reason = checks.reason(config)
         except SpecError as error:
             raise SpecError(f"{path}, run {run.name}: {error}") from None
-        if reason is not None:
+        if reason is None:
+            configs[run.name] = config
+        else:
             skipped[run.name] = reason
     if skipped and not sweep.config.skip_impossible:
         name, reason = next(iter(skipped.items()))
@@ -69,6 +84,8 @@ def plan(path: Path) -> Plan:
         raise SpecError(
             f"{path}: every run is impossible, so nothing would be trained."
         )
+    require_comparable(configs, str(path))
+    checks.require_equal_starts(configs, str(path))
     return Plan(sweep, store.fingerprint, skipped)
 
 
@@ -77,8 +94,25 @@ class _Checks:
 
     def __init__(self, store: FeatureStore) -> None:
         self.store = store
-        self._widths: dict[str, dict[str, int]] = {}
+        self._resolved: dict[str, TrainConfig] = {}
+        self._networks: dict[str, tuple[dict[str, int], bool]] = {}
+        self._labelled: dict[str, bool] = {}
         self._reasons: dict[tuple[str, ...], str | None] = {}
+
+    def resolved(self, config: TrainConfig) -> TrainConfig:
+        """``config`` as it is trained, with what recipe and store fill in.
+
+        Raises
+        ------
+        SpecError
+            The recipe knows no such student, or its values and those that are set do
+            not go together.
+        """
+        # Seeds share an entry, so that what a recipe warns of is told once for them.
+        key = config.model_dump_json(exclude={"seed"}, exclude_unset=True)
+        if key not in self._resolved:
+            self._resolved[key] = resolved(config, self.store)
+        return self._resolved[key].model_copy(update={"seed": config.seed})
 
     def reason(self, config: TrainConfig) -> str | None:
         """Why the student cannot have the strategy; None where all is well.
@@ -86,31 +120,51 @@ class _Checks:
         Raises
         ------
         SpecError
-            The store lacks a split or a field, the network cannot be built, or the
-            recipe knows no such student.
+            The store lacks a split or a field, the network cannot be built, or there
+            is nothing to learn from.
         """
-        student = config.student.model_dump_json()
-        splits = config.train_split, config.val_split, config.test_split or ""
-        key = (student, config.recipe, config.strategy, *splits)
+        key = (
+            config.student.model_dump_json(),
+            config.strategy,
+            config.loss.model_dump_json(),
+            config.normalizer,
+            *(config.train_split, config.val_split, config.test_split or ""),
+        )
         if key not in self._reasons:
-            self._reasons[key] = self._find_reason(resolved(config, self.store))
+            self._reasons[key] = self._find_reason(config)
         return self._reasons[key]
 
+    def require_equal_starts(
+        self, configs: Mapping[str, TrainConfig], where: str
+    ) -> None:
+        """Refuse other training splits for students that begin with a fit to them.
+
+        The report compares runs of one seed only if they had equal initial weights.
+
+        Raises
+        ------
+        SpecError
+            Two runs of such a student differ in ``train_split``.
+        """
+        fitted: dict[str, dict[str, TrainConfig]] = {}
+        for name, config in configs.items():
+            if not self._network(config)[1]:
+                fitted.setdefault(config.student.preset, {})[name] = config
+        for runs in fitted.values():
+            require_equal(runs, where, "train_split", lambda c: c.train_split)
+
     def _find_reason(self, config: TrainConfig) -> str | None:
-        fields = [field for s in config.strategies for field in REGISTRY[s].fields]
-        split = chosen_split(self.store, config.train_split, fields)
+        split = chosen_split(self.store, config.train_split, wanted_fields(config))
         for choice in (config.val_split, *(config.test_split or "").split("+")):
             if choice:
                 chosen_split(self.store, choice)
-        student = config.student.model_dump_json()
-        if student not in self._widths:
-            model, preset = PRESETS[config.student.preset]
-            network = build_model(model, preset | config.student.hyperparameters)
-            self._widths[student] = network.widths
+        if config.normalizer != "store":
+            run_normalizer(config, self.store)
         teacher = stored_widths(split)
+        self._require_something_to_learn(config, split, teacher)
         setting = Setting(
             student_name=config.student.preset,
-            student_widths=self._widths[student],
+            student_widths=self._network(config)[0],
             teacher_widths=teacher,
             normalizer=Normalizer(),  # plays no part in what is checked
             loss=config.loss,
@@ -124,3 +178,33 @@ class _Checks:
                     raise
                 return str(error)
         return None
+
+    def _network(self, config: TrainConfig) -> tuple[dict[str, int], bool]:
+        """Widths of the student, and whether it needs no fit before training."""
+        student = config.student.model_dump_json()
+        if student not in self._networks:
+            model, preset = PRESETS[config.student.preset]
+            network = build_model(model, preset | config.student.hyperparameters)
+            self._networks[student] = network.widths, network.is_fitted
+        return self._networks[student]
+
+    def _require_something_to_learn(
+        self, config: TrainConfig, split: Split, teacher: Mapping[str, int]
+    ) -> None:
+        if config.loss.teacher_labels:
+            for name in PREDICTION_FIELDS:
+                if name not in teacher:
+                    raise SpecError(
+                        f"loss.teacher_labels needs the field {name!r}, which split "
+                        f"{split.name!r} lacks; set it to 0 or build the store with a "
+                        "teacher."
+                    )
+        elif not config.strategies:
+            if config.train_split not in self._labelled:
+                self._labelled[config.train_split] = has_labels(split)
+            if not self._labelled[config.train_split]:
+                raise SpecError(
+                    f"train_split: {split.name!r} has no reference labels, so the "
+                    "strategy 'none' has nothing to learn from; join a split with "
+                    "labels, set loss.teacher_labels, or leave the strategy out."
+                )

@@ -76,7 +76,7 @@ class Run:
         device: torch.device,
         world: World = ALONE,
     ) -> None:
-        self.config = config = resolved(config, store)
+        self.config = config = resolved(config, store, world.size)
         self.store = store
         self.folder = folder
         self.device = device

@@ -23,6 +23,12 @@ from kd_train.losses import (
 from kd_train.recipe import with_recipe
 from kd_train.strategies import REGISTRY, Strategy
 from kd_train.strategies.base import Setting
+from kd_train.trainer.labels import (
+    FIRST_SAMPLES,
+    has_labels,
+    require_labels,
+    require_predictions,
+)
 from pipeline.documents import nearest
 from pipeline.errors import SpecError
 from pipeline.fields import FIELDS, PREDICTION_FIELDS
@@ -33,10 +39,11 @@ from pipeline.statistics import KIND_DIFFERENCE
 from pipeline.store.reader import FeatureStore
 
 log = logging.getLogger("kd_train")
-# Samples by which energies of teacher and labels are compared.
-KIND_SAMPLES = 256
 # Samples on which a fresh student sets its scale factors.
 _FITTING_SAMPLES = 32
+# Recipe of the paper's periodic dataset, and ending of presets that are none of its.
+_PERIODIC_RECIPE = "oc20"
+_DEMO = "-demo"
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,8 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
     Raises
     ------
     SpecError
-        The preset is unknown, or a strategy needs what store or student lack.
+        The preset is unknown, the student predicts no forces, or a strategy needs
+        what store or student lack.
     """
     preset = config.student.preset
     if preset not in PRESETS:
@@ -71,13 +79,11 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
     fields = wanted_fields(config)
     split = chosen_split(store, config.train_split, fields)
     if config.loss.teacher_labels:
-        _require_predictions(split)
-    _require_labels(config, split, chosen_split(store, config.val_split))
+        require_predictions(split)
     name, hyperparameters = PRESETS[preset]
     torch.manual_seed(config.seed)
     student = build_model(name, hyperparameters | config.student.hyperparameters)
-    if not student.is_fitted:
-        student.fit(_fitting_batch(student, split))
+    _require_forces(student)
     normalizer = run_normalizer(config, store)
     setting = Setting(
         student_name=preset,
@@ -88,6 +94,9 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
         seed=config.seed,
     )
     strategies = tuple(REGISTRY[s](setting) for s in config.strategies)
+    require_labels(config, split, chosen_split(store, config.val_split))
+    if not student.is_fitted:
+        student.fit(_fitting_batch(student, split))
     adapters = {s.name: s.adapter for s in strategies if s.adapter is not None}
     return Learner(
         name,
@@ -116,61 +125,106 @@ def supervised_labels(config: LossConfig) -> Callable[[Data], Labels]:
     return partial(completed_labels, weight=config.teacher_labels)
 
 
-def _require_predictions(split: Split) -> None:
-    """Refuse to take missing labels from a teacher that never ran."""
-    for name in PREDICTION_FIELDS:
-        if FIELDS[name].path not in split.arrays:
-            raise SpecError(
-                f"loss.teacher_labels needs the field {name!r}, which split "
-                f"{split.name!r} of this store lacks; add a teacher: section to the "
-                "spec and build the store again, or set loss.teacher_labels=0."
-            )
-
-
-def _require_labels(config: TrainConfig, train: Split, val: Split) -> None:
-    """Refuse to learn from nothing, and tell that nothing can be validated against."""
-    if not has_labels(val):
-        log.warning(
-            "val_split: %r has no reference labels, so errors stay unknown; choose "
-            "another split",
-            val.name,
-        )
-    learns = config.strategies or config.loss.teacher_labels
-    if not learns and not has_labels(train):
+def _require_forces(student: Network) -> None:
+    """Refuse a student that neither L0 nor its validation could be computed of."""
+    if not student.hyperparameters["regress_forces"]:
         raise SpecError(
-            f"train_split: {train.name!r} has no reference labels, so the strategy "
-            "'none' has nothing to learn from; join a split with labels, set "
-            "loss.teacher_labels=1, or choose another strategy."
+            "student.hyperparameters.regress_forces is false, but losses and metrics "
+            "need forces; leave it out, and set loss.force_weight=0 to learn from "
+            "energies alone."
         )
 
 
-def resolved(config: TrainConfig, store: FeatureStore) -> TrainConfig:
+def resolved(
+    config: TrainConfig, store: FeatureStore, processes: int = 1
+) -> TrainConfig:
     """``config`` with the student and the recipe that the store suggests.
 
-    Where no student is named it is the paper's for the store's teacher: PaiNN-big for
-    GemNet-OC, else PaiNN-small; of the sizes for OC20 where structures are periodic.
-    Other values that are not set are those of the recipe, see ``kd_train.recipe``.
+    Values that are not set are those of the recipe for a run of ``processes``, see
+    ``kd_train.recipe``.
 
     Raises
     ------
     SpecError
-        The store has no such split, or the recipe no such student.
+        The store has no such split, or lacks a field of the strategies; the recipe has
+        no such student, or its batch cannot be shared by the processes.
     """
+    config = with_student(config, store)
+    split = chosen_split(store, config.train_split)
+    stored = stored_widths(split)
+    for strategy in config.strategies:
+        REGISTRY[strategy].require_fields(stored)
+    if "normalizer" not in config.model_fields_set and _has_units(store, config):
+        config = config.model_copy(update={"normalizer": "store"})
+    chosen = with_recipe(config, _teacher_model(store), processes)
+    if config.recipe == "auto":
+        _tell_of_recipe(chosen, split)
+    return chosen
+
+
+def _has_units(store: FeatureStore, config: TrainConfig) -> bool:
+    """Whether units of the store come before those of a recipe.
+
+    Students need the units of their teacher, and energies that the store has reference
+    energies for are total energies, which no student learns as they are.
+    """
+    if store.attributes["teacher"] is not None:
+        return True
+    return any(store_normalizer(store, config.train_split).element_references)
+
+
+def _tell_of_recipe(config: TrainConfig, split: Split) -> None:
+    """Warn where the recipe that the student's name chose is not of such data."""
+    preset, recipe = config.student.preset, config.recipe
+    if recipe == "none":
+        if preset in PRESETS and not preset.endswith(_DEMO):
+            log.warning(
+                "no recipe has the student %s, so built-in defaults stand for all that "
+                "is not set, such as steps=%d; look at docs/training.md",
+                preset,
+                config.steps,
+            )
+    elif (recipe == _PERIODIC_RECIPE) != _is_periodic(split):
+        log.warning(
+            "the student %s takes the recipe %s, but the structures of %r %s; choose "
+            "another student, or set recipe to say that this is meant",
+            preset,
+            recipe,
+            split.name,
+            "are not periodic" if recipe == _PERIODIC_RECIPE else "are periodic",
+        )
+
+
+def with_student(config: TrainConfig, store: FeatureStore) -> TrainConfig:
+    """``config`` with a student: where none is named, the paper's for the store.
+
+    PaiNN-big for GemNet-OC as teacher, else PaiNN-small; of the sizes for OC20 where
+    structures are periodic.
+
+    Raises
+    ------
+    SpecError
+        The store has no such split.
+    """
+    if config.student.preset:
+        return config
+    preset = "painn-big" if _teacher_model(store) == "gemnet_oc" else "painn-small"
+    if _is_periodic(chosen_split(store, config.train_split)):
+        preset += "-oc20"
+    student = config.student.model_copy(update={"preset": preset})
+    return config.model_copy(update={"student": student})
+
+
+def _teacher_model(store: FeatureStore) -> str | None:
+    """Kind of the store's teacher; None where no teacher ran."""
     teacher = store.attributes["teacher"]
-    model = None if teacher is None else teacher["model"]
-    if not config.student.preset:
-        preset = "painn-big" if model == "gemnet_oc" else "painn-small"
-        if _is_periodic(chosen_split(store, config.train_split)):
-            preset += "-oc20"
-        student = config.student.model_copy(update={"preset": preset})
-        config = config.model_copy(update={"student": student})
-    return with_recipe(config, model)
+    return None if teacher is None else teacher["model"]
 
 
 def _is_periodic(split: Split) -> bool:
     """Whether any of the first samples is periodic."""
     path = FIELDS["pbc"].path
-    positions = np.arange(min(KIND_SAMPLES, len(split)))
+    positions = np.arange(min(FIRST_SAMPLES, len(split)))
     return bool(split.read(positions, [path])[path].any())
 
 
@@ -245,22 +299,9 @@ def store_normalizer(store: FeatureStore, choice: str) -> Normalizer:
     return Normalizer.from_dict(store.attributes["label_statistics"][first])
 
 
-def has_labels(split: Split) -> bool:
-    """Whether a sample has a reference energy, or one of the first has forces."""
-    energy, forces = FIELDS["energy"].path, FIELDS["forces"].path
-    for block in range(split.n_blocks):
-        # Where any sample has one, a sample of the first block does.
-        if np.isfinite(
-            split.read(split.block_positions(block), [energy])[energy]
-        ).any():
-            return True
-    first = np.arange(min(KIND_SAMPLES, len(split)))
-    return bool(np.isfinite(split.read(first, [forces])[forces]).any())
-
-
 def _energies_agree(split: Split) -> bool:
     """Whether the teacher's energies are of the kind of the labels, by some samples."""
-    positions = np.arange(min(KIND_SAMPLES, len(split)))
+    positions = np.arange(min(FIRST_SAMPLES, len(split)))
     paths = [FIELDS["energy"].path, FIELDS["teacher_energy"].path]
     values = split.read(positions, paths)
     difference = np.abs(values[paths[0]] - values[paths[1]]) / split.n_atoms[positions]

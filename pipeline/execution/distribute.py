@@ -28,6 +28,8 @@ PER_WORKER = 2
 _TICK_S = 0.5
 _GATHER_S = 10.0
 _PATIENCE_S = 180.0
+_LONGEST_PAUSE_S = 30.0
+_LONGEST_WAIT_S = 3600.0
 
 
 class TaskLost(Exception):
@@ -36,6 +38,27 @@ class TaskLost(Exception):
 
 class StillRunning(Exception):
     """A task that seemed to have ended is being run again."""
+
+
+@dataclass
+class _Try(Generic[Item]):
+    """A try of an item, under way or due; ``tries`` that count were made before it.
+
+    ``since`` is when somebody else was first found at it; it runs ``alone`` where
+    earlier workers died, with it or with what was at the same worker.
+    """
+
+    item: Item
+    tries: int = 0
+    waits: int = 0
+    since: float | None = None
+    alone: bool = False
+
+    def waited(self) -> float:
+        """Seconds since somebody else was first found at the item."""
+        if self.since is None:
+            self.since = time.monotonic()
+        return time.monotonic() - self.since
 
 
 @dataclass(frozen=True)
@@ -84,7 +107,9 @@ def run_tasks(
     *,
     retries: int = RETRIES,
     transient: Callable[[Exception], bool] = retried,
+    awaited: Callable[[Exception], bool] = lambda error: False,
     delay: float = 0.5,
+    longest_wait: float = _LONGEST_WAIT_S,
     on_retry: Callable[[Item, Exception], None] = lambda item, error: None,
     on_tick: Callable[[], None] = lambda: None,
 ) -> Iterator[Outcome[Item, Result]]:
@@ -92,8 +117,12 @@ def run_tasks(
 
     Never more are in flight than the pool asks for. A ``transient`` error is tried
     again up to ``retries`` times, after ``delay`` seconds, then four times as long. An
-    outcome with an error is one that stayed, or one of the input (PipelineError). The
-    main thread is never blocked for longer than a moment, so that signals come through.
+    item whose workers died has a last try when all others have ended and nothing else
+    runs, for it may only have been at the same workers as another that kills them. An
+    ``awaited`` error says that somebody else is at the item, and is no try of it; it is
+    asked for again for ``longest_wait`` seconds. An outcome with an error is one that
+    stayed, or one of the input (PipelineError). The main thread is never blocked for
+    longer than a moment, so that signals come through.
 
     Raises
     ------
@@ -105,23 +134,30 @@ def run_tasks(
     run = _Run(pool, task, items, on_tick)
     try:
         while (ended := run.next_ended()) is not None:
-            item, tries, future = ended
+            one, future = ended
+            item = one.item
             try:
                 result = pool.collect(future)
             except StillRunning:
-                run.watch(item, tries, future)
+                run.watch(one, future)
             except WorkersError:
                 raise
             except Exception as error:
-                if transient(error) and tries <= retries:
+                if awaited(error) and one.waited() < longest_wait:
                     on_retry(item, error)
-                    run.again(item, tries, delay * 4 ** (tries - 1))
+                    run.wait(one, delay)
+                elif transient(error) and one.tries < retries:
+                    on_retry(item, error)
+                    run.again(one, delay)
+                elif isinstance(error, TaskLost) and not one.alone:
+                    on_retry(item, error)
+                    run.at_last(one)
                 elif transient(error) or isinstance(error, PipelineError):
-                    yield Outcome(item, None, error, tries)
+                    yield Outcome(item, None, error, one.tries + 1)
                 else:
                     raise
             else:
-                yield Outcome(item, result, None, tries)
+                yield Outcome(item, result, None, one.tries + 1)
     finally:
         run.end()
 
@@ -141,15 +177,16 @@ class _Run(Generic[Item, Result]):
         self._fresh = deque(items)
         self._on_tick = on_tick
         self._numbers = itertools.count()
-        self._flying: dict[int, tuple[Item, int, Any]] = {}
-        self._later: list[tuple[float, int, Item, int]] = []
+        self._flying: dict[int, tuple[_Try[Item], Any]] = {}
+        self._later: list[tuple[float, int, _Try[Item]]] = []
+        self._last: deque[_Try[Item]] = deque()
         self._ended: queue.SimpleQueue[int] = queue.SimpleQueue()
 
-    def next_ended(self) -> tuple[Item, int, Any] | None:
-        """Item, tries and future of the next task that ends; None when all have."""
+    def next_ended(self) -> tuple[_Try[Item], Any] | None:
+        """The next try that ends and its future; None when all have."""
         while True:
             self._fill()
-            if not self._flying and not self._later and not self._fresh:
+            if not (self._flying or self._later or self._fresh or self._last):
                 return None
             try:
                 return self._flying.pop(self._ended.get(timeout=self._pause()))
@@ -157,20 +194,35 @@ class _Run(Generic[Item, Result]):
                 self._on_tick()
                 self._pool.check()
 
-    def watch(self, item: Item, tries: int, future: Any) -> None:
+    def watch(self, one: _Try[Item], future: Any) -> None:
         """Wait for the end of ``future``."""
         number = next(self._numbers)
-        self._flying[number] = item, tries, future
+        self._flying[number] = one, future
         future.add_done_callback(lambda _: self._ended.put(number))
 
-    def again(self, item: Item, tries: int, pause: float) -> None:
-        """Run ``item`` once more after ``pause`` seconds."""
-        due = time.monotonic() + pause
-        heapq.heappush(self._later, (due, next(self._numbers), item, tries))
+    def again(self, one: _Try[Item], delay: float) -> None:
+        """Try once more after ``delay`` seconds, or four times as long as before."""
+        self._after(one, delay * 4**one.tries)
+        one.tries += 1
+
+    def wait(self, one: _Try[Item], delay: float) -> None:
+        """Ask once more, after pauses that grow to half a minute."""
+        self._after(one, min(delay * 2**one.waits, _LONGEST_PAUSE_S))
+        one.waits += 1
+
+    def at_last(self, one: _Try[Item]) -> None:
+        """Try once more when everything else has ended, alone."""
+        one.tries += 1
+        one.alone = True
+        self._last.append(one)
 
     def end(self) -> None:
         """Abandon whatever is in flight."""
-        self._pool.abandon([future for _, _, future in self._flying.values()])
+        self._pool.abandon([future for _, future in self._flying.values()])
+
+    def _after(self, one: _Try[Item], pause: float) -> None:
+        due = time.monotonic() + pause
+        heapq.heappush(self._later, (due, next(self._numbers), one))
 
     def _pause(self) -> float:
         if not self._later:
@@ -178,17 +230,19 @@ class _Run(Generic[Item, Result]):
         return min(_TICK_S, max(0.01, self._later[0][0] - time.monotonic()))
 
     def _fill(self) -> None:
-        room = self._pool.capacity() - len(self._flying)
-        for item, tries in itertools.islice(self._next_items(), max(0, room)):
-            self.watch(item, tries + 1, self._pool.submit(self._task, item))
+        room = max(0, self._pool.capacity() - len(self._flying))
+        for one in itertools.islice(self._next_tries(), room):
+            self.watch(one, self._pool.submit(self._task, one.item))
+        if room and self._last and not (self._flying or self._later or self._fresh):
+            one = self._last.popleft()
+            self.watch(one, self._pool.submit(self._task, one.item))
 
-    def _next_items(self) -> Iterator[tuple[Item, int]]:
-        """Items whose next try is due, then new ones, with the tries so far."""
+    def _next_tries(self) -> Iterator[_Try[Item]]:
+        """Tries that are due, then items that had none."""
         while self._later and self._later[0][0] <= time.monotonic():
-            _, _, item, tries = heapq.heappop(self._later)
-            yield item, tries
+            yield heapq.heappop(self._later)[-1]
         while self._fresh:
-            yield self._fresh.popleft(), 0
+            yield _Try(self._fresh.popleft())
 
 
 class ThreadPool:

@@ -149,15 +149,23 @@ def _translated(error: RuntimeError | MemoryError) -> Exception:
 
 
 def fill_in_worker(
-    document: str, path: Path, fingerprint: str, filling: Filling, block: Block
+    document: str,
+    path: Path,
+    fingerprint: str,
+    build: str,
+    filling: Filling,
+    block: Block,
 ) -> Filled:
-    """Fill ``block`` in a worker process, which keeps datasets and teacher."""
+    """Fill ``block`` in a worker process, which keeps datasets and teacher.
+
+    It keeps them for one ``build``: the next one may find other files and another plan.
+    """
     with _starting:
-        fill = _worker_filler(document, path, fingerprint, filling)
+        fill = _worker_filler(document, path, fingerprint, build, filling)
     try:
         return fill(block)
     except DeviceError as error:
-        if filling.scheduler is None:
+        if _starts_anew():
             # The process cannot use its device any more; a fresh one can.
             os.write(
                 2, f"Warning: {block}: {error}; its worker starts anew.\n".encode()
@@ -166,11 +174,18 @@ def fill_in_worker(
         raise
 
 
+def _starts_anew() -> bool:
+    """Whether this worker is started again when it ends: a nanny watches it."""
+    from distributed import get_worker
+
+    return get_worker().nanny is not None
+
+
 @lru_cache(maxsize=1)
 def _worker_filler(
-    document: str, path: Path, fingerprint: str, filling: Filling
+    document: str, path: Path, fingerprint: str, build: str, filling: Filling
 ) -> BlockFiller:
-    """Datasets and teacher, loaded once in each worker process."""
+    """Datasets and teacher, loaded once in each worker process for a build."""
     from distributed import get_worker
 
     worker = get_worker()

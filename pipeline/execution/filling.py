@@ -1,6 +1,7 @@
 """Fills the blocks of a planned store: here, in worker processes, or on a cluster."""
 
 import logging
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -79,6 +80,7 @@ def fill_blocks(
             pending,
             retries=filling.retries,
             transient=transient_in(pool),
+            awaited=awaited_in(pool),
             on_retry=partial(_tell_retry, progress),
             on_tick=lambda: _count_workers(progress, pool),
         ):
@@ -175,12 +177,18 @@ def transient_in(pool: Pool) -> Callable[[Exception], bool]:
     elsewhere = isinstance(pool, DaskPool)
 
     def transient(error: Exception) -> bool:
-        # A worker that was thought dead may still hold a block; another device may do.
-        return retried(error) or (
-            elsewhere and isinstance(error, BusyError | DeviceError)
-        )
+        return retried(error) or (elsewhere and isinstance(error, DeviceError))
 
     return transient
+
+
+def awaited_in(pool: Pool) -> Callable[[Exception], bool]:
+    """Which errors tell of somebody else at the same block, when tasks are ``pool``'s.
+
+    A worker that was thought dead may still be at it, or one of an earlier build.
+    """
+    elsewhere = isinstance(pool, DaskPool)
+    return lambda error: elsewhere and isinstance(error, BusyError)
 
 
 @contextmanager
@@ -202,7 +210,9 @@ def _workplace(
     free_cached_memory()  # planning may have left a worker's GPU full
     fingerprint = str(writer.attributes["fingerprint"])
     document = source.spec.model_dump_json()
-    task = partial(fill_in_worker, document, writer.path, fingerprint, filling)
+    # Workers of a cluster live on; what an earlier build opened may be of another plan.
+    build = uuid.uuid4().hex
+    task = partial(fill_in_worker, document, writer.path, fingerprint, build, filling)
     if filling.scheduler is not None:
         with connected(filling.scheduler) as client:
             check_workers(client, writer.path, fingerprint)

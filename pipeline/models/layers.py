@@ -35,9 +35,9 @@ class ShiftedSoftplus(nn.Module):
 class ScaleFactor(nn.Module):
     """Multiplies by one stored number that is never trained."""
 
-    def __init__(self) -> None:
+    def __init__(self, factor: float = 1.0) -> None:
         super().__init__()
-        self.scale_factor = nn.Parameter(torch.ones(()), requires_grad=False)
+        self.scale_factor = nn.Parameter(torch.tensor(factor), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Product of ``x`` and the factor."""

@@ -1,5 +1,6 @@
 """PaiNN in the variant of the Open Catalyst Project."""
 
+import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -32,7 +33,11 @@ from pipeline.models.output import ModelOutput
 
 @dataclass(frozen=True)
 class PaiNNOptions:
-    """Hyperparameters under the names that released checkpoints use; cutoff in Å."""
+    """Hyperparameters under the names that released checkpoints use; cutoff in Å.
+
+    ``scale_factors`` of the layers, in order, are what a fresh model begins with;
+    layers beyond them have 1. They are state, and in no file's hyperparameters.
+    """
 
     hidden_channels: int = 512
     num_layers: int = 6
@@ -47,6 +52,7 @@ class PaiNNOptions:
     direct_forces: bool = True
     use_pbc: bool = True
     num_elements: int = 83
+    scale_factors: list[float] = field(default_factory=list)
 
 
 class PaiNN(Network):
@@ -66,8 +72,14 @@ class PaiNN(Network):
         options = PaiNNOptions(**hyperparameters)
         if options.rbf.get("name") != "gaussian":
             raise SpecError(f"Basis {options.rbf} is not supported; use gaussian.")
+        if options.hidden_channels < 2:
+            raise SpecError(
+                f"painn.hidden_channels is {options.hidden_channels}, but at least 2 "
+                "are needed, since the last layers have half of them."
+            )
         self.options = options
         self.hyperparameters = asdict(options)
+        del self.hyperparameters["scale_factors"]
         self.graph_rule = GraphRule(
             options.cutoff,
             options.max_neighbors,
@@ -94,8 +106,9 @@ class PaiNN(Network):
             PaiNNMessage(width, options.num_rbf) for _ in layers
         )
         self.update_layers = nn.ModuleList(PaiNNUpdate(width) for _ in layers)
-        for i in layers:
-            self.add_module(f"upd_out_scalar_scale_{i}", ScaleFactor())
+        given = itertools.chain(options.scale_factors, itertools.repeat(1.0))
+        for i, factor in zip(layers, given, strict=False):
+            self.add_module(f"upd_out_scalar_scale_{i}", ScaleFactor(factor))
         self.out_energy = nn.Sequential(
             nn.Linear(width, width // 2), ScaledSiLU(), nn.Linear(width // 2, 1)
         )

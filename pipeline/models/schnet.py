@@ -58,6 +58,11 @@ class SchNet(Network):
         options = SchNetOptions(**hyperparameters)
         if options.readout not in ("add", "sum", "mean"):
             raise SpecError(f"Readout {options.readout!r} is not add, sum or mean.")
+        if options.hidden_channels < 2:
+            raise SpecError(
+                f"schnet.hidden_channels is {options.hidden_channels}, but at least "
+                "2 are needed, since the last layers have half of them."
+            )
         self.options = options
         self.hyperparameters = asdict(options)
         self.graph_rule = GraphRule(

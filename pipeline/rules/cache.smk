@@ -11,9 +11,11 @@ GPUS = int(config.get("gpus", 1))
 CPUS = int(config.get("cpus", 2))
 SET = [f"--set {change}" for change in config.get("set", "").split()]
 # Of processes within one job, for machines with several devices.
-WORKERS = f"--workers {config.get('workers', 0)}"
+WORKERS = int(config.get("workers", 0))
 # Of the jobs that read all data, before and after the others: planning and sealing.
 PASSES = int(config.get("pass_workers", 0))
+# All of these are resources, not parameters: another number of processes is no reason
+# to make a finished store again.
 
 
 def memory(wildcards, attempt):
@@ -24,6 +26,11 @@ def memory(wildcards, attempt):
 def minutes(wildcards, attempt):
     """A job that ran out of time goes on, but an ever longer one ends for sure."""
     return int(config.get("runtime", 240)) * attempt
+
+
+def threads_each(wildcards, threads):
+    """Of each process, which share the cores of their job."""
+    return max(1, min(threads, CPUS) // max(1, WORKERS))
 
 
 for spec in sorted(Path("cache_specs").glob("*.yaml")):
@@ -54,13 +61,15 @@ for spec in sorted(Path("cache_specs").glob("*.yaml")):
                 gpu=GPUS,
                 mem_mb=memory,
                 runtime=minutes,
+                processes=WORKERS,
+                threads_each=threads_each,
             params:
                 store=f"caches/{name}.zarr",
                 overrides=SET,
-                workers=WORKERS,
             shell:
-                "(kd-cache build {input.spec} --out {params.store} --threads {threads} "
-                "{params.workers} --receipt {output.receipt} {params.overrides} && "
+                "(kd-cache build {input.spec} --out {params.store} "
+                "--threads {resources.threads_each} --workers {resources.processes} "
+                "--receipt {output.receipt} {params.overrides} && "
                 "kd-cache info {params.store} --csv > {output.fields}) 2>&1 | tee {log}"
 
     else:
@@ -81,13 +90,15 @@ for spec in sorted(Path("cache_specs").glob("*.yaml")):
                 gpu=GPUS,
                 mem_mb=memory,
                 runtime=minutes,
+                processes=PASSES,
+                threads_each=threads_each,
             params:
                 store=f"caches/{name}.zarr",
                 overrides=SET,
-                workers=PASSES,
             shell:
-                "kd-cache plan {input.spec} --out {params.store} --threads {threads} "
-                "--workers {params.workers} {params.overrides} > {log} 2>&1"
+                "kd-cache plan {input.spec} --out {params.store} "
+                "--threads {resources.threads_each} --workers {resources.processes} "
+                "{params.overrides} > {log} 2>&1"
 
         rule:
             name:
@@ -108,14 +119,16 @@ for spec in sorted(Path("cache_specs").glob("*.yaml")):
                 gpu=GPUS,
                 mem_mb=memory,
                 runtime=minutes,
+                processes=WORKERS,
+                threads_each=threads_each,
             params:
                 store=f"caches/{name}.zarr",
                 overrides=SET,
-                workers=WORKERS,
                 jobs=JOBS,
             shell:
-                "kd-cache build {input.spec} --out {params.store} --threads {threads} "
-                "{params.workers} --part {wildcards.part}/{params.jobs} "
+                "kd-cache build {input.spec} --out {params.store} "
+                "--threads {resources.threads_each} --workers {resources.processes} "
+                "--part {wildcards.part}/{params.jobs} "
                 "{params.overrides} > {log} 2>&1"
 
         rule:
@@ -147,16 +160,16 @@ for spec in sorted(Path("cache_specs").glob("*.yaml")):
             resources:
                 mem_mb=memory,
                 runtime=minutes,
+                processes=PASSES,
             params:
                 store=f"caches/{name}.zarr",
-                workers=PASSES,
                 benchmarks=expand(
                     f"{folder}.parts/{{job}}.benchmark.tsv",
                     job=["plan", *(f"{n}-of-{JOBS}" for n in range(1, JOBS + 1))],
                 ),
             shell:
-                "(kd-cache seal {params.store} --workers {params.workers} && "
-                "kd-cache verify {params.store} --workers {params.workers} && "
+                "(kd-cache seal {params.store} --workers {resources.processes} && "
+                "kd-cache verify {params.store} --workers {resources.processes} && "
                 "kd-cache info {params.store} --json > {output.receipt} && "
                 "kd-cache info {params.store} --csv > {output.fields} && "
                 "awk 'NR == 1 {{print \"job\\t\" $0}} FNR == 2 "

@@ -6,6 +6,7 @@ import os
 
 from snakemake.exceptions import WorkflowError
 
+from kd_train.sweep.gpus import visible_gpus
 from kd_train.sweep.workflow import Jobs
 from pipeline.errors import PipelineError
 
@@ -14,6 +15,10 @@ try:
 except PipelineError as error:
     raise WorkflowError(str(error)) from None
 os.environ["KD_SWEEP"] = JOBS.file
+# Snakemake does not limit a resource that nobody gave an amount of. On a cluster each
+# job asks for its own, and a limit would be one for all of them.
+if JOBS.gpus and workflow.local_exec and "gpu" not in workflow.global_resources:
+    workflow.register_resource("gpu", max(1, len(visible_gpus())))
 
 
 envvars:

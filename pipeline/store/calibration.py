@@ -89,8 +89,11 @@ def _halves(centered: Floats) -> tuple[Floats, Floats]:
 def _principal_axes(centered: Floats) -> Floats:
     """(C, C) orthogonal, rows by falling variance; directions of vectors are pooled."""
     flat = centered.reshape(-1, centered.shape[-1]).astype(np.float64)
-    _, axes = np.linalg.eigh(flat.T @ flat)
-    return np.ascontiguousarray(axes[:, ::-1].T, np.float32)
+    _, columns = np.linalg.eigh(flat.T @ flat)
+    axes = columns[:, ::-1].T
+    # An axis has two directions; which one comes out should not depend on last bits.
+    largest = np.take_along_axis(axes, np.abs(axes).argmax(1)[:, None], 1)
+    return np.ascontiguousarray(axes * np.sign(largest), np.float32)
 
 
 def _largest_step(values: Floats, error: float) -> float:

@@ -23,6 +23,7 @@ def make_run(
     initial_weights=None,
     name=None,
     teacher_name=None,
+    processes=None,
     **summary,
 ):
     """A finished run folder as the training loop leaves it."""
@@ -53,6 +54,7 @@ def make_run(
             **(config or {}),
         },
         "initial_weights": initial_weights or f"{seed:064d}",
+        **({"processes": processes} if processes else {}),
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(header))
     write_curve(folder, [(50, 40.0, 400.0, 90.0), (100, 90.0, 300.0, 50.0)])

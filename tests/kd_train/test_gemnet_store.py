@@ -1,5 +1,6 @@
 """Students of a GemNet-OC, and GemNet-OC as a student."""
 
+import re
 from pathlib import Path
 
 import ase.io
@@ -13,6 +14,7 @@ from kd_train.trainer.loop import Run
 from kd_train.trainer.setup import resolved
 from pipeline.errors import DataError
 from pipeline.models.gemnet.fitting import Scale
+from pipeline.models.zoo import PRESETS
 from pipeline.spec import load_spec
 from pipeline.store.reader import FeatureStore
 from pipeline.structure import Sample
@@ -132,7 +134,7 @@ def test_student_of_the_paper_is_taken_where_none_is_named(
 
 
 def test_periodic_structures_take_the_sizes_for_oc20(
-    tmp_path: Path,
+    tmp_path: Path, labels_store: FeatureStore, caplog: pytest.LogCaptureFixture
 ) -> None:
     slab = fcc111("Cu", (2, 2, 2), vacuum=6.0)
     slab.pbc = True
@@ -144,3 +146,34 @@ def test_periodic_structures_take_the_sizes_for_oc20(
     }
     store = build(write_spec(tmp_path / "s.yaml", document))
     assert resolved(TrainConfig(), store).student.preset == "painn-small-oc20"
+    assert resolved(TrainConfig(), labels_store).student.preset == "painn-small"
+    assert caplog.text == ""
+    # The recipe goes by the student; that it is not of such data is told.
+    for wrong, other, words in (
+        ("schnet-oc20", labels_store, "recipe oc20, but .* 'train' are not periodic"),
+        ("schnet", store, "recipe coll, but .* 'train' are periodic"),
+    ):
+        config = TrainConfig.model_validate({"student": {"preset": wrong}})
+        resolved(config, other)
+        assert re.search(words, caplog.text)
+        caplog.clear()
+        named = resolved(config, other).recipe
+        caplog.clear()
+        resolved(config.model_copy(update={"recipe": named}), other)
+        assert caplog.text == ""
+
+
+def test_sizes_of_the_paper_without_a_recipe_are_told(
+    labels_store: FeatureStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = {}
+    for preset in PRESETS:
+        caplog.clear()
+        config = TrainConfig.model_validate({"student": {"preset": preset}})
+        resolved(config, labels_store)
+        told[preset] = f"no recipe has the student {preset}" in caplog.text
+    assert {preset for preset, is_told in told.items() if is_told} == {
+        "gemnet-oc-small",
+        "gemnet-oc-oc20",
+        "gemnet-oc-small-oc20",
+    }

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from kd_train.cli import main
 from kd_train.evaluation.evaluate import evaluate
@@ -30,6 +31,7 @@ from tests.kd_train.runs import make_run, metric_rows
 from tests.stores import (
     FLOAT32,
     STUDENTS,
+    TINY_PAINN,
     build,
     save_gemnet,
     spec_document,
@@ -125,6 +127,22 @@ def trained(
     assert said.count("energy_mae") == 1
     assert "Warning" not in said
     return out
+
+
+def test_processes_share_the_batch_of_a_recipe(
+    small_store: FeatureStore, tmp_path: Path
+) -> None:
+    """And the first one alone tells, once, what the recipe lacks."""
+    out, logs = tmp_path / "run", tmp_path / "logs"
+    sizes = [f"student.hyperparameters.{k}={v}" for k, v in TINY_PAINN.items()]
+    arguments: list[object] = ["--cache", small_store.path, "--out", out]
+    arguments += ["--student", "painn-big", "--strategy", "n2n", "--steps", 1]
+    arguments += [part for size in sizes for part in ("--set", size)]
+    launched = torchrun(logs, "kd_train", [*arguments, "--device", "cpu"])
+    assert launched.wait(TIMEOUT) == 0, _said(logs)
+    config = yaml.safe_load((out / "config.yaml").read_text())["config"]
+    assert (config["recipe"], config["batch_size"]) == ("coll", 16)
+    assert _said(logs).count("no weights for painn to painn-big") == 1
 
 
 def test_metrics_are_those_of_one_process_bit_for_bit(

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,12 @@ from torch.optim.lr_scheduler import LinearLR, MultiStepLR
 from kd_train.config import RECIPES, TrainConfig, load_config
 from kd_train.recipe import read_recipe, with_recipe
 from kd_train.trainer.schedule import learning_rate
-from kd_train.trainer.setup import run_normalizer
+from kd_train.trainer.setup import resolved, run_normalizer
 from pipeline.errors import SpecError
 from pipeline.models.normalizer import Normalizer
 from pipeline.models.zoo import PRESETS
 from pipeline.store.reader import FeatureStore
+from tests.stores import build, spec_document, write_spec
 
 # arXiv:2306.14818, Table 6, typed from the page: vanilla1, vanilla2, n2n, e2n, v2v.
 TABLE_6 = {
@@ -27,6 +29,87 @@ TABLE_6 = {
     ("gemnet_oc", "painn-big"): (0.2, 100, 1000, 10, 100),
     ("painn", "painn-small"): (1.0, 100, 100, None, 10000),
     ("painn", "schnet"): (1.0, 100, 100, None, None),
+}
+
+
+# Tables 3 to 5 and the authors' files, typed from them.
+COLL = {
+    "recipe": "coll",
+    "batch_size": 32,
+    "steps": 500 * 120_000 // 32,  # epochs of 120 000 samples
+    "eval_every": 120_000 // 32,
+    "normalizer": "unit",
+    "optimizer.lr": 1e-3,
+    "optimizer.weight_decay": 2e-6,
+    "optimizer.decayed": "all",
+    "optimizer.amsgrad": True,
+    "optimizer.eps": 1e-7,
+    "optimizer.clip_norm": 10,
+    "schedule.kind": "exponential",
+    "schedule.warmup_steps": 3750,
+    "schedule.warmup_start": 0,
+    "schedule.decay_rate": 0.01,
+    "schedule.decay_steps": 4_000_000,
+    "schedule.milestones": (),
+    "loss.energy_weight": 1,
+    "loss.force_weight": 100,
+    "loss.force_error": "l2",
+    "ema_decay": 0.999,
+    "precision": "float32",
+}
+OC20_PAINN = {
+    "recipe": "oc20",
+    "batch_size": 32,
+    "steps": 1_000_000,
+    "eval_every": 10_000,
+    "normalizer": "store",
+    "optimizer.lr": 1e-4,
+    "optimizer.weight_decay": 0.01,
+    "optimizer.decayed": "all",
+    "optimizer.amsgrad": True,
+    "optimizer.eps": 1e-8,  # torch's own
+    "optimizer.clip_norm": 10,
+    "schedule.kind": "milestones",
+    "schedule.warmup_steps": 0,
+    "schedule.decay_rate": 0.45,
+    "schedule.milestones": (160_000, 320_000, 480_000, 640_000),
+    "loss.energy_weight": 1,
+    "loss.force_weight": 100,
+    "loss.force_error": "l2",
+    "ema_decay": 0.999,
+    "precision": "float32",
+}
+OC20_SCHNET = {
+    "recipe": "oc20",
+    "batch_size": 3 * 64,  # three GPUs
+    "steps": 30 * 2_000_000 // 192,  # epochs of OC20-2M
+    "eval_every": 10_417,  # an epoch, rounded up
+    "normalizer": "store",
+    "optimizer.lr": 1e-4,
+    "optimizer.weight_decay": 0.01,
+    "optimizer.decayed": "all",
+    "optimizer.amsgrad": False,
+    "optimizer.eps": 1e-8,
+    "optimizer.clip_norm": None,
+    "schedule.kind": "milestones",
+    "schedule.warmup_steps": 31_250,
+    "schedule.warmup_start": 0.1,
+    "schedule.decay_rate": 0.1,
+    "schedule.milestones": (52_083, 83_333, 104_166),
+    "loss.energy_weight": 1,
+    "loss.force_weight": 100,
+    "loss.force_error": "mae",
+    "ema_decay": 0,
+    "precision": "float32",
+}
+SETTINGS = {
+    "gemnet-oc": COLL,
+    "painn-big": COLL,
+    "painn-small": COLL,
+    "schnet": COLL,
+    "painn-big-oc20": OC20_PAINN,
+    "painn-small-oc20": OC20_PAINN,
+    "schnet-oc20": OC20_SCHNET,
 }
 
 
@@ -45,6 +128,26 @@ def test_weights_are_those_of_the_paper(
     for name, value in zip(names, expected, strict=True):
         if value is not None:
             assert getattr(chosen.distill, name) == value
+
+
+@pytest.mark.parametrize(("student", "expected"), SETTINGS.items())
+def test_settings_are_those_of_the_paper(
+    student: str, expected: dict[str, Any]
+) -> None:
+    chosen = with_recipe(_config(student=student), None)
+    found = {key: attrgetter(key)(chosen) for key in expected}
+    assert found == expected
+
+
+def test_no_student_and_no_setting_of_a_recipe_is_left_out() -> None:
+    for name in RECIPES:
+        for student, settings in read_recipe(name).students.items():
+            given = {
+                f"{key}.{part}" if part else key
+                for key, value in settings.items()
+                for part in (value if isinstance(value, dict) else [""])
+            }
+            assert given <= SETTINGS[student].keys()
 
 
 def test_every_recipe_is_a_valid_configuration_of_a_known_student() -> None:
@@ -105,6 +208,47 @@ def test_a_pair_that_the_paper_lacks_is_told(caplog: pytest.LogCaptureFixture) -
     assert caplog.text == ""
 
 
+def test_weights_that_were_set_need_no_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = _config(student="painn-small", strategy="n2n", distill={"n2n": 3})
+    assert with_recipe(config, "sevennet").distill.n2n == 3
+    assert caplog.text == ""
+
+
+@pytest.mark.parametrize(
+    ("student", "processes", "accumulate", "share"),
+    [
+        ("schnet-oc20", 1, 1, 192),
+        ("schnet-oc20", 3, 1, 64),
+        ("schnet-oc20", 3, 4, 16),
+        ("painn-big-oc20", 2, 1, 16),
+        ("painn-small", 1, 4, 8),
+    ],
+)
+def test_a_step_of_all_processes_takes_the_batch_of_the_paper(
+    student: str, processes: int, accumulate: int, share: int
+) -> None:
+    config = _config(student=student, accumulate=accumulate)
+    once = with_recipe(config, None, processes)
+    assert once.batch_size == share
+    assert with_recipe(once, None, processes) == once
+
+
+def test_batches_that_the_user_set_are_those_of_a_process() -> None:
+    config = _config(student="schnet-oc20", batch_size=50)
+    assert with_recipe(config, None, 3).batch_size == 50
+    # batch_atoms replaces batch_size, so that there is nothing to share.
+    config = _config(student="painn-small", batch_atoms=500)
+    assert with_recipe(config, None, 3).batch_atoms == 500
+
+
+def test_a_batch_that_cannot_be_shared_is_refused() -> None:
+    message = r"'coll' steps on 32 samples.* 3 process.*accumulate=2.*set batch_size"
+    with pytest.raises(SpecError, match=message):
+        with_recipe(_config(student="painn-big", accumulate=2), None, 3)
+
+
 def _rates(config: TrainConfig, steps: list[int]) -> list[float]:
     return [learning_rate(config, step) for step in steps]
 
@@ -150,6 +294,7 @@ def test_warm_up_and_milestones_agree_with_torch() -> None:
 @pytest.mark.parametrize(
     ("schedule", "message"),
     [
+        ({"kind": "cosine", "milestones": [3]}, "milestones belong to kind milestones"),
         ({"kind": "milestones"}, "milestones belong to kind milestones"),
         ({"milestones": [3]}, "milestones belong to kind milestones"),
         ({"kind": "milestones", "milestones": [3, 3]}, "milestones must ascend"),
@@ -161,7 +306,63 @@ def test_impossible_schedules_are_refused(
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({"schedule": schedule}))
     with pytest.raises(SpecError, match=message):
-        load_config(path, {}, ())
+        with_recipe(load_config(path, {}, ()), None)
+
+
+@pytest.mark.parametrize("student", ["painn-big-oc20", "schnet-oc20", "schnet"])
+@pytest.mark.parametrize("kind", ["cosine", "constant", "exponential"])
+def test_another_kind_of_schedule_beats_the_recipe(student: str, kind: str) -> None:
+    config = _config(student=student, schedule={"kind": kind})
+    chosen = with_recipe(config, None)
+    known = read_recipe(chosen.recipe).students[student]["schedule"]
+    assert chosen.schedule.kind == kind
+    assert chosen.schedule.milestones == ()
+    # Every kind has a warm-up.
+    assert chosen.schedule.warmup_steps == known["warmup_steps"]
+    # Rates of another kind would be a different fall under the same name.
+    expected = known if kind == known["kind"] else dict(TrainConfig().schedule)
+    assert chosen.schedule.decay_rate == expected["decay_rate"]
+    assert with_recipe(chosen, None) == chosen
+
+
+def test_milestones_alone_beat_those_of_the_recipe() -> None:
+    config = load_config(
+        None, {"student.preset": "painn-big-oc20"}, ["schedule.milestones=[5, 9]"]
+    )
+    schedule = with_recipe(config, None).schedule
+    assert (schedule.kind, schedule.milestones) == ("milestones", (5, 9))
+    assert schedule.decay_rate == 0.45
+    config = _config(student="painn-big", schedule={"milestones": (5, 9)})
+    with pytest.raises(SpecError, match="belong to kind milestones, and to no other"):
+        with_recipe(config, None)
+
+
+def test_coll_has_no_normalisation_unless_the_store_has_units(
+    small_store: FeatureStore,
+    labels_store: FeatureStore,
+    datasets: dict[str, Path],
+    tmp_path: Path,
+) -> None:
+    splits = {
+        name: {"format": "extxyz", "path": str(path), "reference_energies": "none"}
+        for name, path in datasets.items()
+    }
+    document = spec_document(splits, tmp_path / "s.zarr")
+    plain_store = build(write_spec(tmp_path / "s.yaml", document))
+    for store, student, expected in (
+        (plain_store, "gemnet-oc", "unit"),
+        (plain_store, "painn-big", "unit"),
+        (plain_store, "painn-big-oc20", "store"),
+        # Of a teacher with units of its own, and of total energies.
+        (small_store, "painn-small", "store"),
+        (labels_store, "painn-big", "store"),
+    ):
+        chosen = resolved(_config(student=student), store)
+        assert chosen.normalizer == expected
+        assert resolved(chosen, store) == chosen
+        run_normalizer(chosen, store)
+    set_by_user = _config(student="painn-big", normalizer="store")
+    assert resolved(set_by_user, plain_store).normalizer == "store"
 
 
 def test_labels_as_they_are_need_a_teacher_in_the_same_units(

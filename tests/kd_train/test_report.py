@@ -16,8 +16,11 @@ import yaml
 from click.testing import CliRunner
 from PIL import Image
 
+from kd_train.cli import main as train_main
 from kd_train.cli import report_main
+from kd_train.cli_eval import eval_main
 from kd_train.config import TrainConfig, load_config
+from kd_train.recipe import with_recipe
 from kd_train.report import figures
 from kd_train.report.cohorts import make_cohorts
 from kd_train.report.figures import looks
@@ -163,7 +166,7 @@ def test_summary_names_the_best_row_of_every_metric(three_seeds, tmp_path):
     worse = make_run(tmp_path, "v2v", 0, (400.0, 60.0, 0.4, 0.5), student="schnet")
     plain = make_run(tmp_path, "none", 0, (300.0, 60.0, 0.5, 1.0), student="schnet")
     cohorts = make_cohorts(read_runs([*three_seeds, plain, worse])[0])
-    assert findings(make_table(cohorts), cohorts, []) == [
+    assert findings(make_table(cohorts), cohorts, [], []) == [
         "8 finished runs of 2 students with 3 seeds on one store, validated on split "
         "val.",
         "painn-small: energy MAE is best with n2n (141.7 ± 52.0 meV, 75.0 ± 25.0 % of "
@@ -186,17 +189,68 @@ def test_commands_make_the_same_runs_again(tmp_path):
     words = shlex.split(training_command(read_run(run)))
     assert words[:3] == ["kd-train", "--cache", "STORE"]
     assert words[-2:] == ["--out", str(run)]
-    sets = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
-    value = dict(zip(words[3::2], words[4::2], strict=True))
-    flags = {
-        "strategy": value["--strategy"],
-        "student.preset": value["--student"],
-        "seed": int(value["--seed"]),
-        "steps": int(value["--steps"]),
-    }
-    asked = load_config(None, flags, sets)
     header = read_run(run).header.config
-    assert asked == TrainConfig.model_validate(header | {"strategy": "n2n", "seed": 3})
+    told = {"strategy": "n2n", "seed": 3, "recipe": "none"}
+    assert commanded(words) == TrainConfig.model_validate(header | told)
+
+
+def commanded(words, teacher=None):
+    """What kd-train makes of its options in ``words``, on a store of ``teacher``."""
+    asked = train_main.make_context("kd-train", words[1:]).params
+    flags = {key: asked[key] for key in ("strategy", "seed", "steps")}
+    flags["student.preset"] = asked["student"]
+    return with_recipe(load_config(None, flags, asked["overrides"]), teacher)
+
+
+ODD = {
+    "batch_size": 32,
+    "loss": {"force_error": "l2", "teacher_labels": 0.5},
+    "optimizer": {"lr": 1e-3, "eps": 1e-7, "clip_norm": 10.0, "weight_decay": 2e-6},
+    "schedule": {"kind": "cosine", "warmup_steps": 3750, "milestones": []},
+    "distill": {"n2n": 100.0, "vanilla1": 1.0},
+    "student": {"hyperparameters": {"cutoff": None, "eps": 1e-7, "act": "no"}},
+    "train_split": "off",
+    "recipe": "auto",
+}
+
+
+@pytest.mark.parametrize("changes", [{}, ODD], ids=["as the recipe", "overridden"])
+@pytest.mark.parametrize("teacher", ["painn", "gemnet_oc", None])
+@pytest.mark.parametrize(
+    ("recipe", "student"),
+    [
+        ("oc20", "schnet-oc20"),
+        ("oc20", "painn-small-oc20"),
+        ("coll", "schnet"),
+        ("coll", "painn-big"),
+        ("none", "schnet"),
+    ],
+)
+def test_commands_resolve_to_the_same_settings(
+    tmp_path, recipe, student, teacher, changes
+):
+    """A command overrules the recipe also where a setting was back at its default."""
+    own = changes.get("student", {}) | {"preset": student}
+    asked = changes | {"student": own, "strategy": "n2n", "recipe": recipe, "seed": 4}
+    trained = with_recipe(TrainConfig.model_validate(asked), teacher)
+    settings = trained.model_dump(mode="json")
+    run = make_run(tmp_path, "n2n", 4, HALF, student=student, config=settings)
+    words = shlex.split(training_command(read_run(run)))
+    for store_teacher in ("painn", "gemnet_oc", None):
+        assert commanded(words, store_teacher) == trained
+
+
+def test_command_of_several_processes_starts_as_many(tmp_path):
+    run = make_run(tmp_path, processes=4)
+    words = shlex.split(training_command(read_run(run)))
+    start = ["torchrun", "--nproc-per-node", "4", "-m", "kd_train"]
+    assert words[:7] == [*start, "--cache", "STORE"]
+
+
+def test_command_of_a_run_with_an_unknown_recipe_needs_none(tmp_path):
+    run = make_run(tmp_path, config={"recipe": "md22", "batch_size": 7})
+    found = commanded(shlex.split(training_command(read_run(run))))
+    assert (found.recipe, found.batch_size, found.steps) == ("none", 7, 10_000)
 
 
 def test_partial_lists_what_has_no_results(tmp_path):
@@ -364,15 +418,137 @@ def test_refuses_an_unfinished_run(tmp_path):
     refused([run], tmp_path / "out", run, "not finished", "kd-train", "--resume")
 
 
+def typed(message):
+    """Options and arguments of the command in ``message``, read by the command."""
+    (command,) = re.findall("`([^`]*)`", message)
+    name, *words = shlex.split(command)
+    return (
+        {"kd-train": train_main, "kd-eval": eval_main}[name]
+        .make_context(name, words)
+        .params
+    )
+
+
+def message_of(act, *arguments):
+    with pytest.raises(SpecError) as caught:
+        act(*arguments)
+    return str(caught.value)
+
+
+def test_commands_in_refusals_can_be_typed(tmp_path):
+    run = make_run(tmp_path, name="it's mine")
+    finished = read_run(run)
+    (run / "throughput.json").write_text("[")
+    measured = typed(message_of(finished.throughput))
+    assert (measured["run"], measured["data"]) == (run, "STORE")
+    assert measured["throughput"]
+    (run / "metrics.csv").unlink()
+    messages = [message_of(finished.curve, "val_energy_mae")]
+    (run / "metrics.json").write_text("[")
+    messages.append(message_of(read_run, run))
+    (run / "metrics.json").unlink()
+    messages.append(message_of(read_run, run))
+    (run / "failure.json").write_text("{}")
+    messages.append(message_of(read_run, run))
+    for message in messages:
+        asked = typed(message)
+        assert (asked["cache"], asked["out"], asked["resume"]) == ("STORE", run, True)
+        assert "the settings that it was started with" in message
+
+
 def test_refuses_runs_of_different_stores(tmp_path):
     runs = [make_run(tmp_path), make_run(tmp_path, "n2n", fingerprint="a" * 64)]
     refused(runs, tmp_path / "out", *runs, "f" * 12, "a" * 12)
 
 
-@pytest.mark.parametrize(("key", "value"), [("steps", 99), ("val_split", "test")])
-def test_refuses_unequal_training_within_a_student(tmp_path, key, value):
-    runs = [make_run(tmp_path), make_run(tmp_path, "n2n", **{key: value})]
-    refused(runs, tmp_path / "out", *runs, f"different {key}", value)
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"steps": 99}, "different steps (99 and 100)"),
+        ({"val_split": "test"}, "different splits, test_split or else val_split"),
+        ({"config": {"val_split": "more"}}, "different val_split (more and val)"),
+    ],
+)
+def test_refuses_unequal_training_within_a_student(tmp_path, changes, words):
+    runs = [make_run(tmp_path), make_run(tmp_path, "n2n", **changes)]
+    refused(runs, tmp_path / "out", *runs, words)
+
+
+MISFITS = {
+    "steps": {"steps": 99},
+    "split": {"val_split": "test"},
+    "curves": {"config": {"val_split": "more"}},
+    "store": {"fingerprint": "a" * 64},
+    "batch": {"processes": 2},
+    "start": {"initial_weights": "other"},
+    "twice": {},
+}
+
+
+def test_partial_lists_what_cannot_be_compared(tmp_path):
+    """The table is that of the rest alone, wherever the others stand."""
+    rest = [make_run(tmp_path, seed=seed) for seed in (0, 1)]
+    rest += [make_run(tmp_path, "n2n", seed, HALF) for seed in (0, 1)]
+    others = {
+        name: make_run(tmp_path, "n2n", 0, PLAIN, name=name, **changes)
+        for name, changes in MISFITS.items()
+    }
+    early = [folder for name, folder in others.items() if name != "twice"]
+    out = tmp_path / "out"
+    text = write_report([*early, *rest, others["twice"]], out, partial=True)
+    alone = write_report(rest, tmp_path / "alone")
+    table, listed = text.split(
+        "\nFinished runs that cannot be compared with the others:"
+    )
+    assert table == alone
+    said = dict(
+        line.strip().removeprefix(f"{tmp_path}/").split(": ", 1)
+        for line in listed.splitlines()
+        if line
+    )
+    assert said.keys() == MISFITS.keys()
+    assert said["steps"] == f"unlike {rest[0]}: different steps (99 and 100)"
+    assert "(64 samples and 32 samples" in said["batch"]
+    assert "fingerprints aaaaaaaaaaaa… and ffffffffffff…" in said["store"]
+    assert "metrics of different splits" in said["split"]
+    assert "different val_split (more and val)" in said["curves"]
+    assert "different initial weights" in said["start"]
+    assert said["twice"].startswith(f"unlike {rest[2]}: both are painn-small with")
+    page = parsed(out / "report.html")
+    assert page.titles[-2] == "Finished runs that cannot be compared with the others"
+    assert "7 finished runs not comparable with the others: see below." in page.words
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_partial_keeps_the_plain_student_where_all_runs_differ(tmp_path, order):
+    runs = [make_run(tmp_path, "v2v", 0, HALF, steps=70), make_run(tmp_path)]
+    runs += [make_run(tmp_path, "n2n", 0, HALF, steps=80)]
+    text = write_report(runs[::order], tmp_path / "out", partial=True)
+    assert "Baselines and teacher (100 steps, split val)" in text
+    assert f"  {runs[0]}: unlike {runs[1]}: different steps (70 and 100)\n" in text
+    assert f"  {runs[2]}: unlike {runs[1]}: different steps (80 and 100)\n" in text
+
+
+@pytest.mark.parametrize(
+    ("processes", "config", "batch"),
+    [
+        (4, {}, "128 samples"),
+        (None, {"accumulate": 2}, "64 samples"),
+        (2, {"batch_size": 8, "accumulate": 3}, "48 samples"),
+        (3, {"batch_atoms": 1000}, "3000 atoms"),
+    ],
+)
+def test_refuses_unequal_batches_of_all_processes(tmp_path, processes, config, batch):
+    # The baseline's folder does not say of how many processes: one.
+    runs = [make_run(tmp_path)]
+    runs += [make_run(tmp_path, "n2n", 0, HALF, config=config, processes=processes)]
+    out = tmp_path / "out"
+    refused(runs, out, *runs, "32 samples", batch, "batch_size", "processes")
+
+
+def test_a_damaged_batch_size_is_named(tmp_path):
+    run = make_run(tmp_path, config={"batch_size": [3]})
+    refused([run], tmp_path / "out", run / "config.yaml", "batch_size")
 
 
 def test_refuses_different_initial_weights_of_one_seed(tmp_path):

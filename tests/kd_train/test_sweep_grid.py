@@ -171,6 +171,114 @@ def test_what_the_store_does_not_allow_is_one_sentence(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("variants", "key"),
+    [
+        ({"a": {}, "b": {"steps": 8}}, "'steps' (7 and 8)"),
+        ({"a": {}, "b": {"val_split": "train"}}, "'val_split' (val and train)"),
+        ({"a": {}, "b": {"test_split": "train"}}, "'test_split' (val and train)"),
+        (
+            {"a": {}, "b": {"student.hyperparameters.cutoff": 4.0}},
+            '({} and {"cutoff": 4.0})',
+        ),
+        ({"a": {}, "b": {"batch_size": 6}}, "'batch_size' (5 and 6)"),
+        ({"a": {}, "b": {"accumulate": 2}}, "'accumulate' (1 and 2)"),
+        ({"a": {}, "b": {"batch_atoms": 99}}, "'batch_atoms' (None and 99)"),
+        ({"a": {}, "b": {"patience": 3}}, "'patience'"),
+        # The recipes' steps and batches differ, though the file names neither.
+        ({"a": {"recipe": "none"}, "b": {"recipe": "coll"}}, "'steps'"),
+    ],
+)
+def test_what_the_report_could_not_compare_is_refused(
+    variants: dict[str, Any], key: str, small_store: FeatureStore, tmp_path: Path
+) -> None:
+    changes = {"students": ["painn-small"], "variants": variants, "settings": {}}
+    if "steps" in str(variants):
+        changes["settings"] = {"steps": 7}
+    path = _write(tmp_path, _on_store(small_store, changes))
+    sentence = refusal(main, ["list", path])
+    assert key in sentence
+    assert "painn-small-none-b-s0" in sentence
+    assert "report could not compare" in sentence
+
+
+def test_what_the_report_compares_is_no_reason_to_refuse(
+    small_store: FeatureStore, tmp_path: Path
+) -> None:
+    variants = {
+        "a": {"batch_size": 6, "accumulate": 2},
+        "b": {"batch_size": 4, "accumulate": 3, "export": "last"},
+        "c": {"batch_size": 12, "test_split": "val", "optimizer.lr": 0.1},
+    }
+    path = _write(tmp_path, _on_store(small_store, {"variants": variants}))
+    assert run_command(main, ["list", path]).exit_code == 0
+
+
+def test_students_may_differ_in_steps(
+    small_store: FeatureStore, tmp_path: Path
+) -> None:
+    """As those of the recipe for OC20 do."""
+    changes = {"students": ["painn-small-oc20", "schnet-oc20"], "config": None}
+    changes |= {"settings": {}}
+    path = _write(tmp_path, _on_store(small_store, changes))
+    assert run_command(main, ["list", path]).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("student", "variant", "words"),
+    [
+        (
+            "painn-small-oc20",
+            {"schedule.kind": "cosine", "schedule.milestones": [5]},
+            ["milestones belong to"],
+        ),
+        ("painn-small", {"normalizer": "unit"}, ["normalizer: unit", "this store's"]),
+        ("painn-small", {"recipe": "oc20"}, ["'oc20' has no student 'painn-small'"]),
+        ("painn-small", {"train_split": "tain"}, ["no split 'tain'"]),
+    ],
+)
+def test_every_variant_is_resolved_and_checked(
+    student: str,
+    variant: dict[str, Any],
+    words: list[str],
+    small_store: FeatureStore,
+    tmp_path: Path,
+) -> None:
+    variants = {"a": {}, "b": variant}
+    changes = {"students": [student], "variants": variants, "settings": {}}
+    path = _write(tmp_path, _on_store(small_store, changes))
+    sentence = refusal(main, ["list", path])
+    assert f"run {student}-none-b-s0: " in sentence
+    assert all(word in sentence for word in words), sentence
+
+
+def test_variants_by_training_split_need_students_that_no_data_shapes(
+    small_store: FeatureStore, tmp_path: Path
+) -> None:
+    """GemNet-OC begins with a fit to training samples, so its weights would differ."""
+    variants = {"a": {}, "b": {"train_split": "val"}}
+    changes = {"strategies": ["none", "vanilla2"], "variants": variants}
+    path = _write(tmp_path, _on_store(small_store, changes))
+    assert run_command(main, ["list", path]).exit_code == 0
+    changes["students"] = ["painn-small-demo", "gemnet-oc-demo"]
+    sentence = refusal(
+        main, ["list", _write(tmp_path, _on_store(small_store, changes))]
+    )
+    assert (
+        "gemnet-oc-demo-none-b-s0 differ in 'train_split' (train and val)" in sentence
+    )
+
+
+def test_labels_of_a_teacher_that_never_ran_are_refused(
+    labels_store: FeatureStore, tmp_path: Path
+) -> None:
+    variants = {"a": {}, "b": {"loss.teacher_labels": 0.5}}
+    changes = {"strategies": ["none"], "variants": variants}
+    path = _write(tmp_path, _on_store(labels_store, changes))
+    sentence = refusal(main, ["list", path])
+    assert "run painn-small-demo-none-b-s0: loss.teacher_labels needs" in sentence
+
+
 def test_the_list_tells_what_is_skipped_and_why(
     small_store: FeatureStore, tmp_path: Path
 ) -> None:

@@ -4,13 +4,22 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from kd_train.sweep import gpus
 from kd_train.sweep.gpus import free_gpu
 from kd_train.sweep.grid import load_sweep
-from kd_train.sweep.jobs import Outcome, read_outcome, record, run_to_its_end
+from kd_train.sweep.jobs import (
+    Outcome,
+    read_outcome,
+    record,
+    run_job,
+    run_to_its_end,
+)
 
 KILL = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
 
@@ -102,21 +111,54 @@ def test_a_failure_is_kept_beside_the_run_until_it_is_overcome(tmp_path: Path) -
 def test_every_run_has_a_gpu_of_its_own(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3, 5, -1, 7")
+    monkeypatch.setattr(gpus, "_PAUSE", 0.001)
     with free_gpu(tmp_path) as first:
         assert first is not None
         # Whoever was given the descriptor keeps the GPU when this process has gone.
         child = subprocess.Popen(["cat"], stdin=subprocess.PIPE, pass_fds=[first[1]])
-        with free_gpu(tmp_path) as second, free_gpu(tmp_path) as third:
-            assert second is not None
-            assert (first[0], second[0], third) == ("3", "5", None)
-    with free_gpu(tmp_path) as again:
-        assert again is not None
-        assert again[0] == "5"
-    child.communicate()
-    with free_gpu(tmp_path) as free:
-        assert free is not None
-        assert free[0] == "3"
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    with free_gpu(tmp_path) as none:
-        assert none is None
+    with free_gpu(tmp_path) as second:
+        assert second is not None
+        assert (first[0], second[0]) == ("3", "5")
+        # A third waits, here until it has said so.
+        said: list[Sequence[str]] = []
+
+        def end(names: Sequence[str]) -> None:
+            said.append(names)
+            child.communicate()
+
+        with free_gpu(tmp_path, end) as third:
+            assert third is not None
+            assert (third[0], said) == ("3", [["3", "5"]])
+
+
+@pytest.mark.parametrize("listed", ["", "-1", "NoDevFiles", "-1,0"])
+def test_no_gpu_is_no_reason_to_train_on_the_cpu(
+    listed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", listed)
+    path = tmp_path / "sweep.yaml"
+    path.write_text("{store: s, out: o, students: [schnet], strategies: [none]}")
+    assert load_sweep(path).device == "cpu"
+    path.write_text(path.read_text().replace("}", ", gpus: 1}"))
+    sweep, name = load_sweep(path), "schnet-none-s0"
+    # A GPU that is told and not there must not be replaced by the CPU either.
+    assert sweep.device == "cuda"
+    outcome = run_job(sweep, name)
+    assert outcome.state == "failed"
+    assert "(gpus: 1), but there is none here" in str(outcome.error)
+    assert read_outcome(sweep, name) == outcome
+    assert not (sweep.out / "logs" / f"{name}.log").exists()
+
+
+def test_jobs_of_slurm_number_their_gpus_each_for_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the GPU 0 of one is not that of another, and none waits for it."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    with ExitStack() as held:
+        for job in ("11", "12"):
+            monkeypatch.setenv("SLURM_JOB_ID", job)
+            gpu = held.enter_context(free_gpu(tmp_path, pytest.fail))
+            assert gpu is not None
+            assert gpu[0] == "0"

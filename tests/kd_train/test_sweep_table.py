@@ -90,6 +90,19 @@ def test_results_of_other_settings_are_not_in_the_table(file: Path, said: str) -
     assert len((file.parent / "out/report/table.csv").read_text().splitlines()) == 6
 
 
+def test_a_run_that_stopped_early_is_told_beside_the_table(file: Path) -> None:
+    """As runs did that had the patience that a sweep now refuses."""
+    folder = load_sweep(file).folder(_name(TRAINED[3]))
+    before = (folder / "metrics.json").read_text()
+    document = json.loads(before) | {"steps": 2}
+    (folder / "metrics.json").write_text(json.dumps(document))
+    said = run_command(main, ["report", file]).stdout
+    (folder / "metrics.json").write_text(before)
+    plain = load_sweep(file).folder(_name(TRAINED[0]))
+    assert f"  {folder}: unlike {plain}: different steps (2 and 3)\n" in said
+    assert len((file.parent / "out/report/table.csv").read_text().splitlines()) == 6
+
+
 def test_the_list_tells_how_far_runs_are(file: Path) -> None:
     sweep = load_sweep(file)
     half = sweep.folder(_name(WAITING[1]))

@@ -338,6 +338,15 @@ def test_no_gap_without_a_baseline_of_equal_settings(tmp_path):
     assert "v2v optimizer.lr=0.01: 0 of 1 seeds have a baseline with the same" in text
 
 
+def test_one_batch_may_be_shared_out(tmp_path):
+    """32 samples a step, at once or as 4 × 2 × 4, are equal training."""
+    runs = [make_run(tmp_path)]
+    parts = {"batch_size": 4, "accumulate": 2}
+    runs += [make_run(tmp_path, "n2n", 0, HALF, config=parts, processes=4)]
+    _, rows = compare(runs)
+    assert float(rows["painn-small", "n2n"]["energy_mae_gap_closed"]) == 50.0
+
+
 def test_threads_of_the_loader_change_nothing(tmp_path):
     runs = [make_run(tmp_path)]
     runs += [make_run(tmp_path, "n2n", 0, HALF, config={"loader_threads": 7})]

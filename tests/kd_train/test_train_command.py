@@ -98,6 +98,14 @@ def test_file_flags_and_overrides_join(
         (["--set", "sted=1"], ["'sted'", "'seed'"]),
         (["--set", "garbage"], ["--set 'garbage'"]),
         (["--set", "student.hyperparameters.layers=3"], ["layers", "num_layers"]),
+        (
+            ["--set", "student.hyperparameters.regress_forces=false"],
+            ["regress_forces is false", "loss.force_weight=0"],
+        ),
+        (
+            ["--set", "student.hyperparameters.hidden_channels=1"],
+            ["painn.hidden_channels is 1", "at least 2"],
+        ),
         (["--config", "absent.yaml"], ["absent.yaml does not exist"]),
         (["--config", "."], ["."]),
         (["--resume"], ["last.pt does not exist", "nothing to resume"]),
@@ -129,11 +137,28 @@ def test_one_of_several_processes_needs_to_know_which(
     assert done.exit_code == 0
 
 
+def test_a_field_that_is_missing_is_told_first(
+    small_store: FeatureStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Neither what the recipe lacks nor a missing split comes before."""
+    arguments = ["--cache", small_store.path, "--out", tmp_path / "run"]
+    arguments += ["--student", "painn-small", "--set", "val_split=absent"]
+    sentence = refusal(main, [*arguments, "--strategy", "e2e"])
+    assert sentence == (
+        "Strategy 'e2e' needs the field 'edge_features', which this store lacks; add "
+        "the line 'edge_features: {}' under features: of the spec and build the store "
+        "again."
+    )
+    assert caplog.text == ""
+
+
 def test_strategy_v2v_needs_vectors_of_the_student(
     small_store: FeatureStore, tmp_path: Path
 ) -> None:
     arguments = ["--cache", small_store.path, "--out", tmp_path / "run"]
     arguments += ["--student", "schnet-demo", "--strategy", "v2v"]
+    # Told before what is wrong with validation.
+    arguments += ["--set", "val_split=absent"]
     sentence = refusal(main, arguments)
     assert "'v2v'" in sentence
     assert "schnet-demo" in sentence

@@ -6,16 +6,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from ase.data import chemical_symbols
 
+from kd_train.sweep.cli import main as sweep_main
+from kd_train.trainer.labels import has_labels
 from kd_train.trainer.loop import Run
-from kd_train.trainer.setup import has_labels, store_normalizer
+from kd_train.trainer.setup import store_normalizer
 from pipeline.datasets import open_dataset
 from pipeline.errors import SpecError
 from pipeline.labelling import label_splits
 from pipeline.models.normalizer import Normalizer
 from pipeline.spec import load_spec
 from pipeline.store.reader import FeatureStore
+from tests.commands import refusal, run_command
 from tests.frames import collision_frames, frame, write_frames
 from tests.kd_train.runs import make_run, metric_rows
 from tests.stores import (
@@ -211,4 +215,51 @@ def test_nothing_to_learn_from_is_refused_and_nothing_to_validate_against_told(
     _run(store, tmp_path, "bare", loss={"teacher_labels": 1.0}, val_split="energies")
     assert "has no reference labels" not in caplog.text
     _run(store, tmp_path, "train", val_split="bare")
+    _run(store, tmp_path, "train", val_split="bare", export="last", best_by="efwt")
     assert "val_split: 'bare' has no reference labels" in caplog.text
+
+
+def test_a_sweep_with_nothing_to_learn_from_is_refused_before_it_starts(
+    store: FeatureStore, tmp_path: Path
+) -> None:
+    document = {
+        "store": str(store.path),
+        "out": "out",
+        "students": ["painn-small-demo"],
+        "strategies": ["n2n"],
+        "settings": {"train_split": "bare"},
+    }
+    path = tmp_path / "sweep.yaml"
+    path.write_text(yaml.safe_dump(document))
+    assert run_command(sweep_main, ["list", path]).exit_code == 0
+    path.write_text(yaml.safe_dump(document | {"strategies": ["n2n", "none"]}))
+    sentence = refusal(sweep_main, ["list", path])
+    assert "run painn-small-demo-none-s0: train_split: 'bare' has no ref" in sentence
+
+
+METRICS = ("loss", "energy_mae", "forces_mae", "forces_cos", "efwt")
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("split", ["bare", "energies", "val", "bare+val"])
+def test_metrics_that_are_never_a_number_cannot_be_gone_by(
+    metric: str, split: str, store: FeatureStore, tmp_path: Path
+) -> None:
+    """What is refused is what the validation gives as NaN."""
+
+    def run(**changes: Any) -> Run:
+        wish = {"best_by": metric} | changes
+        return _run(store, tmp_path, "train", val_split=split, **wish)
+
+    free = run(export="last")
+    result = free.validator(free.averaged_student)
+    value = result.loss if metric == "loss" else result.metrics[metric]
+    if np.isfinite(value):
+        run(patience=2)
+        run(export="best")
+        return
+    message = rf"val_split: '{split}' has no labels for best_by={metric}, which "
+    with pytest.raises(SpecError, match=message + "patience=2 goes by"):
+        run(patience=2)
+    with pytest.raises(SpecError, match=message + "export=best goes by"):
+        run(export="best")

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from pipeline.errors import DataError, SpecError
+from pipeline.models.checkpoint import load_checkpoint, save_model
 from pipeline.models.elements import check_elements
+from pipeline.models.normalizer import Normalizer
+from pipeline.models.scale_factors import SUFFIX
 from pipeline.models.zoo import PRESETS, build_model
 
 GEMNET = {
@@ -46,6 +49,52 @@ def test_painn_has_one_fixed_scale_factor_per_layer():
     fixed = {n: p for n, p in model.named_parameters() if not p.requires_grad}
     assert list(fixed) == [f"upd_out_scalar_scale_{i}.scale_factor" for i in range(3)]
     assert all(p.shape == () and p == 1 for p in fixed.values())
+
+
+# The file of factors of the authors' PaiNN on OC20; on COLL they have none.
+OC20_FACTORS = [1.03644, 0.89514, 0.89348, 0.88993, 0.88861, 0.88223]
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        ("painn-big-oc20", OC20_FACTORS),
+        ("painn-small-oc20", OC20_FACTORS[:4]),
+        ("painn-big", [1.0] * 6),
+        ("painn-small", [1.0] * 4),
+    ],
+)
+def test_fresh_painn_begins_with_the_factors_of_the_paper(preset, expected):
+    name, sizes = PRESETS[preset]
+    model = build_model(name, sizes | {"hidden_channels": 8})
+    factors = [p.item() for p in model.parameters() if not p.requires_grad]
+    assert factors == pytest.approx(expected, rel=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [([0.5], [0.5, 1]), ([2.0] * 3, [2, 2])]
+)
+def test_layers_without_a_factor_have_one(given, expected):
+    sizes = {"hidden_channels": 8, "num_layers": 2, "scale_factors": given}
+    model = build_model("painn", sizes)
+    assert [p.item() for p in model.parameters() if not p.requires_grad] == expected
+    with pytest.raises(SpecError, match="scale_factors is 'a', but a list is needed"):
+        build_model("painn", sizes | {"scale_factors": "a"})
+
+
+def test_factors_of_a_file_beat_those_of_the_preset(tmp_path):
+    """Factors are state, so what a file says about the model does not name them."""
+    name, sizes = PRESETS["painn-small-oc20"]
+    model = build_model(name, sizes | {"hidden_channels": 8})
+    fixed = [p for p in model.parameters() if not p.requires_grad]
+    for number, factor in enumerate(fixed, 2):
+        factor.data.fill_(number)
+    assert "scale_factors" not in model.hyperparameters
+    save_model(tmp_path / "m.safetensors", name, model, Normalizer(), {})
+    loaded = load_checkpoint(tmp_path / "m.safetensors").model
+    found = [v.item() for k, v in loaded.state_dict().items() if k.endswith(SUFFIX)]
+    assert found == [2, 3, 4, 5]
+    assert loaded.hyperparameters == model.hyperparameters
 
 
 @pytest.mark.parametrize("name", ["painn", "schnet"])

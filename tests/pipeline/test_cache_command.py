@@ -224,6 +224,7 @@ def test_bad_values_are_one_sentence(
         ["--workers", "some"],
         ["--blocks", "1"],
         ["--blocks", "3:1"],
+        ["--blocks", "²:3"],
         ["--threads", "0"],
     ],
 )

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.errors import DataError, WorkersError
+from pipeline.errors import BusyError, DataError, WorkersError
 from pipeline.execution.clusters import local_workers
 from pipeline.execution.distribute import (
     DaskPool,
@@ -144,6 +144,51 @@ def test_tasks_of_dead_workers_are_done_by_others(tmp_path: Path) -> None:
         pass
 
 
+def _kill_beside(folder: Path, item: int) -> int:
+    """Item 0 ends its process as soon as it runs; the others only take a moment."""
+    if item == 0:
+        os._exit(9)
+    (folder / f"{item}.{len(list(folder.glob(f'{item}.*')))}").touch()
+    return item
+
+
+@pytest.mark.timeout(300)  # starting a process is slow on a busy machine
+def test_only_the_task_that_kills_its_workers_is_given_up(tmp_path: Path) -> None:
+    """What waits at the same worker is lost with it each time, and did nothing."""
+    with local_workers(1, 1) as client:
+        pool = DaskPool(client)
+        task = partial(_kill_beside, tmp_path)
+        ends = list(run_tasks(pool, task, range(3), retries=0, delay=0.01))
+    assert [type(end.error) for end in sorted(ends, key=lambda e: e.item)] == [
+        TaskLost,
+        type(None),
+        type(None),
+    ]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["1.0", "2.0"]
+
+
+def test_items_in_other_hands_are_waited_for(threads: ThreadPool) -> None:
+    """Which is no try of theirs, and has an end."""
+    busy = BusyError("Block 1 is being written by another process")
+    tasks = Tasks({1: [busy] * 4, 2: [busy] * 1000})
+    ends = {
+        end.item: end
+        for end in run_tasks(
+            threads,
+            tasks,
+            range(4),
+            retries=0,
+            awaited=lambda error: isinstance(error, BusyError),
+            delay=0.001,
+            longest_wait=0.3,
+        )
+    }
+    assert tasks.calls[1] == 5
+    assert (ends[1].result, ends[1].attempts) == (1, 1)
+    assert ends[2].error is busy
+    assert 5 < tasks.calls[2] < 20
+
+
 def test_waiting_for_workers_ends(tmp_path: Path) -> None:
     with local_workers(0) as client:
         pool = DaskPool(client, patience=0.2)
@@ -155,7 +200,7 @@ def test_waiting_for_workers_ends(tmp_path: Path) -> None:
 def test_a_simulated_build_loses_nothing_and_does_nothing_twice(tmp_path: Path) -> None:
     script = ROOT / "benchmarks" / "scheduling.py"
     options = ["--blocks", 60, "--workers", 12, "--seconds", 0.02, "--only", "both"]
-    more = ["--failing", 0.2, "--dying", 0.1, "--folder", tmp_path, "--json"]
+    more = ["--failing", 0.1, "--dying", 0.1, "--folder", tmp_path, "--json"]
     done = subprocess.run(
         [sys.executable, script, *map(str, options), *map(str, more)],
         capture_output=True,

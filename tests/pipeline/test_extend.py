@@ -262,7 +262,8 @@ def test_an_abandoned_extension_is_thrown_away(
 def test_the_teacher_works_while_a_block_is_written(
     tmp_path: Path, document: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first write waits for the second block's prediction to begin."""
+    """Two blocks at a time, as on a GPU: a write waits for the next prediction."""
+    from pipeline.execution import filling
     from pipeline.store.writer import StoreWriter
 
     second = threading.Event()
@@ -285,6 +286,7 @@ def test_the_teacher_works_while_a_block_is_written(
 
     monkeypatch.setattr(Teacher, "predict", predicting)
     monkeypatch.setattr(StoreWriter, "write_block", writing)
+    monkeypatch.setattr(filling, "_blocks_at_once", lambda chosen: 2)
     del document["splits"]["test"]
     kd_cache("build", spec_of(tmp_path, document))
     assert waited == [True]

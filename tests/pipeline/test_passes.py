@@ -401,6 +401,9 @@ def test_credentials_in_a_url_are_refused(tmp_path: Path) -> None:
     override = "splits.train.path=https://me:secret@host/x.extxyz"
     with pytest.raises(SpecError, match=r"splits\.train\.path has credentials"):
         load_spec(path, [override])
+    override = "splits.train.path=https://host/x.extxyz?X-Amz-Signature=123"
+    with pytest.raises(SpecError, match=r"splits\.train\.path has a query"):
+        load_spec(path, [override])
 
 
 def test_a_store_of_labels_has_a_sidecar_that_may_be_removed(tmp_path: Path) -> None:

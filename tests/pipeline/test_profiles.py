@@ -7,9 +7,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from distributed import LocalCluster
 
+from pipeline.build import build_store
 from pipeline.cli import main
 from pipeline.errors import StoreError
+from pipeline.execution.filler import Filling
+from pipeline.spec import load_spec
+from pipeline.store import calibration
 from pipeline.store.reader import FeatureStore
 from pipeline.store.verify import verify_store
 from tests.commands import refusal, run_command
@@ -250,3 +255,33 @@ def test_damage_in_the_source_stops_a_conversion(
     out = tmp_path / "h.zarr"
     said = refusal(main, ["hydrate", source, out])
     assert "train/structures/positions/c/1/0 does not match its commit record" in said
+
+
+def test_a_cluster_that_lives_on_opens_each_build_anew(
+    spec: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The next plan may store other numbers for the same features."""
+    store = tmp_path / "s.zarr"
+    chosen = load_spec(spec, [f"store.path={store}"])
+    with LocalCluster(
+        n_workers=1,
+        threads_per_worker=1,
+        processes=False,
+        memory_limit=0,
+        dashboard_address=None,
+    ) as cluster:
+        filling = Filling(scheduler=cluster.scheduler_address)
+        assert build_store(chosen, filling=filling)
+        first = FeatureStore.open(store)
+        everyone = np.arange(len(first.splits["train"]))
+        wanted = first.splits["train"].read(everyone, [NODE])[NODE]
+        stored = files_of(store)
+        shutil.rmtree(store)
+        axes = calibration._principal_axes
+        monkeypatch.setattr(calibration, "_principal_axes", lambda rows: -axes(rows))
+        assert build_store(chosen, filling=filling)
+    second = FeatureStore.open(store)
+    assert second.fingerprint == first.fingerprint
+    assert files_of(store) != stored
+    got = second.splits["train"].read(everyone, [NODE])[NODE]
+    assert relative(got, wanted, centered=True) < 5e-3

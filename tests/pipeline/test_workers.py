@@ -97,6 +97,7 @@ def test_kills_of_workers_and_jobs_leave_a_store_to_go_on_with(
             assert told["samples_total"] == 2 * BLOCKS
             assert told["pid"] == job.process.pid
             assert int(str(told["retries"])) > 0
+            assert "died with the task" in _log(store)
             workers = job.workers()
             code, said = job.interrupt()
         finally:

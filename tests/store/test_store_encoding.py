@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -317,3 +318,19 @@ def test_inconsistent_encodings_are_damage(tmp_path, file, change, words):
     _edit(path / file, change)
     with pytest.raises(DamagedStoreError, match=words):
         FeatureStore.open(path, allow_unsealed=True)
+
+
+def test_an_axis_has_one_direction(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever of the two the decomposition gives: blocks of two plans must agree."""
+    values = np.random.default_rng(3).normal(size=(4096, 24)).cumsum(1)
+    found = calibrate(values.astype(np.float32), "compact", 1e-3).encoding
+    eigh = np.linalg.eigh
+
+    def turned(matrix: Any) -> tuple[Any, Any]:
+        variances, columns = eigh(matrix)
+        return variances, columns * np.where(np.arange(24) % 2, -1, 1)
+
+    monkeypatch.setattr(np.linalg, "eigh", turned)
+    again = calibrate(values.astype(np.float32), "compact", 1e-3).encoding
+    assert found.rotation is not None
+    np.testing.assert_array_equal(again.rotation, found.rotation)

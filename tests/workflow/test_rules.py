@@ -75,6 +75,22 @@ def test_every_store_can_be_shared_by_jobs() -> None:
 
 
 @pytest.mark.parametrize("jobs", [1, 3])
+def test_processes_of_a_job_share_its_cores(jobs: int) -> None:
+    done = _snakemake(
+        *("--dry-run", "--forceall", "--printshellcmds", "--cores", "8", "cache_demo"),
+        *("--config", f"jobs={jobs}", "cpus=8", "workers=4", "pass_workers=16"),
+    )
+    assert done.returncode == 0, done.stderr
+    told = (done.stdout + done.stderr).splitlines()
+    builds = [w for w in told if "kd-cache build" in w]
+    assert len(builds) == jobs
+    assert all("--threads 2 --workers 4 " in build for build in builds)
+    plans = [w for w in told if "kd-cache plan" in w]
+    assert len(plans) == (jobs > 1)
+    assert all("--threads 2 --workers 16 " in plan for plan in plans)
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
 def test_the_linter_only_asks_for_environments(jobs: int) -> None:
     """Rules run where the project is installed, see docs/decisions.md."""
     done = _snakemake("--lint", "--config", f"jobs={jobs}")

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -204,6 +205,23 @@ def test_changed_settings_of_a_trained_run_are_refused(
     assert outcome.state == "failed"
     assert "batch_size = 8, now it is 9" in str(outcome.error)
     assert sha256_of(changed.folder(FINE[0]) / "student.safetensors") == before
+
+
+def test_gpus_are_counted_and_never_replaced_by_the_cpu(
+    small_store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody said how many there are; the two of the environment are not there."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "64,65")
+    document = _document(small_store, strategies=["none"], weights={}, gpus=1)
+    file = _write(tmp_path / "sweep.yaml", document)
+    said = _finish(_start(file))
+    assert re.search(r"Provided resources: gpu=\D*2\b", said), said
+    outcome = read_outcome(load_sweep(file), FINE[0])
+    assert outcome is not None
+    assert (outcome.state, outcome.step) == ("failed", None)
+    assert "--device 'cuda' cannot be used" in str(outcome.error)
+    report = (tmp_path / "out" / "report" / "sweep.txt").read_text()
+    assert "1 runs, 1 failed" in report
 
 
 def test_a_sweep_without_its_file_is_one_sentence() -> None:

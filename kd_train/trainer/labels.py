@@ -1,0 +1,95 @@
+"""Refuses what cannot be learned from, or validated against, for want of labels."""
+
+import logging
+
+import numpy as np
+
+from kd_train.config import TrainConfig
+from kd_train.loader.joined import Split
+from pipeline.errors import SpecError
+from pipeline.fields import FIELDS, PREDICTION_FIELDS
+
+log = logging.getLogger("kd_train")
+# First samples of a split that are looked at where all would take long.
+FIRST_SAMPLES = 256
+
+
+def require_predictions(split: Split) -> None:
+    """Refuse to take missing labels from a teacher that never ran."""
+    for name in PREDICTION_FIELDS:
+        if FIELDS[name].path not in split.arrays:
+            raise SpecError(
+                f"loss.teacher_labels needs the field {name!r}, which split "
+                f"{split.name!r} of this store lacks; add a teacher: section to the "
+                "spec and build the store again, or set loss.teacher_labels=0."
+            )
+
+
+def require_labels(config: TrainConfig, train: Split, val: Split) -> None:
+    """Refuse to learn from nothing, and tell that nothing can be validated against."""
+    _require_measure(config, val)
+    if not has_labels(val):
+        log.warning(
+            "val_split: %r has no reference labels, so errors stay unknown; choose "
+            "another split",
+            val.name,
+        )
+    learns = config.strategies or config.loss.teacher_labels
+    if not learns and not has_labels(train):
+        raise SpecError(
+            f"train_split: {train.name!r} has no reference labels, so the strategy "
+            "'none' has nothing to learn from; join a split with labels, set "
+            "loss.teacher_labels=1, or choose another strategy."
+        )
+
+
+def _require_measure(config: TrainConfig, val: Split) -> None:
+    """Refuse to stop, or to choose weights as asked for, by what is never a number."""
+    if config.patience is not None:
+        wish, instead = f"patience={config.patience}", "leave patience out"
+    elif config.export == "best" and config.model_fields_set & {"export", "best_by"}:
+        wish, instead = "export=best", "set export=last"
+    else:
+        return
+    if not is_measured(val, config.best_by):
+        raise SpecError(
+            f"val_split: {val.name!r} has no labels for best_by={config.best_by}, "
+            f"which {wish} goes by; choose another split or best_by, or {instead}."
+        )
+
+
+def has_labels(split: Split) -> bool:
+    """Whether a sample has a reference energy, or one of the first has forces."""
+    energy, forces = FIELDS["energy"].path, FIELDS["forces"].path
+    for block in range(split.n_blocks):
+        # Where any sample has one, a sample of the first block does.
+        if np.isfinite(
+            split.read(split.block_positions(block), [energy])[energy]
+        ).any():
+            return True
+    first = np.arange(min(FIRST_SAMPLES, len(split)))
+    return bool(np.isfinite(split.read(first, [forces])[forces]).any())
+
+
+def is_measured(split: Split, metric: str) -> bool:
+    """Whether any sample has the labels that ``metric`` (of ``best_by``) needs."""
+    return any(_measured(split, block)[metric] for block in range(split.n_blocks))
+
+
+def _measured(split: Split, block: int) -> dict[str, bool]:
+    """For every metric whether a sample of ``block`` has its labels."""
+    positions = np.asarray(split.block_positions(block))
+    paths = [FIELDS[name].path for name in ("energy", "forces", "fixed")]
+    values = split.read(positions, paths)
+    energy, forces, fixed = (values[path] for path in paths)
+    known = np.isfinite(energy)
+    usable = np.isfinite(forces).all(axis=1) & (fixed == 0)
+    sample = np.repeat(np.arange(len(positions)), split.n_atoms[positions])
+    forced = np.isin(np.arange(len(positions)), sample[usable])
+    return {
+        "loss": bool((known | forced).any()),
+        "energy_mae": bool(known.any()),
+        "forces_mae": bool(forced.any()),
+        "forces_cos": bool(forced.any()),
+        "efwt": bool((known & forced).any()),
+    }
