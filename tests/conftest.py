@@ -4,6 +4,7 @@ What they build with is imported inside them, so that tests that use none start 
 """
 
 import logging
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,10 @@ if TYPE_CHECKING:
     from pipeline.store.reader import FeatureStore
 
 torch.set_num_threads(1)
+
+# Shells start what runs in the background deaf to Ctrl-C, which some tests send.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 N_TRAIN = 160
 N_VAL = 24

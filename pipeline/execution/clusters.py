@@ -3,9 +3,14 @@
 import logging
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
+
+# Seconds after which a dead worker's place is free, and between looks for such places.
+_LOST_S = 60.0
+_LOOK_S = 2.0
 
 
 @contextmanager
@@ -15,6 +20,7 @@ def local_workers(workers: int, threads: int = 2) -> Iterator[Any]:
     They are numbered from 0 on, started again when they die, and killed at the end, at
     the latest with this process. Ctrl-C in a terminal does not reach them.
     """
+    import dask
     from distributed import Client, LocalCluster
 
     silence()
@@ -31,14 +37,42 @@ def local_workers(workers: int, threads: int = 2) -> Iterator[Any]:
             scheduler_kwargs={"allowed_failures": 0},
         )
     try:
-        cluster.scale(workers)
-        with Client(cluster, set_as_default=False) as client:
+        with (
+            dask.config.set({"distributed.deploy.lost-worker-timeout": _LOST_S}),
+            Client(cluster, set_as_default=False) as client,
+        ):
             try:
-                yield client
+                with _kept(cluster, workers):
+                    yield client
             finally:
                 _kill(cluster)
     finally:
         cluster.close(timeout=10)
+
+
+@contextmanager
+def _kept(cluster: Any, workers: int) -> Iterator[None]:
+    """So many workers, others in place of those that did not start again.
+
+    The cluster gives up a worker that is not back ``_LOST_S`` after it died, as on a
+    busy machine, or that died again while it started; and by itself it takes no other.
+    """
+    over = threading.Event()
+
+    def keep() -> None:
+        while True:
+            with suppress(RuntimeError):  # the cluster's loop has ended
+                cluster.scale(workers)
+            if over.wait(_LOOK_S):
+                return
+
+    keeper = threading.Thread(target=keep, daemon=True)
+    keeper.start()
+    try:
+        yield
+    finally:
+        over.set()
+        keeper.join()
 
 
 def _kill(cluster: Any) -> None:

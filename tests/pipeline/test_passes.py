@@ -25,6 +25,7 @@ from pipeline.datasets import (
 )
 from pipeline.errors import DataError, SpecError, WorkersError
 from pipeline.execution.filler import Filling
+from pipeline.execution import clusters
 from pipeline.execution.passes import Run, processes
 from pipeline.graphs.neighbors import GraphRule, neighbor_edges
 from pipeline.scanning import Scan, scan_dataset
@@ -108,7 +109,19 @@ def test_passes_outlive_a_death_but_not_one_after_the_other(tmp_path: Path) -> N
         with pytest.raises(WorkersError, match="fewer --workers$"):
             list(always)
     assert len(list((tmp_path / "once").iterdir())) == 1
-    assert len(list((tmp_path / "always").iterdir())) == 4
+    # An item may also be lost before its process began with it.
+    assert 1 <= len(list((tmp_path / "always").iterdir())) <= 4
+
+
+@pytest.mark.timeout(900)
+def test_a_worker_that_takes_long_to_start_again_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As all are when none is waited for: on a busy machine it takes too long."""
+    monkeypatch.setattr(clusters, "_LOST_S", 0.01)
+    with processes(1) as alone:
+        found = alone(partial(_die_at_seven, tmp_path, 1), range(18))
+        assert list(found) == [n * n for n in range(18)]
 
 
 def _write_aselmdb(folder: Path, made: list[Slab]) -> Path:
