@@ -24,8 +24,8 @@ from pipeline.datasets import (
     open_dataset,
 )
 from pipeline.errors import DataError, SpecError, WorkersError
-from pipeline.execution.filler import Filling
 from pipeline.execution import clusters
+from pipeline.execution.filler import Filling
 from pipeline.execution.passes import Run, processes
 from pipeline.graphs.neighbors import GraphRule, neighbor_edges
 from pipeline.scanning import Scan, scan_dataset
