@@ -53,8 +53,8 @@ CONSTANTS = {
     "index_bytes": Constant(
         58.0, "bytes a sample", "docs/store_benchmarks.md, reader's index in memory"
     ),
-    "dataset_bytes": Constant(
-        80.0, "bytes a sample", "CPython: an id of 11 characters and its places"
+    "job_bytes": Constant(
+        280.0, "bytes a sample", "docs/scaling.md: own memory of planning and filling"
     ),
     "blocks_in_memory": Constant(
         2.0, "blocks", "pipeline/execution/filling.py, on a GPU"
@@ -80,10 +80,11 @@ def projection(
     )
     stream = gpus * of["teacher_rate"] / of["overhead"] * of["atoms"] * of["row_bytes"]
     index = samples * of["index_bytes"]
-    dataset = samples * of["dataset_bytes"]
     block = of["block_rows"] * of["row_bytes"]
     job = (
-        of["program_gb"] * 1e9 + of["blocks_in_memory"] * block + index + dataset
+        of["program_gb"] * 1e9
+        + of["blocks_in_memory"] * block
+        + samples * of["job_bytes"]
     ) / 1e9
     return [
         ("planning, h", _short(plan / HOUR)),
