@@ -13,7 +13,7 @@ from pipeline.commands import (
     log_to_file,
     one_sentence_errors,
 )
-from pipeline.execution.console import ended_by_signals, progress_bar
+from pipeline.execution.console import check_bar, ended_by_signals, progress_bar
 
 if TYPE_CHECKING:
     from pipeline.convert import Conversion
@@ -194,7 +194,6 @@ def verify(
 
 def _verify(store: str, workers: int) -> list["Problem"]:
     """Problems of the store, told as they are found."""
-    from pipeline.execution.console import check_bar
     from pipeline.store.verify import verify_store
 
     with check_bar("verify") as count:

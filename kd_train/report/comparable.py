@@ -130,10 +130,10 @@ def _once_each(
     """The first of every seed of every row, and those that are there again."""
     kept: list[FinishedRun] = []
     misfits = []
-    for run in runs:
-        twins = [one for one in kept if row_settings(one) == row_settings(run)]
-        twins = [one for one in twins if one.summary.seed == run.summary.seed]
-        if not twins:
+    places = [(row_settings(run), run.summary.seed) for run in runs]
+    for run, place in zip(runs, places, strict=True):
+        first = runs[places.index(place)]
+        if first is run:
             kept.append(run)
             continue
         summary = run.summary
@@ -141,5 +141,5 @@ def _once_each(
             f"both are {summary.student} with strategy {summary.strategy} and seed "
             f"{summary.seed}, in equal settings"
         )
-        misfits.append(Misfit(run, twins[0], reason))
+        misfits.append(Misfit(run, first, reason))
     return kept, misfits

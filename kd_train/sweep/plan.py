@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kd_train.config import TrainConfig
-from kd_train.loader.joined import Split
 from kd_train.strategies import REGISTRY
 from kd_train.strategies.base import Setting
 from kd_train.sweep.comparison import require_comparable, require_equal
 from kd_train.sweep.grid import Sweep, SweepRun, load_sweep
+from kd_train.trainer.labels import require_predictions, require_something_to_learn
 from kd_train.trainer.setup import (
     chosen_split,
-    has_labels,
     resolved,
     run_normalizer,
     stored_widths,
@@ -21,7 +20,6 @@ from kd_train.trainer.setup import (
 )
 from pipeline.documents import nearest
 from pipeline.errors import SpecError
-from pipeline.fields import PREDICTION_FIELDS
 from pipeline.models.normalizer import Normalizer
 from pipeline.models.zoo import PRESETS, build_model
 from pipeline.store.reader import FeatureStore
@@ -96,7 +94,6 @@ class _Checks:
         self.store = store
         self._resolved: dict[str, TrainConfig] = {}
         self._networks: dict[str, tuple[dict[str, int], bool]] = {}
-        self._labelled: dict[str, bool] = {}
         self._reasons: dict[tuple[str, ...], str | None] = {}
 
     def resolved(self, config: TrainConfig) -> TrainConfig:
@@ -161,7 +158,9 @@ class _Checks:
         if config.normalizer != "store":
             run_normalizer(config, self.store)
         teacher = stored_widths(split)
-        self._require_something_to_learn(config, split, teacher)
+        if config.loss.teacher_labels:
+            require_predictions(split)
+        require_something_to_learn(config, split)
         setting = Setting(
             student_name=config.student.preset,
             student_widths=self._network(config)[0],
@@ -187,24 +186,3 @@ class _Checks:
             network = build_model(model, preset | config.student.hyperparameters)
             self._networks[student] = network.widths, network.is_fitted
         return self._networks[student]
-
-    def _require_something_to_learn(
-        self, config: TrainConfig, split: Split, teacher: Mapping[str, int]
-    ) -> None:
-        if config.loss.teacher_labels:
-            for name in PREDICTION_FIELDS:
-                if name not in teacher:
-                    raise SpecError(
-                        f"loss.teacher_labels needs the field {name!r}, which split "
-                        f"{split.name!r} lacks; set it to 0 or build the store with a "
-                        "teacher."
-                    )
-        elif not config.strategies:
-            if config.train_split not in self._labelled:
-                self._labelled[config.train_split] = has_labels(split)
-            if not self._labelled[config.train_split]:
-                raise SpecError(
-                    f"train_split: {split.name!r} has no reference labels, so the "
-                    "strategy 'none' has nothing to learn from; join a split with "
-                    "labels, set loss.teacher_labels, or leave the strategy out."
-                )

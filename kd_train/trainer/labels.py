@@ -34,6 +34,11 @@ def require_labels(config: TrainConfig, train: Split, val: Split) -> None:
             "another split",
             val.name,
         )
+    require_something_to_learn(config, train)
+
+
+def require_something_to_learn(config: TrainConfig, train: Split) -> None:
+    """Refuse a plain student of a split that has no labels for it."""
     learns = config.strategies or config.loss.teacher_labels
     if not learns and not has_labels(train):
         raise SpecError(
