@@ -10,10 +10,10 @@ import numpy as np
 
 from pipeline.datasets.base import IndexedDataset, Listing, Selection, in_pieces
 from pipeline.datasets.choosing import looked_up, meets
+from pipeline.datasets.frame_records import FrameText
 from pipeline.datasets.frames import (
     SUFFIXES,
     Span,
-    frame_record,
     frame_spans,
     unpacked_text,
 )
@@ -147,8 +147,9 @@ def _frame(
     sample_id = str(number)
     values: tuple[Any, ...] = tuple(one for _, (one, *_) in options.where)
     try:
-        own_id, record = frame_record(file, text, number)
-        sample_id = own_id or sample_id
+        frame = FrameText.of(file, text, number)
+        sample_id = frame.sample_id or sample_id
+        record = frame.record()
         values = looked_up(record.properties, options.where)
         if not meets(values, options.where):
             return _Frame(sample_id, n_atoms, values)

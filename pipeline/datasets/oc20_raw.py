@@ -11,17 +11,17 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.datasets.base import Listing, RecordDataset, Selection
+from pipeline.datasets.frame_records import FrameText
 from pipeline.datasets.frames import (
     SUFFIXES,
     UNPACKED_BYTES,
     Span,
     TextCache,
-    frame_record,
     frame_spans,
-    header_id,
     unpacked_text,
 )
 from pipeline.datasets.labels import ReadOptions, Record
+from pipeline.datasets.packing import is_packed
 from pipeline.datasets.paths import PACKED, files_in
 from pipeline.datasets.samples import pair_id
 from pipeline.errors import DataError
@@ -141,7 +141,7 @@ class Oc20RawDataset(RecordDataset):
         place = {name: column[index].item() for name, column in self._places.items()}
         path = self._chunks[place["chunk"]].frames
         text = _texts.piece(path, place["start"], place["stop"])
-        return frame_record(path, text, place["number"])[1]
+        return FrameText.of(path, text, place["number"]).record()
 
     def place(self, index: int) -> str:
         """File and id of the frame."""
@@ -223,18 +223,17 @@ def _scan_chunk(chunk: Chunk) -> _Frames:
     if lines:
         ids = [line.sample_id for line in lines]
     else:
-        ids = [_id_in(text, span) for span in spans]
+        ids = [_id_in(chunk.frames, text, *pair) for pair in enumerate(spans)]
     return _Frames(
         np.array([(s.start, s.stop, s.n_atoms) for s in spans], np.int64).reshape(
             -1, 3
         ),
         ids,
         np.array([line.reference for line in lines] or [0.0] * len(spans)),
-        len(text) if chunk.frames.suffix in PACKED else 0,
+        len(text) if is_packed(chunk.frames) else 0,
     )
 
 
-def _id_in(text: bytes, span: Span) -> str | None:
+def _id_in(path: Path, text: bytes, number: int, span: Span) -> str | None:
     """What the frame's own header says, where there is no text file."""
-    header = text[span.start : span.stop].split(b"\n", 2)[1].decode(errors="replace")
-    return header_id(header)
+    return FrameText.of(path, text[span.start : span.stop], number).sample_id
