@@ -39,7 +39,7 @@ FEW = {"node_features": COMPACT}
 MANY = {"node_features": COMPACT, "vector_features": Q8, "per_atom_energy": {}}
 FAITHFUL = {"node_features": FLOAT32, "vector_features": FLOAT32}
 _STORE = "s.zarr"
-_ANSWER_S = 120
+_ANSWER_S = 1800
 _FAILED = 3
 # Every way in which these operations change a directory, or make a change durable.
 _CHANGES = ("fsync", "replace", "rename", "link", "unlink", "rmdir", "mkdir")

@@ -26,7 +26,7 @@ _FEW = 64
 _AHEAD = 3
 # So often an item is sent again because its process died: a kill may hit anybody once.
 _LOSSES = 3
-_PATIENCE_S = 180.0
+_PATIENCE_S = 600.0
 
 
 @contextmanager

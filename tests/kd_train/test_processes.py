@@ -2,7 +2,7 @@
 
 import json
 import shutil
-import time
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -174,16 +174,11 @@ def test_killed_run_of_two_processes_continues_bit_for_bit(
 ) -> None:
     out = tmp_path / "run"
     arguments = _arguments(small_store, out)
-    processes = by_hand("kd_train", arguments)
-    deadline = time.monotonic() + TIMEOUT
-    while not (out / "last.pt").exists() and time.monotonic() < deadline:
-        time.sleep(0.002)
-    for process in processes:
-        process.kill()
-    for process in processes:
-        process.communicate()
-    step = read_checkpoint(out / "last.pt")["progress"]["step"]
-    assert 4 <= step < 24
+    module = "tests.kd_train.killed_run"
+    for process in by_hand(module, [7, *arguments]):
+        _, said = process.communicate(timeout=TIMEOUT)
+        assert process.returncode == -signal.SIGKILL, said
+    assert read_checkpoint(out / "last.pt")["progress"]["step"] == 4
     assert not (out / "metrics.json").exists()
     again = torchrun(tmp_path / "again", "kd_train", [*arguments, "--auto-resume"])
     assert again.wait(TIMEOUT) == 0, _said(tmp_path / "again")

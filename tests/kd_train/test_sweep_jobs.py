@@ -75,7 +75,7 @@ def test_the_training_holds_the_lock_itself(tmp_path: Path) -> None:
 
 
 def test_a_terminated_job_takes_its_training_along(tmp_path: Path) -> None:
-    training = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    training = "import os, time; print(os.getpid(), flush=True); time.sleep(3600)"
     program = (
         "import sys; from pathlib import Path; "
         "from kd_train.sweep.jobs import run_to_its_end; "

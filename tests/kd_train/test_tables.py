@@ -440,7 +440,7 @@ def test_latex_compiles(tmp_path):
         ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "page.tex"],
         cwd=tmp_path,
         capture_output=True,
-        timeout=120,
+        timeout=1800,
         check=False,
     )
     assert done.returncode == 0, done.stdout.decode(errors="replace")[-2000:]

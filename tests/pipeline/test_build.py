@@ -49,7 +49,6 @@ def reference(small_store: FeatureStore) -> dict[str, str]:
     return _shards(small_store.path)
 
 
-@pytest.mark.timeout(900)  # starting a process is slow on a busy machine
 def test_dask_workers_write_the_same_bytes(
     small_spec: Path, reference: dict[str, str], tmp_path: Path
 ) -> None:

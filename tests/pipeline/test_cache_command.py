@@ -288,7 +288,6 @@ def test_samples_the_teacher_cannot_take_are_named(
     assert "'heavy' holds an atom with atomic number 92" in sentence
 
 
-@pytest.mark.timeout(900)  # starting a process is slow on a busy machine
 def test_worker_processes_refuse_in_one_sentence_too(
     document: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

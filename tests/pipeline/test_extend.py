@@ -281,7 +281,7 @@ def test_the_teacher_works_while_a_block_is_written(
 
     def writing(*arguments: Any) -> None:
         if not waited:
-            waited.append(second.wait(60))
+            waited.append(second.wait(1800))
         write(*arguments)
 
     monkeypatch.setattr(Teacher, "predict", predicting)

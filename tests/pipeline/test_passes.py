@@ -3,7 +3,6 @@
 import os
 import re
 import shutil
-import signal
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -45,6 +44,7 @@ from tests.pipeline.oc20_files import (
     slabs,
     write_lmdb,
 )
+from tests.pipeline.tasks import die_at_seven, refuse_seven
 from tests.stores import build, spec_document, write_spec
 
 RULE = GraphRule(4.0, 12, symmetric=True)
@@ -61,16 +61,9 @@ def _count(structure: Structure) -> int:
     return len(neighbor_edges(structure, RULE))
 
 
-def _refuse(number: int) -> int:
-    if number == 7:
-        raise DataError("Number 7 is refused.")
-    return number * number
-
-
-@pytest.mark.timeout(900)  # starting a process is slow on a busy machine
 def test_results_come_in_order_and_errors_in_their_place(run: Run) -> None:
-    assert list(run(_refuse, range(7))) == [n * n for n in range(7)]
-    found = run(_refuse, range(50))
+    assert list(run(refuse_seven, range(7))) == [n * n for n in range(7)]
+    found = run(refuse_seven, range(50))
     assert [next(found) for _ in range(7)] == [n * n for n in range(7)]
     with pytest.raises(DataError, match="Number 7 is refused"):
         next(found)
@@ -84,44 +77,42 @@ def test_only_some_items_are_taken_ahead(run: Run) -> None:
             taken.append(number)
             yield number + 8
 
-    found = run(_refuse, items())
+    found = run(refuse_seven, items())
     next(found)
     found.close()
     assert len(taken) < 10
 
 
-def _die_at_seven(folder: Path, deaths: int, number: int) -> int:
-    """Kills its process at number 7 for so many times; ``folder`` counts them."""
-    if number == 7 and (died := len(list(folder.iterdir()))) < deaths:
-        (folder / str(died)).touch()
-        os.kill(os.getpid(), signal.SIGKILL)
-    return number * number
-
-
-@pytest.mark.timeout(900)
-def test_passes_outlive_a_death_but_not_one_after_the_other(tmp_path: Path) -> None:
-    for name in ("once", "always"):
-        (tmp_path / name).mkdir()
+def test_passes_outlive_a_death(tmp_path: Path) -> None:
     with processes(1) as alone:
-        once = alone(partial(_die_at_seven, tmp_path / "once", 1), range(18))
-        assert list(once) == [n * n for n in range(18)]
-        always = alone(partial(_die_at_seven, tmp_path / "always", 99), range(18))
-        with pytest.raises(WorkersError, match="fewer --workers$"):
-            list(always)
-    assert len(list((tmp_path / "once").iterdir())) == 1
-    # An item may also be lost before its process began with it.
-    assert 1 <= len(list((tmp_path / "always").iterdir())) <= 4
-
-
-@pytest.mark.timeout(900)
-def test_a_worker_that_takes_long_to_start_again_is_replaced(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """As all are when none is waited for: on a busy machine it takes too long."""
-    monkeypatch.setattr(clusters, "_LOST_S", 0.01)
-    with processes(1) as alone:
-        found = alone(partial(_die_at_seven, tmp_path, 1), range(18))
+        found = alone(partial(die_at_seven, tmp_path, 1), range(18))
         assert list(found) == [n * n for n in range(18)]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.slow
+def test_passes_do_not_outlive_one_death_after_the_other(tmp_path: Path) -> None:
+    with processes(1) as alone:
+        found = alone(partial(die_at_seven, tmp_path, 99), range(18))
+        with pytest.raises(WorkersError, match="fewer --workers$"):
+            list(found)
+    # An item may also be lost before its process began with it.
+    assert 1 <= len(list(tmp_path.iterdir())) <= 4
+
+
+def test_a_worker_that_is_given_up_is_replaced() -> None:
+    """As the cluster gives up, by itself, one that takes long to start again."""
+    with clusters.local_workers(1, 1) as client:
+        given_up = client.submit(os.getpid, pure=False).result()
+        client.sync(_give_up_all, client.cluster)
+        assert client.submit(os.getpid, pure=False).result() != given_up
+
+
+async def _give_up_all(cluster: Any) -> None:
+    """What a cluster does with workers that are lost."""
+    while cluster.workers:
+        _, nanny = cluster.workers.popitem()
+        await nanny.close()
 
 
 def _write_aselmdb(folder: Path, made: list[Slab]) -> Path:
@@ -352,7 +343,6 @@ def test_planning_by_several_processes_gives_the_same_store(
     assert shared.attributes == alone.attributes
 
 
-@pytest.mark.timeout(900)
 def test_bad_samples_are_found_by_any_number_of_processes(
     tmp_path: Path, run: Run, teacher_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -174,7 +174,6 @@ def test_compact_and_back(small_store: FeatureStore, tmp_path: Path) -> None:
     assert verify_store(large) == []
 
 
-@pytest.mark.timeout(900)  # starting a process is slow on a busy machine
 def test_processes_convert_as_one_does(
     small_store: FeatureStore, tmp_path: Path
 ) -> None:

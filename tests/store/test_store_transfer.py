@@ -211,7 +211,6 @@ def test_push_as_it_is_typed(folder: Path, tmp_path: Path, url: str) -> None:
     assert "is not a feature store" in refusal(main, ["push", tmp_path, url + "2"])
 
 
-@pytest.mark.timeout(900)  # starting a process is slow on a busy machine
 def test_several_processes_verify_as_one_does(folder: Path, tmp_path: Path) -> None:
     victim = Path(shutil.copytree(folder, tmp_path / "v.zarr"))
     content = bytearray((victim / SHARD).read_bytes())

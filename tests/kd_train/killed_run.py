@@ -1,0 +1,31 @@
+"""``python -m kd_train``, every process of which is killed after its first steps.
+
+``python -m tests.kd_train.killed_run STEPS ARGUMENTS``
+"""
+
+import os
+import signal
+import sys
+
+from torch import Tensor
+from torch_geometric.data import Data
+
+from kd_train.cli import main
+from kd_train.trainer.loop import Run
+
+
+def die_after(steps: int) -> None:
+    """Let runs end this process, as ``kill -9`` does, when they have so many steps."""
+    step = Run.step
+
+    def stepping(run: Run, *batches: Data) -> dict[str, Tensor]:
+        if run.progress.step == steps:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return step(run, *batches)
+
+    Run.step = stepping  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    die_after(int(sys.argv.pop(1)))
+    main()
