@@ -10,6 +10,7 @@ from pipeline.datasets.oc20_lmdb import Oc20LmdbDataset
 from pipeline.datasets.oc20_raw import Energy, Oc20RawDataset
 from pipeline.datasets.rattled import Rattled
 from pipeline.datasets.unlabelled import Unlabelled
+from pipeline.errors import DataError
 from pipeline.remote import is_url
 from pipeline.spec import SplitSpec
 from pipeline.staging import staged
@@ -64,6 +65,10 @@ def open_dataset(
     else:
         dataset = READERS[format](path, selection)
     dataset.use(lister(dataset))
+    if offset and not len(dataset):
+        raise DataError(
+            f"{path} has no sample left after offset={offset}; lower the offset."
+        )
     dataset.check_ids()
     return dataset
 
