@@ -9,11 +9,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field as Key
 
 from kd_train.config import RECIPES, DistillConfig, TrainConfig
-from pipeline.documents import ClosedModel, validate
+from pipeline.documents import ClosedModel, read_yaml, validate
 from pipeline.errors import SpecError
 
 log = logging.getLogger("kd_train")
@@ -33,7 +32,7 @@ class Recipe(ClosedModel):
 def read_recipe(name: str) -> Recipe:
     """The recipe of dataset ``name``, one of ``RECIPES``."""
     path = _FOLDER / f"{name}.yaml"
-    return validate(Recipe, yaml.safe_load(path.read_text()), path.name)
+    return validate(Recipe, read_yaml(path), path.name)
 
 
 def with_recipe(

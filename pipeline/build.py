@@ -19,7 +19,7 @@ from pipeline.execution.passes import (
     worthwhile,
 )
 from pipeline.execution.progress import Progress
-from pipeline.files import told_when_full
+from pipeline.files import is_free, told_when_full
 from pipeline.planning import plan_split, store_attributes
 from pipeline.preview import preview
 from pipeline.scanning import Scan
@@ -66,7 +66,7 @@ def prepare(
     SpecError, DataError, CheckpointError
         Anything that would make the build fail later and can be known now.
     """
-    new = before is not None or not Path(spec.store.path).exists()
+    new = before is not None or is_free(Path(spec.store.path))
     old = {} if before is None else before.splits
     with processes(workers) as run:
         source, bad = _screened(Source.open(spec, device, run), run, count)
@@ -170,7 +170,7 @@ def build_store(
     progress = progress or Progress()
     count = counted_in(progress, count)
     path = Path(spec.store.path)
-    if filling.part is not None and not path.exists():
+    if filling.part is not None and is_free(path):
         raise StoreError(
             f"{path} is not planned yet; run `kd-cache plan SPEC` once before the parts"
         )
@@ -215,12 +215,12 @@ def counted_in(progress: Progress, count: Count) -> Count:
 
 def create_or_match(job: Job, path: Path) -> None:
     """Plan the store on disk, or accept the one there if its fingerprint agrees."""
-    if not path.exists():
+    if is_free(path):
         try:
             create_store(path, list(job.plans.values()), job.attributes)
         except StoreError:
             # Another process that builds the same may have been faster.
-            if not path.exists():
+            if is_free(path):
                 raise
     found = StoreWriter(path).attributes["fingerprint"]
     wanted = job.attributes["fingerprint"]

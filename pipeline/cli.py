@@ -66,9 +66,7 @@ def _spec_for_store(
             f"--out {out} is a URL, and a store is built on a local disk; build it "
             f"there and `kd-cache push STORE {out}`."
         )
-    if out is not None:
-        overrides = (*overrides, f"store.path={Path(out).resolve()}")
-    return load_spec(spec, overrides)
+    return load_spec(spec, overrides, None if out is None else Path(out))
 
 
 def _started(

@@ -34,9 +34,8 @@ def one_sentence_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _refuse(text: str) -> None:
-    first = text.split(maxsplit=1)[0]
-    start = text[:1].upper() if first.isalpha() else text[:1]
-    click.echo(f"Error: {start}{text[1:].rstrip('.')}.", err=True)
+    # As it is: the first word may be a path or a key.
+    click.echo(f"Error: {text.rstrip('.')}.", err=True)
     sys.exit(BAD_INPUT)
 
 

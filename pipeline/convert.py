@@ -13,7 +13,7 @@ import numpy as np
 from pipeline.errors import SpecError, StoreError
 from pipeline.execution.passes import Count, not_counted, processes, worthwhile
 from pipeline.fields import CHANNEL_FIELDS
-from pipeline.files import told_when_full
+from pipeline.files import is_free, told_when_full
 from pipeline.planning import array_attributes, array_identity, stored_dtype
 from pipeline.spec import FeatureSpec
 from pipeline.store.adoption import Adoption
@@ -107,7 +107,7 @@ def convert_store(
         )
     fingerprint = _fingerprint(store, conversion, chosen)
     with told_when_full(out):
-        if not out.exists():
+        if is_free(out):
             plans = [
                 _plan(split, conversion.feature, chosen[name])
                 for name, split in store.splits.items()

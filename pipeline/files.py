@@ -38,6 +38,16 @@ def told_when_full(store: Path) -> Iterator[None]:
         ) from error
 
 
+def is_free(path: Path) -> bool:
+    """Whether something may be made at ``path``: nothing or an empty folder is there.
+
+    A folder that was made ahead, by a scheduler or by hand, is to be used.
+    """
+    if path.is_dir():
+        return next(path.iterdir(), None) is None
+    return not path.exists()
+
+
 def sha256_of(path: Path) -> str:
     """Hexadecimal SHA-256 of a file's bytes."""
     digest = hashlib.sha256()

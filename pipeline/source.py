@@ -13,6 +13,7 @@ from pipeline.datasets import Dataset, open_split
 from pipeline.errors import DataError
 from pipeline.execution.passes import Run, not_told
 from pipeline.fields import FIELDS
+from pipeline.files import is_free
 from pipeline.models.normalizer import Normalizer
 from pipeline.planning import wanted_features
 from pipeline.scanning import CountEdges, Hashes, Scan, sample_hash, scan_dataset
@@ -216,7 +217,7 @@ def _orders(spec: CacheSpec, datasets: Mapping[str, Dataset]) -> dict[str, IntAr
 
 def _header(store: Path) -> dict[str, Any]:
     """What the store says of itself; empty where it is not planned yet."""
-    return dict(read_root(FolderPlace(store))[ROOT_KEY]) if store.exists() else {}
+    return dict(read_root(FolderPlace(store))[ROOT_KEY]) if not is_free(store) else {}
 
 
 def _left_out(header: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:

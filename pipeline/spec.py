@@ -1,6 +1,5 @@
 """``CacheSpec``: what a store is made of, read from ``cache_specs/*.yaml``."""
 
-import json
 import math
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +14,7 @@ from pipeline.documents import (
     expand_path,
     expand_text,
     nearest,
+    read_json_map,
     read_yaml,
     validate,
 )
@@ -233,8 +233,12 @@ class CacheSpec(ClosedModel):
         return {name: {} if part is None else part for name, part in value.items()}
 
 
-def load_spec(path: Path, overrides: Iterable[str] = ()) -> CacheSpec:
+def load_spec(
+    path: Path, overrides: Iterable[str] = (), out: Path | None = None
+) -> CacheSpec:
     """The spec at ``path`` with overrides applied and every path made absolute.
+
+    ``out`` replaces ``store.path`` and is taken as it is: nothing in it is expanded.
 
     Raises
     ------
@@ -244,11 +248,14 @@ def load_spec(path: Path, overrides: Iterable[str] = ()) -> CacheSpec:
     """
     document = read_yaml(path)
     apply_overrides(document, overrides)
-    return resolve(validate(CacheSpec, document, str(path)), path.resolve().parent)
+    if out is not None and isinstance(document.setdefault("store", {}), dict | None):
+        document["store"] = {**(document["store"] or {}), "path": str(out)}
+    spec = validate(CacheSpec, document, str(path))
+    return resolve(spec, path.resolve().parent, out)
 
 
-def resolve(spec: CacheSpec, folder: Path) -> CacheSpec:
-    """``spec`` with absolute, existing paths and consistent choices.
+def resolve(spec: CacheSpec, folder: Path, out: Path | None = None) -> CacheSpec:
+    """``spec`` with absolute, existing paths and consistent choices; ``out`` as above.
 
     Raises
     ------
@@ -269,9 +276,13 @@ def resolve(spec: CacheSpec, folder: Path) -> CacheSpec:
             if (value := getattr(spec.teacher, key)) is not None
         }
         changes["teacher"] = spec.teacher.model_copy(update=files)
-    place = str(expand_path(spec.store.path, folder, "store.path"))
-    changes["store"] = spec.store.model_copy(update={"path": place})
+    place = out.resolve() if out is not None else _store_path(spec, folder)
+    changes["store"] = spec.store.model_copy(update={"path": str(place)})
     return spec.model_copy(update=changes)
+
+
+def _store_path(spec: CacheSpec, folder: Path) -> Path:
+    return expand_path(spec.store.path, folder, "store.path")
 
 
 def _refuse_missing(spec: CacheSpec, folder: Path) -> None:
@@ -313,30 +324,20 @@ def read_reference_energies(path: Path) -> dict[int, float]:
     SpecError
         The file is no such map; names the key that is wrong.
     """
-    energies = {}
-    for element, energy in _read_map(path).items():
+    energies: dict[int, float] = {}
+    read = read_json_map if path.suffix == ".json" else read_yaml
+    for element, energy in read(path).items():
         number = _atomic_number(element)
         if number is None:
-            # YAML reads the symbol of nobelium, No, as false.
-            raise SpecError(f"{path}: {element!r} is no element; quote its symbol.")
+            raise SpecError(f"{path}: {element!r} is no element; give its symbol.")
+        if number in energies:
+            raise SpecError(f"{path}: {element!r} is there under two names; keep one.")
         if type(energy) not in (int, float) or not math.isfinite(energy):
             raise SpecError(
                 f"{path}: {element!r} needs a number in eV, not {energy!r}."
             )
         energies[number] = float(energy)
     return energies
-
-
-def _read_map(path: Path) -> dict[str, Any]:
-    if path.suffix != ".json":
-        return read_yaml(path)
-    try:
-        loaded = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise SpecError(f"{path} cannot be read as JSON ({error}).") from None
-    if not isinstance(loaded, dict):
-        raise SpecError(f"{path} must hold a map from element to eV.")
-    return loaded
 
 
 def _atomic_number(element: object) -> int | None:

@@ -1,12 +1,9 @@
 """The comparison in sentences, and the commands that its runs came from."""
 
-import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 from kd_train.config import STRATEGIES, TrainConfig
 from kd_train.recipe import with_recipe
@@ -16,6 +13,7 @@ from kd_train.report.runs import FinishedRun, LeftOut, flat_defaults, flattened
 from kd_train.report.tables import COLUMNS, Column, Row, Table
 from pipeline.documents import validate
 from pipeline.errors import SpecError
+from pipeline.plain_yaml import yaml_text
 
 _FLAGS = {
     "strategy": "--strategy",
@@ -129,7 +127,4 @@ def _count(number: int, noun: str) -> str:
 
 def _yaml_value(value: Any) -> str:
     """``value`` as YAML for ``--set``, which reads as the same value and type."""
-    text = yaml.safe_dump(
-        value, default_flow_style=True, allow_unicode=True, width=math.inf
-    )
-    return text.removesuffix("\n").removesuffix("\n...")
+    return yaml_text(value, flow=True).removesuffix("\n").removesuffix("\n...")

@@ -13,12 +13,11 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Literal, NoReturn
 
-import yaml
-
 from kd_train.sweep.gpus import free_gpu
 from kd_train.sweep.grid import Sweep
 from pipeline.documents import ClosedModel
 from pipeline.files import write_atomically
+from pipeline.plain_yaml import yaml_text
 
 # Of a process that was killed, as by a machine without memory.
 _ATTEMPTS = 3
@@ -73,7 +72,7 @@ def run_job(sweep: Sweep, name: str, attempt: int = 1) -> Outcome:
         place.mkdir(parents=True, exist_ok=True)
     with (log.parent / f".{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        text = yaml.safe_dump(run.document, sort_keys=False)
+        text = yaml_text(run.document)
         write_atomically(settings, text.encode())
         error = _trained(_command(sweep, settings, folder), log, sweep, lock.fileno())
         if error is not None:

@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-import yaml
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -57,6 +56,7 @@ from kd_train.trainer.weighting import Weighting
 from pipeline.errors import PipelineError, SpecError
 from pipeline.files import write_atomically
 from pipeline.models.network import Network
+from pipeline.plain_yaml import yaml_text
 from pipeline.store.reader import FeatureStore
 
 log = logging.getLogger("kd_train")
@@ -345,7 +345,7 @@ class Run:
 
     def _write_header(self) -> None:
         versions = {name: version(name) for name in ("kd-train", "torch")}
-        text = yaml.safe_dump({**self.header(), "versions": versions}, sort_keys=False)
+        text = yaml_text({**self.header(), "versions": versions})
         write_atomically(self.folder / "config.yaml", text.encode())
 
     def _state(self) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from pipeline.datasets.oc20_raw import Energy, Oc20RawDataset
 from pipeline.datasets.paths import named_paths
 from pipeline.datasets.rattled import Rattled
 from pipeline.datasets.unlabelled import Unlabelled
+from pipeline.errors import DataError
 from pipeline.remote import is_url
 from pipeline.spec import SplitSpec
 from pipeline.staging import staged
@@ -76,6 +77,10 @@ def open_dataset(
     else:
         dataset = READERS[format](paths, selection, options)
     dataset.use(lister(dataset))
+    if offset and not len(dataset):
+        raise DataError(
+            f"{path} has no sample left after offset={offset}; lower the offset."
+        )
     dataset.check_ids()
     return dataset
 

@@ -153,6 +153,6 @@ def _header(text: str, path: Path) -> dict[str, Any]:
         not isinstance(header.get(key), kind) for key, kind in _ENTRIES.items()
     ):
         raise CheckpointError(
-            f"the metadata of {path} needs the entries {', '.join(_ENTRIES)}."
+            f"The metadata of {path} needs the entries {', '.join(_ENTRIES)}."
         )
     return header

@@ -1,6 +1,5 @@
 """Finds a model's fixed scale factors, wherever a released file keeps them."""
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pipeline.documents import parse_json
 from pipeline.errors import CheckpointError
 from pipeline.models.torch_file import read_torch_file
 
@@ -21,11 +21,13 @@ def read_scale_file(path: Path) -> dict[str, float]:
     if path.suffix != ".json":
         return as_factors(read_torch_file(path), str(path))
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"There is no scale file {path}.") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"Scale file {path} is not readable JSON.") from error
+        raise CheckpointError(
+            f"Scale file {path} is not readable JSON ({error})."
+        ) from error
     if not isinstance(content, dict):
         raise CheckpointError(
             f"Scale file {path} is not a mapping of names to factors."

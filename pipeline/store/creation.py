@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, TransposeCodec
 
 from pipeline.errors import SpecError, StoreError
-from pipeline.files import sync_folder
+from pipeline.files import is_free, sync_folder
 from pipeline.store.edges import EDGE_INDEX
 from pipeline.store.encoding import ERROR
 from pipeline.store.index import (
@@ -46,8 +46,9 @@ def create_store(
 ) -> None:
     """Write the whole planned store, unsealed and without blocks, at ``path``.
 
-    A kill leaves nothing at ``path`` or the complete plan. ``attributes`` join the
-    root attribute ``kd_cache``, where the reader finds its ``fingerprint``.
+    A kill leaves ``path`` as it was, absent or an empty folder, or the complete plan.
+    ``attributes`` join the root attribute ``kd_cache``, where the reader finds its
+    ``fingerprint``.
     """
     for split in splits:
         check_split(split)
@@ -55,7 +56,7 @@ def create_store(
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _creation_lock(path, timeout=-1):
-        if path.exists():
+        if not is_free(path):
             raise StoreError(
                 f"{path} exists already; continue it with `kd-cache build SPEC` or "
                 "choose another place."

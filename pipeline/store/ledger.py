@@ -4,6 +4,7 @@ A record is the last thing written of a block; the digests the last but one of a
 """
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -12,12 +13,14 @@ import numpy.typing as npt
 import xxhash
 
 from pipeline.errors import DamagedStoreError
+from pipeline.store.foreign import Alteration, alteration
 from pipeline.store.index import DIGESTS, METADATA, XXH3, SplitFiles, SplitIndex
 from pipeline.store.messages import name_blocks
 from pipeline.store.metadata import damaged, read_checked
 from pipeline.store.places import Place
 from pipeline.store.shard import with_crc, without_crc
 
+log = logging.getLogger("pipeline.store")
 Record = npt.NDArray[np.uint64]
 
 DIGEST_FILE = f"{DIGESTS}/c/0"
@@ -119,16 +122,29 @@ def read_digests(place: Place) -> dict[str, str]:
 
 def changed_files(
     place: Place, digests: dict[str, str], contents: Mapping[str, bytes]
-) -> list[str]:
-    """Names of the files that are gone or differ from their digest.
+) -> dict[str, Alteration | None]:
+    """Files that are gone or differ from their digest, by name.
 
-    Where files cannot be mapped, their ``contents`` have been read before.
+    Each with what another program did to it, None where that is damage. Where files
+    cannot be mapped, their ``contents`` have been read before.
     """
-    return [
-        name
+    return {
+        name: _alteration(place, name, known, contents)
         for name, known in digests.items()
         if not _matches(place, name, known, contents)
-    ]
+    }
+
+
+def _alteration(
+    place: Place, name: str, known: str, contents: Mapping[str, bytes]
+) -> Alteration | None:
+    if not name.endswith(METADATA):
+        return None
+    try:
+        content = place.read(name) if place.mappable else contents[name]
+    except (FileNotFoundError, KeyError):
+        return None
+    return alteration(content, lambda candidate: _hash(candidate) == known)
 
 
 def check_metadata(place: Place) -> dict[str, bytes]:
@@ -148,8 +164,17 @@ def check_metadata(place: Place) -> dict[str, bytes]:
         if "/index/commit/c/" not in name
     }
     contents = place.fetch(list(digests))
-    for name in changed_files(place, digests, contents):
-        raise damaged(place, name, "is not what was sealed")
+    for name, altered in changed_files(place, digests, contents).items():
+        if altered is None:
+            raise damaged(place, name, "is not what was sealed")
+        if altered.cleaned is not None:
+            log.warning(
+                "%s %s, which changes nothing that is read here; `kd-cache verify %s "
+                "--repair` removes it",
+                place.label(name),
+                altered.what,
+                place,
+            )
     return contents
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from pipeline.errors import DamagedStoreError
 from pipeline.execution.passes import Count, Run, Tally, not_counted, processes
 from pipeline.store.edges import CELL_OFFSETS, EDGE_INDEX, edge_faults
+from pipeline.store.foreign import Alteration
 from pipeline.store.index import (
     COMMIT,
     EDGE_IDENTITY,
@@ -43,13 +44,14 @@ class Problem:
     """Something wrong with a store; ``message`` is a sentence that names the file.
 
     ``file`` is its name within the store. ``split`` and ``block`` are set where writing
-    that block again repairs it.
+    that block again repairs it, ``cleaned`` where the file is to have that content.
     """
 
     file: str
     message: str
     split: str | None = None
     block: int | None = None
+    cleaned: bytes | None = None
 
     def __str__(self) -> str:
         return self.message
@@ -106,13 +108,26 @@ def _metadata_problems(place: Place, sealed: bool) -> Iterator[Problem]:
     except DamagedStoreError as error:
         yield Problem("", str(error))
         return
-    for name in changed_files(place, digests, place.fetch(list(digests))):
+    changed = changed_files(place, digests, place.fetch(list(digests)))
+    for name, altered in changed.items():
         split, _, rest = name.partition("/")
         what = "is not what was sealed"
-        if rest.startswith("index/commit/c/"):
+        if altered is not None:
+            yield from _alteration_problems(place, name, altered)
+        elif rest.startswith("index/commit/c/"):
             yield _problem(place, name, what, split, int(rest.split("/")[3]))
         else:
             yield _problem(place, name, what)
+
+
+def _alteration_problems(
+    place: Place, name: str, altered: Alteration
+) -> Iterator[Problem]:
+    """What has to be removed from a metadata file; attributes of a user may stay."""
+    if altered.cleaned is not None:
+        what = f"{altered.what}, which `kd-cache verify {place} --repair` removes"
+        message = f"{place.label(name)} {what}."
+        yield Problem(name, message, cleaned=altered.cleaned)
 
 
 def _opened(place: Place, name: str) -> tuple[SplitIndex | None, list[Problem]]:

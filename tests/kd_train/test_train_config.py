@@ -47,6 +47,14 @@ def test_flags_beat_the_file_and_overrides_beat_flags(tmp_path: Path) -> None:
     assert (config.optimizer.lr, config.optimizer.eps) == (0.5, 1e-3)
 
 
+def test_numbers_may_have_exponents_and_underscores(tmp_path: Path) -> None:
+    """B10: YAML 1.1 takes 1e1 for text."""
+    (tmp_path / "c.yaml").write_text("optimizer: {lr: 1e-4}\nsteps: 1_000\n")
+    config = load_config(tmp_path / "c.yaml", {}, ("optimizer.clip_norm=1e1",))
+    assert (config.optimizer.lr, config.optimizer.clip_norm) == (1e-4, 10.0)
+    assert config.steps == 1000
+
+
 def test_flags_reach_into_sections(tmp_path: Path) -> None:
     config = _load(tmp_path, {"student": {}}, **{"student.preset": "schnet"})
     assert config.student.preset == "schnet"
@@ -77,6 +85,13 @@ REFUSED: list[tuple[Any, tuple[str, ...], list[str]]] = [
     ({"sted": 1}, (), ["'sted'", "'seed'"]),
     ({"optimizer": {"learning_rate": 1}}, (), ["'optimizer.learning_rate'", "lr"]),
     ({"steps": 0}, (), ["steps", "greater"]),
+    ({"steps": True}, (), ["steps", "number is wanted, found True"]),
+    ({"loss": {"force_weight": True}}, (), ["loss.force_weight", "number is wanted"]),
+    ({}, ("loss.force_weight=on",), ["loss.force_weight", "found 'on'"]),
+    ({}, ("schedule.milestones=[1, true]",), ["schedule.milestones", "number"]),
+    ({}, ("steps=010",), ["steps", "'010'"]),
+    ({"seed": 10**19}, (), ["seed", "too large"]),
+    ({}, ("batch_atoms=1:30",), ["batch_atoms", "'1:30'"]),
     ({"steps": "many"}, (), ["steps", "'many'"]),
     ({"batch_size": 2.5}, (), ["batch_size", "2.5"]),
     ({"batch_atoms": 0}, (), ["batch_atoms", "0"]),
@@ -102,7 +117,7 @@ REFUSED: list[tuple[Any, tuple[str, ...], list[str]]] = [
     (None, ("steps.more=3",), ["steps"]),
     (None, ("strategy=n2n", "strategy.x=1"), ["'strategy'", "holds no keys"]),
     (None, ("steps=[1,",), ["--set", "not YAML"]),
-    (None, ("seed=!!python/object/apply:os.getpid []",), ["--set", "not YAML"]),
+    (None, ("seed=!!python/object/apply:os.getpid []",), ["seed", "number is wanted"]),
     ([1, 2], (), ["mapping", "[1, 2]"]),
 ]
 

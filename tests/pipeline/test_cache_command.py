@@ -83,6 +83,44 @@ def test_out_and_set_override_the_spec(
     assert not (tmp_path / "s.zarr").exists()
 
 
+def test_empty_folders_are_used(
+    document: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """B7, A13: a folder made ahead, whose name would be a comment in YAML."""
+    monkeypatch.chdir(tmp_path)
+    spec = write_spec(tmp_path / "a spec #1.yaml", document)
+    store, small = Path("run #2.zarr"), Path("it's small: q8.zarr")
+    for folder in (store, small, Path("labels #3"), Path("pushed #4.zarr")):
+        folder.mkdir()
+    on_cpu = ["--device", "cpu"]
+    done = run_command(main, ["build", spec, "--out", store, *on_cpu])
+    assert done.stdout == f"{tmp_path / store}: complete and sealed.\n"
+    again = run_command(main, ["build", spec, "--out", store, *on_cpu])
+    assert again.stdout == done.stdout
+    run_command(main, ["compact", store, small, "--profile", "q8"])
+    assert run_command(main, ["verify", small]).exit_code == 0
+    run_command(main, ["label", spec, "--out", "labels #3", *on_cpu])
+    assert (tmp_path / "labels #3" / "train.extxyz").is_file()
+    run_command(main, ["push", store, "pushed #4.zarr"])
+    assert run_command(main, ["verify", "pushed #4.zarr"]).exit_code == 0
+    made = {path.name for path in tmp_path.iterdir() if not path.name.startswith(".")}
+    assert "run" not in made
+    assert "it" not in made
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "file").touch()
+    assert "mine is not a feature store" in refusal(
+        main, ["build", spec, "--out", "mine", *on_cpu]
+    )
+
+
+def test_an_offset_past_the_end_is_named(
+    document: dict[str, Any], tmp_path: Path
+) -> None:
+    """B10: it read as if the file were empty."""
+    told = _refused(tmp_path, document, "--set", "splits.train.offset=5")
+    assert told.endswith("has no sample left after offset=5; lower the offset.")
+
+
 def test_ranges_of_blocks_leave_the_store_open(
     small_spec: Path, tmp_path: Path
 ) -> None:

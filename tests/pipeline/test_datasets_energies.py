@@ -44,7 +44,7 @@ def _spec(folder: Path, **splits: dict[str, Any]) -> CacheSpec:
     ("name", "text"),
     [
         ("e.json", '{\t"H": -13.5, "8": -2040, "Cu": 1e-5}'),
-        ("e.yaml", "H: -13.5\n8: -2040\nCu: 0.00001\n"),
+        ("e.yaml", "H: -1.35e1\n8: -2040\nCu: 0.00001\n"),
         ("e.yml", "{1: -13.5, O: -2040.0, '29': 1.0e-05}"),
     ],
 )
@@ -54,6 +54,12 @@ def test_maps_name_elements_by_symbol_or_number(
     (tmp_path / name).write_text(text)
     expected = {1: -13.5, 8: -2040.0, 29: 1e-5}
     assert read_reference_energies(tmp_path / name) == expected
+
+
+def test_nobelium_is_an_element(tmp_path: Path) -> None:
+    """A18: YAML 1.1 took its symbol for false."""
+    (tmp_path / "e.yaml").write_text("No: 1e1\n")
+    assert read_reference_energies(tmp_path / "e.yaml") == {102: 10.0}
 
 
 @pytest.mark.parametrize(
@@ -68,7 +74,12 @@ def test_maps_name_elements_by_symbol_or_number(
         ("e.json", "[1, 2]", "must hold a map"),
         ("e.json", "{", "cannot be read as JSON"),
         ("e.json", '{"a":' * 100_000, "cannot be read as JSON"),
-        ("e.yaml", "No: 1.0", "False is no element; quote"),
+        ("e.yaml", "Nu: 1.0", "'Nu' is no element"),
+        ("e.yaml", "H: 1.0\nC: 2.0\nH: 3.0", "key 'H' is in lines 1 and 3"),
+        ("e.yaml", "H: 1.0\n1: 2.0", "1 is there under two names"),
+        ("e.yaml", "H: on", "'H' needs a number"),
+        ("e.yaml", "H: 010", "'H' needs a number"),
+        ("e.json", '{"H": 1, "H": 2}', "the key 'H' is there twice"),
         ("e.yaml", "-1: 1.0", "-1 is no element"),
         ("e.yaml", "H: [1]", "'H' needs a number"),
         ("e.yaml", "H: .inf", "'H' needs a number"),

@@ -9,6 +9,7 @@ import yaml
 
 from pipeline.documents import apply_overrides, expand_path, nearest, read_yaml
 from pipeline.errors import SpecError
+from pipeline.plain_yaml import yaml_text
 from pipeline.spec import CacheSpec, load_spec
 
 MINIMAL: dict[str, Any] = {
@@ -164,6 +165,9 @@ def test_wrong_specs_are_refused_in_one_line(
         ("a: !!python/object/apply:os.getcwd []", "not valid YAML"),
         ("a: !thing 3", "not valid YAML"),
         ("", "mapping"),
+        ("a: !!int abc", "not valid YAML.*'abc'|abc is no number"),
+        ("a: " + 6000 * "[", "not valid YAML"),
+        ("a: " + 6000 * "9", "not valid YAML.*no number"),
     ],
 )
 def test_files_that_are_no_plain_mapping(text: str, words: str, tmp_path: Path) -> None:
@@ -200,6 +204,110 @@ def test_overrides_read_yaml_values() -> None:
         "empty": {"k": [1, 2]},
         "z": None,
     }
+
+
+VALUES = [
+    ("a #b", "a #b"),
+    ("p/run #2.zarr", "p/run #2.zarr"),
+    ("a: b", "a: b"),
+    ("*.xyz", "*.xyz"),
+    ("'1'", "1"),
+    ("[a, 1e1]", ["a", 10.0]),
+    ("1e1", 10.0),
+    ("1_000", 1000),
+    ("-.5", -0.5),
+    ("010", "010"),
+    ("1:30", "1:30"),
+    ("0x10", "0x10"),
+    ("no", "no"),
+    ("on", "on"),
+    ("2024-01-01", "2024-01-01"),
+    ("true", True),
+    ("~", None),
+    ("<<", "<<"),
+]
+
+
+@pytest.mark.parametrize(("text", "value"), VALUES)
+def test_values_are_taken_as_they_are(text: str, value: Any) -> None:
+    """A13, A18, B10: no comments in --set, and decimal numbers alone are numbers."""
+    document: dict[str, Any] = {}
+    apply_overrides(document, [f"k={text}"])
+    assert document == {"k": value}
+    assert type(document["k"]) is type(value)
+
+
+@pytest.mark.parametrize("text", ["[1] #c", '"a" b', "'a", "{a: 1, a: 2}"])
+def test_values_with_something_behind_them(text: str) -> None:
+    with pytest.raises(SpecError, match=r"^--set '?\"?k="):
+        apply_overrides({}, [f"k={text}"])
+
+
+@pytest.mark.parametrize("value", [value for _, value in VALUES])
+def test_what_is_written_reads_back(value: Any, tmp_path: Path) -> None:
+    document = {"k": value, "l": [value, {"m": value}]}
+    (tmp_path / "d.yaml").write_text(yaml_text(document))
+    assert read_yaml(tmp_path / "d.yaml") == document
+    assert yaml.safe_load(yaml_text(document)) == document
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: 1\nsplits:\n  b: 1\n  b: 2\n", "key 'b' is in lines 3 and 4"),
+        ("a: 1\n'a': 2\n", "key 'a' is in lines 1 and 2"),
+        ("a: [{b: 1, b: 1}]\n", "key 'b' is in lines 1 and 1"),
+        ("{x: 1,\n x: 2}", "key 'x' is in lines 1 and 2"),
+    ],
+)
+def test_a_key_twice_is_refused(text: str, words: str, tmp_path: Path) -> None:
+    """A17: the last one no longer wins."""
+    path = tmp_path / "spec.yaml"
+    path.write_text(text)
+    with pytest.raises(SpecError, match=f"^{path}: the {words}; keep one of them"):
+        read_yaml(path)
+
+
+def test_merged_keys_may_be_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "d.yaml"
+    path.write_text("a: &a {x: 1, y: 2}\nb:\n  <<: *a\n  x: 3\n")
+    assert read_yaml(path)["b"] == {"x": 3, "y": 2}
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("splits.train.limit=true", "limit.*number is wanted, found True"),
+        ("splits.train.limit=010", "limit.*number is wanted, found '010'"),
+        ("splits.train.every=1:30", "every.*number is wanted, found '1:30'"),
+        ("splits.train.offset='3'", "offset.*number is wanted, found '3'"),
+        ("store.seed=10000000000000000000000", "store.seed.*too large"),
+        ("store.path=12", "store.path: text is wanted, so put the value in quotes"),
+        ("splits.train.path=~nobody_here/x", "splits.train.path.*no such home"),
+    ],
+)
+def test_what_is_no_number_is_refused(folder: Path, override: str, words: str) -> None:
+    """A18, B11: booleans, octal and sexagesimal numbers, and 20 digits of a seed."""
+    with pytest.raises(SpecError, match=words):
+        _load(folder, MINIMAL, override)
+
+
+def test_names_that_yaml_1_1_takes_for_booleans(folder: Path) -> None:
+    """B10: a split called no."""
+    text = "splits: {no: {format: extxyz, path: data.extxyz}}\nstore: {path: 'on'}\n"
+    (folder / "s.yaml").write_text(text)
+    assert list(load_spec(folder / "s.yaml").splits) == ["no"]
+
+
+def test_the_place_of_a_store_is_taken_as_it_is(folder: Path) -> None:
+    """A13: --out knows no comments, variables or home folders."""
+    path = folder / "spec.yaml"
+    path.write_text(yaml.safe_dump(MINIMAL | {"store": {"path": "$NO_SUCH_PLACE"}}))
+    for name in ("run #2.zarr", "a: b", "$HOME", "~", "010", "no", " x "):
+        spec = load_spec(path, (), folder / name)
+        assert spec.store.path == str(folder / name)
+    path.write_text(yaml.safe_dump({"splits": MINIMAL["splits"]}))
+    assert load_spec(path, (), folder / "s").store.path == str(folder / "s")
 
 
 def test_nearest_offers_a_word_or_the_choice() -> None:
