@@ -6,6 +6,7 @@ from pipeline.datasets.ase_db import AseDbDataset
 from pipeline.datasets.aselmdb import AselmdbDataset
 from pipeline.datasets.base import Dataset, IndexedDataset, Listing, Selection
 from pipeline.datasets.extxyz import ExtxyzDataset
+from pipeline.datasets.molecules import NotPeriodic
 from pipeline.datasets.oc20_lmdb import Oc20LmdbDataset
 from pipeline.datasets.oc20_raw import Energy, Oc20RawDataset
 from pipeline.datasets.rattled import Rattled
@@ -72,8 +73,8 @@ def open_split(split: SplitSpec, lister: Lister = _list_anew) -> Dataset:
     """The dataset that a resolved split of a spec names, as the split wants it.
 
     What lies behind a URL is staged on a local disk first. Rattled copies replace the
-    samples; labels are left out where the split has none. Errors are those of
-    open_dataset.
+    samples; labels are left out where the split has none, and periodicity where it is
+    to have none. Errors are those of open_dataset.
     """
     path = str(staged(split.path)) if is_url(split.path) else split.path
     dataset = open_dataset(
@@ -85,6 +86,8 @@ def open_split(split: SplitSpec, lister: Lister = _list_anew) -> Dataset:
         energy=split.energy,
         lister=lister,
     )
+    if split.pbc == "none":
+        dataset = NotPeriodic(dataset)
     if split.rattle is not None:
         return Rattled(dataset, split.rattle)
     return dataset if split.labelled else Unlabelled(dataset)
