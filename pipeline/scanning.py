@@ -12,6 +12,7 @@ from pipeline.datasets import Dataset
 from pipeline.datasets.base import in_pieces
 from pipeline.errors import DataError
 from pipeline.execution.passes import Run, not_told
+from pipeline.graphs.neighbors import check_cell
 from pipeline.models.normalizer import Normalizer
 from pipeline.statistics import FOLD, LabelSums
 from pipeline.store.layout import IntArray
@@ -98,6 +99,8 @@ def _scan_part(
     dataset: Dataset, count_edges: CountEdges | None, indices: range
 ) -> _Part:
     samples = [dataset[index] for index in indices]
+    for sample in samples:
+        _require_cell(sample)
     checksums = [sample.structure.checksum for sample in samples]
     contents = [_content(*pair) for pair in zip(samples, checksums, strict=True)]
     labels = LabelSums()
@@ -110,6 +113,13 @@ def _scan_part(
         labels,
         np.array(counts, np.int64),
     )
+
+
+def _require_cell(sample: Sample) -> None:
+    try:
+        check_cell(sample.structure)
+    except DataError as error:
+        raise DataError(f"Sample {sample.sample_id!r}: {error}") from None
 
 
 def _content(sample: Sample, checksum: int) -> bytes:

@@ -11,10 +11,10 @@ from pipeline.datasets import Dataset
 from pipeline.datasets.base import DerivedDataset, in_pieces
 from pipeline.errors import DataError
 from pipeline.execution.passes import Run, not_told
-from pipeline.graphs.neighbors import GraphRule, sample_edges
-from pipeline.models.elements import check_elements
+from pipeline.graphs.neighbors import GraphRule, check_cell, sample_edges
 from pipeline.structure import Sample
 from pipeline.teacher import Teacher
+from pipeline.teachers.interface import check_sample
 
 log = logging.getLogger("pipeline.screening")
 _NAMED = 5
@@ -67,7 +67,7 @@ class Checked(DerivedDataset):
 
     def __getitem__(self, index: int) -> Sample:
         sample = self._inner[index]
-        _check_elements(sample, self._elements)
+        check_sample(sample, self._elements, self._rule)
         steps = np.diff(sample.structure.positions, axis=0)
         if not (np.square(steps).sum(axis=1) <= self._rule.cutoff**2).any():
             sample_edges(sample.sample_id, sample.structure, self._rule)
@@ -139,15 +139,11 @@ def _bad_among(
     for index in indices:
         try:
             sample = dataset[index]
+            check_cell(sample.structure)
             if needs is not None:
                 elements, rule = needs
-                _check_elements(sample, elements)
+                check_sample(sample, elements, rule)
                 sample_edges(sample.sample_id, sample.structure, rule)
         except DataError as error:
             found.append((dataset.sample_ids[index], str(error)))
     return found
-
-
-def _check_elements(sample: Sample, elements: Container[int]) -> None:
-    numbers = sample.structure.atomic_numbers
-    check_elements(numbers, elements, [sample.sample_id] * len(numbers))

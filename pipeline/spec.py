@@ -148,6 +148,11 @@ class SplitSpec(ClosedModel):
         description="none: those of the source are left out, only the teacher labels "
         "the samples; default: all, but none where samples are rattled",
     )
+    pbc: Literal["none"] | None = Key(
+        None,
+        description="none: structures are molecules, whatever periodic flags the files "
+        "have, say of a box around them; default: as the files have them",
+    )
     rattle: RattleSpec | None = Key(
         None, description="displaced copies instead of the samples themselves"
     )

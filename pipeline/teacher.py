@@ -18,7 +18,7 @@ from pipeline.fields import EDGE_IDENTITY_FIELDS, FIELDS, PREDICTION_FIELDS
 from pipeline.graphs.neighbors import GraphRule, neighbor_edges
 from pipeline.spec import TeacherSpec
 from pipeline.structure import Sample, Structure
-from pipeline.teachers.interface import FieldOffer, Graph, Potential
+from pipeline.teachers.interface import FieldOffer, Graph, Potential, check_sample
 from pipeline.teachers.registry import load_potential
 
 log = logging.getLogger("pipeline.teacher")
@@ -184,6 +184,8 @@ class Teacher:
         group: list[Graph] = []
         atoms = size = 0
         for sample in samples:
+            # Potentials may make their graphs in another way than ours.
+            check_sample(sample, self.potential.elements, self.potential.graph_rule)
             graph = self.potential.graph(sample)
             need = self.potential.memory_of(graph)
             many = atoms + len(graph.structure) > self.spec.batch_atoms

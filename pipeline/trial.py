@@ -10,6 +10,7 @@ from pipeline.errors import SpecError
 from pipeline.spec import CacheSpec
 from pipeline.structure import Sample
 from pipeline.teachers.contract import Subject, check_potential
+from pipeline.teachers.interface import check_sample
 from pipeline.teachers.registry import load_potential
 
 
@@ -24,12 +25,17 @@ def try_teacher(
         The first check that fails.
     SpecError
         The spec has no teacher.
+    DataError
+        A sample holds an element or periodicity that the teacher does not know.
     """
     if spec.teacher is None:
         raise SpecError("The spec has no teacher: section, so there is none to check.")
     potential = load_potential(spec.teacher)
     potential.to(device)
-    yield from check_potential(Subject(potential, _spread(spec, count), tolerance))
+    samples = _spread(spec, count)
+    for sample in samples:
+        check_sample(sample, potential.elements, potential.graph_rule)
+    yield from check_potential(Subject(potential, samples, tolerance))
 
 
 def _spread(spec: CacheSpec, count: int) -> list[Sample]:

@@ -97,8 +97,9 @@ def export_student(student: LoadedModel, path: Path) -> dict[str, float]:
     """Write ``student`` to ``path`` (.pt2) and return its deviations from the model.
 
     The numbers of atoms, edges and samples stay free. What was written is read again
-    and compared with the model on two batches of other sizes, one of them periodic;
-    the deviations are the largest of energies (eV) and forces (eV/Å).
+    and compared with the model on two batches of other sizes, one of them periodic
+    where the model is; the deviations are the largest of energies (eV) and of forces
+    (eV/Å).
 
     Raises
     ------
@@ -144,7 +145,8 @@ def compared(student: LoadedModel, content: bytes) -> dict[str, float]:
     """
     program = torch.export.load(io.BytesIO(content)).module()
     worst = dict.fromkeys(OUTPUTS, 0.0)
-    for natoms, periodic in (([8], True), ([3, 12, 5, 2, 6, 10, 4], False)):
+    cell = student.model.graph_rule.periodic
+    for natoms, periodic in (([8], cell), ([3, 12, 5, 2, 6, 10, 4], False)):
         batch = _example(student, natoms, periodic)
         results = program(*tensor_inputs(batch)), predict(student, batch)
         for name, found, wanted in zip(OUTPUTS, *results, strict=False):

@@ -8,6 +8,7 @@ from pipeline.datasets.aselmdb import AselmdbDataset
 from pipeline.datasets.base import Dataset, IndexedDataset, Listing, Selection
 from pipeline.datasets.extxyz import ExtxyzDataset
 from pipeline.datasets.labels import ReadOptions, warn_of_missing_labels
+from pipeline.datasets.molecules import NotPeriodic
 from pipeline.datasets.oc20_lmdb import Oc20LmdbDataset
 from pipeline.datasets.oc20_raw import Energy, Oc20RawDataset
 from pipeline.datasets.paths import named_paths
@@ -89,8 +90,8 @@ def open_split(split: SplitSpec, lister: Lister = _list_anew) -> Dataset:
     """The dataset that a resolved split of a spec names, as the split wants it.
 
     What lies behind a URL is staged on a local disk first. Rattled copies replace the
-    samples; labels are left out where the split has none. Errors are those of
-    open_dataset.
+    samples; labels are left out where the split has none, and periodicity where it is
+    to have none. Errors are those of open_dataset.
     """
     dataset = open_dataset(
         split.format,
@@ -102,6 +103,8 @@ def open_split(split: SplitSpec, lister: Lister = _list_anew) -> Dataset:
         options=read_options(split),
         lister=lister,
     )
+    if split.pbc == "none":
+        dataset = NotPeriodic(dataset)
     if split.rattle is not None:
         return Rattled(dataset, split.rattle)
     return dataset if split.labelled else Unlabelled(dataset)

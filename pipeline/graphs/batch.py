@@ -21,7 +21,8 @@ def collate(
     Tensors: ``atomic_numbers`` (N,), ``positions`` (N, 3) in Å, ``cell`` (B, 3, 3) in
     Å, ``pbc`` (B, 3), ``batch`` (N,) index of the structure, ``natoms`` (B,), ``tags``
     (N,), ``fixed`` (N,), ``edge_index`` (2, E) and ``cell_offsets`` (E, 3); real
-    numbers have ``dtype``, integers are int64. ``num_graphs`` is B. Side graphs come as
+    numbers have ``dtype``, integers are int64. ``num_graphs`` is B, ``crowded`` the
+    number of atoms that met the neighbour limit. Side graphs come as
     ``<name>_edge_index`` and ``<name>_cell_offsets``.
     """
     natoms = np.array([len(structure) for structure in structures])
@@ -46,6 +47,7 @@ def collate(
         fixed=packed("fixed", np.bool_),
         num_graphs=len(structures),
         num_nodes=int(natoms.sum()),
+        crowded=sum(e.crowded for e in edges),
         **graphs,
     )
 

@@ -5,7 +5,7 @@ shift, ``edge_index[1]`` is i. No torch in here: it runs in loader threads.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -50,7 +50,8 @@ class GraphRule:
     ``cutoff`` in Å, inclusive. ``max_neighbors`` nearest sources are kept per target;
     without ``strict``, also those hardly farther than the first one beyond the limit.
     ``symmetric`` replaces every edge that points down the atom order by the mirror of
-    one that points up. ``periodic = False`` ignores the periodic flags.
+    one that points up. ``periodic = False`` takes molecules only: structures with a
+    periodic direction are refused.
 
     A model of several graphs has ``sides``. All are cut out of the ``base`` graph
     (cutoff, limit), which is the main graph before it is made symmetric if unsaid.
@@ -71,12 +72,14 @@ class Edges:
 
     ``edge_index`` (2, E) int64 rows source and target; ``cell_offsets`` (E, 3) int64,
     the source image sits at ``positions[source] + cell_offsets @ cell``. ``sides``
-    holds the edges of further graphs by name.
+    holds the edges of further graphs by name. ``crowded`` is the number of atoms that
+    have more neighbours within the cutoff than the limit lets them see.
     """
 
     edge_index: _Ints
     cell_offsets: _Ints
     sides: Mapping[str, "Edges"] = field(default_factory=dict)
+    crowded: int = 0
 
     def __len__(self) -> int:
         return self.edge_index.shape[1]
@@ -93,9 +96,15 @@ def neighbor_edges(structure: Structure, rule: GraphRule) -> Edges:
 
     At the neighbour limit, sources of equal distance (to 1e-6 Å) are preferred by
     index, then by shift.
+
+    Raises
+    ------
+    DataError
+        The rule ignores periodicity that the structure has, or the cell cannot be.
     """
+    check_periodicity(structure, rule)
     cutoff, limit = rule.base or (rule.cutoff, rule.max_neighbors)
-    pairs = _pairs_within(structure, cutoff, rule.periodic)
+    pairs = _pairs_within(structure, cutoff)
     distance = pairs.distance
     pairs = pairs[(distance <= cutoff) & (distance > _MIN_DISTANCE)]
     base = _limited(pairs, np.square(pairs.distance), limit, rule.strict)
@@ -105,7 +114,38 @@ def neighbor_edges(structure: Structure, rule: GraphRule) -> Edges:
     for side in rule.sides:
         cut = _cut(base, whole, (side.cutoff, side.max_neighbors), rule.strict)
         sides[side.name] = _sorted(_with_tags(cut, structure.tags, side.tags))
-    return _sorted(_symmetrised(main) if rule.symmetric else main, sides)
+    edges = _sorted(_symmetrised(main) if rule.symmetric else main, sides)
+    return replace(edges, crowded=_crowded(pairs, rule))
+
+
+def check_periodicity(structure: Structure, rule: GraphRule) -> None:
+    """Refuse a structure whose periodicity ``rule`` would ignore.
+
+    Raises
+    ------
+    DataError
+        The structure has a periodic direction, and the rule knows none.
+    """
+    if not rule.periodic and structure.pbc.any():
+        flags = " ".join("T" if flag else "F" for flag in structure.pbc)
+        raise DataError(
+            f"pbc is {flags}, but the graphs of the model ignore periodic images "
+            "(use_pbc: false); choose a model with use_pbc: true, or set "
+            "splits.NAME.pbc: none if the structures are molecules in a box."
+        )
+
+
+def limit_warning(rule: GraphRule, crowded: int, atoms: int) -> str | None:
+    """What to warn of where ``crowded`` of so many atoms met the neighbour limit."""
+    if not crowded:
+        return None
+    share = 100 * crowded / atoms
+    return (
+        f"{share:.3g} % of {atoms} atoms have more than {rule.max_neighbors} "
+        f"neighbours within {rule.cutoff:g} Å, the limit of the model "
+        "(max_neighbors), which does not see the others; its energies may jump, and "
+        "in perfect crystals they depend on the choice of cell and the order of atoms"
+    )
 
 
 def sample_edges(sample_id: str, structure: Structure, rule: GraphRule) -> Edges:
@@ -146,7 +186,7 @@ class _Pairs:
         )
 
 
-def _pairs_within(structure: Structure, cutoff: float, periodic: bool) -> _Pairs:
+def _pairs_within(structure: Structure, cutoff: float) -> _Pairs:
     """All pairs up to a little past the cutoff."""
     # vesin leaves out pairs at exactly its cutoff, so it gets a slightly larger one.
     finder = NeighborList(
@@ -155,13 +195,12 @@ def _pairs_within(structure: Structure, cutoff: float, periodic: bool) -> _Pairs
         algorithm="cell_list",
         n_threads=1,
     )
-    flags = structure.pbc if periodic else np.zeros(3, bool)
-    _check_cell(structure, flags)
+    check_cell(structure)
     try:
         target, source, shift, distance = finder.compute(
             np.asarray(structure.positions, np.float64),
             np.asarray(structure.cell, np.float64),
-            flags,
+            structure.pbc,
             "ijSd",
         )
     except RuntimeError as error:
@@ -177,21 +216,48 @@ def _pairs_within(structure: Structure, cutoff: float, periodic: bool) -> _Pairs
     )
 
 
-def _check_cell(structure: Structure, flags: npt.NDArray[np.bool_]) -> None:
-    """Refuse a cell without height along one of its periodic vectors."""
-    vectors = np.asarray(structure.cell, np.float64)[flags]
-    if not len(vectors):
+def check_cell(structure: Structure) -> None:
+    """Refuse a cell without height along one of its periodic vectors.
+
+    Raises
+    ------
+    DataError
+        Vectors are missing, parallel, or closer than 0.5 Å to each other's planes.
+    """
+    if not structure.pbc.any():
         return
-    height = 0.0
-    if np.isfinite(vectors).all() and np.linalg.matrix_rank(vectors) == len(vectors):
-        # Columns of the inverse are normals, as long as one over the height.
-        height = 1 / np.linalg.norm(np.linalg.pinv(vectors), axis=0).max()
+    vectors = np.asarray(structure.cell, np.float64)[structure.pbc]
+    height = _lowest_height(vectors)
     if height < _LOWEST_CELL:
         raise DataError(
             f"The cell of a structure of {len(structure)} atoms is singular or only "
             f"{height:.2g} Å high in a periodic direction; check its vectors, their "
             "unit (Å) and the periodic flags."
         )
+
+
+def _lowest_height(vectors: _Floats) -> float:
+    """Smallest height (Å) of the cell of (k, 3) vectors; 0 where it has none."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    if not (np.isfinite(lengths).all() and lengths.all()):
+        return 0.0
+    unit = vectors / lengths
+    try:
+        # Heights of a cell of unit vectors, squared, are one over this diagonal.
+        inverse = np.linalg.inv(unit @ unit.T).diagonal()
+    except np.linalg.LinAlgError:
+        return 0.0
+    if not inverse.min() > 0:
+        return 0.0
+    return float((lengths[:, 0] / np.sqrt(inverse)).min())
+
+
+def _crowded(pairs: _Pairs, rule: GraphRule) -> int:
+    """Atoms with more sources within the cutoff of the main graph than its limit."""
+    targets = pairs.target
+    if rule.base is not None:
+        targets = targets[pairs.distance <= rule.cutoff]
+    return int((np.bincount(targets) > rule.max_neighbors).sum())
 
 
 def _cut(

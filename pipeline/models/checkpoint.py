@@ -24,6 +24,7 @@ from pipeline.models.contents import (
 from pipeline.models.network import Network
 from pipeline.models.normalizer import Normalizer
 from pipeline.models.released import read_released
+from pipeline.models.torch_file import unwrapped
 
 _METADATA_KEY = "kd_train"
 _ENTRIES = {
@@ -135,7 +136,7 @@ def _read_published(path: Path) -> ModelContents:
     return ModelContents(
         name=header["model"],
         hyperparameters=header["hyperparameters"],
-        tensors=tensors,
+        tensors=unwrapped(tensors, path),
         normalizer=Normalizer.from_dict(header["normalizer"]),
         provenance=header["provenance"],
     )

@@ -16,9 +16,8 @@ from pipeline.models.scale_factors import (
     as_factors,
     merge_scale_factors,
     read_scale_file,
-    without_module,
 )
-from pipeline.models.torch_file import read_torch_file
+from pipeline.models.torch_file import read_torch_file, unwrapped
 from pipeline.models.zoo import MODELS, known_hyperparameters
 
 # Centres of basis functions and atomic masses: stored, but not trained.
@@ -81,13 +80,13 @@ def _state_dict(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
             f"{path} has no state_dict of tensors, so it is no OCP or fairchem-core "
             "1.x checkpoint."
         )
-    return {_plain_name(str(key)): value for key, value in state.items()}
+    plain = unwrapped({str(key): value for key, value in state.items()}, path)
+    return {_plain_name(key): value for key, value in plain.items()}
 
 
 def _plain_name(key: str) -> str:
-    """Name of an entry without the parts of parallel wrappers, backbones and heads."""
-    name = without_module(key).removeprefix("backbone.")
-    return _HEAD.sub("", name)
+    """Name of an entry without the parts of backbones and heads."""
+    return _HEAD.sub("", key.removeprefix("backbone."))
 
 
 def _model_and_attributes(

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipeline.documents import parse_json
 from pipeline.errors import CheckpointError
-from pipeline.models.torch_file import read_torch_file
+from pipeline.models.torch_file import read_torch_file, without_wrappers
 
 SUFFIX = ".scale_factor"
 # Sources may differ by the rounding of numbers written as text.
@@ -40,7 +40,7 @@ def as_factors(values: Mapping[Any, Any], origin: str) -> dict[str, float]:
     """Plain numbers by module name, prefixes and suffix removed."""
     factors = {}
     for key, value in values.items():
-        name = without_module(str(key)).removesuffix(SUFFIX)
+        name = without_wrappers(str(key)).removesuffix(SUFFIX)
         if isinstance(value, Tensor) and value.numel() == 1:
             value = value.item()
         if isinstance(value, bool) or not isinstance(value, int | float):
@@ -49,13 +49,6 @@ def as_factors(values: Mapping[Any, Any], origin: str) -> dict[str, float]:
             raise CheckpointError(f"Scale factor {name} in {origin} is {value}.")
         factors[name] = float(value)
     return factors
-
-
-def without_module(key: str) -> str:
-    """Return ``key`` without the ``module.`` that parallel wrappers put before it."""
-    while key.startswith("module."):
-        key = key.removeprefix("module.")
-    return key
 
 
 def merge_scale_factors(

@@ -1,7 +1,7 @@
 """Reads ``.pt`` files without running anything that is in them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -10,6 +10,15 @@ import numpy as np
 import torch
 
 from pipeline.errors import CheckpointError
+
+# What wrappers of torch (compiled, parallel, sharded, checkpointed modules) put into
+# names, at any depth; no model of ours has a part that is called so.
+_WRAPPERS = {
+    "_orig_mod",
+    "module",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+}
 
 
 class _NumberType:
@@ -42,6 +51,30 @@ def _named(error: UnpicklingError) -> str:
     """Return the forbidden name in torch's message, in brackets, if there is one."""
     found = re.search(r"GLOBAL ([\w.]+)", str(error))
     return f" ({found.group(1)})" if found else ""
+
+
+def without_wrappers(key: str) -> str:
+    """Return ``key`` without what torch.compile and parallel training add."""
+    return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+
+
+def unwrapped(tensors: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    """``tensors`` by their names without the parts that wrappers add, in their order.
+
+    Raises
+    ------
+    CheckpointError
+        Two entries have the same name then.
+    """
+    plain: dict[str, Any] = {}
+    for key, value in tensors.items():
+        name = without_wrappers(key)
+        if name in plain:
+            raise CheckpointError(
+                f"{path} holds {name} twice, once more as {key}; keep one of the two."
+            )
+        plain[name] = value
+    return plain
 
 
 def load_restricted(path: Path, harmless: Sequence[Any]) -> Any:

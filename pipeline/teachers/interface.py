@@ -11,8 +11,14 @@ from typing import Any, Literal
 
 import torch
 
+from pipeline.errors import DataError
 from pipeline.fields import FIELDS, Level
-from pipeline.graphs.neighbors import Edges, GraphRule, sample_edges
+from pipeline.graphs.neighbors import (
+    Edges,
+    GraphRule,
+    check_periodicity,
+    sample_edges,
+)
 from pipeline.models.elements import check_elements
 from pipeline.models.normalizer import Normalizer
 from pipeline.structure import Sample, Structure
@@ -75,6 +81,24 @@ class Graph:
     extra: Any = None
 
 
+def check_sample(sample: Sample, elements: Container[int], rule: GraphRule) -> None:
+    """Refuse a sample with unknown ``elements``, or periodicity that ``rule`` ignores.
+
+    Neighbours are not looked for.
+
+    Raises
+    ------
+    DataError
+        An element is unknown, or periodicity would be ignored; names the sample.
+    """
+    numbers = sample.structure.atomic_numbers
+    check_elements(numbers, elements, [sample.sample_id] * len(numbers))
+    try:
+        check_periodicity(sample.structure, rule)
+    except DataError as error:
+        raise DataError(f"Sample {sample.sample_id!r}: {error}") from None
+
+
 class Potential(ABC):
     """A frozen network in evaluation mode that names its outputs; eV and Å.
 
@@ -125,11 +149,11 @@ class Potential(ABC):
         Raises
         ------
         DataError
-            An element is unknown, there are no neighbours, or the cell cannot be.
+            An element is unknown, there are no neighbours, the cell cannot be, or the
+            structure is periodic and ``graph_rule`` is not.
         """
         structure = sample.structure
-        numbers = structure.atomic_numbers
-        check_elements(numbers, self.elements, [sample.sample_id] * len(numbers))
+        check_sample(sample, self.elements, self.graph_rule)
         edges = sample_edges(sample.sample_id, structure, self.graph_rule)
         return Graph(structure, edges)
 

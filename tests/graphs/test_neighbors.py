@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.errors import DataError
-from pipeline.graphs.neighbors import GraphRule, neighbor_edges
+from pipeline.graphs.neighbors import GraphRule, limit_warning, neighbor_edges
 from tests.graphs.search import as_tuples, exhaustive
 
 UNLIMITED = 10**6
@@ -55,13 +55,43 @@ def test_cutoff_is_inclusive_and_coinciding_atoms_are_blind(
     assert len(edges) == (2 if seen else 0)
 
 
-def test_periodic_flags_can_be_ignored(make_structure):
-    crystal = make_structure([[0, 0, 0], [1, 0, 0]], 2.0 * np.eye(3), [True] * 3)
+@pytest.mark.parametrize("flags", [(1, 1, 1), (0, 1, 0)])
+def test_periodicity_is_not_ignored(make_structure, flags):
+    """A5: a rule for molecules refuses what has any periodic direction."""
     rule = GraphRule(1.5, UNLIMITED, symmetric=False, periodic=False)
-    assert as_tuples(neighbor_edges(crystal, rule)) == [
+    cell, positions = 2.0 * np.eye(3), [[0, 0, 0], [1, 0, 0]]
+    crystal = make_structure(positions, cell, flags)
+    told = "T T T" if all(flags) else "F T F"
+    with pytest.raises(DataError, match=rf"pbc is {told}.*use_pbc.*pbc: none"):
+        neighbor_edges(crystal, rule)
+    molecule = make_structure(positions, cell)
+    assert as_tuples(neighbor_edges(molecule, rule)) == [
         (0, 1, (0, 0, 0)),
         (1, 0, (0, 0, 0)),
     ]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_atoms_that_meet_the_limit_are_counted(make_structure, strict):
+    """A11: those with more neighbours within the cutoff than the limit."""
+    # Neighbours within 2.5 Å: two of the ends, three of those beside them, else four.
+    row = make_structure([[float(k), 0, 0] for k in range(6)])
+    counts = {
+        limit: neighbor_edges(row, GraphRule(2.5, limit, False, strict=strict)).crowded
+        for limit in (4, 3, 2, 1)
+    }
+    assert counts == {4: 0, 3: 2, 2: 4, 1: 6}
+    narrow = GraphRule(1.5, 1, False, strict=strict, base=(2.5, 2))
+    assert neighbor_edges(row, narrow).crowded == 4
+
+
+def test_the_limit_is_told_with_its_share():
+    """A11: nothing where no atom met it."""
+    rule = GraphRule(12.0, 50, symmetric=False)
+    assert limit_warning(rule, 0, 8) is None
+    told = limit_warning(rule, 3, 8)
+    assert told is not None
+    assert told.startswith("37.5 % of 8 atoms have more than 50 neighbours within 12 Å")
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

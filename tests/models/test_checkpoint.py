@@ -10,9 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from pipeline.errors import CheckpointError
-from pipeline.models.checkpoint import load_checkpoint
+from pipeline.models.checkpoint import load_checkpoint, save_model
 from pipeline.models.normalizer import NUM_REFERENCES, Normalizer
 from tests.models.conftest import name_of
 
@@ -85,7 +87,9 @@ def assert_same_weights(loaded, model):
 
 
 @pytest.mark.parametrize("old", [True, False])
-@pytest.mark.parametrize("prefix", ["", "module.", "module.module."])
+@pytest.mark.parametrize(
+    "prefix", ["", "module.module.", "_orig_mod.", "module._orig_mod.backbone."]
+)
 def test_every_prefix_and_configuration(load, model, prefix, old):
     loaded = load(released(model, prefix, old))
     assert_same_weights(loaded, model)
@@ -96,6 +100,42 @@ def test_every_prefix_and_configuration(load, model, prefix, old):
     json.dumps(loaded.provenance)
     for name, parameter in loaded.model.named_parameters():
         assert parameter.requires_grad != name.endswith(SUFFIX)
+
+
+def test_compiled_parts_and_their_averages_and_factors(load, model):
+    """B5: ``torch.compile`` of a part puts ``_orig_mod`` inside names."""
+    checkpoint = released(model)
+    state = checkpoint["state_dict"]
+    shadow = [v for k, v in state.items() if not k.endswith((SUFFIX, "offset"))]
+    checkpoint["ema"] = {"shadow_params": shadow}
+    inside = {k.replace(".", "._orig_mod.", 1): v for k, v in state.items()}
+    checkpoint["state_dict"] = {f"_orig_mod.module.{k}": v for k, v in inside.items()}
+    assert_same_weights(load(checkpoint), model)
+    factors = factors_of(checkpoint)
+    if factors:
+        checkpoint["scale_dict"] = factors
+        assert_same_weights(load(checkpoint), model)
+
+
+@pytest.mark.parametrize("variant", ["painn"], indirect=True)
+def test_names_that_are_alike_without_prefixes_are_refused(load, model):
+    """B5: which of the two is meant cannot be known."""
+    checkpoint = released(model)
+    name, value = next(iter(checkpoint["state_dict"].items()))
+    checkpoint["state_dict"][f"_orig_mod.{name}"] = value + 1
+    with pytest.raises(CheckpointError, match=f"holds {name} twice.*_orig_mod"):
+        load(checkpoint)
+
+
+def test_published_files_may_have_prefixes(model, tmp_path):
+    """B5: a file of ours whose tensors were saved from a compiled model."""
+    path = tmp_path / "model.safetensors"
+    save_model(path, name_of(model), model, EXPECTED, {})
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        tensors = {f"_orig_mod.{k}": file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
+    save_file(tensors, path, metadata)
+    assert_same_weights(load_checkpoint(path), model)
 
 
 @pytest.mark.parametrize("variant", ["schnet"], indirect=True)

@@ -20,6 +20,7 @@ from pipeline.source import Source
 from pipeline.spec import load_spec
 from pipeline.store.reader import FeatureStore
 from pipeline.store.writer import StoreWriter
+from pipeline.structure import Sample
 from pipeline.teacher import Teacher
 from tests.commands import refusal, run_command
 from tests.frames import collision_frames, frame, write_frames
@@ -27,7 +28,8 @@ from tests.pipeline.builds import shards
 from tests.stores import build, spec_document, write_spec
 
 ALONE = frame("alone", ["H"], [[0, 0, 0]], energy=-13.0)
-# A cell without height: found out when its graph is made.
+# Taken for one that no device has the memory for.
+LARGE = frame("large", ["H", "H"], [[0, 0, 0], [1, 0, 0]], energy=-30.0)
 FLAT = frame(
     "flat",
     ["H", "H"],
@@ -93,7 +95,12 @@ def test_splits_of_bad_samples_only_are_refused(
 
 
 @pytest.mark.parametrize(
-    ("bad", "words"), [(HEAVY, "'heavy' holds"), (ALONE, "'alone' has no neighbours")]
+    ("bad", "words"),
+    [
+        (HEAVY, "'heavy' holds"),
+        (ALONE, "'alone' has no neighbours"),
+        (FLAT, "'flat': The cell"),
+    ],
 )
 def test_what_planning_sees_is_refused_before_anything_is_written(
     bad: str, words: str, tmp_path: Path, teacher_file: Path
@@ -106,18 +113,26 @@ def test_what_planning_sees_is_refused_before_anything_is_written(
 
 
 def test_all_blocks_but_the_bad_one_are_written(
-    tmp_path: Path, teacher_file: Path
+    tmp_path: Path, teacher_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    predict = Teacher.predict
+
+    def failing(self: Teacher, samples: Sequence[Sample], fields: Sequence[str]) -> Any:
+        if any(sample.sample_id == "large" for sample in samples):
+            raise DataError("Sample 'large' does not fit.")
+        return predict(self, samples, fields)
+
+    monkeypatch.setattr(Teacher, "predict", failing)
     sound = collision_frames(300)
-    spec = _spec(tmp_path, [*sound[:3], FLAT, *sound[3:]], teacher_file)
+    spec = _spec(tmp_path, [*sound[:3], LARGE, *sound[3:]], teacher_file)
     said = refusal(main, ["build", spec, "--device", "cpu"])
     store = FeatureStore.open(tmp_path / "301.zarr", allow_unsealed=True)
     split = store.splits["train"]
     assert split.n_blocks >= 4
     (bad,) = split.missing_blocks()
     assert f"1 of {split.n_blocks} blocks" in said
-    assert f"block {bad} of split 'train' (Sample 'flat': The cell" in said
-    assert split.position("flat") in split.index.block_positions(bad)
+    assert f"block {bad} of split 'train' (Sample 'large' does not fit" in said
+    assert split.position("large") in split.index.block_positions(bad)
     told = json.loads((tmp_path / "301.zarr.status.json").read_text())
     assert told["state"] == "failed"
     assert list(told["failed_blocks"]) == [f"block {bad} of split 'train'"]
