@@ -2,7 +2,13 @@
 
 from typing import Any
 
-from pipeline.datasets.samples import Fields, checked_sample, fixed_atoms, pair_id
+from pipeline.datasets.samples import (
+    Fields,
+    checked_sample,
+    fixed_atoms,
+    id_text,
+    pair_id,
+)
 from pipeline.errors import DataError
 from pipeline.structure import Sample
 
@@ -10,16 +16,27 @@ NO_CELL = ((0.0,) * 3,) * 3
 NO_PBC = (False,) * 3
 
 
-def row_id(row: dict[str, Any]) -> str | None:
-    """Id in the row's data or key-value pairs: ``sample_id``, else ``{sid}_{fid}``."""
+def row_id(row: dict[str, Any], where: str) -> str | None:
+    """Id in the row's data or key-value pairs: ``sample_id``, else ``{sid}_{fid}``.
+
+    Raises
+    ------
+    DataError
+        A part of the id is neither a number nor text that can be written as UTF-8.
+    """
     words: dict[str, Any] = {}
     for part in ("key_value_pairs", "data"):
         extra = row.get(part)
         if isinstance(extra, dict):
             words |= extra
-    if "sample_id" in words:
-        return str(words["sample_id"])
-    return pair_id(words.get("sid"), words.get("fid"))
+    plain = {
+        name: id_text(words[name], name, where)
+        for name in ("sample_id", "sid", "fid")
+        if words.get(name) is not None
+    }
+    if "sample_id" in plain:
+        return plain["sample_id"]
+    return pair_id(plain.get("sid"), plain.get("fid"))
 
 
 def row_sample(row: dict[str, Any], sample_id: str, where: str) -> Sample:
