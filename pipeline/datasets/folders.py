@@ -1,7 +1,7 @@
-"""Folders of data files: which hold data, one folder further down, and copies."""
+"""Folders of data files, also one folder further down."""
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.errors import DataError
@@ -47,28 +47,3 @@ def entries_of(path: Path, is_data: Callable[[Path], bool], what: str) -> list[P
     (folder, entries) = deeper.popitem()
     log.info("%s is read, since %s itself holds no data files", folder, path)
     return entries
-
-
-def refuse_copies(files: Iterable[Path], endings: Sequence[str]) -> None:
-    """Raise DataError where two files have one name but for ``endings``, or are one.
-
-    A packed file beside its unpacked copy would give every sample twice.
-    """
-    names: dict[str, Path] = {}
-    places: dict[Path, Path] = {}
-    for file in files:
-        stem = _without(str(file), endings)
-        place = file.resolve()
-        other = names.get(stem, places.get(place))
-        if other is not None:
-            raise DataError(
-                f"{other} and {file} seem to hold the same samples; remove one of them."
-            )
-        names[stem] = places[place] = file
-
-
-def _without(name: str, endings: Sequence[str]) -> str:
-    """Return ``name`` without the endings, each taken off once in their order."""
-    for ending in endings:
-        name = name.removesuffix(ending)
-    return name

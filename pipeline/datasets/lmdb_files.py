@@ -1,6 +1,7 @@
 """LMDB files of a dataset, opened read-only once per process, and the keys in them."""
 
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,8 @@ import lmdb
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.datasets.folders import entries_of, refuse_copies
+from pipeline.datasets.folders import entries_of
+from pipeline.datasets.paths import refuse_twins
 from pipeline.errors import DataError
 
 _open: WeakValueDictionary[str, lmdb.Environment] = WeakValueDictionary()
@@ -106,8 +108,8 @@ def key_text(key: bytes) -> str:
     return key.decode(errors="backslashreplace")
 
 
-def lmdb_files(path: Path, suffix: str) -> list[LmdbFile]:
-    """The LMDB at ``path``, or those in the folder, in the order of their names.
+def lmdb_files(paths: Sequence[Path], suffix: str) -> list[LmdbFile]:
+    """The LMDBs at ``paths``, or those in the folders, in the order of their names.
 
     A folder without any may hold one folder that has them.
 
@@ -116,6 +118,12 @@ def lmdb_files(path: Path, suffix: str) -> list[LmdbFile]:
     DataError
         There is none, or two of them seem to hold the same samples.
     """
+    found = [file for path in paths for file in _lmdbs_at(path, suffix)]
+    refuse_twins((file.path for file in found), (suffix,))
+    return found
+
+
+def _lmdbs_at(path: Path, suffix: str) -> list[LmdbFile]:
     if path.is_file() or (path / "data.mdb").is_file():
         return [LmdbFile(path)]
     found = entries_of(
@@ -126,7 +134,6 @@ def lmdb_files(path: Path, suffix: str) -> list[LmdbFile]:
         ),
         f"{suffix} files and no LMDB folders",
     )
-    refuse_copies(found, (suffix,))
     return [LmdbFile(entry) for entry in found]
 
 

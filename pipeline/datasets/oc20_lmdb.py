@@ -1,13 +1,15 @@
 """OC20's LMDB files: pickled PyG samples under the keys 0, 1, 2, ... or others."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.datasets.base import IndexedDataset, Listing, Selection, in_pieces
+from pipeline.datasets.base import Listing, RecordDataset, Selection, in_pieces
+from pipeline.datasets.labels import ReadOptions, Record
 from pipeline.datasets.lmdb_files import LmdbFile, key_text, lmdb_files
 from pipeline.datasets.pyg_pickles import (
     Tensor,
@@ -15,18 +17,17 @@ from pipeline.datasets.pyg_pickles import (
     plain_integer,
     sample_fields,
 )
-from pipeline.datasets.samples import Fields, checked_sample, id_text, pair_id
+from pipeline.datasets.samples import id_text, pair_id
 from pipeline.datasets.unpickling import Refusal
 from pipeline.errors import DataError
 from pipeline.execution.passes import Run
-from pipeline.structure import Sample
 
 log = logging.getLogger("pipeline.datasets")
 # Samples that one process lists at a time.
 PIECE = 4096
 
 
-class Oc20LmdbDataset(IndexedDataset):
+class Oc20LmdbDataset(RecordDataset):
     """Samples of one LMDB or a folder of them, read when they are asked for.
 
     Every key but ``length`` and its kin is a sample. Ids: ``{sid}_{fid}``, else
@@ -36,16 +37,17 @@ class Oc20LmdbDataset(IndexedDataset):
 
     columns: ClassVar[dict[str, str]] = {"file": "int32", "key": "int64"}
 
-    def __init__(self, path: str, selection: Selection) -> None:
-        super().__init__(path)
-        self._files = lmdb_files(Path(path), ".lmdb")
-        self._selection = selection
+    def __init__(
+        self, paths: Sequence[Path], selection: Selection, options: ReadOptions
+    ) -> None:
+        super().__init__(paths, selection, options)
+        self._files = lmdb_files(paths, ".lmdb")
 
     def files(self) -> list[Path]:
         """All files with samples."""
         return [file.data for file in self._files]
 
-    def list_samples(self, run: Run = map) -> Listing:
+    def list_frames(self, run: Run = map) -> Listing:
         """Ids and atom counts; reads every sample without decoding its arrays."""
         keys = [_codes(file) for file in self._files]
         owner = np.repeat(np.arange(len(keys), dtype=np.int32), [len(k) for k in keys])
@@ -70,19 +72,28 @@ class Oc20LmdbDataset(IndexedDataset):
         super().use(listing)
         self._places = listing.places
 
-    def __getitem__(self, index: int) -> Sample:
-        file = self._files[int(self._places["file"][index])]
-        key = file.key(int(self._places["key"][index]))
+    def record(self, index: int) -> Record:
+        """The sample as it is in the file; what cannot be decoded is left out."""
+        file, key = self._place(index)
         where = _where(file, key)
+        values, properties = {}, {}
         try:
-            values = {
-                name: as_array(part)
-                for name, part in _fields(file, key).items()
-                if name in _READ
-            }
+            for name, part in _fields(file, key).items():
+                if name in _STRUCTURE:
+                    values[name] = as_array(part)
+                else:
+                    properties[name] = _decoded(part)
         except Refusal as refusal:
             raise DataError(f"{where} is refused: {refusal}.") from None
-        return checked_sample(self._ids[index], _as_fields(values, where), where)
+        return _as_record(values, properties, where)
+
+    def place(self, index: int) -> str:
+        """File and key of the sample."""
+        return _where(*self._place(index))
+
+    def _place(self, index: int) -> tuple[LmdbFile, bytes]:
+        file = self._files[int(self._places["file"][index])]
+        return file, file.key(int(self._places["key"][index]))
 
     def _scan_piece(
         self, piece: tuple[range, npt.NDArray[np.int32], npt.NDArray[np.int64]]
@@ -112,8 +123,17 @@ def _scan(file: LmdbFile, key: bytes) -> tuple[str | None, int]:
     return pair_id(sid, fid), shape[0] if shape else 0
 
 
-_READ = {"pos", "atomic_numbers", "cell", "tags", "fixed", "pbc"}
-_READ |= {"y", "energy", "force", "forces"}
+_STRUCTURE = {"pos", "atomic_numbers", "cell", "tags", "fixed", "pbc"}
+
+
+def _decoded(part: Any) -> Any:
+    """A value as numbers or text; as it is where it is neither."""
+    if isinstance(part, str):
+        return part
+    try:
+        return as_array(part)
+    except Refusal:
+        return part
 
 
 def _codes(file: LmdbFile) -> npt.NDArray[np.int64]:
@@ -159,17 +179,20 @@ def _label(fields: dict[str, Any], name: str, where: str) -> str | None:
     return id_text(value, name, where)
 
 
-def _as_fields(values: dict[str, Any], where: str) -> Fields:
+def _as_record(
+    values: dict[str, Any], properties: dict[str, Any], where: str
+) -> Record:
     for name in ("atomic_numbers", "cell"):
         if name not in values:
             raise DataError(f"{where} has no {name}.")
-    return Fields(
+    return Record(
         atomic_numbers=values["atomic_numbers"],
-        positions=values["pos"],
+        positions=values.get("pos"),
         cell=values["cell"],
         pbc=values.get("pbc", (True, True, True)),
         tags=values.get("tags"),
         fixed=values.get("fixed"),
-        energy=values.get("y", values.get("energy")),
-        forces=values.get("force", values.get("forces")),
+        properties=properties,
+        energy_names=("y", "energy"),
+        forces_names=("force", "forces"),
     )

@@ -350,7 +350,7 @@ N = {"__ndarray__": [[2], "int64", [1, 1]]}
             packed_json(
                 GOOD | {"positions": {"__ase_objtype__": "atoms", "numbers": [1]}}
             ),
-            "positions that are no numbers",
+            "positions with values that are no numbers",
         ),
     ],
 )

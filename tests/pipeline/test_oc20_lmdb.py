@@ -184,7 +184,7 @@ def test_defaults_where_a_sample_is_silent(tmp_path: Path) -> None:
         ({"tags": torch.zeros(5)}, "tags of shape"),
         ({"force": torch.zeros(5, 3)}, "forces of shape"),
         ({"y": torch.zeros(2)}, "an energy of shape"),
-        ({"y": "low"}, "where numbers are needed"),
+        ({"y": "low"}, "an energy with values that are no numbers"),
         ({"pos": "far"}, "where numbers are needed"),
         ({"sid": torch.zeros(2)}, "2 values"),
         ({"sid": 7.5}, "the sid 7.5, which is neither text nor a whole number"),
@@ -342,11 +342,13 @@ def test_files_that_hold_the_same_are_refused(tmp_path: Path) -> None:
     """A9: a file beside its own folder, or under two names, gives no sample twice."""
     write_oc20(tmp_path / "a.lmdb")
     (tmp_path / "b.lmdb").symlink_to(tmp_path / "a.lmdb")
-    with pytest.raises(DataError, match=r"a\.lmdb and .*b\.lmdb seem to hold the same"):
+    with pytest.raises(
+        DataError, match=r"a\.lmdb and .*b\.lmdb are the same file twice"
+    ):
         _open(tmp_path)
     (tmp_path / "b.lmdb").unlink()
     write_oc20(tmp_path / "a")
-    with pytest.raises(DataError, match=r"/a and .*/a\.lmdb seem to hold the same"):
+    with pytest.raises(DataError, match=r"/a and .*/a\.lmdb are the same file twice"):
         _open(tmp_path)
 
 
