@@ -56,7 +56,7 @@ class AseDbDataset(RecordDataset):
         for place, (number, row) in enumerate(self._all_rows(chosen.stop)):
             if place in chosen:
                 rows.append(number)
-                ids.append(row_id(row) or str(number))
+                ids.append(row_id(row, f"{self.path}: sample {number}") or str(number))
                 sizes.append(len(row["numbers"]))
                 if self._type == "json":
                     self._kept[number] = row

@@ -1,21 +1,24 @@
 """fairchem 2's ASE databases in LMDB, decoded without ASE: zlib and JSON, data only."""
 
 import json
+import logging
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.datasets.base import Listing, RecordDataset, Selection, in_pieces
 from pipeline.datasets.labels import ReadOptions, Record
-from pipeline.datasets.lmdb_files import LmdbFile, lmdb_files
+from pipeline.datasets.lmdb_files import LAST, LmdbFile, key_text, lmdb_files
 from pipeline.datasets.rows import row_id, row_record
 from pipeline.errors import DataError
 from pipeline.execution.passes import Run
 
+log = logging.getLogger("pipeline.datasets")
+_T = TypeVar("_T")
 # Rows that one process lists at a time.
 PIECE = 4096
 
@@ -46,7 +49,7 @@ class AselmdbDataset(RecordDataset):
 
     def list_frames(self, run: Run = map) -> Listing:
         """Ids, atom counts and keys; decodes every row."""
-        keys = [np.array(file.numeric_keys(), np.int64) for file in self._files]
+        keys = [_codes(file) for file in self._files]
         owner = np.repeat(np.arange(len(keys), dtype=np.int32), [len(k) for k in keys])
         chosen = self._selection.of(len(owner))
         part = slice(chosen.start, chosen.stop, chosen.step)
@@ -72,27 +75,69 @@ class AselmdbDataset(RecordDataset):
         """File and key of the row."""
         return _where(*self._place(index))
 
-    def _place(self, index: int) -> tuple[LmdbFile, str]:
+    def _place(self, index: int) -> tuple[LmdbFile, bytes]:
         file = self._files[int(self._places["file"][index])]
-        return file, str(self._places["key"][index])
+        return file, file.key(int(self._places["key"][index]))
 
     def _scan_piece(
         self, places: tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]
     ) -> tuple[list[str], list[int]]:
         """Ids and atom counts of rows; ``places`` are their files and keys."""
         ids, sizes = [], []
-        for number, key in zip(*(column.tolist() for column in places), strict=True):
+        for number, code in zip(*(column.tolist() for column in places), strict=True):
             file = self._files[number]
-            row = _row(file, str(key))
+            key = file.key(code)
+            where = _where(file, key)
+            row = _row(file, key)
             alone = len(self._files) == 1
-            bare = str(key) if alone else f"{file.path.stem}_{key}"
-            ids.append(row_id(row) or bare)
-            sizes.append(len(_sequence(row.get("numbers"), _where(file, str(key)))))
+            bare = key_text(key) if alone else f"{file.path.stem}_{key_text(key)}"
+            ids.append(row_id(row, where) or bare)
+            sizes.append(len(_sequence(row.get("numbers"), where)))
         return ids, sizes
 
 
-def _where(file: LmdbFile, key: str) -> str:
-    return f"{file.path}: sample {key!r}"
+def _codes(file: LmdbFile) -> npt.NDArray[np.int64]:
+    """Codes of the keys of a file's rows without deleted ones; warns of missing rows.
+
+    As in fairchem, ``nextid`` is one more than the last number given out, and numbers
+    in ``deleted_ids`` are no rows.
+    """
+    codes = file.codes()
+    deleted = _entry(file, b"deleted_ids", list) or []
+    if not all(type(number) is int for number in deleted):
+        raise DataError(f"{file.path}: 'deleted_ids' holds something but numbers.")
+    # Of the file's own numbers: others could be too large for an array.
+    gone = np.array([n for n in deleted if 0 <= n <= LAST], np.int64)
+    codes = codes[~np.isin(codes, gone)]
+    next_id = _entry(file, b"nextid", int)
+    if next_id is not None:
+        expected = next_id - 1 - len({n for n in deleted if 0 < n < next_id})
+        if expected != len(codes):
+            log.warning(
+                "%s holds %d rows, but nextid and deleted_ids announce %d; %s",
+                file.path,
+                len(codes),
+                expected,
+                "rows may be missing" if expected > len(codes) else "all are read",
+            )
+    return codes
+
+
+def _entry(file: LmdbFile, key: bytes, kind: type[_T]) -> _T | None:
+    """The file's own entry ``key``, which is a ``kind``; None if there is none."""
+    if file.get(key) is None:
+        return None
+    value = _decoded(file, key)
+    if type(value) is not kind:
+        raise DataError(
+            f"{file.path}: {key_text(key)!r} holds a {type(value).__name__}, "
+            f"not a {kind.__name__}."
+        )
+    return value
+
+
+def _where(file: LmdbFile, key: bytes) -> str:
+    return f"{file.path}: sample {key_text(key)!r}"
 
 
 def _sequence(value: Any, where: str) -> Any:
@@ -101,7 +146,15 @@ def _sequence(value: Any, where: str) -> Any:
     raise DataError(f"{where} has no atoms.")
 
 
-def _row(file: LmdbFile, key: str) -> dict[str, Any]:
+def _row(file: LmdbFile, key: bytes) -> dict[str, Any]:
+    row = _decoded(file, key)
+    if not isinstance(row, dict):
+        raise DataError(f"{_where(file, key)} holds a {type(row).__name__}, not a row.")
+    return row
+
+
+def _decoded(file: LmdbFile, key: bytes) -> Any:
+    """What the file has under ``key``: zlib and JSON, arrays of numbers decoded."""
     where = _where(file, key)
     raw = file.get(key)
     if raw is None:
@@ -115,14 +168,11 @@ def _row(file: LmdbFile, key: str) -> dict[str, Any]:
             )
         if not unpacker.eof:
             raise ValueError("it is cut off")
-        row = json.loads(text, object_hook=_numbers)
+        return json.loads(text, object_hook=_numbers)
     except DataError:
         raise
     except (zlib.error, ValueError, RecursionError) as error:
         raise DataError(f"{where} is damaged ({error}).") from None
-    if not isinstance(row, dict):
-        raise DataError(f"{where} holds a {type(row).__name__}, not a row.")
-    return row
 
 
 def _numbers(item: dict[str, Any]) -> Any:

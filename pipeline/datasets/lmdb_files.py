@@ -1,25 +1,29 @@
-"""LMDB files of a dataset, opened read-only once per process; what is lost if cut."""
+"""LMDB files of a dataset, opened read-only once per process, and the keys in them."""
 
-import struct
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from weakref import WeakValueDictionary
 
 import lmdb
+import numpy as np
+import numpy.typing as npt
 
+from pipeline.datasets.folders import entries_of
 from pipeline.datasets.paths import refuse_twins
 from pipeline.errors import DataError
 
 _open: WeakValueDictionary[str, lmdb.Environment] = WeakValueDictionary()
 _lock = threading.Lock()
 
-_NODE = struct.Struct("<HHHH")
-_PAGE_HEADER = 16
-_IS_BRANCH, _IS_LEAF, _IS_ELSEWHERE = 1, 2, 1
+# Entries beside the samples: of OCP, of fairchem's ASE databases, of tensorpack.
+METADATA = {b"length", b"metadata", b"num_samples", b"nextid", b"deleted_ids"}
+METADATA |= {b"__len__", b"__keys__"}
+LONGEST_NUMBER = 18
+LAST = np.iinfo(np.int64).max
 
 
 @dataclass(frozen=True)
@@ -29,7 +33,7 @@ class LmdbFile:
     Raises
     ------
     DataError
-        It is no LMDB, or it is cut off; the latter names the first sample lost.
+        It is no LMDB, or it is cut off.
     """
 
     path: Path
@@ -42,22 +46,51 @@ class LmdbFile:
         """The file that holds the data."""
         return self.path / "data.mdb" if self.path.is_dir() else self.path
 
-    def get(self, key: str) -> bytes | None:
+    def get(self, key: str | bytes) -> bytes | None:
         """Bytes under ``key``, or None."""
+        raw = key.encode() if isinstance(key, str) else key
         try:
             with self._environment.begin() as transaction:
-                return transaction.get(key.encode())
-        except lmdb.Error as error:
+                return transaction.get(raw)
+        except (lmdb.Error, ValueError) as error:
             raise _unreadable(self.path, error) from None
 
-    def numeric_keys(self) -> list[int]:
-        """All keys that are non-negative integers, ascending; values stay unread."""
+    def codes(self) -> npt.NDArray[np.int64]:
+        """Codes of the keys of all samples, (n,) int64; values stay unread.
+
+        Numbers come first, in ascending order, then texts in the order of their bytes.
+        A plain number is its own code. Any other key, such as ``007`` or ``a``, has a
+        negative one. Keys in `METADATA` are left out.
+        """
+        numbers, others = self._scan()
+        if not others:
+            return numbers
+        codes = np.append(numbers, -1 - np.arange(len(others), dtype=np.int64))
+        values = np.append(numbers, [_value(key) for key in others])
+        return codes[np.argsort(values, kind="stable")]
+
+    def key(self, code: int) -> bytes:
+        """Return the key that ``code`` stands for."""
+        return str(code).encode() if code >= 0 else self._others[-1 - code]
+
+    @cached_property
+    def _others(self) -> list[bytes]:
+        """Keys that are not plain numbers; a negative code is a place among them."""
+        return self._scan()[1]
+
+    def _scan(self) -> tuple[npt.NDArray[np.int64], list[bytes]]:
+        numbers: list[int] = []
+        others: list[bytes] = []
         try:
             with self._environment.begin() as transaction:
-                keys = transaction.cursor().iternext(values=False)
-                return sorted(int(key) for key in keys if key.isdigit())
+                for key in transaction.cursor().iternext(values=False):
+                    if _is_plain_number(key):
+                        numbers.append(int(key))
+                    elif key not in METADATA:
+                        others.append(key)
         except lmdb.Error as error:
             raise _unreadable(self.path, error) from None
+        return np.sort(np.array(numbers, np.int64)), sorted(others)
 
     @cached_property
     def _environment(self) -> lmdb.Environment:
@@ -70,33 +103,38 @@ class LmdbFile:
         return environment
 
 
+def key_text(key: bytes) -> str:
+    """Return ``key`` as text; bytes that are no UTF-8 as escapes."""
+    return key.decode(errors="backslashreplace")
+
+
 def lmdb_files(paths: Sequence[Path], suffix: str) -> list[LmdbFile]:
     """The LMDBs at ``paths``, or those in the folders, in the order of their names.
+
+    A folder without any may hold one folder that has them.
 
     Raises
     ------
     DataError
-        There is none, or one twice.
+        There is none, or two of them seem to hold the same samples.
     """
     found = [file for path in paths for file in _lmdbs_at(path, suffix)]
-    refuse_twins(file.path for file in found)
+    refuse_twins((file.path for file in found), (suffix,))
     return found
 
 
 def _lmdbs_at(path: Path, suffix: str) -> list[LmdbFile]:
     if path.is_file() or (path / "data.mdb").is_file():
         return [LmdbFile(path)]
-    if not path.is_dir():
-        raise DataError(f"{path} does not exist.")
-    found = [
-        LmdbFile(entry)
-        for entry in sorted(path.iterdir())
-        if (entry.is_file() and entry.suffix == suffix)
-        or (entry / "data.mdb").is_file()
-    ]
-    if not found:
-        raise DataError(f"{path} holds no {suffix} files and no LMDB folders.")
-    return found
+    found = entries_of(
+        path,
+        lambda entry: (
+            (entry.is_file() and entry.suffix == suffix)
+            or (entry / "data.mdb").is_file()
+        ),
+        f"{suffix} files and no LMDB folders",
+    )
+    return [LmdbFile(entry) for entry in found]
 
 
 def _opened(path: Path) -> lmdb.Environment:
@@ -114,80 +152,32 @@ def _opened(path: Path) -> lmdb.Environment:
     except lmdb.Error as error:
         raise _unreadable(path, error) from None
     file = path / "data.mdb" if folder else path
-    page, pages = environment.stat()["psize"], environment.info()["last_pgno"] + 1
+    needed = environment.stat()["psize"] * (environment.info()["last_pgno"] + 1)
+    size = file.stat().st_size
     # Touching a page beyond the end of the file would kill the process. Pages at the
-    # end may be free ones that were never written; then nothing is lost.
-    if file.stat().st_size < page * pages:
-        try:
-            _check_pages(path, file, page)
-        except DataError:
-            environment.close()
-            raise
+    # end that are free may be absent; telling these apart takes LMDB's own layout.
+    if size < needed:
+        environment.close()
+        raise DataError(
+            f"{path} is cut off: it has {size} bytes, but its header announces "
+            f"{needed}; fetch it again, or if it is complete, write it anew with "
+            "mdb_dump and mdb_load."
+        )
     return environment
 
 
-def _check_pages(path: Path, file: Path, page: int) -> None:
-    cut = f"{path} is cut off at {file.stat().st_size} bytes"
-    try:
-        with file.open("rb") as stream:
-            lost = sorted(_lost_keys(stream, page), key=lambda key: (len(key), key))
-    except (EOFError, struct.error):
-        raise DataError(
-            f"{cut} and has lost its index: every sample from '0' on; fetch it again."
-        ) from None
-    if lost:
-        raise DataError(
-            f"{cut} and has lost {len(lost)} samples, the first is "
-            f"{lost[0].decode(errors='replace')!r}; fetch it again."
-        )
+def _is_plain_number(key: bytes) -> bool:
+    """Whether the key is a number as Python writes it and fits into int64."""
+    plain = key.isdigit() and (key == b"0" or not key.startswith(b"0"))
+    return plain and len(key) <= LONGEST_NUMBER
 
 
-def _lost_keys(stream: BinaryIO, page: int) -> Iterator[bytes]:
-    """Keys whose values lie beyond the end of the file.
-
-    Raises
-    ------
-    EOFError
-        A page of the index itself lies there.
-    """
-    size = stream.seek(0, 2)
-    metas = [_read_page(stream, number, page) for number in (0, 1)]
-    # Offsets in LMDB's meta page: root of the main tree, last transaction.
-    root, transaction = 128, 144
-    newest = max(metas, key=lambda meta: struct.unpack_from("<Q", meta, transaction))
-    pending = [struct.unpack_from("<Q", newest, root)[0]]
-    while pending:
-        content = _read_page(stream, pending.pop(), page)
-        (flags,) = struct.unpack_from("<H", content, 10)
-        for low, high, kind, key, data in _nodes(content):
-            if flags & _IS_BRANCH:
-                pending.append(low | high << 16 | kind << 32)
-            elif flags & _IS_LEAF and kind & _IS_ELSEWHERE:
-                (first,) = struct.unpack_from("<Q", content, data)
-                length = _PAGE_HEADER + (low | high << 16)
-                if first * page + length > size:
-                    yield key
+def _value(key: bytes) -> int:
+    """The number that the key writes, or the largest one for a text."""
+    return min(int(key), LAST) if key.isdigit() else LAST
 
 
-def _read_page(stream: BinaryIO, number: int, page: int) -> bytes:
-    stream.seek(number * page)
-    content = stream.read(page)
-    if len(content) < page:
-        raise EOFError
-    return content
-
-
-def _nodes(content: bytes) -> Iterator[tuple[int, int, int, bytes, int]]:
-    """(size or page in two halves, flags, key, offset of data) of a page's entries."""
-    (lower,) = struct.unpack_from("<H", content, 12)
-    for place in range(_PAGE_HEADER, lower, 2):
-        (node,) = struct.unpack_from("<H", content, place)
-        low, high, flags, length = _NODE.unpack_from(content, node)
-        data = node + _NODE.size + length
-        yield low, high, flags, content[node + _NODE.size : data], data
-
-
-def _unreadable(path: Path, error: lmdb.Error) -> DataError:
+def _unreadable(path: Path, error: Exception) -> DataError:
     # LMDB's message repeats the path.
     reason = str(error).removeprefix(f"{path}: ")
     return DataError(f"{path} cannot be read as LMDB ({reason}).")

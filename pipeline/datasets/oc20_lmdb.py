@@ -1,27 +1,28 @@
-"""OC20's LMDB files: pickled PyG samples under the keys 0, 1, 2, ..."""
+"""OC20's LMDB files: pickled PyG samples under the keys 0, 1, 2, ... or others."""
 
-from bisect import bisect_right
+import logging
 from collections.abc import Sequence
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
+import numpy.typing as npt
 
 from pipeline.datasets.base import Listing, RecordDataset, Selection, in_pieces
 from pipeline.datasets.labels import ReadOptions, Record
-from pipeline.datasets.lmdb_files import LmdbFile, lmdb_files
+from pipeline.datasets.lmdb_files import LmdbFile, key_text, lmdb_files
 from pipeline.datasets.pyg_pickles import (
     Tensor,
     as_array,
     plain_integer,
     sample_fields,
 )
-from pipeline.datasets.samples import pair_id
+from pipeline.datasets.samples import id_text, pair_id
 from pipeline.datasets.unpickling import Refusal
 from pipeline.errors import DataError
 from pipeline.execution.passes import Run
 
+log = logging.getLogger("pipeline.datasets")
 # Samples that one process lists at a time.
 PIECE = 4096
 
@@ -29,20 +30,18 @@ PIECE = 4096
 class Oc20LmdbDataset(RecordDataset):
     """Samples of one LMDB or a folder of them, read when they are asked for.
 
-    Ids: ``{sid}_{fid}``, else ``sid``, else the running number over all files. Samples
-    without ``pbc`` are periodic in three directions, as all of OC20 is.
+    Every key but ``length`` and its kin is a sample. Ids: ``{sid}_{fid}``, else
+    ``sid``, else the running number over all files. Samples without ``pbc`` are
+    periodic in three directions, as all of OC20 is.
     """
 
-    columns: ClassVar[dict[str, str]] = {"number": "int64"}
+    columns: ClassVar[dict[str, str]] = {"file": "int32", "key": "int64"}
 
     def __init__(
         self, paths: Sequence[Path], selection: Selection, options: ReadOptions
     ) -> None:
         super().__init__(paths, selection, options)
         self._files = lmdb_files(paths, ".lmdb")
-        counts = [_count(file) for file in self._files]
-        self._ends = list(accumulate(counts))
-        self._total = sum(counts)
 
     def files(self) -> list[Path]:
         """All files with samples."""
@@ -50,23 +49,32 @@ class Oc20LmdbDataset(RecordDataset):
 
     def list_frames(self, run: Run = map) -> Listing:
         """Ids and atom counts; reads every sample without decoding its arrays."""
+        keys = [_codes(file) for file in self._files]
+        owner = np.repeat(np.arange(len(keys), dtype=np.int32), [len(k) for k in keys])
+        chosen = self._selection.of(len(owner))
+        part = slice(chosen.start, chosen.stop, chosen.step)
+        files, codes = owner[part], np.concatenate(keys)[part]
+        pieces = zip(
+            in_pieces(chosen, PIECE),
+            in_pieces(files, PIECE),
+            in_pieces(codes, PIECE),
+            strict=True,
+        )
         ids: list[str] = []
         sizes: list[int] = []
-        numbers = self._selection.of(self._total)
-        for found in run(self._scan_piece, in_pieces(numbers, PIECE)):
+        for found in run(self._scan_piece, pieces):
             ids += found[0]
             sizes += found[1]
-        places = {"number": np.array(numbers, np.int64)}
-        return Listing(ids, np.array(sizes, np.int32), places)
+        return Listing(ids, np.array(sizes, np.int32), {"file": files, "key": codes})
 
     def use(self, listing: Listing) -> None:
         """Take ``listing`` for that of this dataset."""
         super().use(listing)
-        self._numbers = listing.places["number"]
+        self._places = listing.places
 
     def record(self, index: int) -> Record:
         """The sample as it is in the file; what cannot be decoded is left out."""
-        file, key = self._place(int(self._numbers[index]))
+        file, key = self._place(index)
         where = _where(file, key)
         values, properties = {}, {}
         try:
@@ -81,32 +89,38 @@ class Oc20LmdbDataset(RecordDataset):
 
     def place(self, index: int) -> str:
         """File and key of the sample."""
-        return _where(*self._place(int(self._numbers[index])))
+        return _where(*self._place(index))
 
-    def _place(self, number: int) -> tuple[LmdbFile, str]:
-        """File and key of running number ``number``."""
-        which = bisect_right(self._ends, number)
-        first = self._ends[which - 1] if which else 0
-        return self._files[which], str(number - first)
+    def _place(self, index: int) -> tuple[LmdbFile, bytes]:
+        file = self._files[int(self._places["file"][index])]
+        return file, file.key(int(self._places["key"][index]))
 
-    def _scan_piece(self, numbers: range) -> tuple[list[str], list[int]]:
-        found = [self._scan(number) for number in numbers]
-        return [sample_id for sample_id, _ in found], [size for _, size in found]
+    def _scan_piece(
+        self, piece: tuple[range, npt.NDArray[np.int32], npt.NDArray[np.int64]]
+    ) -> tuple[list[str], list[int]]:
+        """Ids and atom counts; the piece has running numbers, files and keys."""
+        ids, sizes = [], []
+        for number, which, code in zip(*piece, strict=True):
+            file = self._files[int(which)]
+            sample_id, size = _scan(file, file.key(int(code)))
+            ids.append(sample_id or str(number))
+            sizes.append(size)
+        return ids, sizes
 
-    def _scan(self, number: int) -> tuple[str, int]:
-        """Id and atom count, without decoding more than that takes."""
-        file, key = self._place(number)
-        where = _where(file, key)
-        try:
-            fields = _fields(file, key)
-            if "pos" not in fields:
-                raise DataError(f"{where} has no pos.")
-            sid, fid = (_label(fields.get(name)) for name in ("sid", "fid"))
-            pos = fields["pos"]
-            shape = pos.size if isinstance(pos, Tensor) else as_array(pos).shape
-        except Refusal as refusal:
-            raise DataError(f"{where} is refused: {refusal}.") from None
-        return pair_id(sid, fid) or str(number), shape[0] if shape else 0
+
+def _scan(file: LmdbFile, key: bytes) -> tuple[str | None, int]:
+    """Id, if there is one, and atom count, without decoding more than that takes."""
+    where = _where(file, key)
+    try:
+        fields = _fields(file, key)
+        if "pos" not in fields:
+            raise DataError(f"{where} has no pos.")
+        sid, fid = (_label(fields, name, where) for name in ("sid", "fid"))
+        pos = fields["pos"]
+        shape = pos.size if isinstance(pos, Tensor) else as_array(pos).shape
+    except Refusal as refusal:
+        raise DataError(f"{where} is refused: {refusal}.") from None
+    return pair_id(sid, fid), shape[0] if shape else 0
 
 
 _STRUCTURE = {"pos", "atomic_numbers", "cell", "tags", "fixed", "pbc"}
@@ -122,39 +136,47 @@ def _decoded(part: Any) -> Any:
         return part
 
 
-def _count(file: LmdbFile) -> int:
-    """Samples in a file, by its ``length`` or else by its keys."""
+def _codes(file: LmdbFile) -> npt.NDArray[np.int64]:
+    """Codes of the keys of a file's samples; warns where ``length`` disagrees."""
+    codes = file.codes()
     raw = file.get("length")
-    if raw is None:
-        return len(file.numeric_keys())
-    try:
-        length = plain_integer(raw)
-    except Refusal as refusal:
-        raise DataError(f"{_where(file, 'length')} is refused: {refusal}.") from None
-    if length < 0:
-        raise DataError(f"{file.path}: its length is {length}.")
-    return length
+    if raw is not None:
+        try:
+            length = plain_integer(raw)
+        except Refusal as refusal:
+            raise DataError(f"{file.path}: 'length' is refused: {refusal}.") from None
+        if length != len(codes):
+            log.warning(
+                "%s holds %d samples, but its length is %d; %s",
+                file.path,
+                len(codes),
+                length,
+                "samples may be missing" if length > len(codes) else "all are read",
+            )
+    return codes
 
 
-def _fields(file: LmdbFile, key: str) -> dict[str, Any]:
+def _fields(file: LmdbFile, key: bytes) -> dict[str, Any]:
     raw = file.get(key)
     if raw is None:
         raise DataError(f"{_where(file, key)} is missing; fetch the file again.")
     return sample_fields(raw)
 
 
-def _where(file: LmdbFile, key: str) -> str:
-    return f"{file.path}: sample {key!r}"
+def _where(file: LmdbFile, key: bytes) -> str:
+    return f"{file.path}: sample {key_text(key)!r}"
 
 
-def _label(value: Any) -> str | None:
+def _label(fields: dict[str, Any], name: str, where: str) -> str | None:
     """A sid or fid as text."""
-    if value is None or type(value) is str:
-        return value
-    array = as_array(value)
-    if array.size != 1:
-        raise Refusal(f"its sid or fid has {array.size} values")
-    return str(int(array.reshape(())))
+    value = fields.get(name)
+    if value is None:
+        return None
+    if type(value) is not str:
+        value = as_array(value)
+        if value.size != 1:
+            raise Refusal(f"its {name} has {value.size} values")
+    return id_text(value, name, where)
 
 
 def _as_record(

@@ -21,6 +21,7 @@ from pipeline.datasets.frames import (
     unpacked_text,
 )
 from pipeline.datasets.labels import ReadOptions, Record
+from pipeline.datasets.oc20_systems import system_reference, systems_beside
 from pipeline.datasets.packing import is_packed
 from pipeline.datasets.paths import PACKED, files_in
 from pipeline.datasets.samples import pair_id
@@ -35,10 +36,16 @@ _texts = TextCache()
 
 @dataclass(frozen=True)
 class Chunk:
-    """One file of frames, and the lines that belong to it if there are any."""
+    """One file of frames, and what lies beside it.
+
+    ``lines`` has a line for each frame, ``systems`` one for each file of frames. With
+    the latter alone, ``reference`` is the energy in eV that it has for this file.
+    """
 
     frames: Path
     lines: Path | None
+    systems: Path | None = None
+    reference: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +76,9 @@ class Oc20RawDataset(RecordDataset):
 
     Energies are adsorption energies, the frames' total energies less the references of
     the text files, or with ``energy="total"`` the totals; without text files there are
-    only totals. Ids: ``{sid}_{fid}`` of the text file, else of the frame's header, else
-    the running number over all files.
+    only totals. Ids: ``{sid}_{fid}`` of the text file, else of the frame's header. Else
+    the id is the running number over all files, or with ``system.txt`` the name and
+    the number of the frame in its own file.
     """
 
     columns: ClassVar[dict[str, str]] = {
@@ -94,12 +102,13 @@ class Oc20RawDataset(RecordDataset):
 
     def files(self) -> list[Path]:
         """All files with samples, and those with lines."""
-        return [
+        found = [
             file
             for chunk in self._chunks
-            for file in (chunk.frames, chunk.lines)
+            for file in (chunk.frames, chunk.lines, chunk.systems)
             if file is not None
         ]
+        return list(dict.fromkeys(found))
 
     def list_frames(self, run: Run = map) -> Listing:
         """Where all frames are, and their ids and references; parses none."""
@@ -162,29 +171,42 @@ def _chunks(paths: Sequence[Path]) -> list[Chunk]:
     for path in paths:
         if not path.exists():
             raise DataError(f"{path} does not exist.")
-    return [Chunk(file, _lines_beside(file)) for file in files_in(paths, SUFFIXES)]
+    return [_chunk(file) for file in files_in(paths, SUFFIXES)]
 
 
-def _lines_beside(file: Path) -> Path | None:
-    stem = file.name
-    for ending in (*PACKED, *SUFFIXES):
-        stem = stem.removesuffix(ending)
+def _chunk(file: Path) -> Chunk:
+    """The file with its lines, or else with the reference that its folder has of it."""
+    stem = _stem(file)
     for packed in ("", *PACKED):
         text = file.with_name(f"{stem}.txt{packed}")
         if text.is_file():
-            return text
-    return None
+            return Chunk(file, text)
+    systems = systems_beside(file)
+    if systems is None:
+        return Chunk(file, None)
+    return Chunk(file, None, systems, system_reference(systems, stem))
+
+
+def _stem(file: Path) -> str:
+    name = file.name
+    for ending in (*PACKED, *SUFFIXES):
+        name = name.removesuffix(ending)
+    return name
 
 
 def _subtracts(chunks: list[Chunk], energy: Energy | None) -> bool:
     """Whether references are subtracted; refuses what the files do not allow."""
     if energy == "total":
         return False
-    bare = [chunk.frames for chunk in chunks if chunk.lines is None]
+    bare = [c for c in chunks if c.lines is None and c.reference is None]
     if bare and (energy == "adsorption" or len(bare) < len(chunks)):
+        first = bare[0]
+        lack = "has no .txt file with reference energies beside it"
+        if first.systems is not None:
+            lack = f"has no reference energy in {first.systems.name}"
         raise DataError(
-            f"{bare[0]} has no .txt file with reference energies beside it, so that "
-            "its adsorption energies are unknown; fetch it or set energy: total."
+            f"{first.frames} {lack}, so that its adsorption energies are unknown; "
+            "fetch it or set energy: total."
         )
     return not bare
 
@@ -224,12 +246,16 @@ def _scan_chunk(chunk: Chunk) -> _Frames:
         ids = [line.sample_id for line in lines]
     else:
         ids = [_id_in(chunk.frames, text, *pair) for pair in enumerate(spans)]
+    if chunk.reference is not None:
+        # The file is named after its system, and has its frames in their order.
+        ids = [own or pair_id(_stem(chunk.frames), i) for i, own in enumerate(ids)]
+    bare = chunk.reference or 0.0
     return _Frames(
         np.array([(s.start, s.stop, s.n_atoms) for s in spans], np.int64).reshape(
             -1, 3
         ),
         ids,
-        np.array([line.reference for line in lines] or [0.0] * len(spans)),
+        np.array([line.reference for line in lines] or [bare] * len(spans)),
         len(text) if is_packed(chunk.frames) else 0,
     )
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from pipeline.datasets.folders import entries_of
 from pipeline.errors import DataError
 from pipeline.globs import glob_matches, in_counting_order, is_glob
 
@@ -28,6 +29,8 @@ def files_in(
 ) -> list[Path]:
     """Files of ``paths``; of folders those with ``suffixes``, in counting order.
 
+    A folder without any may hold one folder that has them.
+
     Raises
     ------
     DataError
@@ -39,21 +42,20 @@ def files_in(
         if not path.is_dir():
             found.append(path)
             continue
-        files = [file for file in path.iterdir() if file.name.endswith(wanted)]
-        if not files:
-            raise DataError(f"{path} holds no {' or '.join(suffixes)} files.")
+        what = f"{' or '.join(suffixes)} files"
+        files = entries_of(path, lambda file: file.name.endswith(wanted), what)
         found += in_counting_order(files)
     if len(found) > 1:
         refuse_twins(found)
     return found
 
 
-def refuse_twins(paths: Iterable[Path]) -> None:
-    """Raise DataError where two paths are one file, or one is the other packed."""
+def refuse_twins(paths: Iterable[Path], endings: Sequence[str] = PACKED) -> None:
+    """Raise DataError where two paths are one file, or differ by ``endings`` only."""
     seen: dict[str, Path] = {}
     for path in paths:
         name = str(path.resolve())
-        for ending in PACKED:
+        for ending in endings:
             name = name.removesuffix(ending)
         if (other := seen.setdefault(name, path)) is not path:
             raise DataError(

@@ -3,7 +3,7 @@
 from typing import Any
 
 from pipeline.datasets.labels import Record
-from pipeline.datasets.samples import fixed_atoms, pair_id
+from pipeline.datasets.samples import fixed_atoms, id_text, pair_id
 from pipeline.errors import DataError
 
 NO_CELL = ((0.0,) * 3,) * 3
@@ -12,16 +12,27 @@ _STRUCTURE = {"numbers", "positions", "cell", "pbc", "tags", "constraints"}
 _STRUCTURE |= {"key_value_pairs", "data"}
 
 
-def row_id(row: dict[str, Any]) -> str | None:
-    """Id in the row's data or key-value pairs: ``sample_id``, else ``{sid}_{fid}``."""
+def row_id(row: dict[str, Any], where: str) -> str | None:
+    """Id in the row's data or key-value pairs: ``sample_id``, else ``{sid}_{fid}``.
+
+    Raises
+    ------
+    DataError
+        A part of the id is neither a number nor text that can be written as UTF-8.
+    """
     words: dict[str, Any] = {}
     for part in ("key_value_pairs", "data"):
         extra = row.get(part)
         if isinstance(extra, dict):
             words |= extra
-    if "sample_id" in words:
-        return str(words["sample_id"])
-    return pair_id(words.get("sid"), words.get("fid"))
+    plain = {
+        name: id_text(words[name], name, where)
+        for name in ("sample_id", "sid", "fid")
+        if words.get(name) is not None
+    }
+    if "sample_id" in plain:
+        return plain["sample_id"]
+    return pair_id(plain.get("sid"), plain.get("fid"))
 
 
 def row_record(row: dict[str, Any], where: str) -> Record:

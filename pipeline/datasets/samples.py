@@ -83,6 +83,33 @@ def pair_id(sid: Any, fid: Any) -> str | None:
     )
 
 
+def id_text(value: Any, name: str, where: str) -> str:
+    """Return a part of an id as text; 3.0 is 3, since files may have it as a float.
+
+    Raises
+    ------
+    DataError
+        It is neither a whole number nor text that can be written as UTF-8.
+    """
+    if isinstance(value, np.ndarray | np.generic) and value.size == 1:
+        value = value.item()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if type(value) not in (int, str):
+        raise DataError(
+            f"{where} has the {name} {value!s:.40}, which is neither text nor a "
+            "whole number."
+        )
+    text = str(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            f"{where} has the {name} {text!a:.40}, which is no valid text."
+        ) from None
+    return text
+
+
 def fixed_atoms(
     constraints: Iterable[dict[str, Any]], n_atoms: int
 ) -> npt.NDArray[np.bool_]:

@@ -203,6 +203,104 @@ def test_deleted_rows_and_other_keys_are_passed_over(tmp_path: Path) -> None:
         _assert_is(dataset[i], slab)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"nextid": 9}, "announce 7; rows may be missing"),
+        ({"nextid": 3, "deleted_ids": []}, "announce 2; all are read"),
+        ({"nextid": 5}, None),
+        ({}, None),
+    ],
+)
+def test_a_count_that_disagrees_is_a_warning(
+    changes: dict[str, Any], words: str | None, tmp_path: Path, caplog: Any
+) -> None:
+    """B2: ``nextid`` and ``deleted_ids`` hide no row and no loss."""
+    rows = {str(i + 1): packed_json(aselmdb_row(s)) for i, s in enumerate(slabs(4))}
+    entries = {"deleted_ids": [2, 2], **changes} if changes else {}
+    rows |= {key: packed_json(value) for key, value in entries.items()}
+    if 2 in entries.get("deleted_ids", []):
+        del rows["2"]
+    path = write_lmdb(tmp_path / "d.aselmdb", rows)
+    dataset = open_dataset("aselmdb", str(path))
+    assert len(dataset) == len(rows) - len(entries)
+    messages = [record.getMessage() for record in caplog.records]
+    assert len(messages) == (words is not None)
+    for message in messages:
+        assert words is not None
+        assert words in message
+
+
+def test_rows_marked_as_deleted_are_no_rows(tmp_path: Path) -> None:
+    """B2: fairchem does not read them either."""
+    rows = {str(i + 1): packed_json(aselmdb_row(s)) for i, s in enumerate(slabs(3))}
+    rows |= {"nextid": packed_json(4), "deleted_ids": packed_json([1, -1, 10**30])}
+    path = write_lmdb(tmp_path / "d.aselmdb", rows)
+    dataset = open_dataset("aselmdb", str(path))
+    assert list(dataset.sample_ids) == ["500_1", "500_2"]
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ({"nextid": packed_json("x")}, "'nextid' holds a str, not a int"),
+        ({"deleted_ids": packed_json({})}, "'deleted_ids' holds a dict"),
+        ({"deleted_ids": packed_json(["x"])}, "holds something but numbers"),
+        ({"nextid": b"no zlib"}, "'nextid' is damaged"),
+    ],
+)
+def test_damaged_counts_are_refused(
+    entries: dict[str, bytes], words: str, tmp_path: Path
+) -> None:
+    rows = {"1": packed_json(aselmdb_row(slabs(1)[0]))} | entries
+    path = write_lmdb(tmp_path / "d.aselmdb", rows)
+    with pytest.raises(DataError, match=words) as error:
+        open_dataset("aselmdb", str(path))
+    assert str(path) in str(error.value)
+
+
+def test_rows_under_other_keys_are_read(tmp_path: Path) -> None:
+    """B2: padded numbers and texts are keys of rows, too."""
+    bare = [packed_json(aselmdb_row(s) | {"data": {}}) for s in slabs(3)]
+    rows = dict(zip(("00", "a", "10"), bare, strict=True))
+    path = write_lmdb(tmp_path / "d.aselmdb", rows)
+    dataset = pickle.loads(pickle.dumps(open_dataset("aselmdb", str(path))))
+    assert list(dataset.sample_ids) == ["00", "10", "a"]
+    assert dataset[2].energy == slabs(3)[1].energy
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"sid": "\ud800"}, r"the sid '\\ud800', which is no valid text"),
+        ({"sample_id": "a\udfffb"}, "which is no valid text"),
+        ({"sid": 1, "fid": "\ud800"}, "the fid"),
+        ({"sample_id": [1]}, r"the sample_id \[1\], which is neither text"),
+        ({"sid": {"a": 1}}, "neither text nor a whole number"),
+        ({"sid": 1.5}, "the sid 1.5"),
+        ({"sid": True}, "the sid True"),
+    ],
+)
+def test_ids_that_are_none_are_refused(
+    data: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    """B11: a lone surrogate cannot be written; lists and fractions name nothing."""
+    row = aselmdb_row(slabs(1)[0]) | {"data": data}
+    path = write_lmdb(tmp_path / "d.aselmdb", {"3": packed_json(row)})
+    with pytest.raises(DataError, match=words) as error:
+        open_dataset("aselmdb", str(path))
+    assert f"{path}: sample '3' has the " in str(error.value)
+
+
+def test_whole_numbers_are_ids_in_every_form(tmp_path: Path) -> None:
+    """B11: 7.0 and arrays of one number are the id 7."""
+    one = {"__ndarray__": [[1], "int64", [7]]}
+    rows = [aselmdb_row(s) for s in slabs(2)]
+    rows[0]["data"], rows[1]["data"] = {"sid": 7.0, "fid": 1}, {"sid": one, "fid": None}
+    dataset = open_dataset("aselmdb", str(_rows(tmp_path / "d.aselmdb", *rows)))
+    assert list(dataset.sample_ids) == ["7_1", "7"]
+
+
 def test_rows_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
     made = slabs(12)
     dataset = open_dataset(

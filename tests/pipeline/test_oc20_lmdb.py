@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import lmdb
 import numpy as np
 import pytest
 import torch
@@ -186,6 +187,7 @@ def test_defaults_where_a_sample_is_silent(tmp_path: Path) -> None:
         ({"y": "low"}, "an energy with values that are no numbers"),
         ({"pos": "far"}, "where numbers are needed"),
         ({"sid": torch.zeros(2)}, "2 values"),
+        ({"sid": 7.5}, "the sid 7.5, which is neither text nor a whole number"),
     ],
 )
 def test_impossible_samples_are_refused_by_name(
@@ -222,17 +224,68 @@ def test_hostile_samples_and_lengths_are_refused_by_name(tmp_path: Path) -> None
     assert not mark.exists()
 
 
-def test_missing_entries_are_named(tmp_path: Path) -> None:
-    values = {key: pyg2(pyg_fields(slabs(1)[0])) for key in ("0", "2")}
-    path = write_lmdb(tmp_path / "gap.lmdb", values)
-    with pytest.raises(DataError, match=r"gap\.lmdb: sample '1' is missing"):
-        _open(path)
-    path = write_lmdb(tmp_path / "short.lmdb", {"0": values["0"]}, length=2)
-    with pytest.raises(DataError, match=r"short\.lmdb: sample '1' is missing"):
-        _open(path)
+@pytest.mark.parametrize(
+    ("keys", "order"),
+    [
+        (["0", "2", "5", "9"], [0, 1, 2, 3]),
+        (["10", "9", "1", "2"], [2, 3, 1, 0]),
+        (["00", "10", "02", "01"], [0, 3, 2, 1]),
+        (["000000", "000001", "000010"], [0, 1, 2]),
+        (["b", "a", "ä", "a b"], [1, 3, 0, 2]),
+        (["x", "11", "2"], [2, 1, 0]),
+        ([str(10**18), str(10**30), "-1", "3"], [3, 0, 2, 1]),
+    ],
+)
+def test_every_key_is_a_sample(
+    keys: list[str], order: list[int], tmp_path: Path, caplog: Any
+) -> None:
+    """B2: gaps, other first numbers, padded numbers and texts as keys."""
+    made = slabs(4)[: len(keys)]
+    values = {k: pyg2(pyg_fields(s)) for k, s in zip(keys, made, strict=True)}
+    path = write_lmdb(tmp_path / "d.lmdb", values, length=len(keys))
+    dataset = pickle.loads(pickle.dumps(_open(path)))
+    assert len(dataset) == len(keys)
+    for i, which in enumerate(order):
+        _assert_is(dataset[i], made[which])
+    chosen = _open(path, offset=1, every=2)
+    _assert_is(chosen[0], made[order[1]])
+    assert not caplog.records
 
 
-def test_cut_files_are_refused_and_name_the_first_sample_lost(tmp_path: Path) -> None:
+def test_entries_beside_samples_are_none(tmp_path: Path) -> None:
+    """B2: what OCP, fairchem and tensorpack keep beside the samples is passed over."""
+    values = {"1": pyg2(pyg_fields(slabs(1)[0])), "metadata": b"{}", "__len__": b"1"}
+    assert len(_open(write_lmdb(tmp_path / "d.lmdb", values, length=1))) == 1
+
+
+@pytest.mark.parametrize(
+    ("length", "words"),
+    [(3, "3; samples may be missing"), (1, "1; all are read")],
+)
+def test_a_length_that_disagrees_is_a_warning(
+    length: int, words: str, tmp_path: Path, caplog: Any
+) -> None:
+    """B2: a wrong ``length`` hides no sample and no loss."""
+    made = slabs(2)
+    values = {k: pyg2(pyg_fields(s)) for k, s in zip("02", made, strict=True)}
+    path = write_lmdb(tmp_path / "d.lmdb", values, length=length)
+    dataset = _open(path)
+    assert [s.sample_id for s in (dataset[0], dataset[1])] == ["500_0", "500_1"]
+    (record,) = caplog.records
+    assert record.getMessage() == f"{path} holds 2 samples, but its length is {words}"
+
+
+def test_samples_that_vanish_are_named(tmp_path: Path) -> None:
+    values = {str(i): pyg2(pyg_fields(slab)) for i, slab in enumerate(slabs(2))}
+    path = write_lmdb(tmp_path / "d.lmdb", values)
+    packed = pickle.dumps(_open(path))
+    path.unlink()
+    write_lmdb(path, {"0": values["0"]})
+    with pytest.raises(DataError, match=r"sample '1' is missing; fetch the file"):
+        pickle.loads(packed)[1]
+
+
+def test_cut_files_are_refused_in_one_sentence(tmp_path: Path) -> None:
     """At every length; reading beyond the end would kill the process."""
     path, cut = tmp_path / "whole.lmdb", tmp_path / "cut.lmdb"
     # Larger than half a page, so that every sample lies on pages of its own.
@@ -240,33 +293,63 @@ def test_cut_files_are_refused_and_name_the_first_sample_lost(tmp_path: Path) ->
     samples = {str(i): pyg2(fields | {"sid": i}) for i in range(12)}
     write_lmdb(path, samples, length=12)
     raw = path.read_bytes()
-    starts = {key: raw.find(value) for key, value in samples.items()}
-    size = max(starts.values()) + len(samples["0"])
-    named = 0
-    for end in [*range(0, size, 4096), size - 1]:
+    for end in [*range(0, len(raw), 4096), len(raw) - 1]:
         cut.write_bytes(raw[:end])
         with pytest.raises(DataError) as error:
             _open(cut)
         message = str(error.value)
         assert str(cut) in message
         assert "\n" not in message
-        if "the first is" in message:
-            ends = {k: starts[k] + len(samples[k]) for k in samples}
-            lost = [key for key in samples if ends[key] > end]
-            assert f"lost {len(lost)} samples, the first is {lost[0]!r}" in message
-            named += 1
-    assert named > 3
+        if end > 8192:
+            assert f"it has {end} bytes, but its header announces {len(raw)}" in message
 
 
-def test_pages_at_the_end_that_hold_nothing_may_be_absent(tmp_path: Path) -> None:
-    path = tmp_path / "d.lmdb"
+def test_files_without_their_last_free_pages_must_be_written_anew(
+    tmp_path: Path,
+) -> None:
+    """LMDB now and then never writes the last pages, where these are free."""
+    path, copy = tmp_path / "d.lmdb", tmp_path / "copy.lmdb"
     made = write_oc20(path)
     raw = bytearray(path.read_bytes())
     for meta in (0, 4096):
         last = int.from_bytes(raw[meta + 136 : meta + 144], "little")
         raw[meta + 136 : meta + 144] = (last + 3).to_bytes(8, "little")
     path.write_bytes(raw)
-    _assert_is(_open(path)[5], made[5])
+    with pytest.raises(DataError, match="anew with mdb_dump and mdb_load"):
+        _open(path)
+    with (
+        lmdb.open(str(path), subdir=False, readonly=True, lock=False) as whole,
+        whole.begin() as transaction,
+    ):
+        write_lmdb(copy, {key.decode(): raw for key, raw in transaction.cursor()})
+    _assert_is(_open(copy)[5], made[5])
+
+
+def test_an_archive_may_unpack_to_a_folder_in_a_folder(tmp_path: Path) -> None:
+    """B1: files one folder further down are read; two such folders are named."""
+    (tmp_path / "inner").mkdir()
+    (tmp_path / "README").touch()
+    made = write_oc20(tmp_path / "inner" / "a.lmdb")
+    dataset = _open(tmp_path)
+    _assert_is(dataset[5], made[5])
+    (tmp_path / "other" / "set").mkdir(parents=True)
+    write_oc20(tmp_path / "other" / "b.lmdb", 2)
+    with pytest.raises(DataError, match=r"several of its folders do \(inner, other\)"):
+        _open(tmp_path)
+
+
+def test_files_that_hold_the_same_are_refused(tmp_path: Path) -> None:
+    """A9: a file beside its own folder, or under two names, gives no sample twice."""
+    write_oc20(tmp_path / "a.lmdb")
+    (tmp_path / "b.lmdb").symlink_to(tmp_path / "a.lmdb")
+    with pytest.raises(
+        DataError, match=r"a\.lmdb and .*b\.lmdb are the same file twice"
+    ):
+        _open(tmp_path)
+    (tmp_path / "b.lmdb").unlink()
+    write_oc20(tmp_path / "a")
+    with pytest.raises(DataError, match=r"/a and .*/a\.lmdb are the same file twice"):
+        _open(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"", b"no LMDB" * 2000])

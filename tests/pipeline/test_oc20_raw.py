@@ -117,6 +117,63 @@ def test_adsorption_energies_need_every_text_file(tmp_path: Path) -> None:
         _open(tmp_path, energy="adsorption")
 
 
+def test_the_published_archive_is_a_folder_in_a_folder(tmp_path: Path) -> None:
+    """B1: the outer folder of OC20's tar is read as its inner one."""
+    inner = tmp_path / "s2ef_train_2M" / "s2ef_train_2M"
+    inner.mkdir(parents=True)
+    (inner.parent / "README.txt").touch()
+    made = _write_chunks(inner)
+    dataset = _open(inner.parent)
+    assert list(dataset.sample_ids) == [f"{s.sid}_{s.fid}" for s in made]
+    assert dataset[5].energy == pytest.approx(made[5].energy, abs=1e-7)
+    assert len(open_dataset("extxyz", str(inner.parent))) == 6
+    with pytest.raises(DataError, match=r"holds no \.extxyz or \.xyz files\."):
+        _open(tmp_path)
+    other = inner.with_name("s2ef_val_id")
+    other.mkdir()
+    _write_chunks(other)
+    words = r"several of its folders do \(s2ef_train_2M, s2ef_val_id\); name the one"
+    with pytest.raises(DataError, match=words):
+        _open(inner.parent)
+
+
+def _write_systems(folder: Path, text: str) -> list[Slab]:
+    """Two trajectories without ids in them, and a ``system.txt``."""
+    made = slabs(4)
+    for name, part in (("random71", made[:3]), ("random9", made[3:])):
+        frames = "".join(_text(slab, 2.5) for slab in part)
+        _packed(folder / f"{name}.extxyz.xz", frames)
+    (folder / "system.txt").write_text(text)
+    return made
+
+
+def test_sets_of_one_adsorbate_have_a_reference_for_each_system(
+    tmp_path: Path,
+) -> None:
+    """C: ``system.txt`` gives the reference energy of every trajectory."""
+    made = _write_systems(tmp_path, "random9,2.5\nrandom71, -1.5\nrandom1,0\n\n")
+    dataset = _open(tmp_path)
+    assert list(dataset.sample_ids) == ["9_0", "71_0", "71_1", "71_2"]
+    energies = [dataset[i].energy for i in range(4)]
+    expected = [made[3].energy, *(slab.energy + 4.0 for slab in made[:3])]
+    assert energies == pytest.approx(expected, abs=1e-7)
+    total = _open(tmp_path, energy="total")
+    assert total[0].energy == pytest.approx(made[3].energy + 2.5, abs=1e-7)
+
+
+def test_systems_without_a_reference_are_named(tmp_path: Path, caplog: Any) -> None:
+    """C: no system loses its reference in silence."""
+    _write_systems(tmp_path, "random71,1.5\nrandom9\n")
+    words = r"random9\.extxyz\.xz has no reference energy in system\.txt"
+    with pytest.raises(DataError, match=words):
+        _open(tmp_path)
+    assert "system.txt: 1 of 2 lines are not system,energy" in caplog.text
+    (tmp_path / "system.txt").write_text("a list of systems\n")
+    assert _open(tmp_path).sample_ids[0] == "0"
+    with pytest.raises(DataError, match="no reference energy"):
+        _open(tmp_path, energy="adsorption")
+
+
 def test_one_chunk_alone(tmp_path: Path) -> None:
     made = _write_chunks(tmp_path)
     dataset = _open(tmp_path / "1.extxyz.xz")
