@@ -95,7 +95,7 @@ def neighbor_edges(structure: Structure, rule: GraphRule) -> Edges:
     index, then by shift.
     """
     cutoff, limit = rule.base or (rule.cutoff, rule.max_neighbors)
-    pairs = _pairs_within(structure, cutoff, rule.periodic)
+    pairs = pairs_within(structure, cutoff, rule.periodic)
     distance = pairs.distance
     pairs = pairs[(distance <= cutoff) & (distance > _MIN_DISTANCE)]
     base = _limited(pairs, np.square(pairs.distance), limit, rule.strict)
@@ -146,8 +146,14 @@ class _Pairs:
         )
 
 
-def _pairs_within(structure: Structure, cutoff: float, periodic: bool) -> _Pairs:
-    """All pairs up to a little past the cutoff."""
+def pairs_within(structure: Structure, cutoff: float, periodic: bool) -> _Pairs:
+    """All pairs up to a little past the cutoff (Å), in both directions.
+
+    Raises
+    ------
+    DataError
+        The cell cannot be, or the neighbours cannot be found.
+    """
     # vesin leaves out pairs at exactly its cutoff, so it gets a slightly larger one.
     finder = NeighborList(
         cutoff=cutoff * (1 + 1e-9) + 1e-9,
