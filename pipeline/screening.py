@@ -108,6 +108,10 @@ class Without(DerivedDataset):
         ids = self._inner.sample_ids
         return [ids[index] for index in self._chosen]
 
+    def label_names(self, index: int) -> list[str]:
+        """Names in the record of a sample that look like labels but are not used."""
+        return self._inner.label_names(self._chosen[index])
+
     @property
     def n_atoms(self) -> npt.NDArray[np.int32]:
         """Atoms of every sample that is left, (n,) int32."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field as Key
-from pydantic import field_validator
+from pydantic import ValidationInfo, field_validator
 
 from pipeline.documents import (
     ClosedModel,
@@ -20,12 +20,15 @@ from pipeline.documents import (
 )
 from pipeline.errors import SpecError
 from pipeline.fields import CACHEABLE_FIELDS, FIELDS
+from pipeline.globs import glob_matches, is_glob
 from pipeline.remote import is_url, refuse_credentials
+from pipeline.units import Units
 
 PER_ELEMENT, NO_REFERENCES = "per_element", "none"
 COMPACT_ERROR = 1e-3
 # Genuine relaxations of OC20 begin at 0.42, collisions of molecules stay above 0.6.
 MIN_PAIR_DISTANCE = 0.4
+Scalar = bool | int | float | str
 
 
 class TeacherSpec(ClosedModel):
@@ -69,14 +72,39 @@ class RattleSpec(ClosedModel):
     seed: int = Key(0, ge=0, description="of the displacements")
 
 
+class UnitsSpec(ClosedModel):
+    """Units of a file; names as eV, meV, Hartree, Ry, kcal/mol, kJ/mol; Å, nm, Bohr."""
+
+    energy: str | None = Key(None, description="default: eV, or what the file states")
+    length: str | None = Key(
+        None, description="of positions and cell; default: Å, or what the file states"
+    )
+    forces: str | None = Key(
+        None, description="such as Hartree/Bohr; default: energy / length"
+    )
+
+    @field_validator("energy", "length", "forces")
+    @classmethod
+    def _known(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and info.field_name is not None:
+            _ = Units(**{info.field_name: value}).factors
+        return value
+
+    @property
+    def names(self) -> Units:
+        """The same, as readers take them."""
+        return Units(self.energy, self.length, self.forces)
+
+
 class SplitSpec(ClosedModel):
     """One dataset, stored as one group."""
 
     format: Literal["oc20_lmdb", "oc20_raw", "extxyz", "ase_db", "aselmdb"] = Key(
         description="oc20_lmdb | oc20_raw | extxyz | ase_db | aselmdb; text also packed"
     )
-    path: str = Key(
-        description="file or folder, relative to the spec or absolute; or its URL"
+    path: str | list[str] = Key(
+        description="file or folder, relative to the spec or absolute; its URL; a glob "
+        "(* ? [); or a list of these"
     )
     source: str | None = Key(None, description="where the data are published")
     features: bool = Key(
@@ -87,6 +115,22 @@ class SplitSpec(ClosedModel):
     every: int = Key(1, ge=1, description="1 = all, n = each n-th sample")
     energy: Literal["adsorption", "total"] | None = Key(
         None, description="of oc20_raw; default: adsorption where .txt files lie beside"
+    )
+    energy_key: str | None = Key(
+        None, description="name of the energy in the files; default: energy"
+    )
+    forces_key: str | None = Key(
+        None, description="name of the forces in the files; default: forces"
+    )
+    gradient_key: str | None = Key(
+        None, description="in place of forces_key: a gradient; forces are its negative"
+    )
+    units: UnitsSpec = Key(
+        default_factory=UnitsSpec, description="of the files; {energy, length, forces}"
+    )
+    where: dict[str, Scalar | list[Scalar]] = Key(
+        default_factory=dict,
+        description="only frames with these values: {key: value or [values]}",
     )
     reference_energies: str = Key(
         PER_ELEMENT,
@@ -116,6 +160,19 @@ class SplitSpec(ClosedModel):
     rattle: RattleSpec | None = Key(
         None, description="displaced copies instead of the samples themselves"
     )
+
+    @property
+    def paths(self) -> list[str]:
+        """What ``path`` names, one or several."""
+        return [self.path] if isinstance(self.path, str) else self.path
+
+    @property
+    def conditions(self) -> tuple[tuple[str, tuple[Scalar, ...]], ...]:
+        """``where``, every key with all values that are wanted of it."""
+        return tuple(
+            (key, tuple(value) if isinstance(value, list) else (value,))
+            for key, value in self.where.items()
+        )
 
     @property
     def labelled(self) -> bool:
@@ -236,7 +293,7 @@ def _refuse_missing(spec: CacheSpec, folder: Path) -> None:
         if teacher.scale_file is not None:
             named.append(("teacher.scale_file", teacher.scale_file, None))
     for name, split in spec.splits.items():
-        named.append((f"splits.{name}.path", split.path, split.source))
+        named += [(f"splits.{name}.path", path, split.source) for path in split.paths]
     problems = []
     for key, text, source in named:
         try:
@@ -244,12 +301,17 @@ def _refuse_missing(spec: CacheSpec, folder: Path) -> None:
         except SpecError as error:
             problem = str(error).rstrip(".")
         else:
-            if (is_url(path) and key.startswith("splits.")) or Path(path).exists():
+            if Path(path).exists() or (key.startswith("splits.") and _is_there(path)):
                 continue
             problem = f"{key}: {path} does not exist; set it with --set {key}=PATH"
         problems.append(problem + (f" (published at {source})" if source else ""))
     if problems:
         raise SpecError("; ".join(problems) + ".")
+
+
+def _is_there(path: str) -> bool:
+    """Whether a URL, which is looked at later, or a glob that stands for something."""
+    return is_url(path) or (is_glob(path) and bool(glob_matches(path)))
 
 
 def read_reference_energies(path: Path) -> dict[int, float]:
@@ -304,7 +366,8 @@ def _resolve_path(text: str, folder: Path, key: str) -> str:
 
 
 def _resolve_split(split: SplitSpec, folder: Path, key: str) -> SplitSpec:
-    changes = {"path": _resolve_path(split.path, folder, f"{key}.path")}
+    paths = [_resolve_path(path, folder, f"{key}.path") for path in split.paths]
+    changes: dict[str, Any] = {"path": paths[0] if len(paths) == 1 else paths}
     references = split.reference_energies
     if references not in (PER_ELEMENT, NO_REFERENCES):
         file = expand_path(references, folder, f"{key}.reference_energies")
@@ -336,6 +399,18 @@ def _check_profile(name: str, feature: FeatureSpec) -> None:
         )
 
 
+def _check_reading(split: SplitSpec, key: str) -> None:
+    if not split.paths:
+        raise SpecError(f"{key}.path names no file; give it one, or a list of them.")
+    if split.forces_key is not None and split.gradient_key is not None:
+        raise SpecError(
+            f"{key} has forces_key and gradient_key; remove the one that is not meant."
+        )
+    for name, wanted in split.conditions:
+        if not wanted:
+            raise SpecError(f"{key}.where.{name} is empty; give a value, or a list.")
+
+
 def _check_choices(spec: CacheSpec) -> None:
     for name in spec.features:
         if name not in CACHEABLE_FIELDS:
@@ -350,6 +425,7 @@ def _check_choices(spec: CacheSpec) -> None:
     for name, split in spec.splits.items():
         if not name.isidentifier():
             raise SpecError(f"splits: {name!r} must be letters, digits and '_' only.")
+        _check_reading(split, f"splits.{name}")
         if split.energy is not None and split.format != "oc20_raw":
             raise SpecError(
                 f"splits.{name}.energy can be chosen for oc20_raw only; {split.format} "

@@ -1,13 +1,16 @@
 """Readers of the formats people have; each yields samples under stable ids."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from pipeline.datasets.ase_db import AseDbDataset
 from pipeline.datasets.aselmdb import AselmdbDataset
 from pipeline.datasets.base import Dataset, IndexedDataset, Listing, Selection
 from pipeline.datasets.extxyz import ExtxyzDataset
+from pipeline.datasets.labels import ReadOptions, warn_of_missing_labels
 from pipeline.datasets.oc20_lmdb import Oc20LmdbDataset
 from pipeline.datasets.oc20_raw import Energy, Oc20RawDataset
+from pipeline.datasets.paths import named_paths
 from pipeline.datasets.rattled import Rattled
 from pipeline.datasets.unlabelled import Unlabelled
 from pipeline.remote import is_url
@@ -19,11 +22,15 @@ __all__ = [
     "IndexedDataset",
     "Lister",
     "Listing",
+    "ReadOptions",
     "open_dataset",
     "open_split",
+    "read_options",
+    "warn_of_missing_labels",
 ]
 
-READERS: dict[str, Callable[[str, Selection], IndexedDataset]] = {
+Reader = Callable[[Sequence[Path], Selection, ReadOptions], IndexedDataset]
+READERS: dict[str, Reader] = {
     "extxyz": ExtxyzDataset,
     "oc20_lmdb": Oc20LmdbDataset,
     "ase_db": AseDbDataset,
@@ -38,16 +45,19 @@ def _list_anew(dataset: IndexedDataset) -> Listing:
 
 def open_dataset(
     format: str,
-    path: str,
+    path: str | Sequence[str],
     *,
     offset: int = 0,
     limit: int | None = None,
     every: int = 1,
     energy: Energy | None = None,
+    options: ReadOptions | None = None,
     lister: Lister = _list_anew,
 ) -> Dataset:
     """The dataset at ``path`` from ``offset`` on, each ``every``-th, at most ``limit``.
 
+    ``path`` is a file, a folder, a glob, or several of them. ``options`` name labels,
+    units and conditions; by default ``energy`` and ``forces`` in eV and Å are read.
     ``energy`` chooses between adsorption and total energies of ``oc20_raw``; the other
     formats have one kind and take None. ``lister`` gives the listing of its samples:
     by reading all files here and now, where nothing else is said.
@@ -57,12 +67,14 @@ def open_dataset(
     DataError
         The file is damaged, holds no samples, or repeats a sample id.
     """
+    paths = named_paths([path] if isinstance(path, str) else path)
+    options = ReadOptions() if options is None else options
     selection = Selection(offset, limit, every)
     dataset: IndexedDataset
     if format == "oc20_raw":
-        dataset = Oc20RawDataset(path, selection, energy)
+        dataset = Oc20RawDataset(paths, selection, options, energy)
     else:
-        dataset = READERS[format](path, selection)
+        dataset = READERS[format](paths, selection, options)
     dataset.use(lister(dataset))
     dataset.check_ids()
     return dataset
@@ -75,16 +87,28 @@ def open_split(split: SplitSpec, lister: Lister = _list_anew) -> Dataset:
     samples; labels are left out where the split has none. Errors are those of
     open_dataset.
     """
-    path = str(staged(split.path)) if is_url(split.path) else split.path
     dataset = open_dataset(
         split.format,
-        path,
+        [str(staged(path)) if is_url(path) else path for path in split.paths],
         offset=split.offset,
         limit=split.limit,
         every=split.every,
         energy=split.energy,
+        options=read_options(split),
         lister=lister,
     )
     if split.rattle is not None:
         return Rattled(dataset, split.rattle)
     return dataset if split.labelled else Unlabelled(dataset)
+
+
+def read_options(split: SplitSpec) -> ReadOptions:
+    """What a split says of how its frames are to be read."""
+    return ReadOptions(
+        energy_key=split.energy_key,
+        forces_key=split.forces_key,
+        gradient_key=split.gradient_key,
+        units=split.units.names,
+        where=split.conditions,
+        keep_bad=split.on_bad_sample == "skip",
+    )

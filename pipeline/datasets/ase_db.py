@@ -1,23 +1,23 @@
 """ASE databases in SQLite (.db) and JSON (.json) files."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import ase.db
 import numpy as np
 
-from pipeline.datasets.base import IndexedDataset, Listing, Selection
-from pipeline.datasets.rows import row_id, row_sample
+from pipeline.datasets.base import Listing, RecordDataset, Selection
+from pipeline.datasets.labels import ReadOptions, Record
+from pipeline.datasets.rows import row_id, row_record
 from pipeline.errors import DataError
 from pipeline.execution.passes import Run
-from pipeline.structure import Sample
 
 WINDOW = 1000
 _ARRAYS = ("numbers", "positions", "cell", "pbc", "tags", "energy", "forces")
 
 
-class AseDbDataset(IndexedDataset):
+class AseDbDataset(RecordDataset):
     """Rows of an ASE database in the order of their numbers.
 
     Ids as in an .aselmdb. SQLite rows are read when they are asked for; a JSON file is
@@ -26,14 +26,18 @@ class AseDbDataset(IndexedDataset):
 
     columns: ClassVar[dict[str, str]] = {"row": "int64"}
 
-    def __init__(self, path: str, selection: Selection) -> None:
-        super().__init__(path)
+    def __init__(
+        self, paths: Sequence[Path], selection: Selection, options: ReadOptions
+    ) -> None:
+        super().__init__(paths, selection, options)
+        if len(paths) > 1:
+            raise DataError(f"{paths[1]}: a split reads one ASE database only.")
+        path = str(paths[0])
         self._type = Path(path).suffix.removeprefix(".")
         if self._type not in ("db", "json"):
             raise DataError(f"{path} is no ASE database; it must end in .db or .json.")
         if not Path(path).is_file():
             raise DataError(f"{path} does not exist.")
-        self._selection = selection
         self._kept: dict[int, dict[str, Any]] = {}
 
     def files(self) -> list[Path]:
@@ -45,7 +49,7 @@ class AseDbDataset(IndexedDataset):
         """A JSON file cannot be read in part."""
         return self._type == "json"
 
-    def list_samples(self, run: Run = map) -> Listing:
+    def list_frames(self, run: Run = map) -> Listing:
         """Ids, atom counts and numbers of rows; one file is read by one process."""
         chosen = self._selection.of()
         ids, sizes, rows = [], [], []
@@ -64,16 +68,21 @@ class AseDbDataset(IndexedDataset):
         super().use(listing)
         self._rows = listing.places["row"]
 
-    def __getitem__(self, index: int) -> Sample:
+    def record(self, index: int) -> Record:
+        """The row as it is in the file."""
         number = int(self._rows[index])
-        where = f"{self.path}: sample {number}"
+        where = self.place(index)
         row = self._kept.get(number)
         if row is None:
             try:
                 row = _plain(self._connect().get(id=number))
             except Exception as error:
                 raise _unreadable(where, error) from None
-        return row_sample(row, self._ids[index], where)
+        return row_record(row, where)
+
+    def place(self, index: int) -> str:
+        """File and number of the row."""
+        return f"{self.path}: sample {int(self._rows[index])}"
 
     def _connect(self) -> Any:
         return ase.db.connect(self.path, type=self._type, serial=True)

@@ -2,18 +2,19 @@
 
 import json
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.datasets.base import IndexedDataset, Listing, Selection, in_pieces
+from pipeline.datasets.base import Listing, RecordDataset, Selection, in_pieces
+from pipeline.datasets.labels import ReadOptions, Record
 from pipeline.datasets.lmdb_files import LmdbFile, lmdb_files
-from pipeline.datasets.rows import row_id, row_sample
+from pipeline.datasets.rows import row_id, row_record
 from pipeline.errors import DataError
 from pipeline.execution.passes import Run
-from pipeline.structure import Sample
 
 # Rows that one process lists at a time.
 PIECE = 4096
@@ -24,7 +25,7 @@ _NUMBERS = {"bool", *(f"{sign}int{n}" for sign in ("", "u") for n in (8, 16, 32,
 _NUMBERS |= {"float16", "float32", "float64"}
 
 
-class AselmdbDataset(IndexedDataset):
+class AselmdbDataset(RecordDataset):
     """Rows of one .aselmdb file or a folder of them, read when they are asked for.
 
     Ids: ``sample_id``, else ``{sid}_{fid}``, else ``sid`` of the row's data, else the
@@ -33,16 +34,17 @@ class AselmdbDataset(IndexedDataset):
 
     columns: ClassVar[dict[str, str]] = {"file": "int32", "key": "int64"}
 
-    def __init__(self, path: str, selection: Selection) -> None:
-        super().__init__(path)
-        self._files = lmdb_files(Path(path), ".aselmdb")
-        self._selection = selection
+    def __init__(
+        self, paths: Sequence[Path], selection: Selection, options: ReadOptions
+    ) -> None:
+        super().__init__(paths, selection, options)
+        self._files = lmdb_files(paths, ".aselmdb")
 
     def files(self) -> list[Path]:
         """All files with samples."""
         return [file.data for file in self._files]
 
-    def list_samples(self, run: Run = map) -> Listing:
+    def list_frames(self, run: Run = map) -> Listing:
         """Ids, atom counts and keys; decodes every row."""
         keys = [np.array(file.numeric_keys(), np.int64) for file in self._files]
         owner = np.repeat(np.arange(len(keys), dtype=np.int32), [len(k) for k in keys])
@@ -62,10 +64,17 @@ class AselmdbDataset(IndexedDataset):
         super().use(listing)
         self._places = listing.places
 
-    def __getitem__(self, index: int) -> Sample:
+    def record(self, index: int) -> Record:
+        """The row as it is in the file."""
+        return row_record(_row(*self._place(index)), self.place(index))
+
+    def place(self, index: int) -> str:
+        """File and key of the row."""
+        return _where(*self._place(index))
+
+    def _place(self, index: int) -> tuple[LmdbFile, str]:
         file = self._files[int(self._places["file"][index])]
-        key = str(self._places["key"][index])
-        return row_sample(_row(file, key), self._ids[index], _where(file, key))
+        return file, str(self._places["key"][index])
 
     def _scan_piece(
         self, places: tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]

@@ -4,15 +4,21 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.datasets.choosing import looked_up, matching
+from pipeline.datasets.labels import ReadOptions, Record, label_like, record_sample
 from pipeline.errors import DataError
 from pipeline.execution.passes import Run
 from pipeline.structure import Sample
+
+# Samples whose values one process looks up at a time.
+_PIECE = 512
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,7 @@ class Dataset(ABC):
     """Samples by position; indexable, picklable, readable from several threads."""
 
     path: str
+    options: ReadOptions = ReadOptions()
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -50,6 +57,10 @@ class Dataset(ABC):
     @abstractmethod
     def n_atoms(self) -> npt.NDArray[np.int32]:
         """Atoms of every sample, (n,) int32."""
+
+    def label_names(self, index: int) -> list[str]:
+        """Names in the record of a sample that look like labels but are not used."""
+        return []
 
     @property
     def keeps_samples(self) -> bool:
@@ -77,6 +88,7 @@ class DerivedDataset(Dataset):
 
     def __init__(self, inner: Dataset) -> None:
         self.path = inner.path
+        self.options = inner.options
         self._inner = inner
 
     def __len__(self) -> int:
@@ -91,6 +103,10 @@ class DerivedDataset(Dataset):
     def n_atoms(self) -> npt.NDArray[np.int32]:
         """Atoms of every sample, (n,) int32."""
         return self._inner.n_atoms
+
+    def label_names(self, index: int) -> list[str]:
+        """Names in the record of a sample that look like labels but are not used."""
+        return self._inner.label_names(index)
 
     @property
     def keeps_samples(self) -> bool:
@@ -110,18 +126,32 @@ class Listing:
     n_atoms: npt.NDArray[np.int32]
     places: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
 
+    def only(self, chosen: Sequence[int]) -> "Listing":
+        """The samples at positions ``chosen``, in that order."""
+        rows = np.asarray(chosen, np.intp)
+        places = {name: column[rows] for name, column in self.places.items()}
+        return Listing([self.ids[i] for i in chosen], self.n_atoms[rows], places)
+
 
 class IndexedDataset(Dataset):
     """A dataset whose samples are listed, in one pass over its files, to be found.
 
-    Made without a listing; `list_samples` or an earlier pass gives it to `use`.
+    Made without a listing; `list_samples` or an earlier pass gives it to `use`. With a
+    listing in use, the sample at an index must follow from ``places`` alone.
     """
 
     # Dtypes of the places that a listing has.
     columns: ClassVar[dict[str, str]] = {}
 
-    def __init__(self, path: str) -> None:
-        self.path = path
+    def __init__(
+        self, paths: Sequence[Path], selection: Selection, options: ReadOptions
+    ) -> None:
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        self.path = f"{paths[0]}{more}"
+        self.options = options
+        # Frames that are chosen by their values are counted when they are known.
+        self._selection = Selection() if options.where else selection
+        self._among_matching = selection
         self._ids: list[str] = []
         self._n_atoms: npt.NDArray[np.int32] = np.zeros(0, np.int32)
 
@@ -130,14 +160,40 @@ class IndexedDataset(Dataset):
         """All files with samples; what a listing says holds until one changes."""
 
     @abstractmethod
-    def list_samples(self, run: Run = map) -> Listing:
-        """Read the files once, in the processes of ``run``.
+    def list_frames(self, run: Run = map) -> Listing:
+        """Read the files once, in the processes of ``run``; all that `_selection` has.
 
         Raises
         ------
         DataError
             A file is damaged or of another format.
         """
+
+    @abstractmethod
+    def where_values(self, index: int) -> tuple[Any, ...]:
+        """A sample's own values under the keys of ``where``."""
+
+    def list_samples(self, run: Run = map) -> Listing:
+        """Samples that the split chooses, by one pass over the files.
+
+        ``offset``, ``every`` and ``limit`` count the frames that meet ``where``.
+
+        Raises
+        ------
+        DataError
+            A file is damaged or of another format, or ``where`` chooses nothing.
+        """
+        listing = self.list_frames(run)
+        where = self.options.where
+        if not where or not listing.ids:
+            return listing
+        self.use(listing)
+        rows: list[tuple[Any, ...]] = []
+        pieces = in_pieces(range(len(listing.ids)), _PIECE)
+        for part in run(partial(_values, self), pieces):
+            rows += part
+        chosen = matching(self.path, where, rows)
+        return listing.only([chosen[i] for i in self._among_matching.of(len(chosen))])
 
     def use(self, listing: Listing) -> None:
         """Take ``listing`` for that of this dataset."""
@@ -156,6 +212,41 @@ class IndexedDataset(Dataset):
     def n_atoms(self) -> npt.NDArray[np.int32]:
         """Atoms of every sample, (n,) int32."""
         return self._n_atoms
+
+
+class RecordDataset(IndexedDataset):
+    """An indexed dataset whose samples are made of records, one by one."""
+
+    @abstractmethod
+    def record(self, index: int) -> Record:
+        """What the source has of the sample at ``index``, unchecked.
+
+        Raises
+        ------
+        DataError
+            It cannot be read.
+        """
+
+    @abstractmethod
+    def place(self, index: int) -> str:
+        """File and sample at ``index``, as they begin the sentence of an error."""
+
+    def __getitem__(self, index: int) -> Sample:
+        return record_sample(
+            self._ids[index], self.record(index), self.options, self.place(index)
+        )
+
+    def where_values(self, index: int) -> tuple[Any, ...]:
+        """A sample's own values under the keys of ``where``."""
+        return looked_up(self.record(index).properties, self.options.where)
+
+    def label_names(self, index: int) -> list[str]:
+        """Names in the record of a sample that look like labels but are not used."""
+        return label_like(self.record(index), self.options)
+
+
+def _values(dataset: IndexedDataset, indices: range) -> list[tuple[Any, ...]]:
+    return [dataset.where_values(index) for index in indices]
 
 
 def in_pieces(items: Any, size: int) -> list[Any]:

@@ -1,120 +1,163 @@
-"""Extended XYZ files (plain, .gz, .xz), as written by ASE, COLL and BOTNet sets."""
+"""Extended XYZ files, plain or packed, as ASE, COLL, BOTNet and NEP sets have them."""
 
-import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any, ClassVar
 
 import numpy as np
-from ase import Atoms
 
 from pipeline.datasets.base import IndexedDataset, Listing, Selection, in_pieces
+from pipeline.datasets.choosing import looked_up, meets
 from pipeline.datasets.frames import (
     SUFFIXES,
-    atoms_fields,
-    files_in,
+    Span,
+    frame_record,
     frame_spans,
-    header_id,
-    parse_frame,
     unpacked_text,
 )
-from pipeline.datasets.samples import checked_sample
+from pipeline.datasets.labels import ReadOptions, label_like, record_sample
+from pipeline.datasets.paths import files_in
+from pipeline.errors import DataError
 from pipeline.execution.passes import Run
 from pipeline.structure import Sample
 
-log = logging.getLogger("pipeline.datasets")
 # Frames that one process parses at a time.
 PIECE = 512
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """Text of some frames of a file, and their running numbers over all files."""
+    """Text of some frames of a file, their atoms and numbers over all files."""
 
     file: Path
     numbers: list[int]
+    n_atoms: list[int]
     frames: list[bytes]
 
 
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """What is kept of a frame; ``error`` is why there is no sample.
+
+    ``values`` are those under the keys of ``where``. A frame that does not meet it has
+    neither sample nor error.
+    """
+
+    sample_id: str
+    n_atoms: int
+    values: tuple[Any, ...]
+    label_names: tuple[str, ...] = ()
+    sample: Sample | None = None
+    error: str = ""
+
+
 class ExtxyzDataset(IndexedDataset):
-    """Frames of one extended-XYZ file or a folder of them, kept in memory.
+    """Frames of extended-XYZ files or of a folder of them, kept in memory.
 
     Ids: ``sample_id`` of the frame's header, else ``{sid}_{fid}``, else the running
     number over all files. Per-atom columns ``tags`` and ``fixed`` or ``move_mask`` are
-    honoured. Labels are ``energy`` and ``forces`` only; other names are not guessed at.
+    honoured.
     """
 
-    def __init__(self, path: str, selection: Selection) -> None:
-        super().__init__(path)
-        self._chosen = selection.of()
-        self._samples: list[Sample] = []
+    columns: ClassVar[dict[str, str]] = {"frame": "int64"}
+
+    def __init__(
+        self, paths: Sequence[Path], selection: Selection, options: ReadOptions
+    ) -> None:
+        super().__init__(paths, selection, options)
+        self._paths = paths
+        self._frames: list[_Frame] = []
 
     def files(self) -> list[Path]:
         """All files with samples."""
-        return files_in(Path(self.path), SUFFIXES)
+        return files_in(self._paths, SUFFIXES)
 
     @property
     def keeps_samples(self) -> bool:
         """Frames are parsed once, when they are listed."""
         return True
 
-    def list_samples(self, run: Run = map) -> Listing:
+    def list_frames(self, run: Run = map) -> Listing:
         """Parse the chosen frames and keep them."""
-        for samples in run(_parse, self._pieces()):
-            self._samples += samples
-        ids = [sample.sample_id for sample in self._samples]
-        sizes = [len(sample.structure) for sample in self._samples]
-        return Listing(ids, np.array(sizes, np.int32))
+        self._frames = []
+        for frames in run(partial(_parse, self.options), self._pieces()):
+            self._frames += frames
+        return Listing(
+            [frame.sample_id for frame in self._frames],
+            np.array([frame.n_atoms for frame in self._frames], np.int32),
+            {"frame": np.arange(len(self._frames))},
+        )
+
+    def use(self, listing: Listing) -> None:
+        """Take ``listing`` for that of this dataset."""
+        super().use(listing)
+        self._places = listing.places["frame"].tolist()
 
     def __getitem__(self, index: int) -> Sample:
-        return self._samples[index]
+        frame = self._frames[self._places[index]]
+        if frame.sample is None:
+            raise DataError(frame.error)
+        return frame.sample
+
+    def where_values(self, index: int) -> tuple[Any, ...]:
+        """A frame's own values under the keys of ``where``."""
+        return self._frames[self._places[index]].values
+
+    def label_names(self, index: int) -> list[str]:
+        """Names in the frame that look like labels but are not used."""
+        return list(self._frames[self._places[index]].label_names)
 
     def _pieces(self) -> Iterator[_Piece]:
         """The chosen frames, some of one file at a time."""
+        chosen = self._selection.of()
         number = 0
-        first = True
         for file in self.files():
-            if number >= self._chosen.stop:
+            if number >= chosen.stop:
                 break
             text = unpacked_text(file)
             spans = frame_spans(file, text)
-            chosen = [i for i in range(len(spans)) if number + i in self._chosen]
-            for part in in_pieces(chosen, PIECE):
-                frames = [text[spans[i].start : spans[i].stop] for i in part]
-                if first:
-                    atoms, _ = parse_frame(file, frames[0], number + part[0])
-                    warn_of_other_labels(file, atoms)
-                    first = False
-                yield _Piece(file, [number + i for i in part], frames)
+            mine = [i for i in range(len(spans)) if number + i in chosen]
+            for part in in_pieces(mine, PIECE):
+                yield _piece(file, text, number, part, spans)
             number += len(spans)
 
 
-def _parse(piece: _Piece) -> list[Sample]:
-    return [
-        _sample(piece.file, frame, number)
-        for frame, number in zip(piece.frames, piece.numbers, strict=True)
-    ]
-
-
-def _sample(path: Path, frame: bytes, number: int) -> Sample:
-    atoms, header = parse_frame(path, frame, number)
-    sample_id = header_id(header) or str(number)
-    return checked_sample(
-        sample_id, atoms_fields(atoms), f"{path}: sample {sample_id!r}"
+def _piece(
+    file: Path, text: bytes, first: int, part: Sequence[int], spans: Sequence[Span]
+) -> _Piece:
+    return _Piece(
+        file,
+        [first + i for i in part],
+        [spans[i].n_atoms for i in part],
+        [text[spans[i].start : spans[i].stop] for i in part],
     )
 
 
-def warn_of_other_labels(path: Path, atoms: Atoms) -> None:
-    """Log which names look like labels where the known ones are absent."""
-    results = atoms.calc.results if atoms.calc is not None else {}
-    names = sorted({*atoms.info, *atoms.arrays, *results})
-    for label, stem in (("energy", "energ"), ("forces", "forc")):
-        others = [n for n in names if stem in n.lower() and n != label]
-        if label not in results and others:
-            log.warning(
-                "%s has no %r but %s; rename the one that is meant, or samples stay "
-                "without labels",
-                path,
-                label,
-                ", ".join(repr(name) for name in others),
-            )
+def _parse(options: ReadOptions, piece: _Piece) -> list[_Frame]:
+    rows = zip(piece.numbers, piece.n_atoms, piece.frames, strict=True)
+    return [_frame(options, piece.file, *row) for row in rows]
+
+
+def _frame(
+    options: ReadOptions, file: Path, number: int, n_atoms: int, text: bytes
+) -> _Frame:
+    """One frame; one that cannot be read is kept with the reason, if that is asked."""
+    sample_id = str(number)
+    values: tuple[Any, ...] = tuple(one for _, (one, *_) in options.where)
+    try:
+        own_id, record = frame_record(file, text, number)
+        sample_id = own_id or sample_id
+        values = looked_up(record.properties, options.where)
+        if not meets(values, options.where):
+            return _Frame(sample_id, n_atoms, values)
+        place = f"{file}: sample {sample_id!r}"
+        sample = record_sample(sample_id, record, options, place)
+    except DataError as error:
+        if not options.keep_bad:
+            raise
+        # As if it met every condition, so that it is counted and named.
+        return _Frame(sample_id, n_atoms, values, error=str(error))
+    names = tuple(label_like(record, options))
+    return _Frame(sample_id, n_atoms, values, names, sample)

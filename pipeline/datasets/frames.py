@@ -6,7 +6,6 @@ import re
 import threading
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,13 +14,13 @@ import numpy as np
 import numpy.typing as npt
 from ase import Atoms
 
-from pipeline.datasets.samples import Fields, fixed_atoms, pair_id
+from pipeline.datasets.labels import Record
+from pipeline.datasets.paths import PACKED
+from pipeline.datasets.samples import fixed_atoms, pair_id
 from pipeline.errors import DataError
 
 SUFFIXES = (".extxyz", ".xyz")
-PACKED = (".xz", ".gz")
 UNPACKED_BYTES = 1 << 29
-_DIGITS = re.compile(r"(\d+)")
 _HEADER_VALUE = r"""(?:^|\s){}=(?:"([^"]+)"|([^\s"]+))"""
 _IDS = {k: re.compile(_HEADER_VALUE.format(k)) for k in ("sample_id", "sid", "fid")}
 
@@ -151,47 +150,29 @@ def header_id(header: str) -> str | None:
     return None
 
 
-def atoms_fields(atoms: Atoms) -> Fields:
-    """Structure and labels of ASE atoms; constraints do not change the forces."""
+def frame_record(path: Path, text: bytes, number: int) -> tuple[str | None, Record]:
+    """Id, if the header has one, and content of a frame; errors of `parse_frame`."""
+    atoms, header = parse_frame(path, text, number)
+    return header_id(header), atoms_record(atoms)
+
+
+def atoms_record(atoms: Atoms) -> Record:
+    """All that ASE atoms have; constraints do not change the forces."""
     results = atoms.calc.results if atoms.calc is not None else {}
     if "fixed" in atoms.arrays:
         fixed: npt.NDArray[np.bool_] = atoms.arrays["fixed"]
     else:
         # ASE turns a move_mask column into constraints.
         fixed = fixed_atoms([c.todict() for c in atoms.constraints], len(atoms))
-    return Fields(
+    return Record(
         atomic_numbers=atoms.numbers,
         positions=atoms.positions,
         cell=atoms.cell.array,
         pbc=atoms.pbc,
         tags=atoms.arrays.get("tags"),
         fixed=fixed,
-        energy=results.get("energy"),
-        forces=results.get("forces"),
+        properties=atoms.info | atoms.arrays | results,
     )
-
-
-def files_in(path: Path, suffixes: Sequence[str]) -> list[Path]:
-    """``path`` itself, or the folder's files of ``suffixes`` in counting order.
-
-    Raises
-    ------
-    DataError
-        There is none.
-    """
-    if not path.is_dir():
-        return [path]
-    wanted = tuple(s + packed for s in suffixes for packed in ("", *PACKED))
-    found = [entry for entry in path.iterdir() if entry.name.endswith(wanted)]
-    if not found:
-        raise DataError(f"{path} holds no {' or '.join(suffixes)} files.")
-    return sorted(found, key=lambda entry: _counting_order(entry.name))
-
-
-def _counting_order(name: str) -> list[tuple[int, str]]:
-    """Sorts 2 before 10."""
-    parts = _DIGITS.split(name)
-    return [(int(part), "") if part.isdigit() else (0, part) for part in parts]
 
 
 class TextCache:

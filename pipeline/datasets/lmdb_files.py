@@ -2,7 +2,7 @@
 
 import struct
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +11,7 @@ from weakref import WeakValueDictionary
 
 import lmdb
 
+from pipeline.datasets.paths import refuse_twins
 from pipeline.errors import DataError
 
 _open: WeakValueDictionary[str, lmdb.Environment] = WeakValueDictionary()
@@ -69,14 +70,20 @@ class LmdbFile:
         return environment
 
 
-def lmdb_files(path: Path, suffix: str) -> list[LmdbFile]:
-    """The LMDB at ``path``, or those in the folder, in the order of their names.
+def lmdb_files(paths: Sequence[Path], suffix: str) -> list[LmdbFile]:
+    """The LMDBs at ``paths``, or those in the folders, in the order of their names.
 
     Raises
     ------
     DataError
-        There is none.
+        There is none, or one twice.
     """
+    found = [file for path in paths for file in _lmdbs_at(path, suffix)]
+    refuse_twins(file.path for file in found)
+    return found
+
+
+def _lmdbs_at(path: Path, suffix: str) -> list[LmdbFile]:
     if path.is_file() or (path / "data.mdb").is_file():
         return [LmdbFile(path)]
     if not path.is_dir():

@@ -1,13 +1,15 @@
 """OC20's LMDB files: pickled PyG samples under the keys 0, 1, 2, ..."""
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from pipeline.datasets.base import IndexedDataset, Listing, Selection, in_pieces
+from pipeline.datasets.base import Listing, RecordDataset, Selection, in_pieces
+from pipeline.datasets.labels import ReadOptions, Record
 from pipeline.datasets.lmdb_files import LmdbFile, lmdb_files
 from pipeline.datasets.pyg_pickles import (
     Tensor,
@@ -15,55 +17,71 @@ from pipeline.datasets.pyg_pickles import (
     plain_integer,
     sample_fields,
 )
-from pipeline.datasets.samples import Fields, checked_sample, pair_id
+from pipeline.datasets.samples import pair_id
 from pipeline.datasets.unpickling import Refusal
 from pipeline.errors import DataError
 from pipeline.execution.passes import Run
-from pipeline.structure import Sample
 
 # Samples that one process lists at a time.
 PIECE = 4096
 
 
-class Oc20LmdbDataset(IndexedDataset):
+class Oc20LmdbDataset(RecordDataset):
     """Samples of one LMDB or a folder of them, read when they are asked for.
 
     Ids: ``{sid}_{fid}``, else ``sid``, else the running number over all files. Samples
     without ``pbc`` are periodic in three directions, as all of OC20 is.
     """
 
-    def __init__(self, path: str, selection: Selection) -> None:
-        super().__init__(path)
-        self._files = lmdb_files(Path(path), ".lmdb")
+    columns: ClassVar[dict[str, str]] = {"number": "int64"}
+
+    def __init__(
+        self, paths: Sequence[Path], selection: Selection, options: ReadOptions
+    ) -> None:
+        super().__init__(paths, selection, options)
+        self._files = lmdb_files(paths, ".lmdb")
         counts = [_count(file) for file in self._files]
         self._ends = list(accumulate(counts))
-        self._numbers = selection.of(sum(counts))
+        self._total = sum(counts)
 
     def files(self) -> list[Path]:
         """All files with samples."""
         return [file.data for file in self._files]
 
-    def list_samples(self, run: Run = map) -> Listing:
+    def list_frames(self, run: Run = map) -> Listing:
         """Ids and atom counts; reads every sample without decoding its arrays."""
         ids: list[str] = []
         sizes: list[int] = []
-        for found in run(self._scan_piece, in_pieces(self._numbers, PIECE)):
+        numbers = self._selection.of(self._total)
+        for found in run(self._scan_piece, in_pieces(numbers, PIECE)):
             ids += found[0]
             sizes += found[1]
-        return Listing(ids, np.array(sizes, np.int32))
+        places = {"number": np.array(numbers, np.int64)}
+        return Listing(ids, np.array(sizes, np.int32), places)
 
-    def __getitem__(self, index: int) -> Sample:
-        file, key = self._place(self._numbers[index])
+    def use(self, listing: Listing) -> None:
+        """Take ``listing`` for that of this dataset."""
+        super().use(listing)
+        self._numbers = listing.places["number"]
+
+    def record(self, index: int) -> Record:
+        """The sample as it is in the file; what cannot be decoded is left out."""
+        file, key = self._place(int(self._numbers[index]))
         where = _where(file, key)
+        values, properties = {}, {}
         try:
-            values = {
-                name: as_array(part)
-                for name, part in _fields(file, key).items()
-                if name in _READ
-            }
+            for name, part in _fields(file, key).items():
+                if name in _STRUCTURE:
+                    values[name] = as_array(part)
+                else:
+                    properties[name] = _decoded(part)
         except Refusal as refusal:
             raise DataError(f"{where} is refused: {refusal}.") from None
-        return checked_sample(self._ids[index], _as_fields(values, where), where)
+        return _as_record(values, properties, where)
+
+    def place(self, index: int) -> str:
+        """File and key of the sample."""
+        return _where(*self._place(int(self._numbers[index])))
 
     def _place(self, number: int) -> tuple[LmdbFile, str]:
         """File and key of running number ``number``."""
@@ -91,8 +109,17 @@ class Oc20LmdbDataset(IndexedDataset):
         return pair_id(sid, fid) or str(number), shape[0] if shape else 0
 
 
-_READ = {"pos", "atomic_numbers", "cell", "tags", "fixed", "pbc"}
-_READ |= {"y", "energy", "force", "forces"}
+_STRUCTURE = {"pos", "atomic_numbers", "cell", "tags", "fixed", "pbc"}
+
+
+def _decoded(part: Any) -> Any:
+    """A value as numbers or text; as it is where it is neither."""
+    if isinstance(part, str):
+        return part
+    try:
+        return as_array(part)
+    except Refusal:
+        return part
 
 
 def _count(file: LmdbFile) -> int:
@@ -130,17 +157,20 @@ def _label(value: Any) -> str | None:
     return str(int(array.reshape(())))
 
 
-def _as_fields(values: dict[str, Any], where: str) -> Fields:
+def _as_record(
+    values: dict[str, Any], properties: dict[str, Any], where: str
+) -> Record:
     for name in ("atomic_numbers", "cell"):
         if name not in values:
             raise DataError(f"{where} has no {name}.")
-    return Fields(
+    return Record(
         atomic_numbers=values["atomic_numbers"],
-        positions=values["pos"],
+        positions=values.get("pos"),
         cell=values["cell"],
         pbc=values.get("pbc", (True, True, True)),
         tags=values.get("tags"),
         fixed=values.get("fixed"),
-        energy=values.get("y", values.get("energy")),
-        forces=values.get("force", values.get("forces")),
+        properties=properties,
+        energy_names=("y", "energy"),
+        forces_names=("force", "forces"),
     )

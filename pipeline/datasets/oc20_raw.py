@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -9,21 +10,20 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.datasets.base import IndexedDataset, Listing, Selection
+from pipeline.datasets.base import Listing, RecordDataset, Selection
 from pipeline.datasets.frames import (
-    PACKED,
     SUFFIXES,
     UNPACKED_BYTES,
     Span,
     TextCache,
-    atoms_fields,
-    files_in,
+    frame_record,
     frame_spans,
     header_id,
-    parse_frame,
     unpacked_text,
 )
-from pipeline.datasets.samples import checked_sample, pair_id
+from pipeline.datasets.labels import ReadOptions, Record
+from pipeline.datasets.paths import PACKED, files_in
+from pipeline.datasets.samples import pair_id
 from pipeline.errors import DataError
 from pipeline.execution.passes import Run
 from pipeline.structure import Sample
@@ -64,7 +64,7 @@ class _Frames:
     packed: int
 
 
-class Oc20RawDataset(IndexedDataset):
+class Oc20RawDataset(RecordDataset):
     """Frames of raw chunks, parsed when they are asked for.
 
     Energies are adsorption energies, the frames' total energies less the references of
@@ -83,13 +83,13 @@ class Oc20RawDataset(IndexedDataset):
 
     def __init__(
         self,
-        path: str,
+        paths: Sequence[Path],
         selection: Selection,
+        options: ReadOptions,
         energy: Energy | None = None,
     ) -> None:
-        super().__init__(path)
-        self._chunks = _chunks(Path(path))
-        self._selection = selection
+        super().__init__(paths, selection, options)
+        self._chunks = _chunks(paths)
         self._subtract = _subtracts(self._chunks, energy)
 
     def files(self) -> list[Path]:
@@ -101,7 +101,7 @@ class Oc20RawDataset(IndexedDataset):
             if file is not None
         ]
 
-    def list_samples(self, run: Run = map) -> Listing:
+    def list_frames(self, run: Run = map) -> Listing:
         """Where all frames are, and their ids and references; parses none."""
         chosen = self._selection.of()
         ids: list[str] = []
@@ -132,15 +132,21 @@ class Oc20RawDataset(IndexedDataset):
         self._places = listing.places
 
     def __getitem__(self, index: int) -> Sample:
+        sample = super().__getitem__(index)
+        reference = self._places["reference"][index].item() if self._subtract else 0.0
+        return replace(sample, energy=sample.energy - reference)
+
+    def record(self, index: int) -> Record:
+        """The frame as it is in the file; its energy is the total one."""
         place = {name: column[index].item() for name, column in self._places.items()}
         path = self._chunks[place["chunk"]].frames
         text = _texts.piece(path, place["start"], place["stop"])
-        atoms, _ = parse_frame(path, text, place["number"])
-        sample_id = self._ids[index]
-        where = f"{path}: sample {sample_id!r}"
-        sample = checked_sample(sample_id, atoms_fields(atoms), where)
-        reference = place["reference"] if self._subtract else 0.0
-        return replace(sample, energy=sample.energy - reference)
+        return frame_record(path, text, place["number"])[1]
+
+    def place(self, index: int) -> str:
+        """File and id of the frame."""
+        chunk = self._chunks[int(self._places["chunk"][index])]
+        return f"{chunk.frames}: sample {self._ids[index]!r}"
 
     def _advise(self, packed: int) -> None:
         if packed > UNPACKED_BYTES:
@@ -152,10 +158,11 @@ class Oc20RawDataset(IndexedDataset):
             )
 
 
-def _chunks(path: Path) -> list[Chunk]:
-    if not path.exists():
-        raise DataError(f"{path} does not exist.")
-    return [Chunk(file, _lines_beside(file)) for file in files_in(path, SUFFIXES)]
+def _chunks(paths: Sequence[Path]) -> list[Chunk]:
+    for path in paths:
+        if not path.exists():
+            raise DataError(f"{path} does not exist.")
+    return [Chunk(file, _lines_beside(file)) for file in files_in(paths, SUFFIXES)]
 
 
 def _lines_beside(file: Path) -> Path | None:

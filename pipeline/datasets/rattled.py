@@ -66,6 +66,10 @@ class Rattled(DerivedDataset):
         """Atoms of every sample, (n,) int32."""
         return self._n_atoms
 
+    def label_names(self, index: int) -> list[str]:
+        """None, since no label is missed."""
+        return []
+
     def _displaced(self, name: str, structure: Structure) -> Structure:
         if structure.fixed.all():
             raise DataError(

@@ -18,7 +18,10 @@ _OC20_NUMBER = re.compile(r"(?:random|frame)(\d+)")
 
 @dataclass(frozen=True)
 class Fields:
-    """What a source has of one sample, unchecked; None where it has nothing."""
+    """What a source has of one sample, unchecked; None where it has nothing.
+
+    The factors turn its numbers into eV, Å and eV/Å.
+    """
 
     atomic_numbers: Any
     positions: Any
@@ -28,6 +31,9 @@ class Fields:
     fixed: Any = None
     energy: Any = None
     forces: Any = None
+    energy_factor: float = 1.0
+    length_factor: float = 1.0
+    forces_factor: float = 1.0
 
 
 def checked_sample(sample_id: str, fields: Fields, where: str) -> Sample:
@@ -41,27 +47,23 @@ def checked_sample(sample_id: str, fields: Fields, where: str) -> Sample:
     Raises
     ------
     DataError
-        A shape, an element, a position or a cell is impossible.
+        A shape, an element, a position, a cell or a label is impossible.
     """
     numbers = _numbers(fields.atomic_numbers, where)
     n = len(numbers)
     tags = np.full(n, MOLECULE_TAG) if fields.tags is None else fields.tags
     fixed = np.zeros(n) if fields.fixed is None else fields.fixed
+    length = fields.length_factor
     structure = Structure(
         atomic_numbers=numbers,
-        positions=_finite(fields.positions, (n, 3), "positions", where),
-        cell=_finite(fields.cell, (3, 3), "a cell", where),
+        positions=_finite(fields.positions, (n, 3), "positions", where) * length,
+        cell=_finite(fields.cell, (3, 3), "a cell", where) * length,
         pbc=_finite(fields.pbc, (3,), "pbc", where).astype(np.bool_),
         tags=_finite(tags, (n,), "tags", where).astype(np.int8),
         fixed=_finite(fixed, (n,), "fixed", where).astype(np.bool_),
     )
-    energy = np.nan if fields.energy is None else fields.energy
-    forces = np.full((n, 3), np.nan) if fields.forces is None else fields.forces
     return Sample(
-        sample_id,
-        structure,
-        float(_array(energy, (), "an energy", where)),
-        _array(forces, (n, 3), "forces", where).astype(np.float32),
+        sample_id, structure, _energy(fields, where), _forces(fields, n, where)
     )
 
 
@@ -95,6 +97,35 @@ def fixed_atoms(
     return fixed
 
 
+def _energy(fields: Fields, where: str) -> float:
+    """The energy in eV; NaN, as some files write it, where there is none."""
+    if fields.energy is None:
+        return float("nan")
+    _refuse_flags(fields.energy, "an energy", where)
+    energy = float(_array(fields.energy, (), "an energy", where))
+    if np.isinf(energy):
+        raise DataError(f"{where} has an energy that is not finite.")
+    return energy * fields.energy_factor
+
+
+def _forces(fields: Fields, n: int, where: str) -> npt.NDArray[np.float32]:
+    """Forces in eV/Å, (n, 3); all NaN where there are none."""
+    if fields.forces is None:
+        return np.full((n, 3), np.nan, np.float32)
+    _refuse_flags(fields.forces, "forces", where)
+    forces = _array(fields.forces, (n, 3), "forces", where) * fields.forces_factor
+    with np.errstate(over="ignore"):
+        single = forces.astype(np.float32)
+    if not np.isfinite(single).all() and not np.isnan(single).all():
+        raise DataError(f"{where} has forces with numbers that are not finite.")
+    return single
+
+
+def _refuse_flags(value: Any, what: str, where: str) -> None:
+    if np.asarray(value).dtype.kind == "b":
+        raise DataError(f"{where} has {what} with values that are no numbers.")
+
+
 def _numbers(value: Any, where: str) -> npt.NDArray[np.uint8]:
     numbers = _array(value, None, "atomic numbers", where)
     if numbers.ndim != 1 or len(numbers) == 0:
@@ -121,9 +152,17 @@ def _array(
 ) -> npt.NDArray[np.float64]:
     """A copy in double precision; axes of length one may be missing or too many."""
     try:
-        array = np.array(value, np.float64, order="C")
+        found = np.asarray(value)
+        if found.dtype.kind == "O":
+            found = np.asarray(found.tolist())
+        # Text that looks like a number may have a unit in the next sample.
+        if found.dtype.kind not in "biuf" and found.size:
+            raise ValueError
+        array = np.array(found, np.float64, order="C")
     except (TypeError, ValueError):
-        raise DataError(f"{where} has {what} that are no numbers.") from None
+        raise DataError(
+            f"{where} has {what} with values that are no numbers."
+        ) from None
     if shape is None:
         return array
     if np.squeeze(array).shape != tuple(size for size in shape if size != 1):

@@ -10,3 +10,7 @@ class Unlabelled(DerivedDataset):
     def __getitem__(self, index: int) -> Sample:
         sample = self._inner[index]
         return Sample.without_labels(sample.sample_id, sample.structure)
+
+    def label_names(self, index: int) -> list[str]:
+        """None, since no label is missed."""
+        return []

@@ -12,9 +12,10 @@ import pytest
 from ase.calculators.singlepoint import SinglePointCalculator
 from ase.constraints import FixAtoms
 
-from pipeline.datasets import open_dataset
+from pipeline.datasets import ReadOptions, open_dataset, warn_of_missing_labels
 from pipeline.errors import DataError
 from pipeline.structure import Sample
+from pipeline.units import Units
 from tests.frames import collision_frames, frame, write_frames
 from tests.labels import label_statistics
 
@@ -245,29 +246,67 @@ def test_archives_in_several_pieces_are_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("names", "said"),
+    ("names", "found"),
     [
-        ("REF_energy=-3.5", ["has no 'energy' but 'REF_energy'"]),
-        ("free_energy=-3.5", ["has no 'energy' but 'free_energy'"]),
-        ("energy=-1 free_energy=-3.5", []),
-        ("pbc=F", []),
+        ("REF_energy=-3.5", ["REF_energy", "REF_forces"]),
+        ("free_energy=-3.5", ["REF_forces", "free_energy"]),
+        ("energy=-1 free_energy=-3.5", ["REF_forces", "free_energy"]),
+        ("pbc=F", ["REF_forces"]),
     ],
 )
-def test_labels_of_other_names_are_not_taken_but_told(
-    names: str, said: list[str], tmp_path: Path, caplog: Any
+def test_labels_of_other_names_are_not_taken_but_warned_of(
+    names: str, found: list[str], tmp_path: Path, caplog: Any
 ) -> None:
-    text = frame(
-        "a", ["H"], [[0, 0, 0]], columns={"REF_forces": ("R", [1.0])}, header=names
-    )
+    """A2: names like labels are listed for every sample, wherever it stands."""
+    columns: Any = {"REF_forces": ("R", [1.0])}
+    texts = [
+        frame("a", ["H"], [[0, 0, 0]], energy=-1.0, forces=[[0, 0, 0]]),
+        frame("b", ["H"], [[0, 0, 0]], columns=columns, header=names),
+    ]
+    dataset = open_dataset("extxyz", str(write_frames(tmp_path / "d.extxyz", texts)))
+    samples = [dataset[0], dataset[1]]
+    energy = samples[1].energy
+    assert energy == -1 if "energy=-1" in names else np.isnan(energy)
+    assert np.isnan(samples[1].forces).all()
+    assert dataset.label_names(0) == []
+    assert dataset.label_names(1) == found
     with caplog.at_level("WARNING"):
-        sample = _one(tmp_path, text)
-    assert sample.energy == -1 if "energy=-1" in names else np.isnan(sample.energy)
-    assert np.isnan(sample.forces).all()
+        warn_of_missing_labels("splits.train", dataset, samples)
     messages = [r.getMessage() for r in caplog.records]
-    assert len(messages) == len(said) + 1
-    assert "has no 'forces' but 'REF_forces'" in messages[-1]
-    for message, words in zip(messages, said, strict=False):
-        assert words in message
+    listed = ", ".join(map(repr, found))
+    expected = (
+        "splits.train: 1 of 2 samples have no {}; the first is 'b' and has "
+        + listed
+        + "; set splits.train.{}_key"
+    )
+    missing = ["forces"] if "energy=-1" in names else ["energy", "forces"]
+    assert messages == [expected.format(label, label) for label in missing]
+
+
+def test_labels_have_the_names_and_units_that_are_given(tmp_path: Path) -> None:
+    """C: energy_key, forces_key, gradient_key and units, cell and positions too."""
+    text = frame(
+        "a",
+        ["H"],
+        [[1.0, 2.0, 0.0]],
+        energy=-7.0,
+        forces=[[1.0, 0.0, -2.0]],
+        header='REF_energy=-0.5 Lattice="4 0 0 0 4 0 0 0 4" pbc="T T T"',
+    )
+    path = str(write_frames(tmp_path / "d.extxyz", [text]))
+    units = Units("ha", "bohr")
+    options = ReadOptions(energy_key="REF_energy", gradient_key="forces", units=units)
+    sample = open_dataset("extxyz", path, options=options)[0]
+    hartree, bohr = 27.211386, 0.52917721
+    assert sample.energy == pytest.approx(-0.5 * hartree)
+    assert sample.forces == pytest.approx(np.array([[-1, 0, 2]]) * hartree / bohr)
+    assert sample.structure.positions == pytest.approx(np.array([[1, 2, 0]]) * bohr)
+    assert sample.structure.cell == pytest.approx(np.eye(3) * 4 * bohr)
+    wrong = ReadOptions(energy_key="E0")
+    dataset = open_dataset("extxyz", path, options=wrong)
+    assert np.isnan(dataset[0].energy)
+    with pytest.raises(DataError, match=r"no sample has 'E0', which energy_key names"):
+        warn_of_missing_labels("splits.train", dataset, [dataset[0]])
 
 
 def test_blank_lines_at_the_end_are_nothing(tmp_path: Path) -> None:

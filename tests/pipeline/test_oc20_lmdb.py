@@ -183,7 +183,7 @@ def test_defaults_where_a_sample_is_silent(tmp_path: Path) -> None:
         ({"tags": torch.zeros(5)}, "tags of shape"),
         ({"force": torch.zeros(5, 3)}, "forces of shape"),
         ({"y": torch.zeros(2)}, "an energy of shape"),
-        ({"y": "low"}, "where numbers are needed"),
+        ({"y": "low"}, "an energy with values that are no numbers"),
         ({"pos": "far"}, "where numbers are needed"),
         ({"sid": torch.zeros(2)}, "2 values"),
     ],

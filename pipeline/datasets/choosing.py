@@ -1,0 +1,74 @@
+"""The frames that a split's ``where`` chooses by their own values."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pipeline.datasets.labels import Condition, find
+from pipeline.errors import DataError
+
+_NAMED = 8
+# What stands for the value of a key that a frame lacks; no value equals it.
+ABSENT = None
+
+
+def looked_up(
+    properties: Mapping[str, Any], where: Sequence[Condition]
+) -> tuple[Any, ...]:
+    """A frame's own values under the keys of ``where``; ABSENT where it has none."""
+    found = (find(properties, key) for key, _ in where)
+    return tuple(ABSENT if item is None else _plain(item[1]) for item in found)
+
+
+def matching(
+    path: str, where: Sequence[Condition], rows: Sequence[tuple[Any, ...]]
+) -> list[int]:
+    """Numbers of the frames, whose values are ``rows``, that meet every condition.
+
+    Raises
+    ------
+    DataError
+        No frame has one of the keys, or none meets all conditions.
+    """
+    for column, (key, _) in enumerate(where):
+        if all(row[column] is ABSENT for row in rows):
+            raise DataError(f"{path}: no frame has the key {key!r} that where: names.")
+    chosen = [number for number, row in enumerate(rows) if meets(row, where)]
+    if not chosen:
+        raise DataError(f"{path}: where: chooses no frame; {_values(where, rows)}.")
+    return chosen
+
+
+def meets(row: tuple[Any, ...], where: Sequence[Condition]) -> bool:
+    """Whether a frame with the values ``row`` meets every condition."""
+    return all(
+        any(_equal(value, one) for one in wanted)
+        for value, (_, wanted) in zip(row, where, strict=True)
+    )
+
+
+def _equal(value: Any, wanted: Any) -> bool:
+    """Numbers as numbers, text as text; databases keep true and false as 1 and 0."""
+    if isinstance(value, str) or isinstance(wanted, str):
+        return isinstance(value, str) and bool(value == wanted)
+    return isinstance(value, bool | int | float) and bool(value == wanted)
+
+
+def _plain(value: Any) -> Any:
+    """A value as Python's own; text where it is no single number, word or flag."""
+    if isinstance(value, np.ndarray | np.generic) and value.size == 1:
+        value = value.reshape(()).item()
+    if isinstance(value, bytes):
+        value = value.decode(errors="replace")
+    return value if isinstance(value, bool | int | float | str) else repr(value)[:80]
+
+
+def _values(where: Sequence[Condition], rows: Sequence[tuple[Any, ...]]) -> str:
+    """The values that frames do have, in a few words."""
+    parts = []
+    for column, (key, _) in enumerate(where):
+        known = list(dict.fromkeys(repr(row[column]) for row in rows[:1000]))
+        more = ", …" if len(known) > _NAMED else ""
+        parts.append(f"{key} is {', '.join(known[:_NAMED])}{more}")
+    return "; ".join(parts)

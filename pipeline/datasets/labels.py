@@ -1,0 +1,205 @@
+"""Which values of a frame are its labels, by the names and units that a split gives."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.datasets.samples import Fields, checked_sample
+from pipeline.errors import DataError
+from pipeline.structure import Sample
+from pipeline.units import Units
+
+if TYPE_CHECKING:
+    from pipeline.datasets.base import Dataset
+
+log = logging.getLogger("pipeline.datasets")
+Scalar = bool | int | float | str
+# A key and the values of it that are wanted.
+Condition = tuple[str, tuple[Scalar, ...]]
+_STEMS = ("energ", "forc", "grad", "virial", "stress")
+_NAMED = 8
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """What a split says of how its frames are to be read.
+
+    ``gradient_key`` names the gradient of the energy: forces are its negative.
+    ``where`` are conditions that a frame must meet. With ``keep_bad`` a frame that
+    cannot be read is listed, and refused when it is asked for.
+    """
+
+    energy_key: str | None = None
+    forces_key: str | None = None
+    gradient_key: str | None = None
+    units: Units = field(default_factory=Units)
+    where: tuple[Condition, ...] = ()
+    keep_bad: bool = False
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a source has of one frame, unchecked and in the units of the file.
+
+    ``properties`` are all other values by name, nested ones dotted (``data.energy``).
+    ``energy_names`` and ``forces_names`` are looked for in their order if a split
+    names no key. ``units`` are what the file itself says.
+    """
+
+    atomic_numbers: Any
+    positions: Any
+    cell: Any
+    pbc: Any
+    tags: Any = None
+    fixed: Any = None
+    properties: Mapping[str, Any] = field(default_factory=dict)
+    energy_names: tuple[str, ...] = ("energy",)
+    forces_names: tuple[str, ...] = ("forces", "force")
+    units: Units = field(default_factory=Units)
+
+
+def find(properties: Mapping[str, Any], name: str) -> tuple[str, Any] | None:
+    """Name and value under ``name``, or under the one that differs in case only."""
+    if name in properties:
+        return name, properties[name]
+    alike = [known for known in properties if known.lower() == name.lower()]
+    return (alike[0], properties[alike[0]]) if len(alike) == 1 else None
+
+
+def record_sample(
+    sample_id: str, record: Record, options: ReadOptions, where: str
+) -> Sample:
+    """``record`` as a sample in eV and Å, with the labels that ``options`` name.
+
+    Parameters
+    ----------
+    where
+        File and sample, as they begin the sentence of an error.
+
+    Raises
+    ------
+    DataError
+        A value is impossible; names it.
+    """
+    energy, forces = _labels(record, options)
+    factors = options.units.over(record.units).factors
+    sign = 1.0 if options.gradient_key is None else -1.0
+    fields = Fields(
+        atomic_numbers=record.atomic_numbers,
+        positions=record.positions,
+        cell=record.cell,
+        pbc=record.pbc,
+        tags=record.tags,
+        fixed=record.fixed,
+        energy=None if energy is None else energy[1],
+        forces=None if forces is None else forces[1],
+        energy_factor=factors.energy,
+        length_factor=factors.length,
+        forces_factor=sign * factors.forces,
+    )
+    return checked_sample(sample_id, fields, where)
+
+
+def label_like(record: Record, options: ReadOptions) -> list[str]:
+    """Names in ``record`` that look like labels, other than those in use, sorted."""
+    used = {found[0] for found in _labels(record, options) if found is not None}
+    return sorted(
+        name
+        for name in record.properties
+        if name not in used and any(stem in name.lower() for stem in _STEMS)
+    )
+
+
+def report_missing_labels(
+    where: str,
+    dataset: "Dataset",
+    no_energy: npt.NDArray[np.bool_],
+    no_forces: npt.NDArray[np.bool_],
+) -> None:
+    """Log how many samples have no energy or no forces, and the names they do have.
+
+    Parameters
+    ----------
+    where
+        The split or file, as it begins the sentence.
+    no_energy, no_forces
+        (n,), one for each sample of ``dataset``.
+
+    Raises
+    ------
+    DataError
+        A key that the split names is in none of the samples.
+    """
+    options = dataset.options
+    _report(where, dataset, "energy", ("energy_key", options.energy_key), no_energy)
+    key = ("forces_key", options.forces_key)
+    if options.gradient_key is not None:
+        key = ("gradient_key", options.gradient_key)
+    _report(where, dataset, "forces", key, no_forces)
+
+
+def warn_of_missing_labels(
+    where: str, dataset: "Dataset", samples: Sequence[Sample]
+) -> None:
+    """`report_missing_labels` for all ``samples`` of a dataset, in its order."""
+    no_energy = np.array([np.isnan(sample.energy) for sample in samples], np.bool_)
+    no_forces = np.array([np.isnan(s.forces).all() for s in samples], np.bool_)
+    report_missing_labels(where, dataset, no_energy, no_forces)
+
+
+def _report(
+    where: str,
+    dataset: "Dataset",
+    label: str,
+    key: tuple[str, str | None],
+    missing: npt.NDArray[np.bool_],
+) -> None:
+    if not missing.any():
+        return
+    first = int(np.argmax(missing))
+    name = dataset.sample_ids[first]
+    found = dataset.label_names(first)
+    others = ", ".join(map(repr, found[:_NAMED])) or "no other name like a label"
+    option, chosen = key
+    if missing.all() and chosen is not None:
+        raise DataError(
+            f"{where}: no sample has {chosen!r}, which {option} names; the first is "
+            f"{name!r} and has {others}."
+        )
+    advice = f"; set {where}.{option}" if found and where.startswith("splits.") else ""
+    log.warning(
+        "%s: %d of %d samples have no %s; the first is %r and has %s%s",
+        where,
+        int(missing.sum()),
+        len(missing),
+        label,
+        name,
+        others,
+        advice,
+    )
+
+
+def _labels(
+    record: Record, options: ReadOptions
+) -> tuple[tuple[str, Any] | None, tuple[str, Any] | None]:
+    """Name and value of the energy and of the forces or the gradient."""
+    energies, forces = record.energy_names, record.forces_names
+    if options.energy_key is not None:
+        energies = (options.energy_key,)
+    if (key := options.gradient_key or options.forces_key) is not None:
+        forces = (key,)
+    return _first(record.properties, energies), _first(record.properties, forces)
+
+
+def _first(
+    properties: Mapping[str, Any], names: Sequence[str]
+) -> tuple[str, Any] | None:
+    for name in names:
+        found = find(properties, name)
+        if found is not None and found[1] is not None:
+            return found
+    return None

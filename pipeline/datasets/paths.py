@@ -1,0 +1,71 @@
+"""Files that a split's ``path`` names: one, several, those of a folder or of a glob."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from pipeline.errors import DataError
+from pipeline.globs import glob_matches, in_counting_order, is_glob
+
+PACKED = (".xz", ".gz", ".bz2", ".zst")
+
+
+def named_paths(names: Sequence[str]) -> tuple[Path, ...]:
+    """What ``names`` stand for, globs expanded in counting order.
+
+    Raises
+    ------
+    DataError
+        A name stands for nothing, or two for the same file.
+    """
+    found = [path for name in names for path in _matches(name)]
+    if len(names) > 1 or len(found) > 1:
+        refuse_twins(found)
+    return tuple(found)
+
+
+def files_in(
+    paths: Sequence[Path], suffixes: Sequence[str], packed: Sequence[str] = PACKED
+) -> list[Path]:
+    """Files of ``paths``; of folders those with ``suffixes``, in counting order.
+
+    Raises
+    ------
+    DataError
+        A folder has none, or two are the same file, one of them packed.
+    """
+    wanted = tuple(s + ending for s in suffixes for ending in ("", *packed))
+    found: list[Path] = []
+    for path in paths:
+        if not path.is_dir():
+            found.append(path)
+            continue
+        files = [file for file in path.iterdir() if file.name.endswith(wanted)]
+        if not files:
+            raise DataError(f"{path} holds no {' or '.join(suffixes)} files.")
+        found += in_counting_order(files)
+    if len(found) > 1:
+        refuse_twins(found)
+    return found
+
+
+def refuse_twins(paths: Iterable[Path]) -> None:
+    """Raise DataError where two paths are one file, or one is the other packed."""
+    seen: dict[str, Path] = {}
+    for path in paths:
+        name = str(path.resolve())
+        for ending in PACKED:
+            name = name.removesuffix(ending)
+        if (other := seen.setdefault(name, path)) is not path:
+            raise DataError(
+                f"{other} and {path} are the same file twice, so its samples would "
+                "count twice; name or keep one of them."
+            )
+
+
+def _matches(name: str) -> list[Path]:
+    if not is_glob(name):
+        return [Path(name)]
+    found = glob_matches(name)
+    if not found:
+        raise DataError(f"{name} matches no file.")
+    return found
