@@ -1,12 +1,14 @@
 """Plan a store, fill its blocks, seal it; continues whatever an earlier run left."""
 
 import logging
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.commands import chosen_device
+from pipeline.contents import check_labels, warn_of_shared
 from pipeline.errors import StoreError
 from pipeline.execution.filler import Filling
 from pipeline.execution.filling import Report, count_blocks, fill_blocks
@@ -23,7 +25,7 @@ from pipeline.files import is_free, told_when_full
 from pipeline.planning import plan_split, store_attributes
 from pipeline.preview import preview
 from pipeline.scanning import Scan
-from pipeline.screening import bad_samples
+from pipeline.screening import bad_samples, tell_left_out
 from pipeline.source import Source
 from pipeline.spec import CacheSpec
 from pipeline.statistics import check_energy_kinds
@@ -91,6 +93,7 @@ def prepare(
         )
         for name, dataset in source.datasets.items()
     }
+    _warn_of_labels(source, scans)
     attributes = store_attributes(spec, scans, plans, source.teacher)
     if bad:
         attributes["provenance"]["bad_samples"] = bad
@@ -100,6 +103,17 @@ def prepare(
             for name, dataset in source.datasets.items()
         }
     return Job(source, scans, plans, attributes)
+
+
+def _warn_of_labels(source: Source, scans: Mapping[str, Scan]) -> None:
+    """Warn of labels that are not everywhere, and of structures in two splits."""
+    for name, split in source.spec.splits.items():
+        if split.labelled:
+            check_labels(name, split, scans[name].contents)
+    warn_of_shared(
+        {name: scan.checksums for name, scan in scans.items()},
+        {name: dataset.sample_ids for name, dataset in source.datasets.items()},
+    )
 
 
 def plan_store(
@@ -134,8 +148,11 @@ def _screened(
     for name in skipping:
         if tally is None or name not in new:
             bad = source.planned[name]
+            if bad:
+                total = len(source.datasets[name]) + len(bad)
+                tell_left_out(name, bad, total)
         else:
-            bad = bad_samples(name, new[name], source.teacher, run, tally.add)
+            bad = bad_samples(new[name], source.demands(name), run, tally.add)
             source = source.leaving_out(name, [sample_id for sample_id, _ in bad])
         if bad:
             found[name] = [list(pair) for pair in bad]

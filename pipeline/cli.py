@@ -174,6 +174,8 @@ def build(
             count=bar.counted,
             progress=progress,
         )
+    if share is None:
+        _tell_contents(store)
     if not sealed:
         rest = "the store is not sealed" if share else "others are still missing"
         click.echo(f"{store}: the blocks asked for are done, {rest}.")
@@ -181,6 +183,15 @@ def build(
     click.echo(f"{store}: complete and sealed.")
     if receipt is not None:
         _write_receipt(receipt, store)
+
+
+def _tell_contents(store: Path) -> None:
+    """Print what planning found in the data."""
+    from pipeline.inspect import planned_contents
+
+    told = planned_contents(store)
+    if told:
+        click.echo(told)
 
 
 def _write_receipt(receipt: Path, store: Path) -> None:
@@ -219,6 +230,7 @@ def plan(
     _, place = _started(chosen, device, threads)
     with check_bar("plan", "sample") as count:
         store = plan_store(chosen, place, workers, count)
+    _tell_contents(store)
     blocks = (
         f"{s.n_blocks} of {name}" for name, s in StoreWriter(store).splits.items()
     )

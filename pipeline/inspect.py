@@ -3,10 +3,11 @@
 import csv
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipeline.contents import contents_table
 from pipeline.errors import StoreError
 from pipeline.fields import CHANNEL_FIELDS
 from pipeline.files import write_atomically
@@ -41,6 +42,7 @@ def describe_store(path: Path | str) -> dict[str, Any]:
         "teacher": None if teacher is None else _teacher_summary(teacher),
         "preview": store.attributes.get("provenance", {}).get("preview", {}),
         "left_out": {name: len(bad) for name, bad in _bad_samples(store).items()},
+        "contents": store.attributes.get("provenance", {}).get("contents", {}),
         "splits": {
             name: _describe_split(split, complete) | {"labelled": labelled.get(name)}
             for name, split in store.splits.items()
@@ -144,10 +146,46 @@ def render_description(description: dict[str, Any]) -> str:
         lines += [f"error        of reduced precision, {split}: {told}"] if told else []
     for name, split in description["splits"].items():
         lines += ["", *_split_lines(name, split)]
-    for name, count in description["left_out"].items():
-        lines += ["", f"{count} samples of split {name} were left out as bad"]
+    checked = checked_lines(description)
+    lines += ["", *checked] if checked else []
     lines += ["", *description["advice"]] if description["advice"] else []
     return "\n".join(lines)
+
+
+def planned_contents(path: Path | str) -> str:
+    """What planning found in the data of the store at ``path``, as a table."""
+    header = FeatureStore.open(path, allow_unsealed=True)
+    found = header.attributes.get("provenance", {})
+    return "\n".join(
+        checked_lines(
+            {
+                "contents": found.get("contents", {}),
+                "left_out": {n: len(bad) for n, bad in _bad_samples(header).items()},
+                "preview": found.get("preview", {}),
+            }
+        )
+    )
+
+
+def checked_lines(description: Mapping[str, Any]) -> list[str]:
+    """What planning found: a table of the splits, forces against the teacher's.
+
+    Stores of older versions have the number of bad samples alone.
+    """
+    left_out = description["left_out"]
+    if description["contents"]:
+        lines = contents_table(description["contents"], left_out)
+    else:
+        lines = [f"{n} samples of split {s} were left out" for s, n in left_out.items()]
+    for split, found in description["preview"].items():
+        forces = found.get("forces")
+        if forces is not None:
+            lines.append(
+                f"forces of the labels against the teacher's, {forces['samples']} "
+                f"samples of {split}: cosine {forces['cosine']:.2f}, RMS ratio "
+                f"{forces['rms_ratio']:.3g}"
+            )
+    return lines
 
 
 def _teacher_lines(teacher: dict[str, Any] | None) -> list[str]:

@@ -190,7 +190,8 @@ def store_attributes(
         "provenance": {
             "spec": spec.model_dump(),
             "teacher": None if teacher is None else dict(teacher.potential.provenance),
-            "labelled": {n: dict(s.labelled) for n, s in scans.items()},
+            "labelled": {n: s.contents.labelled for n, s in scans.items()},
+            "contents": {n: s.contents.to_dict() for n, s in scans.items()},
             "software": {n: version(n) for n in ("kd-train", "torch", "zarr", "vesin")},
         },
     }

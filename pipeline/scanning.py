@@ -1,13 +1,14 @@
 """The pass over the content of a dataset: every sample is read once, in its order."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import numpy.typing as npt
 
+from pipeline.contents import Contents
 from pipeline.datasets import Dataset
 from pipeline.datasets.base import in_pieces
 from pipeline.errors import DataError
@@ -28,7 +29,7 @@ class Scan:
 
     ``checksums`` (n,) of the structures, ``content`` SHA-256 over ids, structures and
     labels, ``hashes`` (n,) of the same of each sample, ``labels`` their statistics,
-    ``labelled`` the number of samples that have each, ``n_edges`` (n,) where they were
+    ``contents`` counts of what the samples have, ``n_edges`` (n,) where they were
     counted.
     """
 
@@ -36,7 +37,7 @@ class Scan:
     content: str
     hashes: Hashes
     labels: Normalizer
-    labelled: Mapping[str, int]
+    contents: Contents
     n_edges: IntArray | None
 
 
@@ -48,6 +49,7 @@ class _Part:
     checksums: Hashes
     hashes: Hashes
     labels: LabelSums
+    contents: Contents
     n_edges: IntArray
 
 
@@ -70,6 +72,7 @@ def scan_dataset(
     """
     content = hashlib.sha256()
     labels = LabelSums()
+    contents = Contents()
     columns: list[tuple[Hashes, Hashes, IntArray]] = []
     if dataset.keeps_samples and count_edges is None:
         run = map  # sending samples takes longer than hashing them
@@ -77,6 +80,7 @@ def scan_dataset(
     for part in run(scan, in_pieces(range(len(dataset)), FOLD)):
         content.update(part.content)
         labels.merge(part.labels)
+        contents += part.contents
         columns.append((part.checksums, part.hashes, part.n_edges))
         read(len(part.checksums))
     checksums, hashes, n_edges = map(np.concatenate, zip(*columns, strict=True))
@@ -85,7 +89,7 @@ def scan_dataset(
         content.hexdigest(),
         hashes,
         labels.normalizer(reference_energies),
-        labels.counts,
+        contents.named(dataset),
         None if count_edges is None else n_edges,
     )
 
@@ -111,6 +115,7 @@ def _scan_part(
         np.array(checksums, np.uint64),
         np.array([_hash(content) for content in contents], np.uint64),
         labels,
+        Contents.of(samples, indices.start),
         np.array(counts, np.int64),
     )
 

@@ -11,12 +11,13 @@ import json
 import logging
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from filelock import FileLock
 
+from pipeline.contents import Contents
 from pipeline.datasets import IndexedDataset, Lister, Listing
 from pipeline.execution.passes import Run
 from pipeline.files import write_atomically
@@ -26,10 +27,18 @@ from pipeline.spec import SplitSpec
 log = logging.getLogger("pipeline.sidecar")
 Columns = dict[str, npt.NDArray[Any]]
 
-_VERSION = 1
+_VERSION = 2
 _PLACE = "place_"
 # Keys of a split that say nothing of its samples.
 _NO_MATTER = {"path", "source", "features", "compare_energies"}
+
+
+class KeptScan(NamedTuple):
+    """Checksums and hashes (n,) of the samples of a split, and counts of them."""
+
+    checksums: Hashes
+    hashes: Hashes
+    contents: Contents
 
 
 class Sidecar:
@@ -62,10 +71,8 @@ class Sidecar:
 
         return listing
 
-    def scan(
-        self, name: str, content: str, n_samples: int
-    ) -> tuple[Hashes, Hashes] | None:
-        """Checksums and hashes (n,) of the samples of an opened split.
+    def scan(self, name: str, content: str, n_samples: int) -> KeptScan | None:
+        """What is kept of a pass over the content of an opened split.
 
         None where those kept are not of its files as they are now, or not of this
         ``content``.
@@ -79,7 +86,8 @@ class Sidecar:
             _fits(checksums, "uint64", n_samples) and _fits(hashes, "uint64", n_samples)
         ):
             return None
-        return checksums, hashes
+        contents = _read_contents(found, n_samples)
+        return None if contents is None else KeptScan(checksums, hashes, contents)
 
     def keep_scan(self, name: str, scan: Scan) -> None:
         """Keep what a pass over the content of an opened split found."""
@@ -87,6 +95,7 @@ class Sidecar:
             "content": np.array(scan.content),
             "checksums": scan.checksums,
             "hashes": scan.hashes,
+            "contents": np.array(json.dumps(scan.contents.to_dict())),
         }
         self._write(f"{name}.scan", self._keys[name], columns)
 
@@ -151,6 +160,15 @@ def _listing_columns(listing: Listing) -> Columns:
         "n_atoms": listing.n_atoms,
         **{_PLACE + name: column for name, column in listing.places.items()},
     }
+
+
+def _read_contents(columns: Columns, n_samples: int) -> Contents | None:
+    """The counts, None where they are no such or of other samples."""
+    try:
+        contents = Contents.from_dict(json.loads(str(columns["contents"])))
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return None
+    return contents if contents.frames == n_samples else None
 
 
 def _split_text(columns: Columns) -> list[str] | None:

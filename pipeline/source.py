@@ -17,7 +17,7 @@ from pipeline.files import is_free
 from pipeline.models.normalizer import Normalizer
 from pipeline.planning import wanted_features
 from pipeline.scanning import CountEdges, Hashes, Scan, sample_hash, scan_dataset
-from pipeline.screening import Checked, without
+from pipeline.screening import Checked, Demands, without
 from pipeline.sidecar import Sidecar
 from pipeline.spec import CacheSpec
 from pipeline.store.adoption import Adoption
@@ -117,11 +117,12 @@ class Source:
         return scan_dataset(self._checked(split), references, counter, run, read)
 
     def _checked(self, split: str) -> Dataset:
-        """A dataset whose samples are refused when the teacher cannot take them."""
-        if self.teacher is None:
-            return self.datasets[split]
-        potential = self.teacher.potential
-        return Checked(self.datasets[split], potential.elements, potential.graph_rule)
+        """A dataset whose samples are refused when nobody could learn from them."""
+        return Checked(self.datasets[split], self.demands(split))
+
+    def demands(self, split: str) -> Demands:
+        """What the samples of a split must be like."""
+        return Demands.of(split, self.spec.splits[split], self.teacher)
 
     def keep_scans(self, scans: Mapping[str, Scan]) -> None:
         """Keep what passes found, once the store is known to be planned for it."""
@@ -234,15 +235,15 @@ def _known_scans(
 ) -> dict[str, Scan]:
     """What is kept of the datasets as they are now and as the store was planned for."""
     planned, statistics = header.get("splits", {}), header.get("label_statistics", {})
-    labelled = header.get("provenance", {}).get("labelled", {})
     known = {}
     for name in datasets.keys() & planned.keys() & statistics.keys():
         content = planned[name]["content"]
         found = sidecar.scan(name, content, len(datasets[name]))
         if found is not None:
             labels = Normalizer.from_dict(statistics[name])
-            counts = labelled.get(name, {})
-            known[name] = Scan(found[0], content, found[1], labels, counts, None)
+            known[name] = Scan(
+                found.checksums, content, found.hashes, labels, found.contents, None
+            )
     return known
 
 

@@ -26,6 +26,8 @@ from pipeline.units import Units
 
 PER_ELEMENT, NO_REFERENCES = "per_element", "none"
 COMPACT_ERROR = 1e-3
+# Genuine relaxations of OC20 begin at 0.42, collisions of molecules stay above 0.6.
+MIN_PAIR_DISTANCE = 0.4
 Scalar = bool | int | float | str
 
 
@@ -141,7 +143,14 @@ class SplitSpec(ClosedModel):
     on_bad_sample: Literal["fail", "skip"] = Key(
         "fail",
         description="skip: leave out samples that cannot be read, have unknown "
-        "elements or no neighbours; the store names them",
+        "elements, no neighbours or atoms too close; the store names them",
+    )
+    min_pair_distance: float | None = Key(
+        MIN_PAIR_DISTANCE,
+        ge=0,
+        lt=1,
+        description="atoms closer than this share of the sum of their covalent radii "
+        "make a bad sample; 0 or null: none do",
     )
     labels: Literal["all", "none"] | None = Key(
         None,

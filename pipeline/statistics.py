@@ -47,12 +47,6 @@ class LabelSums:
         self._labelled = 0
         self._squares = 0.0
         self._components = 0
-        self._with_forces = 0
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """Samples with an energy, and samples with the forces of all their atoms."""
-        return {"energy": self._labelled, "forces": self._with_forces}
 
     def add(self, samples: Sequence[Sample]) -> None:
         """Take the labels of samples into account, where they have some."""
@@ -62,7 +56,6 @@ class LabelSums:
             energies = np.array([s.energy for s in part])
             self._pending.append((np.stack(counts), energies))
         for sample in samples:
-            self._with_forces += bool(np.isfinite(sample.forces).all())
             forces = sample.forces[~sample.structure.fixed].astype(np.float64)
             forces = forces[np.isfinite(forces)]
             self._squares += float((forces**2).sum())
@@ -81,7 +74,6 @@ class LabelSums:
         self._squares += other._squares
         self._components += other._components
         self._labelled += other._labelled
-        self._with_forces += other._with_forces
         self._fold()
 
     def normalizer(self, reference_energies: str) -> Normalizer:

@@ -104,7 +104,7 @@ def neighbor_edges(structure: Structure, rule: GraphRule) -> Edges:
     """
     check_periodicity(structure, rule)
     cutoff, limit = rule.base or (rule.cutoff, rule.max_neighbors)
-    pairs = _pairs_within(structure, cutoff)
+    pairs = pairs_within(structure, cutoff)
     distance = pairs.distance
     pairs = pairs[(distance <= cutoff) & (distance > _MIN_DISTANCE)]
     base = _limited(pairs, np.square(pairs.distance), limit, rule.strict)
@@ -186,8 +186,14 @@ class _Pairs:
         )
 
 
-def _pairs_within(structure: Structure, cutoff: float) -> _Pairs:
-    """All pairs up to a little past the cutoff."""
+def pairs_within(structure: Structure, cutoff: float) -> _Pairs:
+    """All pairs up to a little past the cutoff (Å), in both directions.
+
+    Raises
+    ------
+    DataError
+        The cell cannot be, or the neighbours cannot be found.
+    """
     # vesin leaves out pairs at exactly its cutoff, so it gets a slightly larger one.
     finder = NeighborList(
         cutoff=cutoff * (1 + 1e-9) + 1e-9,
