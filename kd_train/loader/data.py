@@ -21,7 +21,7 @@ from pipeline.fields import (
 from pipeline.graphs.batch import collate
 from pipeline.graphs.neighbors import Edges, GraphRule, sample_edges
 from pipeline.models.elements import check_elements
-from pipeline.store.encoding import SCALE, dequantized
+from pipeline.store.encoding import PIECE_ROWS, SCALE, dequantized
 from pipeline.structure import Structure
 
 EDGE_CACHE_BYTES = 1 << 30
@@ -112,7 +112,7 @@ class CachedSamples:
     def tables(self, device: torch.device) -> dict[str, Tables]:
         """What ``decoded`` needs on ``device`` for the fields stored as integers."""
         return {
-            name: {n: torch.tensor(v, device=device) for n, v in part.tables.items()}
+            name: {n: torch.tensor(v, device=device) for n, v in part.decoder.items()}
             for name, part in self.encodings.items()
         }
 
@@ -197,10 +197,24 @@ def decoded(batch: Data, fields: Sequence[str], tables: Mapping[str, Tables]) ->
     for name in fields:
         values = batch[name]
         if name in tables:
-            scale = batch[name + SCALE].float() if name + SCALE in batch else None
-            if scale is not None:
-                scale = scale.reshape(-1, *[1] * (values.ndim - 1))
-            batch[name] = dequantized(values.float(), scale, tables[name])
+            batch[name] = _floats(values, batch.get(name + SCALE), tables[name])
         elif values.dtype == torch.float16:
             batch[name] = values.float()
     return batch
+
+
+def _floats(
+    values: torch.Tensor, scale: torch.Tensor | None, decoder: Tables
+) -> torch.Tensor:
+    """Float32 behind the integers ``values``, the bits that `Encoding.decode` gives."""
+    dtype = decoder["mean"].dtype
+    if scale is not None:
+        scale = scale.to(dtype).reshape(-1, *[1] * (values.ndim - 1))
+    # On a CPU large float64 arrays cost more than their numbers.
+    if values.device.type != "cpu" or "weights" not in decoder or scale is not None:
+        return dequantized(values.to(dtype), scale, decoder).float()
+    found = torch.empty(values.shape, dtype=torch.float32)
+    pieces = zip(found.split(PIECE_ROWS), values.split(PIECE_ROWS), strict=True)
+    for target, piece in pieces:
+        target.copy_(dequantized(piece.to(dtype), None, decoder))
+    return found

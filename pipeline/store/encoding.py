@@ -3,10 +3,16 @@
 ``x = (((q - zero) · row scale) · channel scale) @ rotation + mean``, where ``q8`` has
 int8, a scale for every row and no zero; ``compact`` int16, one step for all and, where
 that packs better, an orthogonal rotation of the channels.
+
+Decoding gives equal bits on every processor, however rows are batched. Without a
+rotation it is a few operations on single numbers. With one it is a matrix product whose
+every sum is exact in float64, so that no order of its terms can change it.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +26,10 @@ TABLES = ("channel_scale", "mean", "rotation", "zero")
 # Arrays beside an encoded one: scales of rows (q8), squared error and size by sample.
 SCALE, ERROR = "_scale", "_error"
 _MAX_HALF = float(np.finfo(np.float16).max)
+# Rows decoded together: their float64 stays in the processor's cache.
+PIECE_ROWS = 512
+# Whole numbers up to 2 to this power, and sums of them, are exact in float64.
+_EXACT_BITS = 53
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +59,27 @@ class Encoding:
         values = {name: getattr(self, name) for name in TABLES}
         return {name: value for name, value in values.items() if value is not None}
 
+    @cached_property
+    def decoder(self) -> dict[str, npt.NDArray[Any]]:
+        """What `dequantized` reads, all of one dtype.
+
+        Float32 without a rotation. With one float64, and ``weights`` (C, C), see
+        `_exact_weights`, in place of scales and rotation.
+        """
+        tables: dict[str, npt.NDArray[Any]] = dict(self.tables)
+        if self.rotation is None:
+            return tables
+        largest = -float(np.iinfo(DTYPES[self.profile]).min)
+        if self.zero is not None:
+            largest += float(np.abs(self.zero).max())
+        found: dict[str, npt.NDArray[Any]] = {
+            name: table.astype(np.float64)
+            for name, table in tables.items()
+            if name in ("mean", "zero")
+        }
+        found["weights"] = _exact_weights(self.channel_scale, self.rotation, largest)
+        return found
+
     def encode(
         self, values: npt.NDArray[Any]
     ) -> tuple[npt.NDArray[Any], npt.NDArray[np.float16] | None]:
@@ -59,9 +90,11 @@ class Encoding:
         OverflowError
             A value is too far from the others for these integers.
         """
-        scaled = values.astype(np.float32, copy=False) - self.mean
+        scaled: npt.NDArray[Any] = values.astype(np.float32, copy=False) - self.mean
         if self.rotation is not None:
-            scaled = scaled @ self.rotation.T
+            # In float32 the order of the sums, which depends on the processor and on
+            # the number of threads, would decide about integers.
+            scaled = _product(scaled.astype(np.float64), self.rotation.T)
         scaled /= self.channel_scale
         if self.zero is not None:
             scaled += self.zero
@@ -76,9 +109,25 @@ class Encoding:
     def decode(
         self, integers: npt.NDArray[Any], scale: npt.NDArray[np.float16] | None
     ) -> Floats:
-        """Values (M, ..., C) float32 behind integers and the scales of their rows."""
-        rows = None if scale is None else _broadcast(scale.astype(np.float32), integers)
-        return dequantized(integers.astype(np.float32), rows, self.tables)
+        """Values (M, ..., C) float32 behind integers and the scales of their rows.
+
+        The bits of a row do not depend on the other rows, nor on the processor.
+        """
+        if self.rotation is None:
+            return self._decoded(integers, scale)
+        decoded = np.empty(integers.shape, np.float32)
+        for first in range(0, len(integers), PIECE_ROWS):
+            piece = slice(first, first + PIECE_ROWS)
+            rows = None if scale is None else scale[piece]
+            decoded[piece] = self._decoded(integers[piece], rows)
+        return decoded
+
+    def _decoded(
+        self, integers: npt.NDArray[Any], scale: npt.NDArray[np.float16] | None
+    ) -> npt.NDArray[Any]:
+        dtype = self.decoder["mean"].dtype
+        rows = None if scale is None else _broadcast(scale.astype(dtype), integers)
+        return np.asarray(dequantized(integers.astype(dtype), rows, self.decoder))
 
     def error(
         self, values: npt.NDArray[Any], decoded: Floats
@@ -92,19 +141,44 @@ class Encoding:
         return sums
 
 
-def dequantized(values: Any, row_scale: Any, tables: Mapping[str, Any]) -> Any:
-    """Decoded features; numpy arrays or torch tensors of float32 alike.
+def dequantized(values: Any, row_scale: Any, decoder: Mapping[str, Any]) -> Any:
+    """Decoded features; numpy arrays or torch tensors alike.
 
-    ``row_scale`` is None or broadcasts against ``values`` (M, ..., C).
+    ``values`` (M, ..., C) are integers in the dtype of ``decoder``, see
+    `Encoding.decoder`, and so is what is returned. Round it to float32. ``row_scale``
+    is None or broadcasts against ``values``.
     """
-    if "zero" in tables:
-        values = values - tables["zero"]
-    scaled = values * tables["channel_scale"]
+    if "zero" in decoder:
+        values = values - decoder["zero"]
+    if "weights" in decoder:
+        scaled = _product(values, decoder["weights"])
+    else:
+        scaled = values * decoder["channel_scale"]
     if row_scale is not None:
         scaled = scaled * row_scale
-    if "rotation" in tables:
-        scaled = scaled @ tables["rotation"]
-    return scaled + tables["mean"]
+    return scaled + decoder["mean"]
+
+
+def _product(values: Any, matrix: Any) -> Any:
+    """``values`` (..., C) times ``matrix`` (C, C), as one product of two matrices."""
+    return (values.reshape(-1, values.shape[-1]) @ matrix).reshape(values.shape)
+
+
+def _exact_weights(
+    channel_scale: Floats, rotation: Floats, largest: float
+) -> npt.NDArray[np.float64]:
+    """(C, C) scaled ``rotation``, rounded to multiples of a power of two.
+
+    The power is so large that sums of products with whole numbers up to ``largest``
+    are exact in float64, in any order and with fused operations too. The weights are
+    rounded by less than float32 rounds the result.
+    """
+    exact = channel_scale.astype(np.float64)[:, None] * rotation.astype(np.float64)
+    # Rounded correctly, other than a sum by numpy, so that all processors agree.
+    bound = largest * max(math.fsum(column) for column in np.abs(exact).T.tolist())
+    # A bit is kept free, since rounding may enlarge every weight.
+    unit = math.ldexp(1.0, math.frexp(bound)[1] + 1 - _EXACT_BITS)
+    return np.rint(exact / unit) * unit
 
 
 def relative_error(sums: npt.NDArray[np.float64]) -> float:
@@ -113,7 +187,7 @@ def relative_error(sums: npt.NDArray[np.float64]) -> float:
     return wrong / size if size > 0 else 0.0
 
 
-def _integers(values: Floats, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+def _integers(values: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     limit = np.iinfo(dtype).max
     np.rint(values, out=values)
     largest = _largest(values)
@@ -122,11 +196,11 @@ def _integers(values: Floats, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
     return values.astype(dtype)
 
 
-def _largest(values: Floats) -> float:
+def _largest(values: npt.NDArray[Any]) -> float:
     return float(max(values.max(initial=0), -values.min(initial=0)))
 
 
-def _row_scale(scaled: Floats) -> npt.NDArray[np.float16]:
+def _row_scale(scaled: npt.NDArray[Any]) -> npt.NDArray[np.float16]:
     rows = scaled.reshape(len(scaled), -1)
     largest = (
         np.maximum(rows.max(axis=1, initial=0), -rows.min(axis=1, initial=0)) / 127
@@ -140,5 +214,5 @@ def _row_scale(scaled: Floats) -> npt.NDArray[np.float16]:
     )
 
 
-def _broadcast(scale: Floats, values: npt.NDArray[Any]) -> Floats:
+def _broadcast(scale: npt.NDArray[Any], values: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return scale.reshape(-1, *[1] * (values.ndim - 1))

@@ -6,11 +6,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch_geometric.data import Data
 
 from kd_train.cli import main
 from kd_train.loader.data import CachedSamples, decoded
 from kd_train.loader.joined import JoinedSplit
 from pipeline.graphs.neighbors import GraphRule
+from pipeline.store.encoding import DTYPES, Encoding
 from pipeline.store.reader import FeatureStore
 from tests.commands import run_command
 from tests.kd_train.runs import distilling, make_run
@@ -51,9 +53,28 @@ def test_batches_carry_integers_that_decode_on_the_device(coded: FeatureStore) -
     wanted = split.read(positions, list(PATHS.values()))
     for name, path in PATHS.items():
         assert found[name].dtype == torch.float32
-        np.testing.assert_allclose(found[name], wanted[path], rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(found[name], wanted[path])
     # The batch that travelled is left as it was.
     assert batch.node_features.dtype == torch.int8
+
+
+@pytest.mark.parametrize("profile", ["q8", "compact"])
+def test_torch_decodes_to_the_bits_of_numpy(profile: Any) -> None:
+    """With a rotation, however rows are batched."""
+    rng = np.random.default_rng(4)
+    rotation = np.linalg.qr(rng.normal(size=(16, 16)))[0].astype(np.float32)
+    mean, step = np.zeros(16, np.float32), np.full(16, 0.01, np.float32)
+    encoding = Encoding(profile, step, mean, rotation)
+    integers = rng.integers(-127, 128, (1300, 3, 16)).astype(DTYPES[profile])
+    scales = rng.uniform(0.1, 2, 1300).astype(np.float16) if profile == "q8" else None
+    wanted = encoding.decode(integers, scales)
+    tables = {"v": {n: torch.tensor(t) for n, t in encoding.decoder.items()}}
+    for rows in (slice(None), slice(5, 6), slice(700, 1251)):
+        batch = Data(v=torch.from_numpy(integers[rows]))
+        if scales is not None:
+            batch.v_scale = torch.from_numpy(scales[rows])
+        found = decoded(batch, ("v",), tables).v
+        np.testing.assert_array_equal(found, wanted[rows], strict=True)
 
 
 def test_joined_splits_decode_each_by_its_own(coded: FeatureStore) -> None:
@@ -74,7 +95,7 @@ def test_joined_splits_decode_each_by_its_own(coded: FeatureStore) -> None:
     ]
     for name, path in PATHS.items():
         wanted = np.concatenate([part.read([p], [path])[path] for part, p in alone])
-        np.testing.assert_allclose(found[name], wanted, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(found[name], wanted)
 
 
 def test_losses_are_those_of_exact_features_up_to_the_error(

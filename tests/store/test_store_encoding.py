@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import zlib
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import zarr
 
 from pipeline.errors import DamagedStoreError, DataError
 from pipeline.store.calibration import calibrate
-from pipeline.store.encoding import Encoding, relative_error
+from pipeline.store.encoding import DTYPES, Encoding, relative_error
 from pipeline.store.packed import PackedLayout
 from pipeline.store.reader import FeatureStore, SplitReader
 from pipeline.store.verify import verify_store
@@ -192,6 +194,71 @@ def test_row_scales_never_round_below_their_row():
     assert np.abs(integers.astype(int)).max() == 127
     off = np.abs(encoding.decode(integers, scale) - values)
     assert (off <= 0.5001 * scale.astype(np.float32)[:, None]).all()
+
+
+def made_encoding(profile: str, rotated: bool) -> tuple[Encoding, np.ndarray, Any]:
+    """An encoding of 24 channels, integers and scales, equal on every machine."""
+    rng = np.random.default_rng(11)
+
+    def floats(*shape: int) -> np.ndarray:
+        return (rng.integers(-(2**23), 2**23, shape) / 2**24).astype(np.float32)
+
+    scale, mean = np.abs(floats(24)) + np.float32(0.01), floats(24)
+    rotation = floats(24, 24) if rotated else None
+    zero = np.full(24, 128, np.float32) if profile == "compact" else None
+    encoding = Encoding(profile, scale, mean, rotation, zero)
+    limit = 2**15 - 1 if profile == "compact" else 127
+    integers = rng.integers(-limit, limit, (700, 3, 24)).astype(DTYPES[profile])
+    scales = np.abs(floats(700)).astype(np.float16) if profile == "q8" else None
+    return encoding, integers, scales
+
+
+@pytest.mark.parametrize("rotated", [False, True])
+@pytest.mark.parametrize("profile", ["q8", "compact"])
+def test_bits_of_a_row_do_not_depend_on_other_rows(profile, rotated):
+    encoding, integers, scales = made_encoding(profile, rotated)
+    whole = encoding.decode(integers, scales)
+    assert whole.dtype == np.float32
+    rng = np.random.default_rng(1)
+    batches = [rng.integers(0, 700, size) for size in (*range(1, 30), 100, 513, 699)]
+    for rows in batches:
+        some = None if scales is None else scales[rows]
+        np.testing.assert_array_equal(
+            encoding.decode(integers[rows], some), whole[rows]
+        )
+    tables = {name: table.astype(np.float64) for name, table in encoding.tables.items()}
+    expected = decoded_in_plain_python(integers, scales, tables)
+    np.testing.assert_allclose(whole, expected, rtol=1e-6, atol=1e-6 * expected.std())
+
+
+@pytest.mark.parametrize(
+    ("profile", "rotated", "digest"),
+    [
+        ("q8", False, 0x530FAE7E),
+        ("compact", False, 0xF84F43C3),
+        ("q8", True, 0x76DE6E5F),
+        ("compact", True, 0xD72F33AF),
+    ],
+)
+def test_bits_are_the_same_on_every_processor(profile, rotated, digest):
+    """The sums are exact, so that no library or processor can round otherwise."""
+    encoding, integers, scales = made_encoding(profile, rotated)
+    decoded = encoding.decode(integers, scales).astype("<f4")
+    assert zlib.crc32(decoded.tobytes()) == digest
+
+
+def test_sums_of_a_rotation_are_exact_at_the_largest_integers():
+    encoding, _, _ = made_encoding("compact", True)
+    weights = encoding.decoder["weights"]
+    rng = np.random.default_rng(2)
+    integers = rng.choice([-(2**15) - 128, 2**15 - 129], (50, 24))
+    found = integers.astype(np.float64) @ weights
+    for row, sums in zip(integers.tolist(), found, strict=True):
+        exact = [
+            sum(q * Fraction(w) for q, w in zip(row, column, strict=True))
+            for column in weights.T.tolist()
+        ]
+        assert [Fraction(value) for value in sums.tolist()] == exact
 
 
 def rows_of(block: int) -> dict[str, np.ndarray]:
