@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from tests.frames import collision_frames, write_frames
 
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
     from pipeline.store.reader import FeatureStore
 
 torch.set_num_threads(1)
+# No example is too slow: that depends on the machine, and on what else it is at.
+settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("any machine")
 
 # Shells start what runs in the background deaf to Ctrl-C, which some tests send.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

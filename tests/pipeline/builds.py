@@ -35,10 +35,13 @@ def wait_until(told: Callable[[], object], what: str) -> None:
 
 
 class RunningBuild:
-    """``kd-cache`` in a process group of its own, as a terminal starts it."""
+    """``kd-cache`` in a process group of its own, as a terminal starts it.
 
-    def __init__(self, *arguments: object) -> None:
-        program = "from pipeline.cli import main; main()"
+    ``first`` is code that the process runs before the command.
+    """
+
+    def __init__(self, *arguments: object, first: str = "") -> None:
+        program = f"{first}\nfrom pipeline.cli import main; main()"
         self.process = subprocess.Popen(
             [sys.executable, "-c", program, *map(str, arguments)],
             cwd=ROOT,
