@@ -8,6 +8,7 @@ import numpy as np
 
 from pipeline.datasets import Dataset
 from pipeline.fields import PREDICTION_FIELDS
+from pipeline.graphs.neighbors import limit_warning
 from pipeline.statistics import KIND_DIFFERENCE
 from pipeline.structure import Sample
 from pipeline.teacher import Teacher
@@ -32,6 +33,7 @@ def preview(
     """
     chosen = np.linspace(0, len(dataset) - 1, min(SAMPLES, len(dataset)), dtype=int)
     samples = [dataset[int(i)] for i in chosen]
+    _tell_limit(split, samples, teacher)
     found: dict[str, Any] = {
         "energy_difference": _energy_difference(split, samples, teacher)
     }
@@ -70,6 +72,16 @@ def _energy_difference(
             difference,
         )
     return difference
+
+
+def _tell_limit(split: str, samples: Sequence[Sample], teacher: Teacher) -> None:
+    """Warn of atoms that have more neighbours than the teacher sees."""
+    potential = teacher.potential
+    crowded = sum(potential.graph(sample).edges.crowded for sample in samples)
+    atoms = sum(len(sample.structure) for sample in samples)
+    told = limit_warning(potential.graph_rule, crowded, atoms)
+    if told is not None:
+        log.warning("splits.%s: %s", split, told)
 
 
 def _told(name: str, error: float) -> str:

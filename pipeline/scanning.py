@@ -29,7 +29,8 @@ class Scan:
     ``checksums`` (n,) of the structures, ``content`` SHA-256 over ids, structures and
     labels, ``hashes`` (n,) of the same of each sample, ``labels`` their statistics,
     ``labelled`` the number of samples that have each, ``n_edges`` (n,) where they were
-    counted.
+    counted, ``undetermined`` the elements whose reference energies compositions leave
+    open.
     """
 
     checksums: Hashes
@@ -38,6 +39,7 @@ class Scan:
     labels: Normalizer
     labelled: Mapping[str, int]
     n_edges: IntArray | None
+    undetermined: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +89,7 @@ def scan_dataset(
         labels.normalizer(reference_energies),
         labels.counts,
         None if count_edges is None else n_edges,
+        labels.undetermined,
     )
 
 
