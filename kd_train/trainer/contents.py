@@ -13,7 +13,7 @@ from pipeline.errors import SpecError
 from pipeline.fields import FIELDS
 from pipeline.graphs.neighbors import GraphRule
 from pipeline.models.elements import symbols_of
-from pipeline.models.normalizer import NUM_REFERENCES
+from pipeline.models.normalizer import NUM_REFERENCES, Normalizer
 from pipeline.statistics import free_directions
 
 log = logging.getLogger("kd_train")
@@ -62,13 +62,15 @@ def examined(
     train: Split,
     others: Sequence[tuple[str, Split]],
     rule: GraphRule,
+    normalizer: Normalizer,
     fitted: Split | None,
 ) -> dict[str, Any]:
     """What later uses of a student are checked against, JSON-able.
 
     ``elements`` of the training split and ``undetermined`` (see Contents) of the one
     that reference energies were ``fitted`` to. Warns of elements that only the
-    ``others`` have, by the key of the configuration that names each.
+    ``others`` have, by the key of the configuration that names each, and of those that
+    the ``normalizer`` has no reference energy for.
 
     Raises
     ------
@@ -77,6 +79,7 @@ def examined(
     """
     known = contents_of(train)
     _require_periodic_graphs("train_split", train, known, rule)
+    _tell_without_reference(train, known, normalizer)
     for key, split in others:
         found = contents_of(split)
         _require_periodic_graphs(key, split, found, rule)
@@ -168,3 +171,21 @@ def _tell_new_elements(
         symbols_of(new),
         named,
     )
+
+
+def _tell_without_reference(
+    train: Split, known: Contents, normalizer: Normalizer
+) -> None:
+    """Warn of elements that lack a reference energy while others have one."""
+    references = normalizer.element_references
+    bare = [z for z in known.elements if references[z] == 0.0]
+    if any(references) and bare:
+        log.warning(
+            "train_split: %r has samples with %s (such as %r), for which there is no "
+            "reference energy beside those of others, so the student has to learn the "
+            "whole energy of these atoms; put the split that has them first, or name "
+            "a file in reference_energies",
+            train.name,
+            symbols_of(bare),
+            known.samples[bare[0]][0],
+        )

@@ -112,6 +112,7 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
             ),
         ],
         student.graph_rule,
+        normalizer,
         _fitted_split(config, store, normalizer),
     )
     if not student.is_fitted:

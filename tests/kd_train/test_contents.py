@@ -88,6 +88,17 @@ def test_elements_of_other_splits_are_told(
     assert "val_split:" not in caplog.text
 
 
+def test_elements_without_a_reference_energy_are_told(
+    water: FeatureStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A8: of joined splits the first gives the references."""
+    caplog.set_level(logging.WARNING, "kd_train")
+    make_run(water, tmp_path, plain(train_split="train+val", val_split="val"))
+    told = r"train_split: 'train\+val' has samples with S, Se \(such as 's\d'\)"
+    assert re.search(told, caplog.text)
+    assert "has samples with S, Se, which" not in caplog.text
+
+
 def test_a_student_keeps_its_elements_and_what_they_leave_open(student: Path) -> None:
     """A8 and A14: in the file, for all who use it later."""
     about = load_checkpoint(student / "student.safetensors").provenance
