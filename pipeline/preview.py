@@ -33,7 +33,6 @@ def preview(
     """
     chosen = np.linspace(0, len(dataset) - 1, min(SAMPLES, len(dataset)), dtype=int)
     samples = [dataset[int(i)] for i in chosen]
-    _tell_limit(split, samples, teacher)
     found: dict[str, Any] = {
         "energy_difference": _energy_difference(split, samples, teacher)
     }
@@ -48,6 +47,7 @@ def preview(
             split,
             told,
         )
+    _tell_limit(split, samples, teacher)
     return found
 
 

@@ -29,8 +29,7 @@ class Scan:
     ``checksums`` (n,) of the structures, ``content`` SHA-256 over ids, structures and
     labels, ``hashes`` (n,) of the same of each sample, ``labels`` their statistics,
     ``labelled`` the number of samples that have each, ``n_edges`` (n,) where they were
-    counted, ``undetermined`` the elements whose reference energies compositions leave
-    open.
+    counted.
     """
 
     checksums: Hashes
@@ -39,6 +38,7 @@ class Scan:
     labels: Normalizer
     labelled: Mapping[str, int]
     n_edges: IntArray | None
+    # Elements whose reference energies the compositions leave open.
     undetermined: tuple[int, ...] = ()
 
 
