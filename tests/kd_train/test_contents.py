@@ -12,7 +12,8 @@ from ase import Atoms
 from ase.build import molecule
 
 from kd_train.calculator import StudentCalculator
-from kd_train.cli import main
+from kd_train.cli import cka_main, main
+from kd_train.cli_eval import eval_main
 from kd_train.config import TrainConfig
 from kd_train.trainer.contents import contents_of
 from pipeline.models.checkpoint import load_checkpoint
@@ -20,7 +21,14 @@ from pipeline.store.reader import FeatureStore
 from tests.commands import refusal
 from tests.frames import frame, write_frames
 from tests.kd_train.runs import make_run
-from tests.stores import STUDENTS, build, spec_document, train_config, write_spec
+from tests.stores import (
+    STUDENTS,
+    build,
+    save_teacher,
+    spec_document,
+    train_config,
+    write_spec,
+)
 
 
 def waters(
@@ -181,3 +189,21 @@ def test_students_that_ignore_images_are_refused(split: str, tmp_path: Path) -> 
     assert told.startswith(f"{split}_split: sample 'wire0' of {split!r}")
     assert "student.hyperparameters.use_pbc=true" in told
     assert not (tmp_path / "run").exists()
+
+
+def test_models_that_ignore_images_are_refused_on_periodic_stores(
+    tmp_path: Path,
+) -> None:
+    """A5: in kd-eval and kd-cka."""
+    header = 'pbc="T F T" Lattice="9 0 0 0 9 0 0 0 9"'
+    store = store_of(tmp_path, val=waters(3, header=header))
+    blind = save_teacher(tmp_path / "blind.safetensors", use_pbc=False)
+    given = ["--data", store.path, "--split", "val", "--device", "cpu"]
+    out = ["--out", tmp_path / "out"]
+    for command, words in (
+        (eval_main, [blind, *given]),
+        (cka_main, [blind, blind, *given, *out]),
+    ):
+        told = refusal(command, words)
+        assert re.match(r"Sample 'w\d': pbc is T F T, but the graphs of the", told)
+        assert "splits.NAME.pbc: none" in told
