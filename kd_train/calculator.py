@@ -12,13 +12,20 @@ from ase.calculators.calculator import Calculator, all_changes
 from ase.data import chemical_symbols
 from torch_geometric.data import Data
 
-from kd_train.evaluation.trained import load_student, predict, without_reference
+from kd_train.evaluation.trained import (
+    known_elements,
+    load_student,
+    predict,
+    reference_energies,
+    silence,
+    undetermined_elements,
+)
 from pipeline.commands import chosen_device
 from pipeline.datasets.samples import Fields, checked_sample
 from pipeline.errors import DataError, SpecError
 from pipeline.graphs.batch import collate
-from pipeline.graphs.neighbors import neighbor_edges
-from pipeline.models.elements import check_elements
+from pipeline.graphs.neighbors import Edges, limit_warning, neighbor_edges
+from pipeline.models.elements import check_elements, symbols_of
 from pipeline.structure import Structure
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
@@ -39,7 +46,7 @@ class StudentCalculator(Calculator):
     dtype
         ``float64`` for finite differences and phonons; training had ``float32``.
     any_element
-        Accept elements that the network can embed but that no training label held.
+        Accept elements that the network can embed but that its training data lacked.
 
     Raises
     ------
@@ -48,8 +55,8 @@ class StudentCalculator(Calculator):
     SpecError
         ``device`` or ``dtype`` cannot be used.
     DataError
-        From calculations: an element is unknown, no atom has a neighbour, or the cell
-        is impossible.
+        From calculations: an element is unknown, a position is not finite, the cell is
+        impossible, no atom has a neighbour, or the student ignores periodicity.
     """
 
     implemented_properties: list[str]
@@ -68,13 +75,22 @@ class StudentCalculator(Calculator):
             raise SpecError(f"dtype is {dtype!r}; choose one of {', '.join(_DTYPES)}.")
         self.device = chosen_device(device)
         self.dtype = _DTYPES[dtype]
-        self.any_element = any_element
         self.student = load_student(Path(model), self.device)
+        self._elements = known_elements(self.student, "any_element=True", any_element)
         self.student.model.to(self.dtype)
         self.implemented_properties = ["energy", "free_energy"]
         if self.student.model.hyperparameters.get("regress_forces", True):
             self.implemented_properties.append("forces")
-        self._warned = False
+        self._told: set[str] = set()
+        self._warn("elements", silence(self.student))
+
+    def reference_energies(self) -> dict[str, float]:
+        """Energies of isolated atoms in eV by symbol, which total energies contain.
+
+        A formation energy is the energy less the sum of these over the atoms. Empty
+        where the student's energies have no such references.
+        """
+        return reference_energies(self.student)
 
     def calculate(
         self,
@@ -101,27 +117,17 @@ class StudentCalculator(Calculator):
                 "cutoff of the student, so there is nothing to calculate; check that "
                 "positions are in Å."
             )
-        lone = np.setdiff1d(np.arange(len(atoms)), edges.edge_index[1])
-        if len(lone) and not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"Atom {lone[0]} ({chemical_symbols[atoms.numbers[lone[0]]]}) has no "
-                f"neighbour within {model.graph_rule.cutoff} Å; students have hardly "
-                "seen free atoms.",
-                stacklevel=2,
-            )
+        self._warn_of(atoms, edges)
         return collate([structure], [edges], self.dtype).to(self.device)
 
     def _structure(self, atoms: Atoms) -> Structure:
         """``atoms`` as stage one would read them from a file."""
-        check_elements(atoms.numbers, self.student.model.elements)
-        new = without_reference(self.student.normalizer, set(atoms.numbers.tolist()))
-        if new and not self.any_element:
-            symbols = ", ".join(chemical_symbols[z] for z in new)
+        where = "The Atoms object"
+        if atoms.pbc.any() and not self.student.model.graph_rule.periodic:
             raise DataError(
-                f"The labels that the student was trained on held no {symbols}, so its "
-                "energies would mean nothing; train on such samples, or set "
-                "any_element=True."
+                f"{where} is periodic, but the student's graphs ignore periodic images "
+                "(use_pbc: false); use a student with use_pbc: true, or set "
+                "atoms.pbc = False for a molecule in a box."
             )
         fields = Fields(
             atoms.numbers,
@@ -130,4 +136,33 @@ class StudentCalculator(Calculator):
             atoms.pbc,
             tags=atoms.arrays.get("tags"),
         )
-        return checked_sample("", fields, "The Atoms object").structure
+        structure = checked_sample("", fields, where).structure
+        check_elements(structure.atomic_numbers, self._elements)
+        return structure
+
+    def _warn_of(self, atoms: Atoms, edges: Edges) -> None:
+        """Warn once each of what makes results doubtful."""
+        rule = self.student.model.graph_rule
+        lone = np.setdiff1d(np.arange(len(atoms)), edges.edge_index[1])
+        if len(lone):
+            symbol = chemical_symbols[atoms.numbers[lone[0]]]
+            self._warn(
+                "lone",
+                f"Atom {lone[0]} ({symbol}) has no neighbour within {rule.cutoff} Å; "
+                "students have hardly seen free atoms",
+            )
+        self._warn("limit", limit_warning(rule, edges.crowded, len(atoms)))
+        arbitrary = undetermined_elements(self.student, atoms.numbers)
+        if arbitrary:
+            self._warn(
+                "references",
+                f"the training compositions did not determine the reference energies "
+                f"of {symbols_of(arbitrary)}, and {atoms.get_chemical_formula()} is "
+                "no combination of them, so its energy means nothing beside those of "
+                "other compositions",
+            )
+
+    def _warn(self, kind: str, text: str | None) -> None:
+        if text is not None and kind not in self._told:
+            self._told.add(kind)
+            warnings.warn(f"{text[0].upper()}{text[1:]}.", stacklevel=2)

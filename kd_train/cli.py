@@ -149,6 +149,11 @@ def report_main(
 @click.option(
     "--batch-atoms", type=click.IntRange(min=1), default=2000, show_default=True
 )
+@click.option(
+    "--any-element",
+    is_flag=True,
+    help="Take samples with elements that the training data of a model lacked.",
+)
 @click.option("--device", help="cpu, cuda, cuda:1; default: a GPU if any.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of torch.")
 @one_sentence_errors
@@ -159,6 +164,7 @@ def cka_main(
     out: Path,
     limit: int | None,
     batch_atoms: int,
+    any_element: bool,
     device: str | None,
     threads: int | None,
 ) -> None:
@@ -178,6 +184,12 @@ def cka_main(
     place = chosen_device(device)
     store = FeatureStore.open(data)
     found = compare_models(
-        models, store, split, place, limit=limit, batch_atoms=batch_atoms
+        models,
+        store,
+        split,
+        place,
+        limit=limit,
+        batch_atoms=batch_atoms,
+        any_element=any_element,
     )
     click.echo(write_similarity(found, out), nl=False)

@@ -10,8 +10,8 @@ from pipeline.commands import chosen_device, one_sentence_errors
 from pipeline.errors import SpecError
 
 if TYPE_CHECKING:
-    from kd_train.evaluation.scoring import Part
-    from pipeline.models.checkpoint import LoadedModel
+    from kd_train.loader.joined import Split
+    from pipeline.datasets import Dataset
 
 FORMATS = ("extxyz", "oc20_lmdb", "oc20_raw", "ase_db", "aselmdb")
 BATCH_ATOMS = 2048
@@ -43,6 +43,11 @@ MEASURED_SECONDS = 1.0
 @click.option("--throughput", is_flag=True, help="Measure samples per second, too.")
 @click.option("--device", help="cpu, cuda, cuda:1; default: a GPU if any.")
 @click.option("--threads", type=click.IntRange(min=1), help="CPU threads of torch.")
+@click.option(
+    "--any-element",
+    is_flag=True,
+    help="Take samples with elements that the training data lacked.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, not a table.")
 @one_sentence_errors
 def eval_main(
@@ -59,6 +64,7 @@ def eval_main(
     throughput: bool,
     device: str | None,
     threads: int | None,
+    any_element: bool,
     as_json: bool,
 ) -> None:
     """Metrics of a finished student on a store or a dataset.
@@ -73,19 +79,28 @@ def eval_main(
     import torch
 
     from kd_train.evaluation.scorecard import Scorecard, write_throughput
-    from kd_train.evaluation.scoring import batches_of, pool_of, score
+    from kd_train.evaluation.scoring import (
+        batches_of,
+        dataset_part,
+        pool_of,
+        score,
+        store_part,
+    )
     from kd_train.evaluation.throughput import measure
-    from kd_train.evaluation.trained import load_student
+    from kd_train.evaluation.trained import known_elements, load_student
 
     if threads is not None:
         torch.set_num_threads(threads)
     place = chosen_device(device)
     student = load_student(run, place)
     selection = {"limit": limit, "every": every}
+    elements = known_elements(student, "--any-element", any_element)
     if format is None and _is_store(data):
-        about, parts = _store_parts(student, data, splits, selection)
+        about, chosen = _store_splits(data, splits, selection)
+        parts = [store_part(s, student, elements, limit, every) for s in chosen]
     else:
-        about, parts = _dataset_parts(student, data, splits, format, energy, selection)
+        about, dataset = _dataset(data, splits, format, energy, selection)
+        parts = [dataset_part(Path(data).name, dataset, student, elements)]
     scores = [
         score(student, part, batches_of(part, batch_size, batch_atoms), place)
         for part in parts
@@ -109,13 +124,9 @@ def _is_store(data: str) -> bool:
     return "://" in data or path.suffix == ".zip" or (path / "zarr.json").exists()
 
 
-def _store_parts(
-    student: "LoadedModel",
-    data: str,
-    splits: tuple[str, ...],
-    selection: dict[str, Any],
-) -> tuple[dict[str, Any], list["Part"]]:
-    from kd_train.evaluation.scoring import store_part
+def _store_splits(
+    data: str, splits: tuple[str, ...], selection: dict[str, Any]
+) -> tuple[dict[str, Any], list["Split"]]:
     from kd_train.trainer.setup import chosen_split
     from pipeline.store.reader import FeatureStore
 
@@ -123,18 +134,16 @@ def _store_parts(
     names = tuple(dict.fromkeys(splits or store.splits))
     chosen = [chosen_split(store, name) for name in names]
     about = {"path": data, "fingerprint": store.fingerprint, **selection}
-    return about, [store_part(split, student, **selection) for split in chosen]
+    return about, chosen
 
 
-def _dataset_parts(
-    student: "LoadedModel",
+def _dataset(
     data: str,
     splits: tuple[str, ...],
     format: str | None,
     energy: Any,
     selection: dict[str, Any],
-) -> tuple[dict[str, Any], list["Part"]]:
-    from kd_train.evaluation.scoring import dataset_part
+) -> tuple[dict[str, Any], "Dataset"]:
     from kd_train.loader.datafiles import guessed_format
     from pipeline.datasets import open_dataset
 
@@ -145,7 +154,7 @@ def _dataset_parts(
         raise SpecError("--energy is for --format oc20_raw; others have one kind.")
     dataset = open_dataset(format, data, energy=energy, **selection)
     about = {"path": data, "format": format, "energy": energy, **selection}
-    return about, [dataset_part(Path(data).name, dataset, student)]
+    return about, dataset
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

@@ -22,7 +22,7 @@ from pipeline.execution.passes import (
 )
 from pipeline.execution.progress import Progress
 from pipeline.files import is_free, told_when_full
-from pipeline.planning import plan_split, store_attributes
+from pipeline.planning import plan_split, store_attributes, tell_undetermined
 from pipeline.preview import preview
 from pipeline.scanning import Scan
 from pipeline.screening import bad_samples, tell_left_out
@@ -78,6 +78,8 @@ def prepare(
         scans = {
             name: source.scan(name, new, run, tally.add) for name in source.datasets
         }
+    if new:
+        tell_undetermined(spec.splits, scans)
     calibrations = {
         name: source.calibrations(name, old[name].index if name in old else None)
         for name in (source.datasets if new else ())

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -21,6 +21,7 @@ from pipeline.fields import (
     PREDICTION_FIELDS,
     STRUCTURE_FIELDS,
 )
+from pipeline.models.elements import symbols_of
 from pipeline.scanning import Scan
 from pipeline.spec import (
     NO_REFERENCES,
@@ -86,6 +87,42 @@ def plan_split(
 def _whole_chunks(n_atoms: npt.NDArray[np.int32]) -> int:
     """All atoms of a split, rounded up to whole inner chunks."""
     return -(-int(n_atoms.sum(dtype=np.int64)) // INNER_ROWS) * INNER_ROWS
+
+
+def tell_undetermined(
+    splits: Mapping[str, SplitSpec], scans: Mapping[str, Scan]
+) -> None:
+    """Warn of splits whose compositions leave fitted reference energies open.
+
+    Not of one beside a larger split that determines them, such as for validation.
+    """
+    fitted = {
+        name: scans[name]
+        for name, split in splits.items()
+        if split.reference_energies == PER_ELEMENT
+    }
+    found: dict[str, tuple[int, ...]] = {}
+    for name, scan in fitted.items():
+        larger = [s for s in fitted.values() if len(s.hashes) > len(scan.hashes)]
+        if not any(_determines(other, scan.undetermined) for other in larger):
+            found |= {name: scan.undetermined} if scan.undetermined else {}
+    if found:
+        log.warning(
+            "%s: the compositions of the samples do not determine the reference "
+            "energies of %s, so energies of other compositions will mean nothing; add "
+            "samples of others, such as isolated atoms, or name a file in "
+            "splits.NAME.reference_energies",
+            ", ".join(f"splits.{name}" for name in found),
+            symbols_of([z for elements in found.values() for z in elements]),
+        )
+
+
+def _determines(scan: Scan, elements: Sequence[int]) -> bool:
+    """Whether the compositions of a split determine the energies of ``elements``."""
+    references = scan.labels.element_references
+    return all(references[z] != 0.0 for z in elements) and not any(
+        z in scan.undetermined for z in elements
+    )
 
 
 def _tell_edge_size(plan: SplitPlan, rows_per_block: int) -> None:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 
 from pipeline.datasets import Dataset
 from pipeline.fields import PREDICTION_FIELDS
+from pipeline.graphs.neighbors import limit_warning
 from pipeline.statistics import KIND_DIFFERENCE
 from pipeline.structure import Sample
 from pipeline.teacher import Arrays, Teacher
@@ -103,6 +104,7 @@ def preview(
             split,
             told,
         )
+    _tell_limit(split, samples, teacher)
     return found
 
 
@@ -204,6 +206,16 @@ def _energy_difference(
             difference,
         )
     return difference
+
+
+def _tell_limit(split: str, samples: Sequence[Sample], teacher: Teacher) -> None:
+    """Warn of atoms that have more neighbours than the teacher sees."""
+    potential = teacher.potential
+    crowded = sum(potential.graph(sample).edges.crowded for sample in samples)
+    atoms = sum(len(sample.structure) for sample in samples)
+    told = limit_warning(potential.graph_rule, crowded, atoms)
+    if told is not None:
+        log.warning("splits.%s: %s", split, told)
 
 
 def _told(name: str, error: float) -> str:

@@ -39,6 +39,8 @@ class Scan:
     labels: Normalizer
     contents: Contents
     n_edges: IntArray | None
+    # Elements whose reference energies the compositions leave open.
+    undetermined: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,6 +93,7 @@ def scan_dataset(
         labels.normalizer(reference_energies),
         contents.named(dataset),
         None if count_edges is None else n_edges,
+        labels.undetermined,
     )
 
 

@@ -27,6 +27,8 @@ COMPARED = 256
 # Energies are of another kind when, per atom, they differ by more than both.
 KIND_DIFFERENCE = 1.5  # eV
 KIND_RATIO = 5.0
+# Parts of a direction below this are none.
+_ZERO = 1e-6
 
 Floats = npt.NDArray[np.float64]
 Counts = npt.NDArray[np.uint16]
@@ -104,6 +106,21 @@ class LabelSums:
         scale = float(np.sqrt(squares / self._components)) if squares > 0 else 1.0
         return Normalizer(mean, scale, scale, tuple(references.tolist()))
 
+    @property
+    def undetermined(self) -> tuple[int, ...]:
+        """Elements whose reference energies the compositions leave open, ascending.
+
+        Energies of the fit are of smallest norm there, and mean something in the sums
+        of such compositions only.
+        """
+        self._fold()
+        counts = self._triangle[:, :-1]
+        present = np.flatnonzero(counts.any(axis=0))
+        if not len(present):
+            return ()
+        free = free_directions(counts[:, present], _rounding(self._labelled))
+        return tuple(present[np.abs(free).max(axis=0, initial=0) > _ZERO].tolist())
+
     def _fold(self) -> None:
         for counts, energies in self._pending:
             rows = np.column_stack((counts.astype(np.float64), energies))
@@ -124,10 +141,27 @@ def _composition(atomic_numbers: npt.NDArray[np.uint8]) -> Counts:
     return np.bincount(atomic_numbers, minlength=NUM_REFERENCES).astype(np.uint16)
 
 
+def free_directions(counts: Floats, smallest: float) -> Floats:
+    """Orthonormal rows (k, m): changes of m energies that no row of counts notices.
+
+    ``counts`` (n, m) are compositions or combinations of them; singular values below
+    ``smallest``, relative to the largest, count as zero.
+    """
+    m = counts.shape[1]
+    # With zeros below, so that there are as many directions as elements.
+    padded = np.vstack((counts, np.zeros((max(0, m - len(counts)), m))))
+    _, values, directions = np.linalg.svd(padded, full_matrices=False)
+    return directions[values <= smallest * values.max(initial=0)]
+
+
+def _rounding(samples: int) -> float:
+    """Relative size of what is zero; it grows with the samples behind the equations."""
+    return float(np.finfo(np.float64).eps * max(samples, NUM_REFERENCES))
+
+
 def _least_squares(equations: Floats, samples: int) -> Floats:
     """(NUM_REFERENCES,) energies; rows of ``equations`` are counts, then the energy."""
-    # Rounding grows with the samples behind the rows, not with the rows.
-    smallest = np.finfo(np.float64).eps * max(samples, NUM_REFERENCES)
+    smallest = _rounding(samples)
     counts, energies = equations[:, :-1], equations[:, -1]
     present = counts.any(axis=0)
     references = np.zeros(NUM_REFERENCES)

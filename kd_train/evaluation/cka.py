@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
+from kd_train.evaluation.trained import known_elements
 from kd_train.loader.data import CachedSamples
 from kd_train.loader.joined import Split
 from kd_train.loader.order import Positions, ordered_within
@@ -133,11 +134,14 @@ class Side(Protocol):
 class ModelSide:
     """A student or teacher from a file, with its own graphs."""
 
-    def __init__(self, path: Path, split: Split, device: torch.device) -> None:
+    def __init__(
+        self, path: Path, split: Split, device: torch.device, any_element: bool
+    ) -> None:
         loaded = load_checkpoint(_model_file(path))
         self.title = f"{path.resolve().name} ({loaded.name})"
         self._model = loaded.model.to(device).eval()
-        rule, elements = loaded.model.graph_rule, loaded.model.elements
+        rule = loaded.model.graph_rule
+        elements = known_elements(loaded, "--any-element", any_element)
         # Every sample comes once.
         samples = CachedSamples(split, rule, elements, edge_cache_bytes=0)
         self.load = pinned(samples.batch, device)
@@ -181,11 +185,13 @@ def compare_models(
     *,
     limit: int | None = None,
     batch_atoms: int = 2000,
+    any_element: bool = False,
 ) -> Similarity:
     """CKA between all layers of two models over the atoms of a split.
 
     A model is a run folder, a model file, or ``teacher`` for the features in the store.
-    ``limit`` takes the first samples in storage order, which is random.
+    ``limit`` takes the first samples in storage order, which is random; with
+    ``any_element`` a model may be given elements that its training data lacked.
 
     Raises
     ------
@@ -198,7 +204,7 @@ def compare_models(
     """
     split = chosen_split(store, split_name)
     count = len(split) if limit is None else min(limit, len(split))
-    sides = [_side(model, split, device) for model in models]
+    sides = [_side(model, split, device, any_element) for model in models]
     batches = ordered_within(split.n_atoms[:count], batch_atoms)
     sums = LinearCKA()
     layers: list[tuple[str, ...]] = []
@@ -222,10 +228,10 @@ def compare_models(
     )
 
 
-def _side(model: str, split: Split, device: torch.device) -> Side:
+def _side(model: str, split: Split, device: torch.device, any_element: bool) -> Side:
     if model == STORED:
         return StoredSide(split, device)
-    return ModelSide(Path(model), split, device)
+    return ModelSide(Path(model), split, device, any_element)
 
 
 def _model_file(path: Path) -> Path:

@@ -22,6 +22,7 @@ from pipeline.files import write_atomically
 from pipeline.graphs.batch import collate
 from pipeline.graphs.neighbors import sample_edges
 from pipeline.models.checkpoint import LoadedModel
+from pipeline.models.elements import trained_elements
 from pipeline.models.layers import edge_vectors
 from pipeline.structure import Structure
 
@@ -165,6 +166,7 @@ def compared(student: LoadedModel, content: bytes) -> dict[str, float]:
 def _header(student: LoadedModel) -> str:
     """What a user of the program has to know about it, as JSON."""
     rule = student.model.graph_rule
+    known = trained_elements(student.normalizer, student.provenance)
     return json.dumps(
         {
             "model": student.name,
@@ -172,6 +174,7 @@ def _header(student: LoadedModel) -> str:
             "outputs": OUTPUTS,
             "hyperparameters": student.model.hyperparameters,
             "normalizer": student.normalizer.to_dict(),
+            "elements": None if known is None else sorted(known),
             "graph": {
                 "cutoff": rule.cutoff,
                 "max_neighbors": rule.max_neighbors,
@@ -187,8 +190,9 @@ def _header(student: LoadedModel) -> str:
 
 def _example(student: LoadedModel, natoms: Sequence[int], periodic: bool) -> Data:
     """Batch of made-up structures of elements that the student knows."""
-    references = student.normalizer.element_references
-    known = [z for z, energy in enumerate(references) if energy != 0.0] or [1, 6, 8]
+    known = sorted(
+        trained_elements(student.normalizer, student.provenance) or {1, 6, 8}
+    )
     rng = np.random.default_rng(sum(natoms))
     structures = [_structure(rng, known, count, periodic) for count in natoms]
     rule = student.model.graph_rule

@@ -1,7 +1,8 @@
 """A finished student on splits of a store or on a dataset: metrics and predictions."""
 
 import math
-from collections.abc import Iterable, Mapping
+import threading
+from collections.abc import Container, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from kd_train.config import LossConfig
 from kd_train.evaluation.evaluate import evaluate, teacher_metrics
 from kd_train.evaluation.throughput import POOL, structures_of
-from kd_train.evaluation.trained import without_reference
+from kd_train.evaluation.trained import silence, undetermined_elements, untrained
 from kd_train.loader.data import CachedSamples
 from kd_train.loader.datafiles import DatasetSamples
 from kd_train.loader.joined import Split
@@ -25,7 +26,9 @@ from kd_train.loader.prefetch import pinned, prefetch
 from kd_train.loader.selected import SelectedSplit
 from pipeline.datasets import Dataset
 from pipeline.errors import SpecError
+from pipeline.graphs.neighbors import limit_warning
 from pipeline.models.checkpoint import LoadedModel
+from pipeline.models.elements import symbols_of
 from pipeline.statistics import KIND_DIFFERENCE
 from pipeline.structure import Structure
 
@@ -61,7 +64,8 @@ class Score:
     """Metrics of one part, and its predictions in eV and eV/Å with ``sample_ids``.
 
     ``energy_offset`` is the median of |ΔE| per atom in eV, NaN without labels;
-    ``unknown`` are elements that the student's training labels did not contain.
+    ``unknown`` are elements that the student's training data lacked, ``doubts`` further
+    sentences on what was met.
     """
 
     name: str
@@ -70,6 +74,7 @@ class Score:
     predictions: Arrays
     energy_offset: float
     unknown: tuple[int, ...]
+    doubts: tuple[str, ...] = ()
 
     @property
     def warnings(self) -> list[str]:
@@ -78,8 +83,8 @@ class Score:
         if self.unknown:
             symbols = ", ".join(chemical_symbols[z] for z in self.unknown)
             found.append(
-                f"{self.name}: the student's training labels held no {symbols}; its "
-                "energies of samples with it mean nothing."
+                f"{self.name}: the student's training data held no {symbols}; its "
+                "numbers for samples with it mean nothing."
             )
         elif self.energy_offset > KIND_DIFFERENCE:
             found.append(
@@ -91,23 +96,31 @@ class Score:
             )
         if math.isnan(self.metrics["energy_mae"]):
             found.append(f"{self.name}: no sample has a reference energy.")
-        return found
+        return [*found, *(f"{self.name}: {doubt}." for doubt in self.doubts)]
 
 
 def store_part(
-    split: Split, student: LoadedModel, limit: int | None, every: int
+    split: Split,
+    student: LoadedModel,
+    elements: Container[int],
+    limit: int | None,
+    every: int,
 ) -> Part:
-    """Each ``every``-th sample of a split, at most ``limit``, in storage order."""
+    """Each ``every``-th sample of a split, at most ``limit``, in storage order.
+
+    Others than these ``elements`` are refused.
+    """
     if limit is not None or every > 1:
         split = SelectedSplit(split, np.arange(len(split))[::every][:limit])
-    samples = CachedSamples(split, student.model.graph_rule, student.model.elements)
+    samples = CachedSamples(split, student.model.graph_rule, elements)
     return Part(split.name, samples, split.sample_ids, split.n_atoms, split)
 
 
-def dataset_part(name: str, dataset: Dataset, student: LoadedModel) -> Part:
-    """All samples of an opened dataset, under ``name``."""
-    model = student.model
-    samples = DatasetSamples(dataset, model.graph_rule, model.elements)
+def dataset_part(
+    name: str, dataset: Dataset, student: LoadedModel, elements: Container[int]
+) -> Part:
+    """All samples of an opened dataset, under ``name``; of these ``elements`` only."""
+    samples = DatasetSamples(dataset, student.model.graph_rule, elements)
     return Part(name, samples, np.array(dataset.sample_ids, np.str_), dataset.n_atoms)
 
 
@@ -135,11 +148,11 @@ def score(
         A sample has no neighbours or an element the model does not know; names it.
     """
     _require_forces(student)
-    elements: set[int] = set()
+    met = _Met()
 
     def noted(positions: Positions) -> Data:
         batch = part.samples.batch(positions)
-        elements.update(np.unique(batch.atomic_numbers.numpy()).tolist())
+        met.add(batch, student)
         return batch
 
     load = pinned(noted, device)
@@ -161,8 +174,43 @@ def score(
         None if part.split is None else teacher_metrics(part.split),
         {"sample_ids": np.array(part.sample_ids.tolist()), **found},
         _energy_offset(found),
-        tuple(without_reference(student.normalizer, elements)),
+        tuple(untrained(student, met.elements)),
+        tuple(met.doubts(student)),
     )
+
+
+class _Met:
+    """What passed by in the batches of a part; threads may add at the same time."""
+
+    def __init__(self) -> None:
+        self.elements: set[int] = set()
+        self._arbitrary: set[int] = set()
+        self._crowded = 0
+        self._atoms = 0
+        self._lock = threading.Lock()
+
+    def add(self, batch: Data, student: LoadedModel) -> None:
+        """Take note of a batch before it is moved to the device."""
+        numbers = batch.atomic_numbers.numpy()
+        samples = np.split(numbers, np.cumsum(batch.natoms.numpy())[:-1])
+        arbitrary = {z for s in samples for z in undetermined_elements(student, s)}
+        with self._lock:
+            self.elements.update(np.unique(numbers).tolist())
+            self._arbitrary |= arbitrary
+            self._crowded += batch.crowded
+            self._atoms += len(numbers)
+
+    def doubts(self, student: LoadedModel) -> list[str]:
+        """What makes numbers doubtful, each without its full stop."""
+        rule = student.model.graph_rule
+        found = [silence(student), limit_warning(rule, self._crowded, self._atoms)]
+        if self._arbitrary:
+            found.append(
+                "the training compositions did not determine the reference energies of "
+                f"{symbols_of(sorted(self._arbitrary))}, so energies of compositions "
+                "that are no combination of them mean nothing"
+            )
+        return [text for text in found if text is not None]
 
 
 def pool_of(part: Part) -> list[Structure]:

@@ -3,18 +3,28 @@
 Nothing of training is imported here, so that a student can be used without it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from ase.data import chemical_symbols
 from torch import Tensor
 from torch_geometric.data import Data
 
 from pipeline.errors import CheckpointError
 from pipeline.models.checkpoint import LoadedModel, load_checkpoint
-from pipeline.models.normalizer import Normalizer
+from pipeline.models.elements import (
+    TRAINING_DATA,
+    trained_elements,
+    usable_elements,
+)
 
 STUDENT_FILE = "student.safetensors"
+# Parts of a composition, per atom, that are none.
+_ROUNDING = 1e-6
+Elements = Container[int]
 
 
 def student_file(place: Path) -> Path:
@@ -70,15 +80,66 @@ def predict(student: LoadedModel, batch: Data) -> tuple[Tensor, Tensor | None]:
         return energy, normalizer.denormalize_forces(output.forces)
 
 
-def without_reference(
-    normalizer: Normalizer, atomic_numbers: Iterable[int]
-) -> list[int]:
-    """Elements that the labels of the training split did not contain, ascending.
+def reference_energies(student: LoadedModel) -> dict[str, float]:
+    """Energies of isolated atoms in eV that a student's total energies contain.
 
-    A normaliser with fitted reference energies has one for each element that occurred;
-    one without any references does not tell, and the list is empty.
+    By symbol, of the elements that have one; empty of energies without references,
+    such as adsorption energies.
     """
-    references = normalizer.element_references
-    if not any(references):
+    references = student.normalizer.element_references
+    return {chemical_symbols[z]: e for z, e in enumerate(references) if e != 0.0}
+
+
+def known_elements(student: LoadedModel, option: str, any_element: bool) -> Elements:
+    """Elements that ``student`` may be given; with ``any_element`` all it can embed.
+
+    ``option`` is how that is spelled where the student is used.
+    """
+    trained = trained_elements(student.normalizer, student.provenance)
+    known = None if any_element else trained
+    return usable_elements(student.model.elements, known, option)
+
+
+def untrained(student: LoadedModel, atomic_numbers: Iterable[int]) -> list[int]:
+    """Elements that the training data of ``student`` lacked, ascending.
+
+    None of them where its file does not list those that were there.
+    """
+    trained = trained_elements(student.normalizer, student.provenance)
+    numbers = set(map(int, atomic_numbers))
+    return [] if trained is None else sorted(numbers - trained)
+
+
+def silence(student: LoadedModel) -> str | None:
+    """What to warn of where a file does not list the elements of its training data."""
+    if trained_elements(student.normalizer, student.provenance) is not None:
+        return None
+    return (
+        "the file of the model does not say which elements it was trained on, so "
+        "others are not refused"
+    )
+
+
+def undetermined_elements(
+    student: LoadedModel, atomic_numbers: npt.ArrayLike
+) -> list[int]:
+    """Elements whose reference energies make the energy of a structure arbitrary.
+
+    ``atomic_numbers`` (N,) of its atoms. Empty where the composition is one of the
+    training data, or a combination of such.
+    """
+    about = student.provenance.get(TRAINING_DATA)
+    free = about.get("undetermined", []) if isinstance(about, dict) else []
+    if not free:
         return []
-    return sorted({z for z in map(int, atomic_numbers) if references[z] == 0.0})
+    numbers, counts = np.unique(np.asarray(atomic_numbers), return_counts=True)
+    found: set[int] = set()
+    for direction in free:
+        parts = {int(z): float(part) for z, part in direction.items()}
+        change = sum(
+            int(count) * parts.get(int(z), 0.0)
+            for z, count in zip(numbers, counts, strict=True)
+        )
+        if abs(change) > _ROUNDING * len(np.atleast_1d(atomic_numbers)):
+            found |= {z for z, part in parts.items() if abs(part) > _ROUNDING}
+    return sorted(found & set(numbers.tolist()))

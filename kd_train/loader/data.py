@@ -2,7 +2,7 @@
 
 import copy
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,7 @@ class CachedSamples:
         self,
         split: Split,
         rule: GraphRule,
-        elements: Sequence[int],
+        elements: Container[int],
         fields: Sequence[str] = (),
         edge_cache_bytes: int = EDGE_CACHE_BYTES,
     ) -> None:

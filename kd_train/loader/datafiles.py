@@ -1,6 +1,6 @@
 """Batches from dataset files, as CachedSamples makes them from a store."""
 
-from collections.abc import Sequence
+from collections.abc import Container
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +33,7 @@ class DatasetSamples:
     """
 
     def __init__(
-        self, dataset: Dataset, rule: GraphRule, elements: Sequence[int]
+        self, dataset: Dataset, rule: GraphRule, elements: Container[int]
     ) -> None:
         self.dataset = dataset
         self.rule = rule

@@ -16,6 +16,7 @@ from kd_train.trainer.setup import Learner
 from kd_train.trainer.validate import Validator
 from pipeline.files import write_atomically
 from pipeline.models.checkpoint import load_checkpoint, save_model
+from pipeline.models.elements import TRAINING_DATA
 from pipeline.models.network import Network
 from pipeline.store.reader import FeatureStore
 
@@ -26,8 +27,9 @@ def export_student(
     folder: Path, learner: Learner, student: Network, provenance: dict[str, Any]
 ) -> None:
     """Write the plain ``student``, without adapters."""
+    about = {**provenance, TRAINING_DATA: learner.training_data}
     save_model(
-        folder / _STUDENT, learner.model_name, student, learner.normalizer, provenance
+        folder / _STUDENT, learner.model_name, student, learner.normalizer, about
     )
 
 

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from kd_train.losses import (
 from kd_train.recipe import with_recipe
 from kd_train.strategies import REGISTRY, Strategy
 from kd_train.strategies.base import Setting
+from kd_train.trainer.contents import examined
 from kd_train.trainer.labels import (
     FIRST_SAMPLES,
     has_labels,
@@ -35,6 +37,7 @@ from pipeline.fields import FIELDS, PREDICTION_FIELDS
 from pipeline.models.network import Network
 from pipeline.models.normalizer import Normalizer
 from pipeline.models.zoo import PRESETS, build_model
+from pipeline.spec import PER_ELEMENT
 from pipeline.statistics import KIND_DIFFERENCE
 from pipeline.store.reader import FeatureStore
 
@@ -51,7 +54,8 @@ class Learner:
     """The plain student, its training-only adapters, and the units it works in.
 
     ``fields`` are what training reads from the store beside structures and labels;
-    ``supervised`` is L0.
+    ``supervised`` is L0, ``training_data`` (JSON-able) what later uses of the student
+    are checked against.
     """
 
     model_name: str
@@ -62,6 +66,7 @@ class Learner:
     fields: tuple[str, ...]
     supervised: OutputError
     initial_digest: str
+    training_data: dict[str, Any]
 
 
 def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
@@ -95,6 +100,21 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
     )
     strategies = tuple(REGISTRY[s](setting) for s in config.strategies)
     require_labels(config, split, chosen_split(store, config.val_split))
+    tests = config.test_split.split("+") if config.test_split else []
+    training_data = examined(
+        split,
+        [
+            ("val_split", chosen_split(store, config.val_split)),
+            *(
+                ("test_split", chosen_split(store, name))
+                for name in tests
+                if name != config.val_split
+            ),
+        ],
+        student.graph_rule,
+        normalizer,
+        _fitted_split(config, store, normalizer),
+    )
     if not student.is_fitted:
         student.fit(_fitting_batch(student, split))
     adapters = {s.name: s.adapter for s in strategies if s.adapter is not None}
@@ -107,7 +127,21 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
         fields,
         OutputError("l0", supervised_labels(config.loss), normalizer, config.loss),
         weights_digest(student),
+        training_data,
     )
+
+
+def _fitted_split(
+    config: TrainConfig, store: FeatureStore, normalizer: Normalizer
+) -> Split | None:
+    """The split whose labels gave the reference energies; None where none did."""
+    statistics = store.attributes["label_statistics"]
+    for name in config.train_split.split("+"):
+        choice = store.attributes["splits"][name].get("reference_energies")
+        same = Normalizer.from_dict(statistics[name]) == normalizer
+        if choice == PER_ELEMENT and same:
+            return store.splits[name]
+    return None
 
 
 def wanted_fields(config: TrainConfig) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from pipeline.files import sha256_of
 from pipeline.graphs.batch import collate
 from pipeline.models.checkpoint import LoadedModel, load_checkpoint
 from pipeline.models.contents import Weights
+from pipeline.models.elements import trained_elements, usable_elements
 from pipeline.models.network import Network
 from pipeline.spec import TeacherSpec
 from pipeline.teachers.interface import Claims, FieldOffer, Graph, Potential
@@ -32,8 +33,7 @@ def load(spec: TeacherSpec) -> "OwnPotential":
         raise SpecError(
             f"teacher.checkpoint is missing; {spec.model} needs a file of weights."
         )
-    if spec.options:
-        raise SpecError(f"teacher.options: {spec.model} takes none.")
+    any_element = _any_element(spec)
     scale_file = None if spec.scale_file is None else Path(spec.scale_file)
     loaded = load_checkpoint(
         Path(spec.checkpoint), scale_file=scale_file, weights=spec.weights
@@ -48,16 +48,38 @@ def load(spec: TeacherSpec) -> "OwnPotential":
             f"{spec.checkpoint} holds a model without forces, which every store "
             "keeps; choose a teacher that predicts them."
         )
-    return OwnPotential(loaded, spec.weights, scale_file)
+    return OwnPotential(loaded, spec.weights, scale_file, any_element)
+
+
+def _any_element(spec: TeacherSpec) -> bool:
+    """Whether elements that the training data lacked are accepted: the one option."""
+    unknown = sorted(spec.options.keys() - {"any_element"})
+    if unknown:
+        raise SpecError(
+            f"teacher.options: {spec.model} has no option {unknown[0]!r} (known: "
+            "any_element)."
+        )
+    value = spec.options.get("any_element", False)
+    if not isinstance(value, bool):
+        raise SpecError(f"teacher.options.any_element is {value!r}; set true or false.")
+    return value
 
 
 class OwnPotential(Potential):
-    """One of our networks; ``loaded`` has the model and its normaliser."""
+    """One of our networks; ``loaded`` has the model and its normaliser.
+
+    Elements are those of its training data, where the file states these, unless
+    ``any_element`` accepts all that the network can embed.
+    """
 
     precisions = ("float32", "tf32", "bfloat16")
 
     def __init__(
-        self, loaded: LoadedModel, weights: Weights, scale_file: Path | None
+        self,
+        loaded: LoadedModel,
+        weights: Weights,
+        scale_file: Path | None,
+        any_element: bool = False,
     ) -> None:
         self.loaded = loaded
         self._weights = weights
@@ -65,7 +87,12 @@ class OwnPotential(Potential):
         model = loaded.model.eval().requires_grad_(False)
         self.offers = _offers(model)
         self.graph_rule = model.graph_rule
-        self.elements = model.elements
+        trained = trained_elements(loaded.normalizer, loaded.provenance)
+        self.elements = usable_elements(
+            model.elements,
+            None if any_element else trained,
+            "teacher.options.any_element=true",
+        )
         self.normalizer = loaded.normalizer
         self.provenance = loaded.provenance
         # With two scales, forces are not the gradient of the energy in eV.

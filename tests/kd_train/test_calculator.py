@@ -23,7 +23,13 @@ from pipeline.models.normalizer import Normalizer
 from pipeline.models.zoo import build_model
 from tests.commands import run_command
 from tests.frames import DEMO, collision_frames, frame, write_frames
-from tests.stores import STUDENTS, TINY_PAINN, save_gemnet, teacher_normalizer
+from tests.stores import (
+    STUDENTS,
+    TINY_PAINN,
+    save_gemnet,
+    save_teacher,
+    teacher_normalizer,
+)
 
 TEACHER = DEMO / "painn_teacher.safetensors"
 
@@ -65,6 +71,8 @@ def crystal() -> Atoms:
     return atoms
 
 
+# These small networks see 20 neighbours, and atoms of a crystal have more.
+@pytest.mark.filterwarnings("ignore:.*neighbours within:UserWarning")
 @pytest.mark.parametrize("kind", ["painn", "gradient", "schnet", "gemnet"])
 def test_gives_what_kd_eval_gives(
     others: dict[str, Path], kind: str, tmp_path: Path
@@ -122,6 +130,7 @@ def test_forces_turn_with_the_atoms(others: dict[str, Path], kind: str) -> None:
     assert np.abs(forces).max() > 1e-3
 
 
+@pytest.mark.filterwarnings("ignore:.*neighbours within:UserWarning")
 @pytest.mark.parametrize("kind", ["gradient", "schnet"])
 @pytest.mark.parametrize("periodic", [False, True])
 def test_gradient_forces_are_finite_differences(
@@ -207,7 +216,10 @@ def test_what_cannot_be_calculated_is_told(schnet: Path, tmp_path: Path) -> None
     refused(Atoms("Fm2", [[0, 0, 0], [0, 0, 1.5]]), "atomic number 100")
     refused(Atoms("H"), "No atom has a neighbour within 5.0 Å")
     refused(Atoms("H2", [[0, 0, 0], [0, 0, np.nan]]), "positions")
+    refused(Atoms("H2", [[0, 0, 0], [0, 0, np.inf]]), "positions with numbers that")
     refused(Atoms("H2", [[0, 0, 0], [0, 0, 1]], pbc=True), "cell")
+    flat = Atoms("H2", [[0, 0, 0], [0, 0, 1]], cell=[9, 9, 0], pbc=(True, False, True))
+    refused(flat, "The cell of a structure of 2 atoms is singular")
     allowed = molecule("CH3NO2")
     allowed.calc = StudentCalculator(schnet, device="cpu", any_element=True)
     assert np.isfinite(allowed.get_potential_energy())
@@ -215,6 +227,45 @@ def test_what_cannot_be_calculated_is_told(schnet: Path, tmp_path: Path) -> None
         StudentCalculator(tmp_path / "absent")
     with pytest.raises(SpecError, match="'float16'"):
         StudentCalculator(schnet, device="cpu", dtype="float16")
+
+
+def test_periodicity_is_not_ignored(tmp_path: Path) -> None:
+    """A5: a student of molecules takes no atoms with a periodic direction."""
+    blind = save_teacher(tmp_path / "blind.safetensors", use_pbc=False)
+    atoms = molecule("CH3OH", cell=[9, 9, 9], pbc=(True, False, False))
+    atoms.calc = calculator(blind)
+    with pytest.raises(DataError, match=r"use_pbc: false.*set atoms.pbc = False"):
+        atoms.get_potential_energy()
+    atoms.pbc = False
+    assert np.isfinite(atoms.get_potential_energy())
+
+
+def test_atoms_that_meet_the_limit_are_told_once(schnet: Path) -> None:
+    """A11: with their share."""
+    atoms = bulk("C", "diamond", a=3.6)
+    atoms.calc = calculator(schnet)
+    with pytest.warns(UserWarning, match="100 % of 2 atoms have more than 20 neigh"):
+        atoms.get_potential_energy()
+    atoms.rattle(0.01, seed=1)
+    atoms.get_potential_energy()
+
+
+def test_energies_of_isolated_atoms(schnet: Path) -> None:
+    """C: the references that total energies contain."""
+    known = calculator(schnet).reference_energies()
+    assert known == {"H": -16.0, "C": -58.0, "O": -106.0}
+
+
+def test_files_that_do_not_list_elements_are_told(tmp_path: Path) -> None:
+    """A8: as files of before are, where no references tell either."""
+    path = tmp_path / "bare.safetensors"
+    model = build_model("schnet", STUDENTS["schnet-demo"])
+    save_model(path, "schnet", model, Normalizer(), {})
+    with pytest.warns(UserWarning, match="does not say which elements"):
+        calc = calculator(path)
+    atoms = molecule("CH3NO2")
+    atoms.calc = calc
+    assert np.isfinite(atoms.get_potential_energy())
 
 
 def test_a_lone_atom_is_warned_of_once(schnet: Path) -> None:

@@ -15,10 +15,17 @@ from PIL import Image
 from kd_train.cli import cka_main, report_main
 from kd_train.evaluation.cka import LinearCKA, Similarity, compare_models
 from kd_train.loader.data import CachedSamples
-from pipeline.models.checkpoint import load_checkpoint
+from pipeline.models.checkpoint import load_checkpoint, save_model
+from pipeline.models.zoo import build_model
 from pipeline.store.reader import FeatureStore
 from tests.commands import refusal, run_command
-from tests.stores import build, spec_document, write_spec
+from tests.stores import (
+    TINY_PAINN,
+    build,
+    spec_document,
+    teacher_normalizer,
+    write_spec,
+)
 
 CPU = torch.device("cpu")
 
@@ -230,3 +237,19 @@ def test_a_wide_map_has_no_numbers_but_every_layer(tmp_path):
     assert rows[4][1:] == [""] * 20
     with Image.open(tmp_path / "cka.png") as image:
         assert 1000 < image.width < 3000
+
+
+def test_elements_that_a_model_was_not_trained_on_are_refused(
+    finished, labels_store, tmp_path
+):
+    """A8: features of an element that was never seen are noise."""
+    path = tmp_path / "hydrocarbons.safetensors"
+    model = build_model("painn", TINY_PAINN)
+    about = {"training_data": {"elements": [1, 6], "undetermined": []}}
+    save_model(path, "painn", model, teacher_normalizer(), about)
+    given = ("--data", labels_store.path, "--split", "val", "--out", tmp_path / "out")
+    said = refusal(cka_main, (finished, path, *given))
+    assert "held no O" in said
+    assert "set --any-element to go on" in said
+    done = run_command(cka_main, (finished, path, *given, "--any-element"))
+    assert done.exit_code == 0

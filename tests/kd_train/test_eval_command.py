@@ -1,6 +1,7 @@
 """``kd-eval`` as it is typed, against the run's own results and plain numpy."""
 
 import json
+import operator
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,13 @@ from kd_train.loader.datafiles import DatasetSamples, guessed_format
 from kd_train.loader.selected import SelectedSplit
 from pipeline.datasets import open_dataset
 from pipeline.errors import SpecError
+from pipeline.models.checkpoint import save_model
+from pipeline.models.normalizer import Normalizer
+from pipeline.models.zoo import build_model
 from pipeline.store.reader import FeatureStore
 from tests.commands import refusal, run_command
 from tests.frames import DEMO, collision_frames, frame, write_frames
+from tests.stores import TINY_PAINN, save_teacher, teacher_normalizer
 
 METHANE = [[0, 0, 0], [0.6, 0.6, 0.6], [-0.6, -0.6, 0.6], [0.6, -0.6, -0.6]]
 
@@ -115,7 +120,8 @@ def test_batches_of_a_file_are_those_of_the_store(
     stored = CachedSamples(split, *rules).batch(np.arange(4))
     read = DatasetSamples(dataset, *rules).batch(np.array(places))
     for key in set(read.keys()) - {"num_nodes", "num_graphs"}:
-        assert torch.equal(read[key], stored[key]), key
+        same = torch.equal if torch.is_tensor(read[key]) else operator.eq
+        assert same(read[key], stored[key]), key
     assert (read.num_nodes, read.num_graphs) == (stored.num_nodes, stored.num_graphs)
 
 
@@ -138,6 +144,23 @@ def test_rows_of_all_splits_and_their_plain_mean(
 
 def _one(metrics: dict[str, float]) -> str:
     return f"{metrics['energy_mae']:.1f}"
+
+
+def test_compositions_outside_the_span_are_told(tmp_path: Path) -> None:
+    """A14: in kd-eval as in the calculator."""
+    about = {"elements": [1, 8], "undetermined": [{"1": -0.4472136, "8": 0.8944272}]}
+    path = tmp_path / "water.safetensors"
+    model = build_model("painn", TINY_PAINN)
+    normalizer = teacher_normalizer()
+    save_model(path, "painn", model, normalizer, {"training_data": about})
+    water = frame("w", ["O", "H", "H"], [[0, 0, 0], [1, 0, 0], [0, 1, 0]], energy=-9)
+    pair = frame("h", ["H", "H"], [[0, 0, 0], [1, 0, 0]], energy=-9)
+    told = "did not determine the reference energies of H,"
+    for frames, expected in (([water], False), ([water, pair], True)):
+        data = write_frames(tmp_path / f"{len(frames)}.extxyz", frames)
+        done = run_command(eval_main, [path, "--data", data, "--device", "cpu"])
+        assert done.exit_code == 0
+        assert (told in done.stderr) is expected
 
 
 def test_limits_choose_the_same_samples_for_student_and_teacher(
@@ -180,12 +203,45 @@ def test_other_energies_and_unknown_elements_are_told(
     assert json.loads(done.stdout)["warnings"]
     other = tmp_path / "other.extxyz"
     write_frames(other, [frame("si", ["Si", "H", "H", "H"], METHANE, energy=-3.0)])
+    told = refusal(eval_main, [finished, "--data", other, *words])
+    assert told.startswith("Sample 'si' holds Si; the data that this model was trained")
+    assert "set --any-element to go on" in told
+    words.append("--any-element")
     done = run_command(eval_main, [finished, "--data", other, *words])
     assert "held no Si" in done.stderr
+    assert "held no Si" in json.loads(done.stdout)["warnings"][0]
     right = tmp_path / "right.extxyz"
     write_frames(right, frames)
     trained = DEMO / "painn_teacher.safetensors"
     assert not run_command(eval_main, [trained, "--data", right, *words]).stderr
+
+
+def test_files_that_do_not_list_elements_are_told(tmp_path: Path) -> None:
+    """A8: without references either; nothing is refused."""
+    bare = tmp_path / "bare.safetensors"
+    model = build_model("painn", TINY_PAINN)
+    save_model(bare, "painn", model, Normalizer(), {})
+    data = write_frames(tmp_path / "some.extxyz", collision_frames(3))
+    done = run_command(eval_main, [bare, "--data", data, "--device", "cpu"])
+    assert done.exit_code == 0
+    told = "some.extxyz: the file of the model does not say which elements it was"
+    assert f"Warning: {told}" in done.stderr
+
+
+def test_periodic_samples_and_limits_are_told(tmp_path: Path) -> None:
+    """A5 and A11: images are not ignored, and the share of atoms is told."""
+    lattice = 'pbc="T T T" Lattice="2.8 0 0 0 2.8 0 0 0 2.8"'
+    places = [[0, 0, 0], [1.4, 1.4, 1.4]]
+    crystal = frame("cell", ["C", "C"], places, energy=-100.0, header=lattice)
+    apart = frame("pair", ["C", "C"], [[0, 0, 0], [0, 0, 1.4]], energy=-100.0)
+    data = write_frames(tmp_path / "cells.extxyz", [crystal, apart])
+    words = ["--data", data, "--device", "cpu"]
+    blind = save_teacher(tmp_path / "blind.safetensors", use_pbc=False)
+    told = refusal(eval_main, [blind, *words])
+    assert told.startswith("Sample 'cell': pbc is T T T, but the graphs of the model")
+    sound = save_teacher(tmp_path / "sound.safetensors")
+    done = run_command(eval_main, [sound, *words])
+    assert "Warning: cells.extxyz: 50 % of 4 atoms have more than 20" in done.stderr
 
 
 def test_samples_without_labels_get_predictions(finished: Path, tmp_path: Path) -> None:

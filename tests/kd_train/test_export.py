@@ -101,6 +101,8 @@ def test_a_program_computes_what_the_model_does(kind: str, tmp_path: Path) -> No
     assert float(forces.abs().max()) > 1e-3
     assert header["graph"]["cutoff"] == 5.0
     assert header["normalizer"] == NORMALIZER.to_dict()
+    references = NORMALIZER.element_references
+    assert header["elements"] == ([z for z, e in enumerate(references) if e] or None)
     # Another model is not taken for this one.
     other = replace(student, normalizer=replace(NORMALIZER, energy_mean=-2.0))
     with pytest.raises(CheckpointError, match=r"its energy is up to 0\.5 away"):
@@ -144,3 +146,17 @@ def test_shifts_are_those_of_the_cells() -> None:
     np.testing.assert_allclose(shifts, np.concatenate(wanted), atol=1e-5)
     assert np.abs(shifts.numpy()).max() > 3
     assert natoms.tolist() == [len(s) for s in samples]
+
+
+def test_models_of_molecules_are_exported_with_their_elements(tmp_path: Path) -> None:
+    """A5 and A8: neither images nor other elements are in the comparison."""
+    path, program = tmp_path / "m.safetensors", tmp_path / "m.pt2"
+    model = build_model("schnet", STUDENTS["schnet-demo"] | {"use_pbc": False})
+    about = {"training_data": {"elements": [1, 8], "undetermined": []}}
+    save_model(path, "schnet", model, NORMALIZER, about)
+    export_student(load_student(path), program)
+    files = {HEADER: ""}
+    torch.export.load(program, extra_files=files)
+    header = json.loads(files[HEADER])
+    assert header["elements"] == [1, 8]
+    assert header["graph"]["periodic"] is False

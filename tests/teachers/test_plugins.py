@@ -36,12 +36,16 @@ def test_missing_packages_are_named_with_their_extra(name: str) -> None:
         load_potential(TeacherSpec(model=name))
 
 
-def test_our_models_need_a_file_and_take_no_options(teacher_file: Path) -> None:
+def test_our_models_need_a_file_and_take_one_option(teacher_file: Path) -> None:
     with pytest.raises(SpecError, match=r"checkpoint is missing"):
         load_potential(TeacherSpec(model="painn"))
-    spec = TeacherSpec(model="painn", checkpoint=str(teacher_file), options={"a": 1})
-    with pytest.raises(SpecError, match=r"painn takes none"):
-        load_potential(spec)
+    for options, words in (
+        ({"a": 1}, "painn has no option 'a'"),
+        ({"any_element": 1}, "any_element is 1; set true or false"),
+    ):
+        spec = TeacherSpec(model="painn", checkpoint=str(teacher_file), options=options)
+        with pytest.raises(SpecError, match=words):
+            load_potential(spec)
 
 
 def test_a_spec_without_checkpoint_resolves(tmp_path: Path) -> None:

@@ -1,0 +1,191 @@
+"""What the structures of a split are made of: looked at once, before a run begins."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from kd_train.loader.joined import Split
+from pipeline.errors import SpecError
+from pipeline.fields import FIELDS
+from pipeline.graphs.neighbors import GraphRule
+from pipeline.models.elements import symbols_of
+from pipeline.models.normalizer import NUM_REFERENCES, Normalizer
+from pipeline.statistics import free_directions
+
+log = logging.getLogger("kd_train")
+# Singular values of compositions, relative to the largest, that are zero.
+_ROUNDING = 1e-9
+_NAMED = 3
+
+Counts = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass
+class Contents:
+    """Elements, periodicity and compositions of a split.
+
+    ``samples`` has by atomic number the ids of the first samples with that element,
+    ``periodic`` is the id of the first periodic one, ``span`` (k, 119) spans the
+    compositions of the samples with an energy.
+    """
+
+    samples: dict[int, list[str]] = field(default_factory=dict)
+    periodic: str | None = None
+    span: Floats = field(default_factory=lambda: np.zeros((0, NUM_REFERENCES)))
+
+    @property
+    def elements(self) -> list[int]:
+        """Atomic numbers, ascending."""
+        return sorted(self.samples)
+
+    def undetermined(self) -> list[dict[str, float]]:
+        """Changes of element energies that no composition notices, by atomic number."""
+        present = np.flatnonzero(np.abs(self.span).max(axis=0, initial=0))
+        if not len(present):
+            return []
+        free = free_directions(self.span[:, present], _ROUNDING)
+        return [
+            {
+                str(z): round(float(part), 12)
+                for z, part in zip(present, row, strict=True)
+            }
+            for row in free
+        ]
+
+
+def examined(
+    train: Split,
+    others: Sequence[tuple[str, Split]],
+    rule: GraphRule,
+    normalizer: Normalizer,
+    fitted: Split | None,
+) -> dict[str, Any]:
+    """What later uses of a student are checked against, JSON-able.
+
+    ``elements`` of the training split and ``undetermined`` (see Contents) of the one
+    that reference energies were ``fitted`` to. Warns of elements that only the
+    ``others`` have, by the key of the configuration that names each, and of those that
+    the ``normalizer`` has no reference energy for.
+
+    Raises
+    ------
+    SpecError
+        A structure is periodic, and the student's ``rule`` ignores images.
+    """
+    known = contents_of(train)
+    _require_periodic_graphs("train_split", train, known, rule)
+    _tell_without_reference(train, known, normalizer)
+    for key, split in others:
+        found = contents_of(split)
+        _require_periodic_graphs(key, split, found, rule)
+        _tell_new_elements(key, split, found, known)
+    undetermined: list[dict[str, float]] = []
+    if fitted is not None:
+        part = known if fitted is train else contents_of(fitted)
+        undetermined = part.undetermined()
+    return {"elements": known.elements, "undetermined": undetermined}
+
+
+def contents_of(split: Split) -> Contents:
+    """One pass over atomic numbers, periodic flags and energies of ``split``."""
+    found = Contents()
+    for ids, numbers, periodic, labelled in _blocks(split):
+        for z in np.flatnonzero(numbers.any(axis=0)).tolist():
+            known = found.samples.setdefault(z, [])
+            if len(known) < _NAMED:
+                known += ids[np.flatnonzero(numbers[:, z])[:_NAMED]].tolist()
+                del known[_NAMED:]
+        if found.periodic is None and periodic.any():
+            found.periodic = str(ids[int(np.argmax(periodic))])
+        found.span = _spanned(found.span, numbers[labelled])
+    return found
+
+
+def _blocks(
+    split: Split,
+) -> Iterator[tuple[npt.NDArray[Any], Counts, npt.NDArray[Any], npt.NDArray[Any]]]:
+    """Ids, (n, 119) counts of elements, whether periodic, whether with an energy."""
+    paths = [FIELDS[name].path for name in ("atomic_numbers", "pbc", "energy")]
+    for block in range(split.n_blocks):
+        positions = np.asarray(split.block_positions(block))
+        if not len(positions):
+            continue
+        values = split.read(positions, paths)
+        numbers, pbc, energy = (values[path] for path in paths)
+        sample = np.repeat(np.arange(len(positions)), split.n_atoms[positions])
+        cells = sample * NUM_REFERENCES + numbers.astype(np.int64)
+        counts = np.bincount(cells, minlength=len(positions) * NUM_REFERENCES)
+        yield (
+            split.sample_ids[positions],
+            counts.reshape(-1, NUM_REFERENCES),
+            np.asarray(pbc.any(axis=1)),
+            np.isfinite(energy),
+        )
+
+
+def _spanned(span: Floats, counts: Counts) -> Floats:
+    """Orthonormal rows that span ``span`` and the rows of ``counts``."""
+    present = np.flatnonzero(counts.any(axis=0) | span.any(axis=0))
+    if len(span) == len(present):
+        return span  # of all directions that there are, or of no sample
+    distinct = np.unique(counts[:, present], axis=0)
+    rows = np.zeros((len(distinct), NUM_REFERENCES))
+    rows[:, present] = distinct
+    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+    _, values, directions = np.linalg.svd(np.vstack((span, rows)), full_matrices=False)
+    return directions[values > _ROUNDING * values.max()]
+
+
+def _require_periodic_graphs(
+    key: str, split: Split, contents: Contents, rule: GraphRule
+) -> None:
+    """Refuse periodic structures for a student that would ignore their images."""
+    if contents.periodic is not None and not rule.periodic:
+        raise SpecError(
+            f"{key}: sample {contents.periodic!r} of {split.name!r} is periodic, but "
+            "the student's graphs ignore periodic images; set "
+            "student.hyperparameters.use_pbc=true, or build the store with "
+            "splits.NAME.pbc: none if its structures are molecules in a box."
+        )
+
+
+def _tell_new_elements(
+    key: str, split: Split, found: Contents, known: Contents
+) -> None:
+    """Warn of elements that a split has and that the training split lacks."""
+    new = [z for z in found.elements if z not in known.samples]
+    if not new:
+        return
+    ids = dict.fromkeys(name for z in new for name in found.samples[z])
+    named = ", ".join(repr(name) for name in [*ids][:_NAMED])
+    log.warning(
+        "%s: %r has samples with %s (such as %s), which the training split lacks; its "
+        "errors will mean little, so leave such samples out or train on others",
+        key,
+        split.name,
+        symbols_of(new),
+        named,
+    )
+
+
+def _tell_without_reference(
+    train: Split, known: Contents, normalizer: Normalizer
+) -> None:
+    """Warn of elements that lack a reference energy while others have one."""
+    references = normalizer.element_references
+    bare = [z for z in known.elements if references[z] == 0.0]
+    if any(references) and bare:
+        log.warning(
+            "train_split: %r has samples with %s (such as %r), for which there is no "
+            "reference energy beside those of others, so the student has to learn the "
+            "whole energy of these atoms; put the split that has them first, or name "
+            "a file in reference_energies",
+            train.name,
+            symbols_of(bare),
+            known.samples[bare[0]][0],
+        )
