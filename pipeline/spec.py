@@ -152,6 +152,27 @@ class SplitSpec(ClosedModel):
         None, description="displaced copies instead of the samples themselves"
     )
 
+    @field_validator("path", mode="before")
+    @classmethod
+    def _texts(cls, value: object) -> object:
+        parts = value if isinstance(value, list) else [value]
+        if not parts or not all(isinstance(part, str) and part for part in parts):
+            raise ValueError("must be a path or a list of paths")
+        return value
+
+    @field_validator("where", mode="before")
+    @classmethod
+    def _values(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            raise ValueError("must be a map from keys of frames to values")
+        for key, wanted in value.items():
+            parts = wanted if isinstance(wanted, list) else [wanted]
+            if not parts or not all(
+                isinstance(p, bool | int | float | str) for p in parts
+            ):
+                raise ValueError(f"{key!r} needs a number, a text, a flag or a list")
+        return value
+
     @property
     def paths(self) -> list[str]:
         """What ``path`` names, one or several."""
@@ -391,15 +412,10 @@ def _check_profile(name: str, feature: FeatureSpec) -> None:
 
 
 def _check_reading(split: SplitSpec, key: str) -> None:
-    if not split.paths:
-        raise SpecError(f"{key}.path names no file; give it one, or a list of them.")
     if split.forces_key is not None and split.gradient_key is not None:
         raise SpecError(
             f"{key} has forces_key and gradient_key; remove the one that is not meant."
         )
-    for name, wanted in split.conditions:
-        if not wanted:
-            raise SpecError(f"{key}.where.{name} is empty; give a value, or a list.")
 
 
 def _check_choices(spec: CacheSpec) -> None:

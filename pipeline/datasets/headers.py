@@ -33,7 +33,7 @@ _SWALLOWED = re.compile(
 _ID_INSIDE = re.compile(r"\b(sample_id|sid|fid)\s*=", re.I)
 _IDS = ("sample_id", "sid", "fid")
 # Keys after which a bare word, separated by a blank, may be a flag of its own.
-_OWN_VALUE = {*_IDS, "energy", "lattice", "cell", "properties", "pbc"}
+_OWN_VALUE = {*_IDS, "energy", "lattice", "cell", "pbc"}
 
 
 class Malformed(ValueError):
@@ -62,8 +62,8 @@ def header_words(line: str) -> dict[str, Word]:
     for key, word in _pairs(line):
         if word.text is not None and (swallowed := _SWALLOWED.search(word.text)):
             raise Malformed(
-                f"the value of {key!r} contains {swallowed.group()!r}: give {key!r} a "
-                "value in quotes of its own, or remove it"
+                f"the value of {key!r} contains {swallowed.group()!r}, as if it had "
+                "swallowed a key; give it quotes that match, or remove it"
             )
         if found.setdefault(key, word) != word:
             raise Malformed(f"the key {key!r} is there twice")
@@ -78,8 +78,8 @@ def _refuse_swallowed_ids(words: dict[str, Word]) -> None:
         for name in _ID_INSIDE.findall(word.text or ""):
             if name.lower() not in known:
                 raise Malformed(
-                    f"the value of {key!r} contains '{name}=', and there is no "
-                    f"{name!r} beside it: give {key!r} a value in quotes of its own"
+                    f"the value of {key!r} contains '{name}=', as if it had swallowed "
+                    "the key; give it quotes that match, or remove it"
                 )
 
 
