@@ -82,6 +82,8 @@ def test_keys_of_any_case_and_spelling_are_read(header: str, tmp_path: Path) -> 
         (SPECIES_POS, ("H 0 0 0 1", "O 0 0 1 1"), "atom 0 has 5 columns"),
         (SPECIES_POS, ("H 0 0 0", "O 0 0"), "atom 1 has 3 columns"),
         ("plain comment", ("H 0 0 0 7",), "without Properties has an element and x"),
+        (f"Lattice: {CELL}", BARE, "'Lattice' is not followed by '='"),
+        (f'Lattice "{CELL}" energy=-1', BARE, "'Lattice' is not followed by '='"),
         (f'cell="4 5 6" {SPECIES_POS}', BARE, "'cell' has 3 values"),
         (f'box="{CELL}" {SPECIES_POS}', BARE, "'box' but no 'Lattice'"),
         (f'{LATTICE} cell="{CELL} 1" {SPECIES_POS}', BARE, "'cell' has 10 values"),

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import ase
+import ase.db
 import pytest
 
 from pipeline.datasets import open_dataset, open_split
@@ -56,6 +58,31 @@ def test_where_chooses_frames_by_their_values(
     assert "".join(dataset.sample_ids) == expected
     assert [dataset[i].sample_id for i in range(len(dataset))] == list(expected)
     assert len(dataset.n_atoms) == len(expected)
+
+
+def test_where_holds_in_every_format(tmp_path: Path) -> None:
+    """C: databases by key-value pairs and data, chunks by their headers."""
+    with ase.db.connect(tmp_path / "a.db") as database:
+        for number in range(6):
+            atoms = ase.Atoms("H", info={"number": number})
+            data = {"kind": {"odd": number % 2}, "REF_energy": [-number]}
+            pairs = {"head": "pbe" if number < 4 else "scan", "sid": number}
+            database.write(atoms, key_value_pairs=pairs, data=data)
+    split = _split(tmp_path / "a.db", format="ase_db", where={"head": "pbe"})
+    assert list(open_split(split).sample_ids) == ["0", "1", "2", "3"]
+    options = {
+        "where": {"key_value_pairs.sid": [5, 3]},
+        "energy_key": "data.REF_energy",
+    }
+    split = _split(tmp_path / "a.db", format="ase_db", **options)
+    dataset = open_split(split)
+    assert list(dataset.sample_ids) == ["3", "5"]
+    assert [dataset[i].energy for i in range(2)] == [-3, -5]
+    assert dataset.label_names(0) == []
+    texts = [_frame(f"{i}", head="ab"[i % 2]) for i in range(6)]
+    chunk = write_frames(tmp_path / "1.extxyz.xz", texts)
+    split = _split(chunk, format="oc20_raw", where={"head": "b"}, offset=1)
+    assert list(open_split(split).sample_ids) == ["3", "5"]
 
 
 @pytest.mark.parametrize(
