@@ -1,13 +1,11 @@
 """``CacheSpec``: what a store is made of, read from ``cache_specs/*.yaml``."""
 
-import json
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field as Key
-from pydantic import ValidationInfo, field_validator
+from pydantic import field_validator
 
 from pipeline.documents import (
     ClosedModel,
@@ -21,8 +19,9 @@ from pipeline.documents import (
 from pipeline.errors import SpecError
 from pipeline.fields import CACHEABLE_FIELDS, FIELDS
 from pipeline.globs import glob_matches, is_glob
+from pipeline.references import read_reference_energies
 from pipeline.remote import is_url, refuse_credentials
-from pipeline.units import Units
+from pipeline.spec_units import UnitsSpec
 
 PER_ELEMENT, NO_REFERENCES = "per_element", "none"
 COMPACT_ERROR = 1e-3
@@ -68,30 +67,6 @@ class RattleSpec(ClosedModel):
         ge=1e-3, lt=1, description="standard deviation along each axis, in Å"
     )
     seed: int = Key(0, ge=0, description="of the displacements")
-
-
-class UnitsSpec(ClosedModel):
-    """Units of a file; names as eV, meV, Hartree, Ry, kcal/mol, kJ/mol; Å, nm, Bohr."""
-
-    energy: str | None = Key(None, description="default: eV, or what the file states")
-    length: str | None = Key(
-        None, description="of positions and cell; default: Å, or what the file states"
-    )
-    forces: str | None = Key(
-        None, description="such as Hartree/Bohr; default: energy / length"
-    )
-
-    @field_validator("energy", "length", "forces")
-    @classmethod
-    def _known(cls, value: str | None, info: ValidationInfo) -> str | None:
-        if value is not None and info.field_name is not None:
-            _ = Units(**{info.field_name: value}).factors
-        return value
-
-    @property
-    def names(self) -> Units:
-        """The same, as readers take them."""
-        return Units(self.energy, self.length, self.forces)
 
 
 class SplitSpec(ClosedModel):
@@ -324,48 +299,6 @@ def _refuse_missing(spec: CacheSpec, folder: Path) -> None:
 def _is_there(path: str) -> bool:
     """Whether a URL, which is looked at later, or a glob that stands for something."""
     return is_url(path) or (is_glob(path) and bool(glob_matches(path)))
-
-
-def read_reference_energies(path: Path) -> dict[int, float]:
-    """Energy in eV by atomic number, of a JSON or YAML map from element to eV.
-
-    Raises
-    ------
-    SpecError
-        The file is no such map; names the key that is wrong.
-    """
-    energies = {}
-    for element, energy in _read_map(path).items():
-        number = _atomic_number(element)
-        if number is None:
-            # YAML reads the symbol of nobelium, No, as false.
-            raise SpecError(f"{path}: {element!r} is no element; quote its symbol.")
-        if type(energy) not in (int, float) or not math.isfinite(energy):
-            raise SpecError(
-                f"{path}: {element!r} needs a number in eV, not {energy!r}."
-            )
-        energies[number] = float(energy)
-    return energies
-
-
-def _read_map(path: Path) -> dict[str, Any]:
-    if path.suffix != ".json":
-        return read_yaml(path)
-    try:
-        loaded = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise SpecError(f"{path} cannot be read as JSON ({error}).") from None
-    if not isinstance(loaded, dict):
-        raise SpecError(f"{path} must hold a map from element to eV.")
-    return loaded
-
-
-def _atomic_number(element: object) -> int | None:
-    from ase.data import atomic_numbers
-
-    text = str(element)
-    number = int(text) if text.isdecimal() else atomic_numbers.get(text, 0)
-    return number if 1 <= number <= max(atomic_numbers.values()) else None
 
 
 def _resolve_path(text: str, folder: Path, key: str) -> str:
