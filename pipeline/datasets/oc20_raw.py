@@ -262,4 +262,8 @@ def _scan_chunk(chunk: Chunk) -> _Frames:
 
 def _id_in(path: Path, text: bytes, number: int, span: Span) -> str | None:
     """What the frame's own header says, where there is no text file."""
-    return FrameText.of(path, text[span.start : span.stop], number).sample_id
+    try:
+        return FrameText.of(path, text[span.start : span.stop], number).sample_id
+    except DataError:
+        # Raised again when the sample is asked for, which may be left out then.
+        return None
