@@ -10,10 +10,11 @@ import numpy as np
 
 from pipeline.datasets.base import IndexedDataset, Listing, Selection, in_pieces
 from pipeline.datasets.choosing import looked_up, meets
+from pipeline.datasets.constraints import warn_of_constraints
+from pipeline.datasets.frame_records import FrameText
 from pipeline.datasets.frames import (
     SUFFIXES,
     Span,
-    frame_record,
     frame_spans,
     unpacked_text,
 )
@@ -51,6 +52,7 @@ class _Frame:
     label_names: tuple[str, ...] = ()
     sample: Sample | None = None
     error: str = ""
+    lost: tuple[str, ...] = ()
 
 
 class ExtxyzDataset(IndexedDataset):
@@ -84,6 +86,7 @@ class ExtxyzDataset(IndexedDataset):
         self._frames = []
         for frames in run(partial(_parse, self.options), self._pieces()):
             self._frames += frames
+        warn_of_constraints(self.path, (frame.lost for frame in self._frames))
         return Listing(
             [frame.sample_id for frame in self._frames],
             np.array([frame.n_atoms for frame in self._frames], np.int32),
@@ -147,8 +150,9 @@ def _frame(
     sample_id = str(number)
     values: tuple[Any, ...] = tuple(one for _, (one, *_) in options.where)
     try:
-        own_id, record = frame_record(file, text, number)
-        sample_id = own_id or sample_id
+        frame = FrameText.of(file, text, number)
+        sample_id = frame.sample_id or sample_id
+        record = frame.record()
         values = looked_up(record.properties, options.where)
         if not meets(values, options.where):
             return _Frame(sample_id, n_atoms, values)
@@ -160,4 +164,4 @@ def _frame(
         # As if it met every condition, so that it is counted and named.
         return _Frame(sample_id, n_atoms, values, error=str(error))
     names = tuple(label_like(record, options))
-    return _Frame(sample_id, n_atoms, values, names, sample)
+    return _Frame(sample_id, n_atoms, values, names, sample, lost=record.lost)

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from pipeline.datasets.base import Dataset
 
 log = logging.getLogger("pipeline.datasets")
+Value = TypeVar("Value")
 Scalar = bool | int | float | str
 # A key and the values of it that are wanted.
 Condition = tuple[str, tuple[Scalar, ...]]
@@ -45,6 +46,7 @@ class ReadOptions:
 class Record:
     """What a source has of one frame, unchecked and in the units of the file.
 
+    ``lost`` are names of constraints that ``fixed`` does not express.
     ``properties`` are all other values by name, nested ones dotted (``data.energy``).
     ``energy_names`` and ``forces_names`` are looked for in their order if a split
     names no key. ``units`` are what the file itself says.
@@ -56,13 +58,14 @@ class Record:
     pbc: Any
     tags: Any = None
     fixed: Any = None
+    lost: tuple[str, ...] = ()
     properties: Mapping[str, Any] = field(default_factory=dict)
     energy_names: tuple[str, ...] = ("energy",)
     forces_names: tuple[str, ...] = ("forces", "force")
     units: Units = field(default_factory=Units)
 
 
-def find(properties: Mapping[str, Any], name: str) -> tuple[str, Any] | None:
+def find(properties: Mapping[str, Value], name: str) -> tuple[str, Value] | None:
     """Name and value under ``name``, or under the one that differs in case only."""
     if name in properties:
         return name, properties[name]
@@ -108,10 +111,13 @@ def label_like(record: Record, options: ReadOptions) -> list[str]:
     """Names in ``record`` that look like labels, other than those in use, sorted."""
     used = {found[0] for found in _labels(record, options) if found is not None}
     return sorted(
-        name
-        for name in record.properties
-        if name not in used and any(stem in name.lower() for stem in _STEMS)
+        name for name in record.properties if name not in used and is_label_like(name)
     )
+
+
+def is_label_like(name: str) -> bool:
+    """Whether ``name`` looks like that of an energy, forces, a virial or a stress."""
+    return any(stem in name.lower() for stem in _STEMS)
 
 
 def report_missing_labels(

@@ -11,18 +11,19 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.datasets.base import Listing, RecordDataset, Selection
+from pipeline.datasets.constraints import warn_of_constraints
+from pipeline.datasets.frame_records import FrameText
 from pipeline.datasets.frames import (
     SUFFIXES,
     UNPACKED_BYTES,
     Span,
     TextCache,
-    frame_record,
     frame_spans,
-    header_id,
     unpacked_text,
 )
 from pipeline.datasets.labels import ReadOptions, Record
 from pipeline.datasets.oc20_systems import system_reference, systems_beside
+from pipeline.datasets.packing import is_packed
 from pipeline.datasets.paths import PACKED, files_in
 from pipeline.datasets.samples import pair_id
 from pipeline.errors import DataError
@@ -62,13 +63,14 @@ class _Frames:
 
     ``spans`` (m, 3) are begin and end in the unpacked text and the atoms; an id is None
     where only the running number is left; ``references`` (m,) in eV; ``packed`` bytes
-    had to be unpacked.
+    had to be unpacked. ``lost`` are names of constraints that are not kept.
     """
 
     spans: npt.NDArray[np.int64]
     ids: list[str | None]
     references: npt.NDArray[np.float64]
     packed: int
+    lost: list[tuple[str, ...]]
 
 
 class Oc20RawDataset(RecordDataset):
@@ -116,6 +118,7 @@ class Oc20RawDataset(RecordDataset):
         ids: list[str] = []
         places: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in self.columns}
         sizes = []
+        lost: list[tuple[str, ...]] = []
         first = packed = 0
         for which, found in enumerate(run(_scan_chunk, self._chunks)):
             mine = [i for i in range(len(found.ids)) if first + i in chosen]
@@ -128,10 +131,12 @@ class Oc20RawDataset(RecordDataset):
             places["number"].append(np.array(mine, np.int32))
             places["reference"].append(found.references[mine])
             packed += found.packed
+            lost += [found.lost[i] for i in mine]
             first += len(found.ids)
             if first >= chosen.stop:
                 break
         self._advise(packed)
+        warn_of_constraints(self.path, lost)
         columns = {name: np.concatenate(parts) for name, parts in places.items()}
         return Listing(ids, np.concatenate(sizes), columns)
 
@@ -150,7 +155,7 @@ class Oc20RawDataset(RecordDataset):
         place = {name: column[index].item() for name, column in self._places.items()}
         path = self._chunks[place["chunk"]].frames
         text = _texts.piece(path, place["start"], place["stop"])
-        return frame_record(path, text, place["number"])[1]
+        return FrameText.of(path, text, place["number"]).record()
 
     def place(self, index: int) -> str:
         """File and id of the frame."""
@@ -245,7 +250,7 @@ def _scan_chunk(chunk: Chunk) -> _Frames:
     if lines:
         ids = [line.sample_id for line in lines]
     else:
-        ids = [_id_in(text, span) for span in spans]
+        ids = [_id_in(chunk.frames, text, *pair) for pair in enumerate(spans)]
     if chunk.reference is not None:
         # The file is named after its system, and has its frames in their order.
         ids = [own or pair_id(_stem(chunk.frames), i) for i, own in enumerate(ids)]
@@ -256,11 +261,19 @@ def _scan_chunk(chunk: Chunk) -> _Frames:
         ),
         ids,
         np.array([line.reference for line in lines] or [bare] * len(spans)),
-        len(text) if chunk.frames.suffix in PACKED else 0,
+        len(text) if is_packed(chunk.frames) else 0,
+        [_lost(chunk.frames, text, *pair) for pair in enumerate(spans)],
     )
 
 
-def _id_in(text: bytes, span: Span) -> str | None:
+def _id_in(path: Path, text: bytes, number: int, span: Span) -> str | None:
     """What the frame's own header says, where there is no text file."""
-    header = text[span.start : span.stop].split(b"\n", 2)[1].decode(errors="replace")
-    return header_id(header)
+    return FrameText.of(path, text[span.start : span.stop], number).sample_id
+
+
+def _lost(path: Path, text: bytes, number: int, span: Span) -> tuple[str, ...]:
+    """Names of the frame's constraints that are not kept; parses a mask of all axes."""
+    frame = text[span.start : span.stop]
+    if b"move_mask:l:3" not in frame.split(b"\n", 2)[1].lower():
+        return ()
+    return FrameText.of(path, frame, number).record().lost
