@@ -6,11 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.commands import chosen_device, one_sentence_errors
+from pipeline.commands import chosen_device, one_sentence_errors, warn_on_console
 from pipeline.errors import SpecError
 
 if TYPE_CHECKING:
     from kd_train.evaluation.scoring import Part
+    from pipeline.datasets import ReadOptions
     from pipeline.models.checkpoint import LoadedModel
 
 FORMATS = ("extxyz", "oc20_lmdb", "oc20_raw", "ase_db", "aselmdb")
@@ -29,6 +30,10 @@ MEASURED_SECONDS = 1.0
     type=click.Choice(("adsorption", "total")),
     help="Which energies of oc20_raw.",
 )
+@click.option("--energy-key", help="Name of the energy in a dataset.")
+@click.option("--forces-key", help="Name of the forces in a dataset.")
+@click.option("--gradient-key", help="A gradient; forces are its negative.")
+@click.option("--units", help="Of a dataset: energy=kcal/mol,length=Å,forces=…")
 @click.option("--limit", type=click.IntRange(min=1), help="At most so many samples.")
 @click.option("--every", type=click.IntRange(min=1), default=1, help="Each n-th only.")
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for results.")
@@ -51,6 +56,10 @@ def eval_main(
     splits: tuple[str, ...],
     format: str | None,
     energy: str | None,
+    energy_key: str | None,
+    forces_key: str | None,
+    gradient_key: str | None,
+    units: str | None,
     limit: int | None,
     every: int,
     out: Path | None,
@@ -82,10 +91,19 @@ def eval_main(
     place = chosen_device(device)
     student = load_student(run, place)
     selection = {"limit": limit, "every": every}
+    reading = {
+        "energy_key": energy_key,
+        "forces_key": forces_key,
+        "gradient_key": gradient_key,
+        "units": units,
+    }
+    warn_on_console("pipeline")
     if format is None and _is_store(data):
+        _refuse_reading(reading)
         about, parts = _store_parts(student, data, splits, selection)
     else:
-        about, parts = _dataset_parts(student, data, splits, format, energy, selection)
+        chosen = {"format": format, "energy": energy} | reading
+        about, parts = _dataset_parts(student, data, splits, chosen, selection)
     scores = [
         score(student, part, batches_of(part, batch_size, batch_atoms), place)
         for part in parts
@@ -130,22 +148,46 @@ def _dataset_parts(
     student: "LoadedModel",
     data: str,
     splits: tuple[str, ...],
-    format: str | None,
-    energy: Any,
+    chosen: dict[str, Any],
     selection: dict[str, Any],
 ) -> tuple[dict[str, Any], list["Part"]]:
     from kd_train.evaluation.scoring import dataset_part
     from kd_train.loader.datafiles import guessed_format
-    from pipeline.datasets import open_dataset
+    from pipeline.datasets import open_dataset, warn_of_missing_labels
+    from pipeline.datasets.paths import named_paths
 
     if splits:
         raise SpecError("--split chooses splits of a store, and --data is a dataset.")
-    format = format or guessed_format(Path(data))
+    energy = chosen["energy"]
+    format = chosen["format"] or guessed_format(named_paths([data])[0])
     if energy is not None and format != "oc20_raw":
         raise SpecError("--energy is for --format oc20_raw; others have one kind.")
-    dataset = open_dataset(format, data, energy=energy, **selection)
-    about = {"path": data, "format": format, "energy": energy, **selection}
+    options = _read_options(chosen)
+    dataset = open_dataset(format, data, energy=energy, options=options, **selection)
+    warn_of_missing_labels(f"--data {data}", dataset)
+    about = {"path": data, **chosen, "format": format, **selection}
     return about, [dataset_part(Path(data).name, dataset, student)]
+
+
+def _refuse_reading(reading: dict[str, str | None]) -> None:
+    for name, value in reading.items():
+        if value is not None:
+            option = name.replace("_", "-")
+            raise SpecError(f"--{option} is for datasets; a store has its own labels.")
+
+
+def _read_options(chosen: dict[str, Any]) -> "ReadOptions":
+    from pipeline.datasets import ReadOptions
+    from pipeline.units import Units, units_from
+
+    keys = {name: chosen[f"{name}_key"] for name in ("energy", "forces", "gradient")}
+    if keys["forces"] is not None and keys["gradient"] is not None:
+        raise SpecError("--forces-key and --gradient-key exclude each other.")
+    try:
+        units = units_from(chosen["units"]) if chosen["units"] else Units()
+    except ValueError as error:
+        raise SpecError(f"--units: {error}.") from None
+    return ReadOptions(keys["energy"], keys["forces"], keys["gradient"], units)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

@@ -14,6 +14,7 @@ from pipeline.commands import (
     chosen_device,
     log_to_file,
     one_sentence_errors,
+    warn_on_console,
 )
 from pipeline.execution.console import check_bar, ended_by_signals, told
 
@@ -341,6 +342,7 @@ def label(
 
     from pipeline.labelling import label_splits
 
+    warn_on_console("pipeline")
     for file in label_splits(chosen, out, str(chosen_device(device))):
         click.echo(f"{file}")
 

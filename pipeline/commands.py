@@ -61,8 +61,22 @@ def log_to_file(name: str, path: Path) -> None:
     logger = logging.getLogger(name)
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
-    console = logging.StreamHandler()
-    console.setLevel(logging.WARNING)
+    warn_on_console(name)
+
+
+class _Console(logging.Handler):
+    """Warnings on what standard error is when they come."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        click.echo(self.format(record), err=True)
+
+
+def warn_on_console(name: str) -> None:
+    """Write warnings of logger ``name`` to standard error, each once."""
+    logger = logging.getLogger(name)
+    if any(isinstance(handler, _Console) for handler in logger.handlers):
+        return
+    console = _Console(logging.WARNING)
     console.setFormatter(logging.Formatter("Warning: %(message)s"))
     logger.addHandler(console)
 

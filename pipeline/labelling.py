@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from ase.data import chemical_symbols
 
-from pipeline.datasets import open_split
+from pipeline.datasets import open_split, warn_of_missing_labels
 from pipeline.errors import SpecError
 from pipeline.files import write_atomically
 from pipeline.spec import CacheSpec
@@ -25,7 +25,8 @@ def label_splits(
 ) -> list[Path]:
     """Files ``<split>.extxyz`` of all splits, with the teacher's labels in eV and Å.
 
-    Ids, tags and fixed atoms are kept; labels that the source has are left out.
+    Ids, tags and fixed atoms are kept; labels that the source has are left out. A
+    warning names what looks like a label but is none by the keys of the split.
 
     Raises
     ------
@@ -38,6 +39,7 @@ def label_splits(
     files = []
     for name, split in spec.splits.items():
         dataset = open_split(split)
+        warn_of_missing_labels(f"splits.{name}", dataset, only_named=True)
         frames: list[str] = []
         for begin in range(0, len(dataset), _SAMPLES):
             chosen = range(begin, min(begin + _SAMPLES, len(dataset)))

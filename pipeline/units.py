@@ -69,6 +69,25 @@ class Units:
         return _factors(self)
 
 
+def units_from(text: str) -> Units:
+    """Units as ``energy=kcal/mol,length=Å`` names them.
+
+    Raises
+    ------
+    ValueError
+        A part is no unit, or no kind of one.
+    """
+    named: dict[str, str] = {}
+    for part in text.split(","):
+        kind, _, unit = (word.strip() for word in part.partition("="))
+        if kind not in ("energy", "length", "forces") or not unit or kind in named:
+            raise ValueError(f"{part!r} must be energy=…, length=… or forces=…")
+        named[kind] = unit
+    units = Units(**named)
+    _ = units.factors
+    return units
+
+
 @lru_cache(maxsize=64)
 def _factors(units: Units) -> Factors:
     energy = energy_factor(units.energy or "eV")

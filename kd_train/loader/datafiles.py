@@ -9,13 +9,13 @@ from torch_geometric.data import Data
 
 from kd_train.loader.order import Positions
 from pipeline.datasets import Dataset
+from pipeline.datasets.paths import PACKED
 from pipeline.errors import SpecError
 from pipeline.graphs.batch import collate
 from pipeline.graphs.neighbors import GraphRule, sample_edges
 from pipeline.models.elements import check_elements
 
 _TEXT = (".extxyz", ".xyz")
-_PACKED = (".xz", ".gz")
 _BY_SUFFIX = {
     ".db": "ase_db",
     ".json": "ase_db",
@@ -91,7 +91,7 @@ def guessed_format(path: Path) -> str:
 
 
 def _of_file(path: Path) -> str | None:
-    suffixes = [suffix for suffix in path.suffixes if suffix not in _PACKED]
+    suffixes = [suffix for suffix in path.suffixes if suffix not in PACKED]
     return _BY_SUFFIX.get(suffixes[-1]) if suffixes else None
 
 
@@ -104,4 +104,4 @@ def _of_folder(path: Path) -> str | None:
 
 def _has_energies_beside(path: Path) -> bool:
     stem = path.name.split(".")[0]
-    return any((path.parent / f"{stem}.txt{p}").exists() for p in ("", *_PACKED))
+    return any((path.parent / f"{stem}.txt{p}").exists() for p in ("", *PACKED))

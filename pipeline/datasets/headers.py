@@ -30,6 +30,7 @@ _SEPARATORS = re.compile(r"[\s,]+")
 _SWALLOWED = re.compile(
     r"(?:energy|energies|lattice|properties|pbc|forces?|virials?|stress)\s*=", re.I
 )
+_ID_INSIDE = re.compile(r"\b(sample_id|sid|fid)\s*=", re.I)
 _IDS = ("sample_id", "sid", "fid")
 # Keys after which a bare word, separated by a blank, may be a flag of its own.
 _OWN_VALUE = {*_IDS, "energy", "lattice", "cell", "properties", "pbc"}
@@ -66,7 +67,20 @@ def header_words(line: str) -> dict[str, Word]:
             )
         if found.setdefault(key, word) != word:
             raise Malformed(f"the key {key!r} is there twice")
+    _refuse_swallowed_ids(found)
     return found
+
+
+def _refuse_swallowed_ids(words: dict[str, Word]) -> None:
+    """A note may have an old id in it, but not the only one that the frame has."""
+    known = {key.lower() for key in words}
+    for key, word in words.items():
+        for name in _ID_INSIDE.findall(word.text or ""):
+            if name.lower() not in known:
+                raise Malformed(
+                    f"the value of {key!r} contains '{name}=', and there is no "
+                    f"{name!r} beside it: give {key!r} a value in quotes of its own"
+                )
 
 
 def value_of(word: Word) -> Any:

@@ -149,12 +149,20 @@ def report_missing_labels(
 
 
 def warn_of_missing_labels(
-    where: str, dataset: "Dataset", samples: Sequence[Sample]
+    where: str, dataset: "Dataset", *, only_named: bool = False
 ) -> None:
-    """`report_missing_labels` for all ``samples`` of a dataset, in its order."""
-    no_energy = np.array([np.isnan(sample.energy) for sample in samples], np.bool_)
-    no_forces = np.array([np.isnan(s.forces).all() for s in samples], np.bool_)
-    report_missing_labels(where, dataset, no_energy, no_forces)
+    """`report_missing_labels` for a dataset whose samples are read for it.
+
+    With ``only_named`` samples count that have other names like labels: structures
+    without any are as they should be where labels are made.
+    """
+    missing = np.zeros((2, len(dataset)), np.bool_)
+    for index in range(len(dataset)):
+        if only_named and not dataset.label_names(index):
+            continue
+        sample = dataset[index]
+        missing[:, index] = np.isnan(sample.energy), np.isnan(sample.forces).all()
+    report_missing_labels(where, dataset, *missing)
 
 
 def _report(

@@ -295,7 +295,8 @@ def test_refusals(
     finished: Path, small_store: FeatureStore, datasets: dict[str, Path], tmp_path: Path
 ) -> None:
     val, store = datasets["val"], small_store.path
-    (tmp_path / "lone.extxyz").write_text(frame("x", ["H"], [[0, 0, 0]], energy=-1.0))
+    alone = frame("x", ["H"], [[0, 0, 0]], energy=-1.0, forces=[[0, 0, 0]])
+    (tmp_path / "lone.extxyz").write_text(alone)
     cases: list[tuple[list[object], str]] = [
         ([finished, "--data", tmp_path / "absent.xyz"], "does not exist"),
         ([tmp_path / "absent", "--data", val], "no run folder or model file"),

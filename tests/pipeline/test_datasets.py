@@ -271,7 +271,7 @@ def test_labels_of_other_names_are_not_taken_but_warned_of(
     assert dataset.label_names(0) == []
     assert dataset.label_names(1) == found
     with caplog.at_level("WARNING"):
-        warn_of_missing_labels("splits.train", dataset, samples)
+        warn_of_missing_labels("splits.train", dataset)
     messages = [r.getMessage() for r in caplog.records]
     listed = ", ".join(map(repr, found))
     expected = (
@@ -306,7 +306,7 @@ def test_labels_have_the_names_and_units_that_are_given(tmp_path: Path) -> None:
     dataset = open_dataset("extxyz", path, options=wrong)
     assert np.isnan(dataset[0].energy)
     with pytest.raises(DataError, match=r"no sample has 'E0', which energy_key names"):
-        warn_of_missing_labels("splits.train", dataset, [dataset[0]])
+        warn_of_missing_labels("splits.train", dataset)
 
 
 def test_blank_lines_at_the_end_are_nothing(tmp_path: Path) -> None:
