@@ -1,111 +1,153 @@
 """ASE databases in SQLite (.db) and JSON (.json) files."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
 import ase.db
 import numpy as np
+import numpy.typing as npt
+from ase.calculators.calculator import all_properties
 
 from pipeline.datasets.base import Listing, RecordDataset, Selection
+from pipeline.datasets.constraints import warn_of_constraints
+from pipeline.datasets.file_units import metadata_units
 from pipeline.datasets.labels import ReadOptions, Record
-from pipeline.datasets.rows import row_id, row_record
+from pipeline.datasets.paths import files_in, refuse_twins
+from pipeline.datasets.rows import lost_constraints, row_id, row_record
 from pipeline.errors import DataError
 from pipeline.execution.passes import Run
+from pipeline.units import Units
 
 WINDOW = 1000
-_ARRAYS = ("numbers", "positions", "cell", "pbc", "tags", "energy", "forces")
+SUFFIXES = (".db", ".json")
+_ARRAYS = ("numbers", "positions", "cell", "pbc", "tags", *all_properties)
 
 
 class AseDbDataset(RecordDataset):
-    """Rows of an ASE database in the order of their numbers.
+    """Rows of ASE databases in the order of their numbers.
 
     Ids as in an .aselmdb. SQLite rows are read when they are asked for; a JSON file is
-    read once and kept in memory.
+    read once and kept in memory. Units of labels in ``data`` and of lengths are those
+    of the metadata, where it names them.
     """
 
-    columns: ClassVar[dict[str, str]] = {"row": "int64"}
+    columns: ClassVar[dict[str, str]] = {"file": "int32", "row": "int64"}
 
     def __init__(
         self, paths: Sequence[Path], selection: Selection, options: ReadOptions
     ) -> None:
         super().__init__(paths, selection, options)
-        if len(paths) > 1:
-            raise DataError(f"{paths[1]}: a split reads one ASE database only.")
-        path = str(paths[0])
-        self._type = Path(path).suffix.removeprefix(".")
-        if self._type not in ("db", "json"):
-            raise DataError(f"{path} is no ASE database; it must end in .db or .json.")
-        if not Path(path).is_file():
-            raise DataError(f"{path} does not exist.")
-        self._kept: dict[int, dict[str, Any]] = {}
+        self._files = files_in(paths, SUFFIXES, packed=())
+        for file in self._files:
+            if file.suffix not in SUFFIXES:
+                raise DataError(
+                    f"{file} is no ASE database; it must end in .db or .json."
+                )
+            if not file.is_file():
+                raise DataError(f"{file} does not exist.")
+        refuse_twins(self._files, SUFFIXES)
+        self._units = [_units(file, options) for file in self._files]
+        self._kept: dict[tuple[int, int], dict[str, Any]] = {}
 
     def files(self) -> list[Path]:
-        """The file of the database."""
-        return [Path(self.path)]
+        """The files of the databases."""
+        return self._files
 
     @property
     def keeps_samples(self) -> bool:
         """A JSON file cannot be read in part."""
-        return self._type == "json"
+        return any(file.suffix == ".json" for file in self._files)
 
     def list_frames(self, run: Run = map) -> Listing:
-        """Ids, atom counts and numbers of rows; one file is read by one process."""
+        """Ids, atom counts and numbers of rows; all files are read by one process."""
         chosen = self._selection.of()
-        ids, sizes, rows = [], [], []
-        for place, (number, row) in enumerate(self._all_rows(chosen.stop)):
-            if place in chosen:
-                rows.append(number)
-                ids.append(row_id(row, f"{self.path}: sample {number}") or str(number))
-                sizes.append(len(row["numbers"]))
-                if self._type == "json":
-                    self._kept[number] = row
-        places = {"row": np.array(rows, np.int64)}
-        return Listing(ids, np.array(sizes, np.int32), places)
+        ids, sizes, places, lost = [], [], [], []
+        for place, (which, number, row) in enumerate(self._all_rows(chosen.stop)):
+            if place not in chosen:
+                continue
+            file = self._files[which]
+            bare = str(number) if len(self._files) == 1 else f"{file.stem}_{number}"
+            ids.append(row_id(row, f"{file}: sample {number}") or bare)
+            sizes.append(len(row["numbers"]))
+            places.append((which, number))
+            lost.append(lost_constraints(row))
+            if file.suffix == ".json":
+                self._kept[which, number] = row
+        warn_of_constraints(self.path, lost)
+        columns = np.array(places, np.int64).reshape(-1, 2)
+        files = columns[:, 0].astype(np.int32)
+        found: dict[str, npt.NDArray[Any]] = {"file": files, "row": columns[:, 1]}
+        return Listing(ids, np.array(sizes, np.int32), found)
 
     def use(self, listing: Listing) -> None:
         """Take ``listing`` for that of this dataset."""
         super().use(listing)
-        self._rows = listing.places["row"]
+        self._places = listing.places
 
     def record(self, index: int) -> Record:
         """The row as it is in the file."""
-        number = int(self._rows[index])
+        which, number = self._place(index)
         where = self.place(index)
-        row = self._kept.get(number)
+        row = self._kept.get((which, number))
         if row is None:
             try:
-                row = _plain(self._connect().get(id=number))
+                row = _plain(_connect(self._files[which]).get(id=number))
             except Exception as error:
                 raise _unreadable(where, error) from None
-        return row_record(row, where)
+        return replace(row_record(row, where), units=self._units[which])
 
     def place(self, index: int) -> str:
         """File and number of the row."""
-        return f"{self.path}: sample {int(self._rows[index])}"
+        which, number = self._place(index)
+        return f"{self._files[which]}: sample {number}"
 
-    def _connect(self) -> Any:
-        return ase.db.connect(self.path, type=self._type, serial=True)
+    def _place(self, index: int) -> tuple[int, int]:
+        return int(self._places["file"][index]), int(self._places["row"][index])
 
-    def _all_rows(self, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Number and content of the first ``stop`` rows, in the order of numbers."""
-        try:
-            database = self._connect()
-            if self._type == "json":
-                for row in database.select():
-                    yield row.id, _plain(row)
+    def _all_rows(self, stop: int) -> Iterator[tuple[int, int, dict[str, Any]]]:
+        """File, number and content of the first ``stop`` rows."""
+        done = 0
+        for which, file in enumerate(self._files):
+            for number, row in _rows(file, stop - done):
+                yield which, number, row
+                done += 1
+            if done >= stop:
                 return
-            last = done = 0
-            # ASE fetches all rows that a selection has at once.
-            while rows := list(
-                database.select(f"id>{last}", sort="id", limit=min(WINDOW, stop - done))
-            ):
-                yield from ((row.id, _plain(row)) for row in rows)
-                last, done = rows[-1].id, done + len(rows)
-                if done >= stop:
-                    return
-        except Exception as error:
-            raise _unreadable(self.path, error) from None
+
+
+def _connect(file: Path) -> Any:
+    return ase.db.connect(str(file), type=file.suffix.removeprefix("."), serial=True)
+
+
+def _units(file: Path, options: ReadOptions) -> Units:
+    try:
+        metadata = _connect(file).metadata
+    except Exception as error:
+        raise _unreadable(str(file), error) from None
+    return metadata_units(file, metadata, options)
+
+
+def _rows(file: Path, stop: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Number and content of the first ``stop`` rows, in the order of numbers."""
+    try:
+        database = _connect(file)
+        if file.suffix == ".json":
+            for row in database.select():
+                yield row.id, _plain(row)
+            return
+        last = done = 0
+        # ASE fetches all rows that a selection has at once.
+        while rows := list(
+            database.select(f"id>{last}", sort="id", limit=min(WINDOW, stop - done))
+        ):
+            yield from ((row.id, _plain(row)) for row in rows)
+            last, done = rows[-1].id, done + len(rows)
+            if done >= stop:
+                return
+    except Exception as error:
+        raise _unreadable(str(file), error) from None
 
 
 def _plain(row: Any) -> dict[str, Any]:

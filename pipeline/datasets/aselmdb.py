@@ -4,6 +4,7 @@ import json
 import logging
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -11,11 +12,14 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.datasets.base import Listing, RecordDataset, Selection, in_pieces
+from pipeline.datasets.constraints import warn_of_constraints
+from pipeline.datasets.file_units import metadata_units
 from pipeline.datasets.labels import ReadOptions, Record
 from pipeline.datasets.lmdb_files import LAST, LmdbFile, key_text, lmdb_files
-from pipeline.datasets.rows import row_id, row_record
+from pipeline.datasets.rows import lost_constraints, row_id, row_record
 from pipeline.errors import DataError
 from pipeline.execution.passes import Run
+from pipeline.units import Units
 
 log = logging.getLogger("pipeline.datasets")
 _T = TypeVar("_T")
@@ -42,6 +46,7 @@ class AselmdbDataset(RecordDataset):
     ) -> None:
         super().__init__(paths, selection, options)
         self._files = lmdb_files(paths, ".aselmdb")
+        self._units = [_units(file, options) for file in self._files]
 
     def files(self) -> list[Path]:
         """All files with samples."""
@@ -57,9 +62,12 @@ class AselmdbDataset(RecordDataset):
         pieces = zip(in_pieces(files, PIECE), in_pieces(numbers, PIECE), strict=True)
         ids: list[str] = []
         sizes: list[int] = []
+        lost: list[tuple[str, ...]] = []
         for found in run(self._scan_piece, pieces):
             ids += found[0]
             sizes += found[1]
+            lost += found[2]
+        warn_of_constraints(self.path, lost)
         return Listing(ids, np.array(sizes, np.int32), {"file": files, "key": numbers})
 
     def use(self, listing: Listing) -> None:
@@ -69,7 +77,9 @@ class AselmdbDataset(RecordDataset):
 
     def record(self, index: int) -> Record:
         """The row as it is in the file."""
-        return row_record(_row(*self._place(index)), self.place(index))
+        record = row_record(_row(*self._place(index)), self.place(index))
+        which = int(self._places["file"][index])
+        return replace(record, units=self._units[which])
 
     def place(self, index: int) -> str:
         """File and key of the row."""
@@ -81,9 +91,9 @@ class AselmdbDataset(RecordDataset):
 
     def _scan_piece(
         self, places: tuple[npt.NDArray[np.int32], npt.NDArray[np.int64]]
-    ) -> tuple[list[str], list[int]]:
-        """Ids and atom counts of rows; ``places`` are their files and keys."""
-        ids, sizes = [], []
+    ) -> tuple[list[str], list[int], list[tuple[str, ...]]]:
+        """Ids, atom counts and lost constraints; ``places`` are files and keys."""
+        ids, sizes, lost = [], [], []
         for number, code in zip(*(column.tolist() for column in places), strict=True):
             file = self._files[number]
             key = file.key(code)
@@ -93,7 +103,8 @@ class AselmdbDataset(RecordDataset):
             bare = key_text(key) if alone else f"{file.path.stem}_{key_text(key)}"
             ids.append(row_id(row, where) or bare)
             sizes.append(len(_sequence(row.get("numbers"), where)))
-        return ids, sizes
+            lost.append(lost_constraints(row))
+        return ids, sizes, lost
 
 
 def _codes(file: LmdbFile) -> npt.NDArray[np.int64]:
@@ -121,6 +132,11 @@ def _codes(file: LmdbFile) -> npt.NDArray[np.int64]:
                 "rows may be missing" if expected > len(codes) else "all are read",
             )
     return codes
+
+
+def _units(file: LmdbFile, options: ReadOptions) -> Units:
+    """Units that the file's metadata names."""
+    return metadata_units(file.path, _entry(file, b"metadata", dict), options)
 
 
 def _entry(file: LmdbFile, key: bytes, kind: type[_T]) -> _T | None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from pipeline.datasets.base import IndexedDataset, Listing, Selection, in_pieces
 from pipeline.datasets.choosing import looked_up, meets
+from pipeline.datasets.constraints import warn_of_constraints
 from pipeline.datasets.frame_records import FrameText
 from pipeline.datasets.frames import (
     SUFFIXES,
@@ -51,6 +52,7 @@ class _Frame:
     label_names: tuple[str, ...] = ()
     sample: Sample | None = None
     error: str = ""
+    lost: tuple[str, ...] = ()
 
 
 class ExtxyzDataset(IndexedDataset):
@@ -84,6 +86,7 @@ class ExtxyzDataset(IndexedDataset):
         self._frames = []
         for frames in run(partial(_parse, self.options), self._pieces()):
             self._frames += frames
+        warn_of_constraints(self.path, (frame.lost for frame in self._frames))
         return Listing(
             [frame.sample_id for frame in self._frames],
             np.array([frame.n_atoms for frame in self._frames], np.int32),
@@ -161,4 +164,4 @@ def _frame(
         # As if it met every condition, so that it is counted and named.
         return _Frame(sample_id, n_atoms, values, error=str(error))
     names = tuple(label_like(record, options))
-    return _Frame(sample_id, n_atoms, values, names, sample)
+    return _Frame(sample_id, n_atoms, values, names, sample, lost=record.lost)

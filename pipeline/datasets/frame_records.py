@@ -101,6 +101,7 @@ def _record(words: Mapping[str, Word], lines: Sequence[str]) -> Record:
         pbc=_pbc(words, cell is not None),
         tags=numbers_in(rows, tags) if (tags := layout.roles.get("tags")) else None,
         fixed=_fixed(rows, layout),
+        lost=_partly_held(rows, layout),
         properties=_properties(words, rows, layout),
     )
 
@@ -144,6 +145,15 @@ def _fixed(
     if len(masks) == 2 and not np.array_equal(masks[0], masks[1]):
         raise Malformed("the columns 'fixed' and 'move_mask' disagree")
     return masks[0] if masks else None
+
+
+def _partly_held(rows: Sequence[Sequence[str]], layout: Layout) -> tuple[str, ...]:
+    """The name of a mask that holds an atom on some axes only."""
+    if (column := layout.roles.get("move_mask")) is None:
+        return ()
+    free = flags_in(rows, column)
+    some = free.any(axis=1) & ~free.all(axis=1)
+    return (column.name,) if some.any() else ()
 
 
 def _cell(words: Mapping[str, Word]) -> npt.NDArray[np.float64] | None:

@@ -46,6 +46,7 @@ class ReadOptions:
 class Record:
     """What a source has of one frame, unchecked and in the units of the file.
 
+    ``lost`` are names of constraints that ``fixed`` does not express.
     ``properties`` are all other values by name, nested ones dotted (``data.energy``).
     ``energy_names`` and ``forces_names`` are looked for in their order if a split
     names no key. ``units`` are what the file itself says.
@@ -57,6 +58,7 @@ class Record:
     pbc: Any
     tags: Any = None
     fixed: Any = None
+    lost: tuple[str, ...] = ()
     properties: Mapping[str, Any] = field(default_factory=dict)
     energy_names: tuple[str, ...] = ("energy",)
     forces_names: tuple[str, ...] = ("forces", "force")

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.datasets.base import Listing, RecordDataset, Selection
+from pipeline.datasets.constraints import warn_of_constraints
 from pipeline.datasets.frame_records import FrameText
 from pipeline.datasets.frames import (
     SUFFIXES,
@@ -62,13 +63,14 @@ class _Frames:
 
     ``spans`` (m, 3) are begin and end in the unpacked text and the atoms; an id is None
     where only the running number is left; ``references`` (m,) in eV; ``packed`` bytes
-    had to be unpacked.
+    had to be unpacked. ``lost`` are names of constraints that are not kept.
     """
 
     spans: npt.NDArray[np.int64]
     ids: list[str | None]
     references: npt.NDArray[np.float64]
     packed: int
+    lost: list[tuple[str, ...]]
 
 
 class Oc20RawDataset(RecordDataset):
@@ -116,6 +118,7 @@ class Oc20RawDataset(RecordDataset):
         ids: list[str] = []
         places: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in self.columns}
         sizes = []
+        lost: list[tuple[str, ...]] = []
         first = packed = 0
         for which, found in enumerate(run(_scan_chunk, self._chunks)):
             mine = [i for i in range(len(found.ids)) if first + i in chosen]
@@ -128,10 +131,12 @@ class Oc20RawDataset(RecordDataset):
             places["number"].append(np.array(mine, np.int32))
             places["reference"].append(found.references[mine])
             packed += found.packed
+            lost += [found.lost[i] for i in mine]
             first += len(found.ids)
             if first >= chosen.stop:
                 break
         self._advise(packed)
+        warn_of_constraints(self.path, lost)
         columns = {name: np.concatenate(parts) for name, parts in places.items()}
         return Listing(ids, np.concatenate(sizes), columns)
 
@@ -257,6 +262,7 @@ def _scan_chunk(chunk: Chunk) -> _Frames:
         ids,
         np.array([line.reference for line in lines] or [bare] * len(spans)),
         len(text) if is_packed(chunk.frames) else 0,
+        [_lost(chunk.frames, text, *pair) for pair in enumerate(spans)],
     )
 
 
@@ -267,3 +273,15 @@ def _id_in(path: Path, text: bytes, number: int, span: Span) -> str | None:
     except DataError:
         # Raised again when the sample is asked for, which may be left out then.
         return None
+
+
+def _lost(path: Path, text: bytes, number: int, span: Span) -> tuple[str, ...]:
+    """Names of the frame's constraints that are not kept; parses a mask of all axes."""
+    frame = text[span.start : span.stop]
+    if b"move_mask:l:3" not in frame.split(b"\n", 2)[1].lower():
+        return ()
+    try:
+        return FrameText.of(path, frame, number).record().lost
+    except DataError:
+        # A bad frame is refused, or skipped and named, when its sample is read.
+        return ()

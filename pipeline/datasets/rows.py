@@ -1,9 +1,11 @@
 """Rows of ASE databases, as plain dictionaries, to samples."""
 
+import json
 from typing import Any
 
+from pipeline.datasets.constraints import held_atoms
 from pipeline.datasets.labels import Record
-from pipeline.datasets.samples import fixed_atoms, id_text, pair_id
+from pipeline.datasets.samples import id_text, pair_id
 from pipeline.errors import DataError
 
 NO_CELL = ((0.0,) * 3,) * 3
@@ -35,6 +37,21 @@ def row_id(row: dict[str, Any], where: str) -> str | None:
     return pair_id(plain.get("sid"), plain.get("fid"))
 
 
+def lost_constraints(row: dict[str, Any]) -> tuple[str, ...]:
+    """Names of the row's constraints that its sample cannot have; none if damaged."""
+    try:
+        return held_atoms(_constraints(row), len(row["numbers"]))[1]
+    except (KeyError, IndexError, TypeError, ValueError):
+        # Whoever reads the row names it.
+        return ()
+
+
+def _constraints(row: dict[str, Any]) -> Any:
+    """The row's constraints as dictionaries; some files keep them as JSON."""
+    found = row.get("constraints") or []
+    return json.loads(found) if isinstance(found, str) else found
+
+
 def row_record(row: dict[str, Any], where: str) -> Record:
     """The row, unchecked; constraints fix atoms and leave the forces alone.
 
@@ -47,7 +64,7 @@ def row_record(row: dict[str, Any], where: str) -> Record:
         if name not in row:
             raise DataError(f"{where} has no {name}.")
     try:
-        fixed = fixed_atoms(row.get("constraints") or [], len(row["numbers"]))
+        fixed, lost = held_atoms(_constraints(row), len(row["numbers"]))
     except (KeyError, IndexError, TypeError, ValueError):
         raise DataError(f"{where} has constraints that cannot be read.") from None
     return Record(
@@ -57,6 +74,7 @@ def row_record(row: dict[str, Any], where: str) -> Record:
         pbc=row.get("pbc", NO_PBC),
         tags=row.get("tags"),
         fixed=fixed,
+        lost=lost,
         properties=_properties(row),
     )
 

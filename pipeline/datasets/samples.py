@@ -1,7 +1,6 @@
 """From what a file says about one sample to a checked ``Sample``."""
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -109,20 +108,6 @@ def id_text(value: Any, name: str, where: str) -> str:
             f"{where} has the {name} {text!a:.40}, which is no valid text."
         ) from None
     return text
-
-
-def fixed_atoms(
-    constraints: Iterable[dict[str, Any]], n_atoms: int
-) -> npt.NDArray[np.bool_]:
-    """Atoms held on all axes by ASE constraints, (n_atoms,), as their dictionaries."""
-    fixed = np.zeros(n_atoms, np.bool_)
-    for constraint in constraints:
-        kwargs = constraint["kwargs"]
-        if constraint["name"] == "FixAtoms":
-            fixed[np.asarray(kwargs["indices"], np.intp)] = True
-        elif constraint["name"] == "FixCartesian" and all(kwargs["mask"]):
-            fixed[np.asarray(kwargs["a"], np.intp)] = True
-    return fixed
 
 
 def _energy(fields: Fields, where: str) -> float:
