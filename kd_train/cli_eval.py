@@ -1,6 +1,7 @@
 """``kd-eval`` and ``kd-export``. Heavy imports happen inside the commands."""
 
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,11 +9,13 @@ import click
 
 from pipeline.commands import chosen_device, one_sentence_errors
 from pipeline.errors import SpecError
+from pipeline.warned import log_to_file
 
 if TYPE_CHECKING:
     from kd_train.evaluation.scoring import Part
     from pipeline.models.checkpoint import LoadedModel
 
+log = logging.getLogger("kd_train")
 FORMATS = ("extxyz", "oc20_lmdb", "oc20_raw", "ase_db", "aselmdb")
 BATCH_ATOMS = 2048
 # For each number of --throughput.
@@ -79,6 +82,8 @@ def eval_main(
 
     if threads is not None:
         torch.set_num_threads(threads)
+    if (folder := out or _run_folder(run)) is not None:
+        log_to_file(folder / "eval.log", logging.WARNING)
     place = chosen_device(device)
     student = load_student(run, place)
     selection = {"limit": limit, "every": every}
@@ -95,12 +100,18 @@ def eval_main(
         rate = measure(student, pool_of(parts[0]), place, MEASURED_SECONDS)
     card = Scorecard(student, run, about, scores, rate)
     for warning in card.warnings:
-        click.echo(f"Warning: {warning}", err=True)
+        log.warning("%s", warning)
     if out is not None:
         card.write(out)
     if rate is not None:
         write_throughput(rate, about, run)
     click.echo(json.dumps(card.to_dict(), indent=2) if as_json else card.to_text())
+
+
+def _run_folder(run: Path) -> Path | None:
+    """The folder of a run or of its student; None for a released checkpoint."""
+    folder = run if run.is_dir() else run.parent
+    return folder if (folder / "config.yaml").exists() else None
 
 
 def _is_store(data: str) -> bool:
