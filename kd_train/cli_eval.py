@@ -147,6 +147,7 @@ def _dataset_parts(
 ) -> tuple[dict[str, Any], list["Part"]]:
     from kd_train.evaluation.scoring import dataset_part
     from kd_train.loader.datafiles import guessed_format
+    from kd_train.loader.distances import WarnsOfClosePairs
     from pipeline.datasets import open_dataset
 
     if splits:
@@ -155,6 +156,7 @@ def _dataset_parts(
     if energy is not None and format != "oc20_raw":
         raise SpecError("--energy is for --format oc20_raw; others have one kind.")
     dataset = open_dataset(format, data, energy=energy, **selection)
+    dataset = WarnsOfClosePairs(dataset)
     about = {"path": data, "format": format, "energy": energy, **selection}
     return about, [dataset_part(Path(data).name, dataset, student)]
 
