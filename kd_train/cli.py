@@ -9,8 +9,9 @@ import click
 
 from kd_train.config import STRATEGIES, TrainConfig, load_config
 from kd_train.trainer.distributed import World, joined, process_device, world_of
-from pipeline.commands import chosen_device, log_to_file, one_sentence_errors
+from pipeline.commands import chosen_device, one_sentence_errors
 from pipeline.errors import SpecError
+from pipeline.warned import leave_to_others, log_to_file
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -64,6 +65,8 @@ def main(
         "steps": steps,
     }
     world = world_of(os.environ)
+    if not world.is_first:
+        leave_to_others()
     with joined(world, device):
         chosen = load_config(config, flags, overrides)
         if stage is not None:
@@ -103,12 +106,10 @@ def _train(
     always, if_started = resume
     if started and not always and not if_started:
         raise SpecError(f"{folder} holds a run; add --resume or change --out.")
-    if not world.is_first:
-        logging.getLogger("kd_train").addHandler(logging.NullHandler())
     run = Run(chosen, store, folder, place, world)
     if world.is_first:
         folder.mkdir(parents=True, exist_ok=True)
-        log_to_file("kd_train", folder / "train.log")
+        log_to_file(folder / "train.log")
     summary = run.train(resume=always or (if_started and started))
     metrics = ", ".join(
         f"{k} {v:.4g}" for k, v in summary["metrics"].items() if v is not None
@@ -137,6 +138,7 @@ def report_main(
     """Compare finished RUNS: gap-closed table, learning curves, parity plots."""
     from kd_train.report.report import write_report
 
+    log_to_file(out / "report.log", logging.WARNING)
     click.echo(write_report(list(runs), out, partial=partial, cka=cka))
 
 

@@ -1,18 +1,21 @@
 """``kd-eval`` and ``kd-export``. Heavy imports happen inside the commands."""
 
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.commands import chosen_device, one_sentence_errors, warn_on_console
+from pipeline.commands import chosen_device, one_sentence_errors
 from pipeline.errors import SpecError
+from pipeline.warned import log_to_file
 
 if TYPE_CHECKING:
     from kd_train.loader.joined import Split
     from pipeline.datasets import Dataset, ReadOptions
 
+log = logging.getLogger("kd_train")
 FORMATS = ("extxyz", "oc20_lmdb", "oc20_raw", "ase_db", "aselmdb")
 BATCH_ATOMS = 2048
 # For each number of --throughput.
@@ -99,6 +102,8 @@ def eval_main(
 
     if threads is not None:
         torch.set_num_threads(threads)
+    if (folder := out or _run_folder(run)) is not None:
+        log_to_file(folder / "eval.log", logging.WARNING)
     place = chosen_device(device)
     student = load_student(run, place)
     selection = {"limit": limit, "every": every}
@@ -108,7 +113,6 @@ def eval_main(
         "gradient_key": gradient_key,
         "units": units,
     }
-    warn_on_console("pipeline")
     elements = known_elements(student, "--any-element", any_element)
     if format is None and _is_store(data):
         _refuse_reading(reading)
@@ -127,12 +131,18 @@ def eval_main(
         rate = measure(student, pool_of(parts[0]), place, MEASURED_SECONDS)
     card = Scorecard(student, run, about, scores, rate)
     for warning in card.warnings:
-        click.echo(f"Warning: {warning}", err=True)
+        log.warning("%s", warning)
     if out is not None:
         card.write(out)
     if rate is not None:
         write_throughput(rate, about, run)
     click.echo(json.dumps(card.to_dict(), indent=2) if as_json else card.to_text())
+
+
+def _run_folder(run: Path) -> Path | None:
+    """The folder of a run or of its student; None for a released checkpoint."""
+    folder = run if run.is_dir() else run.parent
+    return folder if (folder / "config.yaml").exists() else None
 
 
 def _is_store(data: str) -> bool:
@@ -161,6 +171,7 @@ def _dataset(
     selection: dict[str, Any],
 ) -> tuple[dict[str, Any], "Dataset"]:
     from kd_train.loader.datafiles import guessed_format
+    from kd_train.loader.distances import WarnsOfClosePairs
     from pipeline.datasets import open_dataset, warn_of_missing_labels
     from pipeline.datasets.paths import named_paths
 
@@ -174,7 +185,7 @@ def _dataset(
     dataset = open_dataset(format, data, energy=energy, options=options, **selection)
     warn_of_missing_labels(f"--data {data}", dataset)
     about = {"path": data, **chosen, "format": format, **selection}
-    return about, dataset
+    return about, WarnsOfClosePairs(dataset)
 
 
 def _refuse_reading(reading: dict[str, str | None]) -> None:

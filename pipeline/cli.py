@@ -1,6 +1,7 @@
 """``kd-cache``: build, inspect and verify stores. Heavy imports happen in commands."""
 
 import json
+import logging
 import re
 import sys
 from pathlib import Path
@@ -8,15 +9,10 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.cli_stores import COMMANDS, workers_option
-from pipeline.commands import (
-    CHECK_FAILED,
-    chosen_device,
-    log_to_file,
-    one_sentence_errors,
-    warn_on_console,
-)
+from pipeline.cli_stores import COMMANDS, log_of, workers_option
+from pipeline.commands import CHECK_FAILED, chosen_device, one_sentence_errors
 from pipeline.execution.console import check_bar, ended_by_signals, told
+from pipeline.warned import log_to_file
 
 if TYPE_CHECKING:
     from pipeline.execution.scatter import Part
@@ -80,7 +76,7 @@ def _started(
         torch.set_num_threads(threads)
     place = str(chosen_device(device))
     store = Path(spec.store.path)
-    log_to_file("pipeline", store.with_name(store.name + ".log"))
+    log_to_file(log_of(store))
     return store, place
 
 
@@ -250,6 +246,7 @@ def seal(store: Path, workers: int) -> None:
     from pipeline.files import told_when_full
     from pipeline.store.writer import StoreWriter
 
+    log_to_file(log_of(store), logging.WARNING)
     with told_when_full(store), check_bar("seal") as count:
         StoreWriter(store).seal(workers, count)
     click.echo(f"{store}: complete and sealed.")
@@ -319,6 +316,7 @@ def check_teacher(
     from pipeline.spec import load_spec
 
     chosen = load_spec(spec, overrides)
+    log_to_file(log_of(chosen.store.path), logging.WARNING)
 
     from pipeline.trial import try_teacher
 
@@ -349,10 +347,10 @@ def label(
     from pipeline.spec import load_spec
 
     chosen = load_spec(spec, overrides)
+    log_to_file(out / "label.log", logging.WARNING)
 
     from pipeline.labelling import label_splits
 
-    warn_on_console("pipeline")
     for file in label_splits(chosen, out, str(chosen_device(device))):
         click.echo(f"{file}")
 

@@ -1,19 +1,17 @@
 """Commands of ``kd-cache`` on stores that are there; imports happen in commands."""
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import click
 
-from pipeline.commands import (
-    CHECK_FAILED,
-    chosen_device,
-    log_to_file,
-    one_sentence_errors,
-)
+from pipeline.commands import CHECK_FAILED, chosen_device, one_sentence_errors
 from pipeline.execution.console import check_bar, ended_by_signals, progress_bar
+from pipeline.remote import is_url
+from pipeline.warned import log_to_file
 
 if TYPE_CHECKING:
     from pipeline.convert import Conversion
@@ -28,10 +26,22 @@ workers_option = click.option(
 )
 
 
+def log_of(store: Path | str) -> Path:
+    """The log beside a store."""
+    place = Path(store)
+    return place.with_name(f"{place.name}.log")
+
+
+def _keep_warnings(store: str) -> None:
+    """Keep warnings in the log of a store that lies on a local disk."""
+    if not is_url(store):
+        log_to_file(log_of(store), logging.WARNING)
+
+
 def _convert(store: str, out: Path, conversion: "Conversion", workers: int) -> None:
     from pipeline.convert import convert_store
 
-    log_to_file("pipeline", out.with_name(out.name + ".log"))
+    log_to_file(log_of(out))
     with progress_bar() as bar:
         convert_store(store, out, conversion, bar.filled, workers, bar.counted)
     click.echo(f"{out}: complete and sealed.")
@@ -122,6 +132,7 @@ def push(store: str, target: str, check: bool) -> None:
     """
     from pipeline.store.transfer import copy_store
 
+    _keep_warnings(store)
     with progress_bar() as bar:
         complete = copy_store(store, target, bar.filled)
     if not complete:
@@ -180,6 +191,7 @@ def verify(
     workers: int,
 ) -> None:
     """Check every byte of STORE; exit 1 when something is damaged."""
+    _keep_warnings(store)
     problems = _verify(store, workers)
     if not problems:
         if teacher:

@@ -1,15 +1,14 @@
-"""What the command lines of both stages share: errors as one sentence, log files."""
+"""What the command lines of both stages share: errors as one sentence, devices."""
 
-import logging
 import sys
 from collections.abc import Callable
 from functools import wraps
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from pipeline.errors import PipelineError, SpecError
+from pipeline.warned import warnings_told
 
 if TYPE_CHECKING:
     import torch
@@ -18,12 +17,16 @@ CHECK_FAILED, BAD_INPUT = 1, 2
 
 
 def one_sentence_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn errors a user can act on into one sentence and exit code 2."""
+    """Turn errors a user can act on into one sentence and exit code 2.
+
+    Warnings meanwhile go to standard error, and into the log file where there is one.
+    """
 
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
-            command(*args, **kwargs)
+            with warnings_told():
+                command(*args, **kwargs)
         except PipelineError as error:
             _refuse(str(error))
         except OSError as error:
@@ -37,47 +40,6 @@ def _refuse(text: str) -> None:
     # As it is: the first word may be a path or a key.
     click.echo(f"Error: {text.rstrip('.')}.", err=True)
     sys.exit(BAD_INPUT)
-
-
-class _LogFile(logging.FileHandler):
-    """Says nothing where the log cannot be written, as on a full disk.
-
-    The work itself meets the same disk and ends with one sentence.
-    """
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        pass
-
-
-def log_to_file(name: str, path: Path) -> None:
-    """Append what logger ``name`` says to the file at ``path``, created if missing.
-
-    Warnings also go to standard error.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handler = _LogFile(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger = logging.getLogger(name)
-    logger.setLevel(logging.INFO)
-    logger.addHandler(handler)
-    warn_on_console(name)
-
-
-class _Console(logging.Handler):
-    """Warnings on what standard error is when they come."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        click.echo(self.format(record), err=True)
-
-
-def warn_on_console(name: str) -> None:
-    """Write warnings of logger ``name`` to standard error, each once."""
-    logger = logging.getLogger(name)
-    if any(isinstance(handler, _Console) for handler in logger.handlers):
-        return
-    console = _Console(logging.WARNING)
-    console.setFormatter(logging.Formatter("Warning: %(message)s"))
-    logger.addHandler(console)
 
 
 def chosen_device(name: str | None) -> "torch.device":

@@ -18,6 +18,7 @@ log = logging.getLogger("pipeline.contents")
 
 # Keys of a split that name where a label is, in the order in which they are advised.
 LABEL_KEYS = {"energy": ("energy_key",), "forces": ("forces_key", "gradient_key")}
+_ONE = {"energy": "an energy", "forces": "forces"}
 _STEMS = {"energy": ("energ",), "forces": ("forc", "grad")}
 _NAMED = 3
 _COLUMNS = ("split", "frames", "energy", "forces", "periodic", "elements", "left out")
@@ -147,12 +148,11 @@ def check_labels(split: str, keys: SplitSpec, contents: Contents) -> None:
                     f"{advice}."
                 )
         missing = contents.frames - count
-        counted = f"{missing} of {contents.frames} samples have"
+        counted = f"{missing} of {contents.frames} samples have no {label}"
         if not count:
-            counted = f"none of the {missing} samples has"
+            counted = f"none of the {missing} samples has {_ONE[label]}"
         log.warning(
-            "splits.%s: %s %s%s, the first is %r; %s",
-            *(split, counted, "no " if count else "", label, gap.sample_id, advice),
+            "splits.%s: %s, the first is %r; %s", split, counted, gap.sample_id, advice
         )
 
 

@@ -124,7 +124,7 @@ def match_forces(samples: Sequence[Sample], given: Arrays) -> ForceMatch | None:
         return None
     labels, teacher = (np.concatenate(side) for side in zip(*pairs, strict=True))
     sizes = [float(np.sqrt(np.square(side).mean())) for side in (labels, teacher)]
-    if not all(sizes):
+    if not all(0 < size < np.inf for size in sizes):
         return None
     cosine = float((labels * teacher).mean()) / (sizes[0] * sizes[1])
     return ForceMatch(len(pairs), cosine, *sizes)

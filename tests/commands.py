@@ -20,8 +20,9 @@ def refusal(command: click.Command, arguments: Sequence[object]) -> str:
     result = run_command(command, arguments)
     assert result.exit_code == 2, result.output
     said = result.stderr.replace("\r", "\n").splitlines()
-    # A progress bar may have been drawn before the error was met.
-    lines = [s for s in said if s.strip() and not re.search("(sample|step|block)/s", s)]
+    # A progress bar and warnings may have been there before the error was met.
+    other = re.compile("Warning: |.*(sample|step|block)/s")
+    lines = [s for s in said if s.strip() and not other.match(s)]
     assert len(lines) == 1, lines
     assert lines[0].startswith("Error: "), lines
     assert lines[0].endswith("."), lines

@@ -26,6 +26,7 @@ from pipeline.source import Source
 from pipeline.spec import CacheSpec
 from pipeline.store.reader import FeatureStore
 from pipeline.store.writer import StoreWriter
+from pipeline.warned import Warned, append_warning, collected_warnings
 
 _starting = threading.Lock()
 
@@ -41,10 +42,14 @@ class Block(NamedTuple):
 
 
 class Filled(NamedTuple):
-    """Samples of a block that was written, and what was told meanwhile."""
+    """Samples of a block that was written, and what was told meanwhile.
+
+    ``notes`` are of devices, ``warnings`` those of another process.
+    """
 
     samples: int
     notes: tuple[str, ...]
+    warnings: tuple[Warned, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -160,18 +165,23 @@ def fill_in_worker(
 
     It keeps them for one ``build``: the next one may find other files and another plan.
     """
-    with _starting:
-        fill = _worker_filler(document, path, fingerprint, build, filling)
-    try:
-        return fill(block)
-    except DeviceError as error:
-        if _starts_anew():
-            # The process cannot use its device any more; a fresh one can.
-            os.write(
-                2, f"Warning: {block}: {error}; its worker starts anew.\n".encode()
-            )
-            os._exit(1)
-        raise
+    with collected_warnings() as warnings:
+        with _starting:
+            fill = _worker_filler(document, path, fingerprint, build, filling)
+        try:
+            return fill(block)._replace(warnings=tuple(warnings))
+        except DeviceError as error:
+            if _starts_anew():
+                # The process cannot use its device any more; a fresh one can.
+                _tell_anew(path, f"{block}: {error}; its worker starts anew")
+                os._exit(1)
+            raise
+
+
+def _tell_anew(path: Path, text: str) -> None:
+    """Warn from a process that ends before it can hand on anything."""
+    os.write(2, f"Warning: {text}\n".encode())
+    append_warning(path.with_name(f"{path.name}.log"), text)
 
 
 def _starts_anew() -> bool:
@@ -196,7 +206,6 @@ def _worker_filler(
         if filling.scheduler is None:
             device = device_of_one(filling.device or "cpu", int(worker.name))
             torch.set_num_threads(filling.threads or threads_of_one(filling.workers))
-            _quiet()
         else:
             device = str(chosen_device(filling.device))
             if filling.threads is not None:
@@ -206,13 +215,6 @@ def _worker_filler(
         return BlockFiller(source, writer, filling.before)
     except PipelineError as error:
         raise WorkersError(f"The Dask worker {worker.address}: {error}") from None
-
-
-def _quiet() -> None:
-    """The process that started this one says what is to be said, once."""
-    logger = logging.getLogger("pipeline")
-    logger.addHandler(logging.NullHandler())
-    logger.propagate = False
 
 
 @contextmanager

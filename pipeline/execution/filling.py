@@ -34,6 +34,7 @@ from pipeline.execution.interrupts import Stopped
 from pipeline.execution.progress import Progress
 from pipeline.source import Source
 from pipeline.store.writer import StoreWriter
+from pipeline.warned import tell_again
 
 log = logging.getLogger("pipeline.execution.filling")
 Report = Callable[[str, int, int], None]
@@ -129,6 +130,7 @@ def _count_workers(progress: Progress, pool: Pool) -> None:
 
 def _record(progress: Progress, block: Block, filled: Filled) -> None:
     progress.add(filled.samples)
+    tell_again(filled.warnings)
     for note in filled.notes:
         progress.smaller_passes += 1
         if progress.smaller_passes == 1:

@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar
 
 from pipeline.errors import WorkersError
 from pipeline.execution.clusters import local_workers
+from pipeline.warned import Warned, collected_warnings, tell_again
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -146,13 +147,15 @@ class _Ahead(Generic[Item, Result]):
         """Result of the first item, or the error of the function."""
         while True:
             try:
-                result: Result = self._sent[0].future.result()
+                result: Result
+                result, warnings = self._sent[0].future.result()
             except Exception as error:
                 if not _is_loss(error):
                     raise
                 self._send_again()
             else:
                 self._sent.popleft()
+                tell_again(warnings)
                 return result
 
     def cancel(self) -> None:
@@ -188,8 +191,12 @@ class _Ahead(Generic[Item, Result]):
         raise _dying()
 
 
-def _call(function: Callable[[Item], Result], item: Item) -> Result:
-    return function(item)
+def _call(
+    function: Callable[[Item], Result], item: Item
+) -> tuple[Result, list[Warned]]:
+    """Result of ``function`` in a worker, and what it warned of."""
+    with collected_warnings() as warnings:
+        return function(item), warnings
 
 
 def _is_loss(error: object) -> bool:

@@ -28,7 +28,7 @@ from pipeline.execution.filler import Filling
 from pipeline.execution.passes import Run, processes
 from pipeline.graphs.neighbors import GraphRule, neighbor_edges
 from pipeline.scanning import Scan, scan_dataset
-from pipeline.screening import bad_samples
+from pipeline.screening import Demands, bad_samples
 from pipeline.spec import TeacherSpec, load_spec
 from pipeline.statistics import LabelSums
 from pipeline.store.reader import FeatureStore
@@ -360,20 +360,21 @@ def test_bad_samples_are_found_by_any_number_of_processes(
         pieces.extend(items)
         return run(function, items)
 
-    alone = bad_samples("train", dataset, teacher)
+    demands = Demands("train", teacher.potential.elements, teacher.potential.graph_rule)
+    alone = bad_samples(dataset, demands)
     assert [name for name, _ in alone] == ["alone3", "heavy", "alone9", "alone17"]
     for sample_id, reason in alone:
         sample = dataset[dataset.sample_ids.index(sample_id)]
         with pytest.raises(DataError, match=re.escape(reason)):
             teacher.potential.graph(sample)
     monkeypatch.setattr(screening, "_PIECE", 4)
-    assert bad_samples("train", dataset, teacher, counting) == alone
+    assert bad_samples(dataset, demands, counting) == alone
     assert len(pieces) == 6
     spec = load_spec(_spec(tmp_path, "extxyz", data, on_bad_sample="skip"))
     asked: list[Any] = []
     monkeypatch.setattr("pipeline.build.processes", partial(_given, run))
     monkeypatch.setattr(
-        "pipeline.build.bad_samples", lambda *given: asked.append(given[3]) or []
+        "pipeline.build.bad_samples", lambda *given: asked.append(given[2]) or []
     )
     prepare(spec, workers=2)
     assert asked == [run]

@@ -1,0 +1,31 @@
+"""Warns of atoms that lie too close, in datasets that nobody planned a store of."""
+
+import logging
+
+from pipeline.datasets import Dataset
+from pipeline.datasets.base import DerivedDataset
+from pipeline.errors import DataError
+from pipeline.graphs.closeness import check_distances
+from pipeline.spec import MIN_PAIR_DISTANCE
+from pipeline.structure import Sample
+
+log = logging.getLogger("kd_train")
+
+
+class WarnsOfClosePairs(DerivedDataset):
+    """Another dataset, whose first sample with atoms too close is warned of."""
+
+    def __init__(self, inner: Dataset) -> None:
+        super().__init__(inner)
+        self._warned = False
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self._inner[index]
+        if not self._warned:
+            try:
+                remedy = "or leave such samples out; they count in all metrics"
+                check_distances(sample, MIN_PAIR_DISTANCE, remedy)
+            except DataError as error:
+                self._warned = True
+                log.warning("%s: %s", self.path, str(error).rstrip("."))
+        return sample
