@@ -2,6 +2,8 @@
 
 import logging
 import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
 
@@ -9,8 +11,9 @@ import click
 
 from kd_train.config import STRATEGIES, TrainConfig, load_config
 from kd_train.trainer.distributed import World, joined, process_device, world_of
-from pipeline.commands import chosen_device, log_to_file, one_sentence_errors
+from pipeline.commands import chosen_device, logged_later, one_sentence_errors
 from pipeline.errors import SpecError
+from pipeline.files import held
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -94,26 +97,38 @@ def _train(
     if threads is not None:
         torch.set_num_threads(threads)
     place = chosen_device(process_device(world, device))
-    store = FeatureStore.open(cache)
-    chosen = with_student(config, store)
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    name = f"{chosen.student.preset}-{chosen.strategy}-s{chosen.seed}-{stamp}"
-    folder = out or Path("runs") / world.texts(name)[0]
-    started = (folder / "last.pt").exists()
     always, if_started = resume
-    if started and not always and not if_started:
-        raise SpecError(f"{folder} holds a run; add --resume or change --out.")
-    if not world.is_first:
-        logging.getLogger("kd_train").addHandler(logging.NullHandler())
-    run = Run(chosen, store, folder, place, world)
-    if world.is_first:
-        folder.mkdir(parents=True, exist_ok=True)
-        log_to_file("kd_train", folder / "train.log")
-    summary = run.train(resume=always or (if_started and started))
+    with logged_later("kd_train", "pipeline") if world.is_first else _silence() as log:
+        store = FeatureStore.open(cache)
+        chosen = with_student(config, store)
+        folder = out or Path("runs") / world.texts(_name(chosen))[0]
+        # One process holds the folder, for all that train together.
+        with held(folder) if world.is_first else nullcontext():
+            started = (folder / "last.pt").exists()
+            if started and not always and not if_started:
+                raise SpecError(f"{folder} holds a run; add --resume or change --out.")
+            run = Run(chosen, store, folder, place, world)
+            log(folder / "train.log")
+            summary = run.train(resume=always or (if_started and started))
     metrics = ", ".join(
         f"{k} {v:.4g}" for k, v in summary["metrics"].items() if v is not None
     )
     return f"{folder}: {metrics}"
+
+
+def _name(config: TrainConfig) -> str:
+    """Of the run folder, where the user names none."""
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    return f"{config.student.preset}-{config.strategy}-s{config.seed}-{stamp}"
+
+
+@contextmanager
+def _silence() -> Iterator[Callable[[Path], None]]:
+    """Let a process say nothing that the first one says for all."""
+    for name in ("kd_train", "pipeline"):
+        logger = logging.getLogger(name)
+        logger.handlers = [logging.NullHandler()]
+    yield lambda path: None
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -180,4 +195,5 @@ def cka_main(
     found = compare_models(
         models, store, split, place, limit=limit, batch_atoms=batch_atoms
     )
-    click.echo(write_similarity(found, out), nl=False)
+    with held(out):
+        click.echo(write_similarity(found, out), nl=False)

@@ -8,6 +8,7 @@ import click
 
 from pipeline.commands import chosen_device, one_sentence_errors
 from pipeline.errors import SpecError
+from pipeline.files import held
 
 if TYPE_CHECKING:
     from kd_train.evaluation.scoring import Part
@@ -97,7 +98,8 @@ def eval_main(
     for warning in card.warnings:
         click.echo(f"Warning: {warning}", err=True)
     if out is not None:
-        card.write(out)
+        with held(out):
+            card.write(out)
     if rate is not None:
         write_throughput(rate, about, run)
     click.echo(json.dumps(card.to_dict(), indent=2) if as_json else card.to_text())

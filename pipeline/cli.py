@@ -337,10 +337,12 @@ def label(
 
     chosen = load_spec(spec, overrides)
 
+    from pipeline.files import held
     from pipeline.labelling import label_splits
 
-    for file in label_splits(chosen, out, str(chosen_device(device))):
-        click.echo(f"{file}")
+    with held(out):
+        for file in label_splits(chosen, out, str(chosen_device(device))):
+            click.echo(f"{file}")
 
 
 @main.command()

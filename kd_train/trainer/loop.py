@@ -31,6 +31,7 @@ from kd_train.loader.prefetch import moved, pinned, prefetch
 from kd_train.losses import Term
 from kd_train.trainer.checkpoint import read_checkpoint, save_checkpoint
 from kd_train.trainer.distributed import ALONE, World
+from kd_train.trainer.labels import warn_of_training_samples
 from kd_train.trainer.numerics import compile_student, determinism, training_numerics
 from kd_train.trainer.objective import Objective
 from kd_train.trainer.optimizer import make_optimizer
@@ -102,6 +103,10 @@ class Run:
         if config.test_split is not None:
             parts = [self._samples(n, ()) for n in config.test_split.split("+")]
             self.testers = [self._validator(part) for part in parts]
+        held_out = [tester.samples.split for tester in self.testers]
+        warn_of_training_samples(
+            self.train_samples.split, self.val_samples.split, held_out
+        )
         if config.batch_atoms is not None:
             split = self.train_samples.split
             check_budget(split.n_atoms, split.sample_ids, config.batch_atoms)

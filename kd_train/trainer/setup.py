@@ -26,9 +26,10 @@ from kd_train.strategies.base import Setting
 from kd_train.trainer.labels import (
     FIRST_SAMPLES,
     has_labels,
-    require_labels,
+    require_measured,
     require_predictions,
 )
+from kd_train.trainer.untrained import known_labels, require_trained_outputs
 from pipeline.documents import nearest
 from pipeline.errors import SpecError
 from pipeline.fields import FIELDS, PREDICTION_FIELDS
@@ -70,8 +71,8 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
     Raises
     ------
     SpecError
-        The preset is unknown, the student predicts no forces, or a strategy needs
-        what store or student lack.
+        The preset is unknown, the student predicts no forces, a strategy needs what
+        store or student lack, or nothing would train an output of the student.
     """
     preset = config.student.preset
     if preset not in PRESETS:
@@ -94,7 +95,9 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
         seed=config.seed,
     )
     strategies = tuple(REGISTRY[s](setting) for s in config.strategies)
-    require_labels(config, split, chosen_split(store, config.val_split))
+    require_measured(config, chosen_split(store, config.val_split))
+    known = known_labels(store, config.train_split)
+    require_trained_outputs(config, known, has_direct_forces(student))
     if not student.is_fitted:
         student.fit(_fitting_batch(student, split))
     adapters = {s.name: s.adapter for s in strategies if s.adapter is not None}
@@ -123,6 +126,11 @@ def supervised_labels(config: LossConfig) -> Callable[[Data], Labels]:
     if not config.teacher_labels:
         return reference_labels
     return partial(completed_labels, weight=config.teacher_labels)
+
+
+def has_direct_forces(student: Network) -> bool:
+    """Whether forces have a head of their own and are no gradient of the energy."""
+    return bool(student.hyperparameters.get("direct_forces", False))
 
 
 def _require_forces(student: Network) -> None:
