@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 
@@ -14,6 +15,14 @@ from kd_train.trainer.distributed import World, joined, process_device, world_of
 from pipeline.commands import chosen_device, logged_later, one_sentence_errors
 from pipeline.errors import SpecError
 from pipeline.files import held
+
+
+class _GoingOn(NamedTuple):
+    """Whether a run that is in the folder goes on, and whether with more steps."""
+
+    always: bool
+    if_started: bool
+    longer: bool
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -33,6 +42,11 @@ from pipeline.files import held
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder.")
 @click.option("--resume", is_flag=True, help="Continue the run in --out.")
 @click.option("--auto-resume", is_flag=True, help="Like --resume if there is a run.")
+@click.option(
+    "--extend",
+    is_flag=True,
+    help="Like --resume, and --steps may be more than the run had.",
+)
 @click.option("--seed", type=int, help="Of initial weights and sample order.")
 @click.option("--steps", type=int, help="Optimiser steps.")
 @click.option(
@@ -51,6 +65,7 @@ def main(
     out: Path | None,
     resume: bool,
     auto_resume: bool,
+    extend: bool,
     seed: int | None,
     steps: int | None,
     device: str | None,
@@ -73,7 +88,8 @@ def main(
             from pipeline.store.transfer import staged_store
 
             cache = str(staged_store(cache, stage))
-        told = _train(chosen, cache, out, world, device, threads, (resume, auto_resume))
+        going_on = _GoingOn(resume or (extend and not auto_resume), auto_resume, extend)
+        told = _train(chosen, cache, out, world, device, threads, going_on)
     if world.is_first:
         click.echo(told)
 
@@ -85,7 +101,7 @@ def _train(
     world: World,
     device: str | None,
     threads: int | None,
-    resume: tuple[bool, bool],
+    going_on: _GoingOn,
 ) -> str:
     """Train as asked for; returns the folder and the metrics in one line."""
     import torch
@@ -97,7 +113,6 @@ def _train(
     if threads is not None:
         torch.set_num_threads(threads)
     place = chosen_device(process_device(world, device))
-    always, if_started = resume
     with logged_later("kd_train", "pipeline") if world.is_first else _silence() as log:
         store = FeatureStore.open(cache)
         chosen = with_student(config, store)
@@ -105,11 +120,12 @@ def _train(
         # One process holds the folder, for all that train together.
         with held(folder) if world.is_first else nullcontext():
             started = (folder / "last.pt").exists()
-            if started and not always and not if_started:
+            if started and not going_on.always and not going_on.if_started:
                 raise SpecError(f"{folder} holds a run; add --resume or change --out.")
             run = Run(chosen, store, folder, place, world)
             log(folder / "train.log")
-            summary = run.train(resume=always or (if_started and started))
+            resume = going_on.always or (going_on.if_started and started)
+            summary = run.train(resume=resume, extend=going_on.longer)
     metrics = ", ".join(
         f"{k} {v:.4g}" for k, v in summary["metrics"].items() if v is not None
     )

@@ -1,5 +1,6 @@
 """``kd-train`` as it is typed: what it does, and one sentence for what it refuses."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -73,6 +74,10 @@ def test_trains_and_resumes(small_store: FeatureStore, tmp_path: Path) -> None:
     assert "--resume" in refusal(main, again)
     resumed = run_command(main, [*again, "--resume"])
     assert resumed.exit_code == 0
+    longer = [*again, "--steps", 5]
+    assert "add --extend to go on with more" in refusal(main, [*longer, "--resume"])
+    assert run_command(main, [*longer, "--extend"]).exit_code == 0
+    assert json.loads((out / "metrics.json").read_text())["steps"] == 5
 
 
 def test_file_flags_and_overrides_join(
