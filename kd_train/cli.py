@@ -53,7 +53,7 @@ class _GoingOn(NamedTuple):
     "--device",
     help="cpu, cuda, cuda:1; default: a GPU if any (of each process its own).",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of torch.")
+@click.option("--threads", type=click.IntRange(1, 4096), help="CPU threads of torch.")
 @one_sentence_errors
 def main(
     cache: str,
@@ -181,7 +181,7 @@ def report_main(
     "--batch-atoms", type=click.IntRange(min=1), default=2000, show_default=True
 )
 @click.option("--device", help="cpu, cuda, cuda:1; default: a GPU if any.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of torch.")
+@click.option("--threads", type=click.IntRange(1, 4096), help="CPU threads of torch.")
 @one_sentence_errors
 def cka_main(
     models: tuple[str, str],

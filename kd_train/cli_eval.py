@@ -43,7 +43,7 @@ MEASURED_SECONDS = 1.0
 )
 @click.option("--throughput", is_flag=True, help="Measure samples per second, too.")
 @click.option("--device", help="cpu, cuda, cuda:1; default: a GPU if any.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of torch.")
+@click.option("--threads", type=click.IntRange(1, 4096), help="CPU threads of torch.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, not a table.")
 @one_sentence_errors
 def eval_main(

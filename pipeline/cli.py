@@ -90,7 +90,7 @@ _set_option = click.option(
     "--set", "overrides", multiple=True, help="key.subkey=value of the spec."
 )
 _threads_option = click.option(
-    "--threads", type=click.IntRange(min=1), help="CPU threads of torch."
+    "--threads", type=click.IntRange(1, 4096), help="CPU threads of torch."
 )
 
 

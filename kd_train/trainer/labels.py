@@ -73,18 +73,22 @@ def _require_measure(config: TrainConfig, val: Split) -> None:
 
 def has_labels(split: Split) -> bool:
     """Whether a sample has a reference energy, or one of the first has forces."""
-    return any(sample_with(split))
+    return has_energies(split) or has_forces(split)
 
 
-def sample_with(split: Split) -> tuple[bool, bool]:
-    """Whether a sample has a reference energy, and one of the first has forces."""
-    energy, forces = FIELDS["energy"].path, FIELDS["forces"].path
-    first = np.arange(min(FIRST_SAMPLES, len(split)))
-    forced = bool(np.isfinite(split.read(first, [forces])[forces]).any())
-    # Where any sample has an energy, one of the first block does.
+def has_energies(split: Split) -> bool:
+    """Whether a sample has a reference energy."""
+    path = FIELDS["energy"].path
+    # Where any sample has one, a sample of the first block does.
     blocks = map(split.block_positions, range(split.n_blocks))
-    energies = (split.read(block, [energy])[energy] for block in blocks)
-    return any(bool(np.isfinite(part).any()) for part in energies), forced
+    return any(np.isfinite(split.read(block, [path])[path]).any() for block in blocks)
+
+
+def has_forces(split: Split) -> bool:
+    """Whether one of the first samples has reference forces."""
+    path = FIELDS["forces"].path
+    first = np.arange(min(FIRST_SAMPLES, len(split)))
+    return bool(np.isfinite(split.read(first, [path])[path]).any())
 
 
 def is_measured(split: Split, metric: str) -> bool:

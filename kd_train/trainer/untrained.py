@@ -4,7 +4,7 @@ import logging
 from dataclasses import dataclass
 
 from kd_train.config import TrainConfig
-from kd_train.trainer.labels import sample_with
+from kd_train.trainer.labels import has_energies, has_forces
 from pipeline.errors import SpecError
 from pipeline.store.reader import FeatureStore
 
@@ -54,8 +54,8 @@ def _known_of(store: FeatureStore, name: str, counts: dict[str, int] | None) -> 
     size = len(split)
     if counts is not None:
         return Known(name, size, counts["energy"], counts["forces"])
-    energy, forces = sample_with(split)
-    return Known(name, size, size * energy, size * forces, exact=False)
+    energies, forces = size * has_energies(split), size * has_forces(split)
+    return Known(name, size, energies, forces, exact=False)
 
 
 def require_trained_outputs(config: TrainConfig, known: Known, direct: bool) -> None:
