@@ -1,9 +1,10 @@
 """``kd-train`` and ``kd-report``. Heavy imports happen inside the commands."""
 
-import logging
 import os
+from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
+from typing import NamedTuple
 
 import click
 
@@ -11,7 +12,16 @@ from kd_train.config import STRATEGIES, TrainConfig, load_config
 from kd_train.trainer.distributed import World, joined, process_device, world_of
 from pipeline.commands import chosen_device, one_sentence_errors
 from pipeline.errors import SpecError
+from pipeline.files import held
 from pipeline.warned import leave_to_others, log_to_file
+
+
+class _GoingOn(NamedTuple):
+    """Whether a run that is in the folder goes on, and whether with more steps."""
+
+    always: bool
+    if_started: bool
+    longer: bool
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -31,13 +41,18 @@ from pipeline.warned import leave_to_others, log_to_file
 @click.option("--out", type=click.Path(path_type=Path), help="Run folder.")
 @click.option("--resume", is_flag=True, help="Continue the run in --out.")
 @click.option("--auto-resume", is_flag=True, help="Like --resume if there is a run.")
+@click.option(
+    "--extend",
+    is_flag=True,
+    help="Like --resume, and --steps may be more than the run had.",
+)
 @click.option("--seed", type=int, help="Of initial weights and sample order.")
 @click.option("--steps", type=int, help="Optimiser steps.")
 @click.option(
     "--device",
     help="cpu, cuda, cuda:1; default: a GPU if any (of each process its own).",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of torch.")
+@click.option("--threads", type=click.IntRange(1, 4096), help="CPU threads of torch.")
 @one_sentence_errors
 def main(
     cache: str,
@@ -49,6 +64,7 @@ def main(
     out: Path | None,
     resume: bool,
     auto_resume: bool,
+    extend: bool,
     seed: int | None,
     steps: int | None,
     device: str | None,
@@ -73,7 +89,8 @@ def main(
             from pipeline.store.transfer import staged_store
 
             cache = str(staged_store(cache, stage))
-        told = _train(chosen, cache, out, world, device, threads, (resume, auto_resume))
+        going_on = _GoingOn(resume or (extend and not auto_resume), auto_resume, extend)
+        told = _train(chosen, cache, out, world, device, threads, going_on)
     if world.is_first:
         click.echo(told)
 
@@ -85,7 +102,7 @@ def _train(
     world: World,
     device: str | None,
     threads: int | None,
-    resume: tuple[bool, bool],
+    going_on: _GoingOn,
 ) -> str:
     """Train as asked for; returns the folder and the metrics in one line."""
     import torch
@@ -99,22 +116,27 @@ def _train(
     place = chosen_device(process_device(world, device))
     store = FeatureStore.open(cache)
     chosen = with_student(config, store)
-    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    name = f"{chosen.student.preset}-{chosen.strategy}-s{chosen.seed}-{stamp}"
-    folder = out or Path("runs") / world.texts(name)[0]
-    started = (folder / "last.pt").exists()
-    always, if_started = resume
-    if started and not always and not if_started:
-        raise SpecError(f"{folder} holds a run; add --resume or change --out.")
-    run = Run(chosen, store, folder, place, world)
-    if world.is_first:
-        folder.mkdir(parents=True, exist_ok=True)
-        log_to_file(folder / "train.log")
-    summary = run.train(resume=always or (if_started and started))
+    folder = out or Path("runs") / world.texts(_name(chosen))[0]
+    # One process holds the folder, for all that train together.
+    with held(folder) if world.is_first else nullcontext():
+        started = (folder / "last.pt").exists()
+        if started and not going_on.always and not going_on.if_started:
+            raise SpecError(f"{folder} holds a run; add --resume or change --out.")
+        run = Run(chosen, store, folder, place, world)
+        if world.is_first:
+            log_to_file(folder / "train.log")
+        resume = going_on.always or (going_on.if_started and started)
+        summary = run.train(resume=resume, extend=going_on.longer)
     metrics = ", ".join(
         f"{k} {v:.4g}" for k, v in summary["metrics"].items() if v is not None
     )
     return f"{folder}: {metrics}"
+
+
+def _name(config: TrainConfig) -> str:
+    """Of the run folder, where the user names none."""
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    return f"{config.student.preset}-{config.strategy}-s{config.seed}-{stamp}"
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
@@ -157,7 +179,7 @@ def report_main(
     help="Take samples with elements that the training data of a model lacked.",
 )
 @click.option("--device", help="cpu, cuda, cuda:1; default: a GPU if any.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of torch.")
+@click.option("--threads", type=click.IntRange(1, 4096), help="CPU threads of torch.")
 @one_sentence_errors
 def cka_main(
     models: tuple[str, str],
@@ -194,4 +216,5 @@ def cka_main(
         batch_atoms=batch_atoms,
         any_element=any_element,
     )
-    click.echo(write_similarity(found, out), nl=False)
+    with held(out):
+        click.echo(write_similarity(found, out), nl=False)

@@ -9,6 +9,7 @@ import click
 
 from pipeline.commands import chosen_device, one_sentence_errors
 from pipeline.errors import SpecError
+from pipeline.files import held
 from pipeline.warned import log_to_file
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ MEASURED_SECONDS = 1.0
 )
 @click.option("--throughput", is_flag=True, help="Measure samples per second, too.")
 @click.option("--device", help="cpu, cuda, cuda:1; default: a GPU if any.")
-@click.option("--threads", type=click.IntRange(min=1), help="CPU threads of torch.")
+@click.option("--threads", type=click.IntRange(1, 4096), help="CPU threads of torch.")
 @click.option(
     "--any-element",
     is_flag=True,
@@ -133,7 +134,8 @@ def eval_main(
     for warning in card.warnings:
         log.warning("%s", warning)
     if out is not None:
-        card.write(out)
+        with held(out):
+            card.write(out)
     if rate is not None:
         write_throughput(rate, about, run)
     click.echo(json.dumps(card.to_dict(), indent=2) if as_json else card.to_text())

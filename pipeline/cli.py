@@ -87,7 +87,7 @@ _set_option = click.option(
     "--set", "overrides", multiple=True, help="key.subkey=value of the spec."
 )
 _threads_option = click.option(
-    "--threads", type=click.IntRange(min=1), help="CPU threads of torch."
+    "--threads", type=click.IntRange(1, 4096), help="CPU threads of torch."
 )
 
 
@@ -349,10 +349,12 @@ def label(
     chosen = load_spec(spec, overrides)
     log_to_file(out / "label.log", logging.WARNING)
 
+    from pipeline.files import held
     from pipeline.labelling import label_splits
 
-    for file in label_splits(chosen, out, str(chosen_device(device))):
-        click.echo(f"{file}")
+    with held(out):
+        for file in label_splits(chosen, out, str(chosen_device(device))):
+            click.echo(f"{file}")
 
 
 @main.command()

@@ -5,10 +5,12 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pipeline.errors import StoreError
+from filelock import FileLock, Timeout
+
+from pipeline.errors import BusyError, StoreError
 
 
 def is_full(error: OSError) -> bool:
@@ -46,6 +48,38 @@ def is_free(path: Path) -> bool:
     if path.is_dir():
         return next(path.iterdir(), None) is None
     return not path.exists()
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep ``folder`` to this process, made if missing and removed if left empty.
+
+    The lock is one of the system: it ends with the process, however that ends.
+
+    Raises
+    ------
+    BusyError
+        Another process holds the folder.
+    """
+    missing = [p for p in (folder, *folder.parents) if not p.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BusyError(
+            f"{folder} is in use by another process; wait for it to end or choose "
+            "another --out."
+        ) from None
+    try:
+        yield
+    finally:
+        # Removed while held: whoever waits sees that it is gone and makes its own.
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
+        for made in missing:
+            with suppress(OSError):
+                made.rmdir()
 
 
 def sha256_of(path: Path) -> str:

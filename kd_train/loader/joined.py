@@ -34,6 +34,10 @@ class Split(Protocol):
         """(n,) atoms of every sample."""
 
     @property
+    def checksums(self) -> npt.NDArray[np.uint64]:
+        """(n,) hash of every sample's structure."""
+
+    @property
     def n_edges(self) -> Indices:
         """(n,) edges of every sample; StoreError where none are stored."""
 
@@ -105,6 +109,11 @@ class JoinedSplit:
     def n_atoms(self) -> npt.NDArray[np.int32]:
         """(n,) atoms of every sample."""
         return self._n_atoms
+
+    @cached_property
+    def checksums(self) -> npt.NDArray[np.uint64]:
+        """(n,) hash of every sample's structure."""
+        return np.concatenate([part.checksums for part in self._parts])
 
     @cached_property
     def n_edges(self) -> Indices:
@@ -238,14 +247,27 @@ def _require_alike(parts: Sequence[Split], path: str) -> None:
 
 
 def _require_distinct(parts: Sequence[Split]) -> None:
-    """Refuse a sample id that occurs in two of the splits."""
-    owners: dict[str, str] = {}
+    """Refuse a sample that occurs in two of the splits.
+
+    A sample is the same where id and structure are: ids may be running numbers of the
+    frames of a file.
+    """
+    owners: dict[tuple[str, int], str] = {}
     for part in parts:
-        ids = part.sample_ids.tolist()
-        twice = next((name for name in ids if name in owners), None)
+        samples = [*zip(part.sample_ids.tolist(), part.checksums.tolist(), strict=True)]
+        twice = next((sample for sample in samples if sample in owners), None)
         if twice is not None:
             raise SpecError(
-                f"Sample {twice!r} is in split {owners[twice]!r} and in split "
+                f"Sample {twice[0]!r} is in split {owners[twice]!r} and in split "
                 f"{part.name!r}; join splits without common samples."
             )
-        owners.update(dict.fromkeys(ids, part.name))
+        owners.update(dict.fromkeys(samples, part.name))
+
+
+def shared_structures(split: Split, other: Split) -> tuple[int, str]:
+    """Samples of ``split`` whose structure ``other`` has too, and the id of the first.
+
+    The id is empty where there are none.
+    """
+    shared = np.flatnonzero(np.isin(split.checksums, other.checksums))
+    return len(shared), str(split.sample_ids[shared[0]]) if len(shared) else ""

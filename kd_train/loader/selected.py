@@ -37,6 +37,11 @@ class SelectedSplit:
         return self._split.n_atoms[self._positions]
 
     @property
+    def checksums(self) -> npt.NDArray[np.uint64]:
+        """(n,) hash of every sample's structure."""
+        return self._split.checksums[self._positions]
+
+    @property
     def n_edges(self) -> Indices:
         """(n,) edges of every sample; StoreError where none are stored."""
         return self._split.n_edges[self._positions]

@@ -18,7 +18,7 @@ from kd_train.report.plots import (
 )
 from kd_train.report.runs import LeftOut, read_runs
 from kd_train.report.tables import make_table
-from pipeline.files import write_atomically
+from pipeline.files import held, write_atomically
 
 _FIGURES = {
     "curves": (
@@ -79,12 +79,13 @@ def write_report(
         "table.tex": latex_table(table).encode(),
         "report.html": content.encode(),
     }
-    for name, data in files.items():
-        write_atomically(out / name, data)
-    # Figures of an earlier report would pass for those of this one.
-    for name in {f"{stem}.{kind}" for stem in _FIGURES for kind in ("png", "pdf")}:
-        if name not in files:
-            (out / name).unlink(missing_ok=True)
+    with held(out):
+        for name, data in files.items():
+            write_atomically(out / name, data)
+        # Figures of an earlier report would pass for those of this one.
+        for name in {f"{stem}.{kind}" for stem in _FIGURES for kind in ("png", "pdf")}:
+            if name not in files:
+                (out / name).unlink(missing_ok=True)
     return text
 
 

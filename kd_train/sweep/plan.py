@@ -10,14 +10,16 @@ from kd_train.strategies import REGISTRY
 from kd_train.strategies.base import Setting
 from kd_train.sweep.comparison import require_comparable, require_equal
 from kd_train.sweep.grid import Sweep, SweepRun, load_sweep
-from kd_train.trainer.labels import require_predictions, require_something_to_learn
+from kd_train.trainer.labels import require_predictions
 from kd_train.trainer.setup import (
     chosen_split,
+    has_direct_forces,
     resolved,
     run_normalizer,
     stored_widths,
     wanted_fields,
 )
+from kd_train.trainer.untrained import known_labels, require_trained_outputs
 from pipeline.documents import nearest
 from pipeline.errors import SpecError
 from pipeline.models.normalizer import Normalizer
@@ -87,13 +89,22 @@ def plan(path: Path) -> Plan:
     return Plan(sweep, store.fingerprint, skipped)
 
 
+@dataclass(frozen=True)
+class _Traits:
+    """Widths of a student, whether it needs no fit before training, and its forces."""
+
+    widths: dict[str, int]
+    is_fitted: bool
+    direct: bool
+
+
 class _Checks:
     """Remembers what runs have in common, since building students takes time."""
 
     def __init__(self, store: FeatureStore) -> None:
         self.store = store
         self._resolved: dict[str, TrainConfig] = {}
-        self._networks: dict[str, tuple[dict[str, int], bool]] = {}
+        self._networks: dict[str, _Traits] = {}
         self._reasons: dict[tuple[str, ...], str | None] = {}
 
     def resolved(self, config: TrainConfig) -> TrainConfig:
@@ -124,6 +135,7 @@ class _Checks:
             config.student.model_dump_json(),
             config.strategy,
             config.loss.model_dump_json(),
+            config.distill.model_dump_json(),
             config.normalizer,
             *(config.train_split, config.val_split, config.test_split or ""),
         )
@@ -145,7 +157,7 @@ class _Checks:
         """
         fitted: dict[str, dict[str, TrainConfig]] = {}
         for name, config in configs.items():
-            if not self._network(config)[1]:
+            if not self._network(config).is_fitted:
                 fitted.setdefault(config.student.preset, {})[name] = config
         for runs in fitted.values():
             require_equal(runs, where, "train_split", lambda c: c.train_split)
@@ -160,10 +172,11 @@ class _Checks:
         teacher = stored_widths(split)
         if config.loss.teacher_labels:
             require_predictions(split)
-        require_something_to_learn(config, split)
+        known = known_labels(self.store, config.train_split)
+        require_trained_outputs(config, known, self._network(config).direct)
         setting = Setting(
             student_name=config.student.preset,
-            student_widths=self._network(config)[0],
+            student_widths=self._network(config).widths,
             teacher_widths=teacher,
             normalizer=Normalizer(),  # plays no part in what is checked
             loss=config.loss,
@@ -178,11 +191,12 @@ class _Checks:
                 return str(error)
         return None
 
-    def _network(self, config: TrainConfig) -> tuple[dict[str, int], bool]:
-        """Widths of the student, and whether it needs no fit before training."""
+    def _network(self, config: TrainConfig) -> "_Traits":
         student = config.student.model_dump_json()
         if student not in self._networks:
             model, preset = PRESETS[config.student.preset]
             network = build_model(model, preset | config.student.hyperparameters)
-            self._networks[student] = network.widths, network.is_fitted
+            self._networks[student] = _Traits(
+                network.widths, network.is_fitted, has_direct_forces(network)
+            )
         return self._networks[student]

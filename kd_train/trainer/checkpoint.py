@@ -36,7 +36,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             raise ValueError("other keys")
     except FileNotFoundError:
         raise CheckpointError(
-            f"{path} does not exist, so there is nothing to resume; leave out --resume."
+            f"{path} does not exist, so there is nothing to resume; leave out --resume "
+            "and --extend."
         ) from None
     except Exception:
         # torch raises many classes for torn and for hostile files alike.

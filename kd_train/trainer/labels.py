@@ -1,11 +1,12 @@
 """Refuses what cannot be learned from, or validated against, for want of labels."""
 
 import logging
+from collections.abc import Sequence
 
 import numpy as np
 
 from kd_train.config import TrainConfig
-from kd_train.loader.joined import Split
+from kd_train.loader.joined import Split, shared_structures
 from pipeline.errors import SpecError
 from pipeline.fields import FIELDS, PREDICTION_FIELDS
 
@@ -25,8 +26,8 @@ def require_predictions(split: Split) -> None:
             )
 
 
-def require_labels(config: TrainConfig, train: Split, val: Split) -> None:
-    """Refuse to learn from nothing, and tell that nothing can be validated against."""
+def require_measured(config: TrainConfig, val: Split) -> None:
+    """Refuse, or warn, where nothing can be validated against."""
     _require_measure(config, val)
     if not has_labels(val):
         log.warning(
@@ -34,18 +35,25 @@ def require_labels(config: TrainConfig, train: Split, val: Split) -> None:
             "another split",
             val.name,
         )
-    require_something_to_learn(config, train)
 
 
-def require_something_to_learn(config: TrainConfig, train: Split) -> None:
-    """Refuse a plain student of a split that has no labels for it."""
-    learns = config.strategies or config.loss.teacher_labels
-    if not learns and not has_labels(train):
-        raise SpecError(
-            f"train_split: {train.name!r} has no reference labels, so the strategy "
-            "'none' has nothing to learn from; join a split with labels, set "
-            "loss.teacher_labels=1, or choose another strategy."
-        )
+def warn_of_training_samples(train: Split, val: Split, tests: Sequence[Split]) -> None:
+    """Warn where splits that errors are measured on have structures of training."""
+    held_out = [("val_split", val)]
+    held_out += [("test_split", test) for test in tests if test is not val]
+    for key, split in held_out:
+        count, first = shared_structures(split, train)
+        if count:
+            log.warning(
+                "%s: %d of the %d samples of %r have structures that train_split %r "
+                "has too, the first is %r; errors on them are too low",
+                key,
+                count,
+                len(split),
+                split.name,
+                train.name,
+                first,
+            )
 
 
 def _require_measure(config: TrainConfig, val: Split) -> None:
@@ -65,15 +73,22 @@ def _require_measure(config: TrainConfig, val: Split) -> None:
 
 def has_labels(split: Split) -> bool:
     """Whether a sample has a reference energy, or one of the first has forces."""
-    energy, forces = FIELDS["energy"].path, FIELDS["forces"].path
-    for block in range(split.n_blocks):
-        # Where any sample has one, a sample of the first block does.
-        if np.isfinite(
-            split.read(split.block_positions(block), [energy])[energy]
-        ).any():
-            return True
+    return has_energies(split) or has_forces(split)
+
+
+def has_energies(split: Split) -> bool:
+    """Whether a sample has a reference energy."""
+    path = FIELDS["energy"].path
+    # Where any sample has one, a sample of the first block does.
+    blocks = map(split.block_positions, range(split.n_blocks))
+    return any(np.isfinite(split.read(block, [path])[path]).any() for block in blocks)
+
+
+def has_forces(split: Split) -> bool:
+    """Whether one of the first samples has reference forces."""
+    path = FIELDS["forces"].path
     first = np.arange(min(FIRST_SAMPLES, len(split)))
-    return bool(np.isfinite(split.read(first, [forces])[forces]).any())
+    return bool(np.isfinite(split.read(first, [path])[path]).any())
 
 
 def is_measured(split: Split, metric: str) -> bool:

@@ -31,6 +31,8 @@ from kd_train.loader.prefetch import moved, pinned, prefetch
 from kd_train.losses import Term
 from kd_train.trainer.checkpoint import read_checkpoint, save_checkpoint
 from kd_train.trainer.distributed import ALONE, World
+from kd_train.trainer.extend import before_extension
+from kd_train.trainer.labels import warn_of_training_samples
 from kd_train.trainer.numerics import compile_student, determinism, training_numerics
 from kd_train.trainer.objective import Objective
 from kd_train.trainer.optimizer import make_optimizer
@@ -42,7 +44,7 @@ from kd_train.trainer.records import (
     short,
     write_rows,
 )
-from kd_train.trainer.results import export_student, write_results
+from kd_train.trainer.results import drop_results, export_student, write_results
 from kd_train.trainer.schedule import learning_rate
 from kd_train.trainer.setup import (
     Learner,
@@ -102,27 +104,34 @@ class Run:
         if config.test_split is not None:
             parts = [self._samples(n, ()) for n in config.test_split.split("+")]
             self.testers = [self._validator(part) for part in parts]
+        held_out = [tester.samples.split for tester in self.testers]
+        warn_of_training_samples(
+            self.train_samples.split, self.val_samples.split, held_out
+        )
         if config.batch_atoms is not None:
             split = self.train_samples.split
             check_budget(split.n_atoms, split.sample_ids, config.batch_atoms)
         self.progress = Progress(world_size=world.size)
         self.rows: list[dict[str, Any]] = []
+        self.extended_from: list[int] = []
         self._parallel = self._synchronised()
 
-    def train(self, *, resume: bool) -> dict[str, Any]:
+    def train(self, *, resume: bool, extend: bool = False) -> dict[str, Any]:
         """Train to the configured step and return the final metrics of the run.
+
+        With ``extend`` a run that is resumed may have had fewer steps.
 
         Raises
         ------
         SpecError
-            The run to be resumed had another configuration or store, or an operation
-            of a deterministic run has no deterministic form.
+            The run to be resumed had another configuration or store or cannot be
+            extended, or an operation of a deterministic run has no deterministic form.
         DataError, DamagedStoreError
             A sample cannot be used; names it.
         """
         self.world.require_equal(str(resume), f"The files in {self.folder}")
         if resume:
-            self._restore()
+            self._restore(extend)
             state = f"{self.progress} {weights_digest(self.modules)}"
             self.world.require_equal(state, f"The files in {self.folder}")
         if self.world.is_first:
@@ -332,12 +341,14 @@ class Run:
 
     def header(self) -> dict[str, Any]:
         """Resolved configuration and what it is applied to."""
+        extended = {"extended_from": self.extended_from} if self.extended_from else {}
         return {
             "config": self.config.model_dump(mode="json"),
             "hyperparameters": self.learner.student.hyperparameters,
             "fingerprint": self.store.fingerprint,
             "initial_weights": self.learner.initial_digest,
             "processes": self.world.size,
+            **extended,
         }
 
     def _provenance(self) -> dict[str, Any]:
@@ -359,10 +370,12 @@ class Run:
             "weighting": self.weighting.state_dict(),
         }
 
-    def _restore(self) -> None:
+    def _restore(self, extend: bool) -> None:
         state = read_checkpoint(self.folder / "last.pt")
-        require_same_run(state["header"], self.header(), self.folder)
-        progress = Progress(**state["progress"])
+        progress, saved = Progress(**state["progress"]), state["header"]
+        if extend:
+            saved = before_extension(saved, self.config, progress, self.folder)
+        require_same_run(saved, self.header(), self.folder)
         if progress.world_size != self.world.size:
             raise SpecError(
                 f"{self.folder} was trained by {progress.world_size} processes, now "
@@ -375,5 +388,8 @@ class Run:
         self.weighting.load_state_dict(state["weighting"])
         self.progress = progress
         self.rows = state["rows"]
+        self.extended_from = list(saved.get("extended_from", ()))
         if self.world.is_first:
             log.info("resumed %s at step %d", self.folder, self.progress.step)
+            if saved["config"] != state["header"]["config"]:
+                drop_results(self.folder)

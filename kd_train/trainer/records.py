@@ -66,8 +66,15 @@ def require_same_run(
             before = saved["config"].get(key)
             raise SpecError(
                 f"{folder} was started with {key} = {before!r}, now it is {value!r}; "
-                "resume with the same configuration or use another --out."
+                f"resume with the same configuration{_or_extend(key, before, value)} "
+                "or use another --out."
             )
+
+
+def _or_extend(key: str, before: Any, value: Any) -> str:
+    return ", add --extend to go on with more steps," * (
+        key == "steps" and value > before
+    )
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:

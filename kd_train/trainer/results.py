@@ -21,6 +21,7 @@ from pipeline.models.network import Network
 from pipeline.store.reader import FeatureStore
 
 _STUDENT = "student.safetensors"
+_METRICS, _PREDICTIONS = "metrics.json", "predictions.npz"
 
 
 def export_student(
@@ -73,10 +74,19 @@ def write_results(
             for name in results[0].predictions
         }
         np.savez_compressed(buffer, allow_pickle=False, **predictions)
-        write_atomically(folder / "predictions.npz", buffer.getvalue())
+        write_atomically(folder / _PREDICTIONS, buffer.getvalue())
         text = json.dumps(summary, indent=2, sort_keys=True)
-        write_atomically(folder / "metrics.json", text.encode() + b"\n")
+        write_atomically(folder / _METRICS, text.encode() + b"\n")
     return summary
+
+
+def drop_results(folder: Path) -> None:
+    """Remove the results of a run that goes on, which would pass for those of its end.
+
+    They are written anew when it has ended.
+    """
+    for name in (_METRICS, _PREDICTIONS):
+        (folder / name).unlink(missing_ok=True)
 
 
 def plain_mean(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:

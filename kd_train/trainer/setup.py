@@ -28,9 +28,10 @@ from kd_train.trainer.contents import examined
 from kd_train.trainer.labels import (
     FIRST_SAMPLES,
     has_labels,
-    require_labels,
+    require_measured,
     require_predictions,
 )
+from kd_train.trainer.untrained import known_labels, require_trained_outputs
 from pipeline.documents import nearest
 from pipeline.errors import SpecError
 from pipeline.fields import FIELDS, PREDICTION_FIELDS
@@ -75,8 +76,8 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
     Raises
     ------
     SpecError
-        The preset is unknown, the student predicts no forces, or a strategy needs
-        what store or student lack.
+        The preset is unknown, the student predicts no forces, a strategy needs what
+        store or student lack, or nothing would train an output of the student.
     """
     preset = config.student.preset
     if preset not in PRESETS:
@@ -99,7 +100,9 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
         seed=config.seed,
     )
     strategies = tuple(REGISTRY[s](setting) for s in config.strategies)
-    require_labels(config, split, chosen_split(store, config.val_split))
+    require_measured(config, chosen_split(store, config.val_split))
+    known = known_labels(store, config.train_split)
+    require_trained_outputs(config, known, has_direct_forces(student))
     tests = config.test_split.split("+") if config.test_split else []
     training_data = examined(
         split,
@@ -157,6 +160,11 @@ def supervised_labels(config: LossConfig) -> Callable[[Data], Labels]:
     if not config.teacher_labels:
         return reference_labels
     return partial(completed_labels, weight=config.teacher_labels)
+
+
+def has_direct_forces(student: Network) -> bool:
+    """Whether forces have a head of their own and are no gradient of the energy."""
+    return bool(student.hyperparameters.get("direct_forces", False))
 
 
 def _require_forces(student: Network) -> None:

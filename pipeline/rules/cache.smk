@@ -4,12 +4,22 @@
 # --config jobs=1 (default): one job plans, fills and seals.
 # --config jobs=N: plan_X, then N jobs part_X that may run anywhere and in any order,
 # then cache_X seals. A job that was killed is run again and goes on where it was.
+from functools import partial
 from pathlib import Path
+
+from snakemake.exceptions import WorkflowError
+
+from pipeline.errors import PipelineError
+from pipeline.workflow import data_files, spec_changes
 
 JOBS = int(config.get("jobs", 1))
 GPUS = int(config.get("gpus", 1))
 CPUS = int(config.get("cpus", 2))
-SET = [f"--set {change}" for change in config.get("set", "").split()]
+try:
+    CHANGES = spec_changes(config)
+except PipelineError as error:
+    raise WorkflowError(str(error)) from None
+SET = [word for change in CHANGES for word in ("--set", change)]
 # Of processes within one job, for machines with several devices.
 WORKERS = int(config.get("workers", 0))
 # Of the jobs that read all data, before and after the others: planning and sealing.
@@ -28,6 +38,11 @@ def minutes(wildcards, attempt):
     return int(config.get("runtime", 240)) * attempt
 
 
+def data_of(wildcards, spec):
+    """Files that the store of a spec is made of: changed ones make it due."""
+    return data_files(spec, CHANGES)
+
+
 def threads_each(wildcards, threads):
     """Of each process, which share the cores of their job."""
     return max(1, min(threads, CPUS) // max(1, WORKERS))
@@ -44,6 +59,7 @@ for spec in sorted(Path("cache_specs").glob("*.yaml")):
                 f"cache_{name}"
             input:
                 spec=str(spec),
+                data=partial(data_of, spec=spec),
             output:
                 receipt=f"{folder}.json",
                 fields=report(
@@ -67,10 +83,10 @@ for spec in sorted(Path("cache_specs").glob("*.yaml")):
                 store=f"caches/{name}.zarr",
                 overrides=SET,
             shell:
-                "(kd-cache build {input.spec} --out {params.store} "
+                "(kd-cache build {input.spec:q} --out {params.store:q} "
                 "--threads {resources.threads_each} --workers {resources.processes} "
-                "--receipt {output.receipt} {params.overrides} && "
-                "kd-cache info {params.store} --csv > {output.fields}) 2>&1 | tee {log}"
+                "--receipt {output.receipt:q} {params.overrides:q} && "
+                "kd-cache info {params.store:q} --csv > {output.fields:q}) 2>&1 | tee {log:q}"
 
     else:
 
@@ -79,6 +95,7 @@ for spec in sorted(Path("cache_specs").glob("*.yaml")):
                 f"plan_{name}"
             input:
                 spec=str(spec),
+                data=partial(data_of, spec=spec),
             output:
                 done=temp(touch(f"{folder}.parts/planned-{JOBS}")),
             log:
@@ -96,9 +113,9 @@ for spec in sorted(Path("cache_specs").glob("*.yaml")):
                 store=f"caches/{name}.zarr",
                 overrides=SET,
             shell:
-                "kd-cache plan {input.spec} --out {params.store} "
+                "kd-cache plan {input.spec:q} --out {params.store:q} "
                 "--threads {resources.threads_each} --workers {resources.processes} "
-                "{params.overrides} > {log} 2>&1"
+                "{params.overrides:q} > {log:q} 2>&1"
 
         rule:
             name:
@@ -126,10 +143,10 @@ for spec in sorted(Path("cache_specs").glob("*.yaml")):
                 overrides=SET,
                 jobs=JOBS,
             shell:
-                "kd-cache build {input.spec} --out {params.store} "
+                "kd-cache build {input.spec:q} --out {params.store:q} "
                 "--threads {resources.threads_each} --workers {resources.processes} "
                 "--part {wildcards.part}/{params.jobs} "
-                "{params.overrides} > {log} 2>&1"
+                "{params.overrides:q} > {log:q} 2>&1"
 
         rule:
             name:
@@ -138,6 +155,7 @@ for spec in sorted(Path("cache_specs").glob("*.yaml")):
                 parts=expand(
                     f"{folder}.parts/{{part}}-of-{JOBS}", part=range(1, JOBS + 1)
                 ),
+                data=partial(data_of, spec=spec),
             output:
                 receipt=f"{folder}.json",
                 fields=report(
@@ -168,11 +186,11 @@ for spec in sorted(Path("cache_specs").glob("*.yaml")):
                     job=["plan", *(f"{n}-of-{JOBS}" for n in range(1, JOBS + 1))],
                 ),
             shell:
-                "(kd-cache seal {params.store} --workers {resources.processes} && "
-                "kd-cache verify {params.store} --workers {resources.processes} && "
-                "kd-cache info {params.store} --json > {output.receipt} && "
-                "kd-cache info {params.store} --csv > {output.fields} && "
+                "(kd-cache seal {params.store:q} --workers {resources.processes} && "
+                "kd-cache verify {params.store:q} --workers {resources.processes} && "
+                "kd-cache info {params.store:q} --json > {output.receipt:q} && "
+                "kd-cache info {params.store:q} --csv > {output.fields:q} && "
                 "awk 'NR == 1 {{print \"job\\t\" $0}} FNR == 2 "
                 '{{sub(".*/", "", FILENAME); sub("\\\\.benchmark.*", "", FILENAME); '
-                "print FILENAME \"\\t\" $0}}' {params.benchmarks} > {output.jobs}"
-                ") 2>&1 | tee {log}"
+                "print FILENAME \"\\t\" $0}}' {params.benchmarks:q} > {output.jobs:q}"
+                ") 2>&1 | tee {log:q}"

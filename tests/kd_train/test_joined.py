@@ -1,5 +1,6 @@
 """Several splits read as one: rows, blocks, edges, and what cannot be joined."""
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -174,6 +175,28 @@ def test_a_sample_in_two_splits_is_named(store: FeatureStore) -> None:
     twice = next(i for i in store.splits["again"].sample_ids.tolist() if i in common)
     with pytest.raises(SpecError, match=f"'{twice}' is in split 'more' and.*'again'"):
         chosen_split(store, "train+more+again")
+
+
+def test_running_numbers_of_two_files_do_not_collide(tmp_path: Path) -> None:
+    """B12: files without ids could not be joined although no structure is shared."""
+    splits = {}
+    for name, first in (("a", 0), ("b", 8), ("c", 0)):
+        frames = [
+            re.sub(r" sample_id=\S+", "", text) for text in collision_frames(8, first)
+        ]
+        splits[name] = write_frames(tmp_path / f"{name}.extxyz", frames)
+    document = spec_document(splits, tmp_path / "s.zarr")
+    store = build(write_spec(tmp_path / "s.yaml", document))
+    ids = [set(store.splits[name].sample_ids.tolist()) for name in "ab"]
+    assert ids[0] == ids[1]
+    joined = chosen_split(store, "a+b")
+    assert len(joined) == 16
+    both = [store.splits[name].checksums for name in "ab"]
+    assert np.array_equal(joined.checksums, np.concatenate(both))
+    config = train_config(train_split="a+b", val_split="c", steps=2)
+    make_run(store, tmp_path / "run", config).train(resume=False)
+    with pytest.raises(SpecError, match="is in split 'a' and in split 'c'"):
+        chosen_split(store, "a+b+c")
 
 
 @pytest.mark.parametrize("choice", ["train+mroe", "train+", "+train"])

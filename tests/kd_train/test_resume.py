@@ -12,8 +12,10 @@ from torch_geometric.data import Data
 
 from kd_train.config import TrainConfig
 from kd_train.loader.order import BatchRule, epoch_batches
+from kd_train.report.runs import read_run
 from kd_train.trainer.checkpoint import read_checkpoint, save_checkpoint
 from kd_train.trainer.loop import Run
+from pipeline.documents import read_yaml
 from pipeline.errors import CheckpointError, SpecError
 from pipeline.store.reader import FeatureStore
 from tests.kd_train.runs import TIMINGS, distilling, make_run, metric_rows
@@ -24,7 +26,7 @@ class _Killed(Exception):
     pass
 
 
-def _interrupt(run: Run, at_step: int) -> None:
+def _interrupt(run: Run, at_step: int, *, extend: bool = False) -> None:
     """Train ``run`` until step ``at_step`` begins, then stop as a kill would."""
     step = run.step
 
@@ -35,7 +37,7 @@ def _interrupt(run: Run, at_step: int) -> None:
 
     run.step = stopping  # type: ignore[method-assign]
     with pytest.raises(_Killed):
-        run.train(resume=run.progress.step > 0)
+        run.train(resume=extend or run.progress.step > 0, extend=extend)
 
 
 def _assert_same(left: Any, right: Any, where: str = "state") -> None:
@@ -81,6 +83,76 @@ def test_interrupted_run_ends_as_if_it_had_not_been(
         for folder in (straight, stopped)
     ]
     _assert_same(*summaries)
+
+
+def _longer(steps: int, **changes: Any) -> TrainConfig:
+    schedule = {"kind": "exponential", "warmup_steps": 5, "decay_steps": 10}
+    return distilling(**{"steps": steps, "schedule": schedule, **changes})
+
+
+def test_an_extended_run_ends_as_if_it_had_been_longer(
+    small_store: FeatureStore, tmp_path: Path
+) -> None:
+    """C: resume with more steps, recorded."""
+    straight, extended = tmp_path / "straight", tmp_path / "extended"
+    make_run(small_store, straight, _longer(12)).train(resume=False)
+    make_run(small_store, extended, _longer(6)).train(resume=False)
+    with pytest.raises(SpecError, match=r"steps = 6, now it is 12; .*add --extend"):
+        make_run(small_store, extended, _longer(12)).train(resume=True)
+    going_on = make_run(small_store, extended, _longer(12))
+    _interrupt(going_on, 7, extend=True)
+    assert not (extended / "metrics.json").exists()
+    assert not (extended / "predictions.npz").exists()
+    # The same command again; then a plain --resume, as it has the steps by then.
+    _interrupt(make_run(small_store, extended, _longer(12)), 10, extend=True)
+    make_run(small_store, extended, _longer(12)).train(resume=True)
+    states = [read_checkpoint(folder / "last.pt") for folder in (straight, extended)]
+    assert states[1]["header"].pop("extended_from") == [6]
+    _assert_same(*states)
+    assert metric_rows(straight) == metric_rows(extended)
+    header = read_yaml(extended / "config.yaml")
+    assert header["extended_from"] == [6]
+    assert header["config"]["steps"] == 12
+    assert read_run(extended).summary.steps == 12
+    make_run(small_store, extended, _longer(15)).train(resume=True, extend=True)
+    assert read_yaml(extended / "config.yaml")["extended_from"] == [6, 12]
+
+
+FADING = {"schedule": {"kind": "linear"}}
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps", "words"),
+    [
+        ({"schedule": {"kind": "cosine"}}, 8, "schedule.kind=cosine lets the learning"),
+        ({"distill": FADING}, 8, "distill.schedule.kind=linear goes on"),
+        ({}, 3, "steps = 4, and --extend makes a run longer; set steps to more than 4"),
+        ({"seed": 1}, 8, "seed = 0, now it is 1"),
+        (
+            {"patience": 1, "eval_every": 1, "best_by": "efwt"},
+            8,
+            "stopped early",
+        ),
+    ],
+)
+def test_runs_that_cannot_be_extended_are_told_why(
+    changes: dict[str, Any],
+    steps: int,
+    words: str,
+    small_store: FeatureStore,
+    tmp_path: Path,
+) -> None:
+    first = {key: value for key, value in changes.items() if key != "seed"}
+    run = make_run(small_store, tmp_path, _longer(4, **first))
+    run.train(resume=False)
+    if "patience" in changes:
+        assert run.progress.step < 4
+    before = (tmp_path / "metrics.json").read_bytes()
+    with pytest.raises(SpecError, match=words):
+        make_run(small_store, tmp_path, _longer(steps, **changes)).train(
+            resume=True, extend=True
+        )
+    assert (tmp_path / "metrics.json").read_bytes() == before
 
 
 def test_resuming_a_finished_run_changes_nothing(

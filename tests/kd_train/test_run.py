@@ -87,14 +87,15 @@ def test_weights_of_terms_come_from_the_configuration(
     small_store: FeatureStore, tmp_path: Path
 ) -> None:
     config = train_config(
-        strategy="n2n",
-        distill={"n2n": 0.5},
+        strategy="n2n+vanilla2",
+        distill={"n2n": 0.5, "vanilla2": 2.0},
         loss={"energy_weight": 0.0, "force_weight": 0.0},
     )
     run = make_run(small_store, tmp_path, config)
     losses = run.losses(run.on_device(run.train_samples.batch(np.arange(4))))
     assert losses["l0"].item() == 0
-    assert losses["loss"].item() == pytest.approx(0.5 * losses["n2n"].item())
+    expected = 0.5 * losses["n2n"].item() + 2.0 * losses["vanilla2"].item()
+    assert losses["loss"].item() == pytest.approx(expected)
 
 
 def test_adapters_get_gradients_are_trained_and_averaged(

@@ -1,5 +1,6 @@
 """``kd-train`` as it is typed: what it does, and one sentence for what it refuses."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -73,6 +74,10 @@ def test_trains_and_resumes(small_store: FeatureStore, tmp_path: Path) -> None:
     assert "--resume" in refusal(main, again)
     resumed = run_command(main, [*again, "--resume"])
     assert resumed.exit_code == 0
+    longer = [*again, "--steps", 5]
+    assert "add --extend to go on with more" in refusal(main, [*longer, "--resume"])
+    assert run_command(main, [*longer, "--extend"]).exit_code == 0
+    assert json.loads((out / "metrics.json").read_text())["steps"] == 5
 
 
 def test_file_flags_and_overrides_join(
@@ -97,6 +102,9 @@ def test_file_flags_and_overrides_join(
         (["--student", "painn-smal"], ["'painn-smal'", "'painn-small'"]),
         (["--set", "sted=1"], ["'sted'", "'seed'"]),
         (["--set", "garbage"], ["--set 'garbage'"]),
+        (["--seed", 10**20], ["seed", "too large"]),
+        (["--set", "seed=99999999999999999999"], ["seed", "too large"]),
+        (["--set", "batch_size=true"], ["batch_size", "number is wanted"]),
         (["--set", "student.hyperparameters.layers=3"], ["layers", "num_layers"]),
         (
             ["--set", "student.hyperparameters.regress_forces=false"],
@@ -191,6 +199,21 @@ def test_unsealed_store_names_its_missing_blocks(
     assert "block 2 of split 'train'" in sentence
     assert "'val'" not in sentence
     assert "kd-cache build" in sentence
+
+
+def test_paths_keep_their_spelling(
+    labels_store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """B10: a folder called moved was reported as "Moved"; A13: names are no YAML."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("moved", "run #2", "no", "a: b"):
+        arguments = _arguments(labels_store.path, Path(name))
+        assert run_command(main, arguments).exit_code == 0
+        told = refusal(main, arguments)
+        assert told == f"{name} holds a run; add --resume or change --out."
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("moved", "run #2", "no", "a: b")
+    }
 
 
 def test_out_that_is_a_file_is_refused(

@@ -211,7 +211,7 @@ def test_nothing_to_learn_from_is_refused_and_nothing_to_validate_against_told(
 ) -> None:
     with pytest.raises(SpecError, match=r"'bare\+rattled'.*nothing to learn from"):
         _run(store, tmp_path, "bare+rattled")
-    _run(store, tmp_path, "bare+rattled", strategy="v2v")
+    _run(store, tmp_path, "bare+rattled", strategy="v2v+vanilla1")
     _run(store, tmp_path, "bare", loss={"teacher_labels": 1.0}, val_split="energies")
     assert "has no reference labels" not in caplog.text
     _run(store, tmp_path, "train", val_split="bare")
@@ -226,13 +226,13 @@ def test_a_sweep_with_nothing_to_learn_from_is_refused_before_it_starts(
         "store": str(store.path),
         "out": "out",
         "students": ["painn-small-demo"],
-        "strategies": ["n2n"],
+        "strategies": ["vanilla1"],
         "settings": {"train_split": "bare"},
     }
     path = tmp_path / "sweep.yaml"
     path.write_text(yaml.safe_dump(document))
     assert run_command(sweep_main, ["list", path]).exit_code == 0
-    path.write_text(yaml.safe_dump(document | {"strategies": ["n2n", "none"]}))
+    path.write_text(yaml.safe_dump(document | {"strategies": ["vanilla1", "none"]}))
     sentence = refusal(sweep_main, ["list", path])
     assert "run painn-small-demo-none-s0: train_split: 'bare' has no ref" in sentence
 

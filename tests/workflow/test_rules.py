@@ -49,6 +49,37 @@ def test_overrides_reach_the_command() -> None:
     assert "--set splits.train.limit=7 --set store.seed=3" in commands
 
 
+def test_names_and_changes_may_hold_blanks(project: Path) -> None:
+    """B8, C: everything is quoted in the shell, and the data files are inputs."""
+    spec = project / "cache_specs/tiny.yaml"
+    spec.rename(spec.with_name("my spec #1.yaml"))
+    data = project / "cache_specs/my data.xyz"
+    data.touch()
+    target = ("--dry-run", "--printshellcmds", "--cores", "1", "cache_my spec #1")
+    changes = '["splits.train.path=my data.xyz", "store.seed=3"]'
+    config = ("--config", f"set={changes}")
+    told = _told(*target, *config, "jobs=2", folder=project)
+    named = "'cache_specs/my spec #1.yaml' --out 'caches/my spec #1.zarr'"
+    quoted = "--set 'splits.train.path=my data.xyz' --set store.seed=3"
+    for part in (named, quoted, f"{data}"):
+        assert part in told
+    results = project / "results/caches"
+    results.mkdir(parents=True)
+    for name in ("json", "csv", "benchmark.tsv"):
+        (results / f"my spec #1.{name}").touch()
+    assert "Nothing to be done" in _told(*target, *config, folder=project)
+    later = data.stat().st_mtime + 100
+    os.utime(data, (later, later))
+    told = _told(*target, *config, folder=project)
+    for part in (named, quoted, f"Updated input files: {data}"):
+        assert part in told
+
+
+def _told(*arguments: str, folder: Path) -> str:
+    done = _snakemake(*arguments, folder=folder)
+    return done.stdout + done.stderr
+
+
 def test_every_store_can_be_shared_by_jobs() -> None:
     targets = [f"cache_{spec}" for spec in SPECS]
     done = _snakemake(

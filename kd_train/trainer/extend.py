@@ -1,0 +1,55 @@
+"""Resuming with more steps: where what came before is what a longer run would do."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kd_train.config import TrainConfig
+from kd_train.trainer.progress import Progress
+from pipeline.errors import SpecError
+
+
+def before_extension(
+    saved: Mapping[str, Any], config: TrainConfig, progress: Progress, folder: Path
+) -> dict[str, Any]:
+    """Header ``saved`` of the run in ``folder``, with the steps of ``config``.
+
+    ``extended_from`` in it lists the steps that the run had before.
+
+    Raises
+    ------
+    SpecError
+        The run had more steps, was stopped early, or a schedule of it ends with it.
+    """
+    old, new = int(saved["config"]["steps"]), config.steps
+    header = dict(saved)
+    if new == old:
+        return header
+    if new < old:
+        raise SpecError(
+            f"{folder} was started with steps = {old}, and --extend makes a run "
+            f"longer; set steps to more than {old}."
+        )
+    if progress.stopped_early(config):
+        raise SpecError(
+            f"{folder} was stopped early at step {progress.step} by patience="
+            f"{config.patience}, so more steps change nothing; start another run."
+        )
+    if (key := _ends_with_the_run(config)) is not None:
+        raise SpecError(
+            f"{folder} cannot be extended: {key}, so a run of {new} steps is another "
+            "run from its beginning; start it with another --out."
+        )
+    header["config"] = {**saved["config"], "steps": new}
+    header["extended_from"] = [*saved.get("extended_from", ()), old]
+    return header
+
+
+def _ends_with_the_run(config: TrainConfig) -> str | None:
+    """What of ``config`` depends on the number of steps, in words."""
+    if config.schedule.kind == "cosine":
+        return "schedule.kind=cosine lets the learning rate fall to 0 at the last step"
+    fading = config.distill.schedule
+    if config.strategies and fading.kind != "constant" and fading.steps is None:
+        return f"distill.schedule.kind={fading.kind} goes on to the last step"
+    return None
