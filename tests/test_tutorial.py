@@ -21,6 +21,8 @@ PAGE = ROOT / "docs" / "tutorial.md"
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 _NUMBER = re.compile(r"[-+]?\d+(\.\d+)?(e[-+]?\d+)?")
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass(frozen=True)
 class Step:

@@ -129,6 +129,7 @@ def trained(
     return out
 
 
+@pytest.mark.slow
 def test_processes_share_the_batch_of_a_recipe(
     small_store: FeatureStore, tmp_path: Path
 ) -> None:
@@ -197,6 +198,7 @@ def test_another_number_of_processes_is_refused(
 
 
 @pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.slow
 def test_error_of_one_process_ends_all_with_its_sentence(
     failing: int, labels_store: FeatureStore, tmp_path: Path
 ) -> None:

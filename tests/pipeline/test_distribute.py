@@ -206,6 +206,7 @@ def test_waiting_for_workers_ends(tmp_path: Path) -> None:
             list(run_tasks(pool, abs, [1]))
 
 
+@pytest.mark.slow
 def test_a_simulated_build_loses_nothing_and_does_nothing_twice(tmp_path: Path) -> None:
     script = ROOT / "benchmarks" / "scheduling.py"
     options = ["--blocks", 60, "--workers", 12, "--seconds", 0.02, "--only", "both"]

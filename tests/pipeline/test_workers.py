@@ -76,6 +76,7 @@ def _writings(store: Path, block: int) -> int:
     return len(re.findall(rf"block {block} of .* written", _log(store)))
 
 
+@pytest.mark.slow
 def test_kills_of_workers_and_jobs_leave_a_store_to_go_on_with(
     chains: tuple[Path, dict[str, str]], tmp_path: Path
 ) -> None:
@@ -190,6 +191,7 @@ class Cluster:
             process.wait(1800)
 
 
+@pytest.mark.slow
 def test_a_cluster_writes_the_same_bytes_and_may_be_lost(
     chains: tuple[Path, dict[str, str]], tmp_path: Path
 ) -> None:
