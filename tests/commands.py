@@ -20,8 +20,9 @@ def refusal(command: click.Command, arguments: Sequence[object]) -> str:
     result = run_command(command, arguments)
     assert result.exit_code == 2, result.output
     said = result.stderr.replace("\r", "\n").splitlines()
-    # A progress bar may have been drawn before the error was met.
-    lines = [s for s in said if s.strip() and not re.search("(sample|step|block)/s", s)]
+    # A progress bar may have been drawn, and a warning told, before the error was met.
+    before = re.compile("(sample|step|block)/s|^Warning: ")
+    lines = [s for s in said if s.strip() and not before.search(s)]
     assert len(lines) == 1, lines
     assert lines[0].startswith("Error: "), lines
     assert lines[0].endswith("."), lines
