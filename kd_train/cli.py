@@ -1,5 +1,6 @@
 """``kd-train`` and ``kd-report``. Heavy imports happen inside the commands."""
 
+import logging
 import os
 from contextlib import nullcontext
 from datetime import datetime
