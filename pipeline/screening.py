@@ -190,10 +190,12 @@ def tell_left_out(split: str, found: Sequence[tuple[str, str]], total: int) -> N
     """Warn of the samples, ids and reasons, that a split of ``total`` does without."""
     named = ", ".join(repr(sample_id) for sample_id, _ in found[:_NAMED])
     more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    # Without the advice, which has been followed.
+    reason = found[0][1].split("; ")[0].rstrip(".")
     log.warning(
         "splits.%s: %d of %d samples are left out: %s%s; the first because: %s; the "
         "store names all of them",
-        *(split, len(found), total, named, more, found[0][1].rstrip(".")),
+        *(split, len(found), total, named, more, reason),
     )
 
 

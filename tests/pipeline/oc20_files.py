@@ -38,6 +38,12 @@ class Slab:
     fid: int
 
 
+def _places(n: int) -> npt.NDArray[np.float64]:
+    """Places (n, 3) in Å that are as far apart as atoms are."""
+    k = np.arange(n)
+    return np.stack((2.5 * (k % 2), 2.8 * (k // 2 % 2), 2.6 * (k // 4)), axis=1)
+
+
 def slabs(count: int) -> list[Slab]:
     """``count`` slabs of 5 to 9 atoms; sids vary, fids count within one."""
     rng = np.random.default_rng(7)
@@ -48,7 +54,7 @@ def slabs(count: int) -> list[Slab]:
         made.append(
             Slab(
                 rng.choice([1, 6, 8, 29, 78], n),
-                rng.normal(size=(n, 3)).astype(np.float32),
+                (_places(n) + 0.1 * rng.normal(size=(n, 3))).astype(np.float32),
                 (np.diag([5.0, 6.0, 30.0]) + 0.25).astype(np.float32),
                 tags,
                 tags == 0,
