@@ -8,13 +8,13 @@ import click
 
 from pipeline.commands import chosen_device, one_sentence_errors, warn_on_console
 from pipeline.errors import SpecError
+from pipeline.formats import FORMATS
 
 if TYPE_CHECKING:
     from kd_train.evaluation.scoring import Part
     from pipeline.datasets import ReadOptions
     from pipeline.models.checkpoint import LoadedModel
 
-FORMATS = ("extxyz", "oc20_lmdb", "oc20_raw", "ase_db", "aselmdb")
 BATCH_ATOMS = 2048
 # For each number of --throughput.
 MEASURED_SECONDS = 1.0
