@@ -62,8 +62,9 @@ def _frame(sample: Sample, energy: float, forces: np.ndarray) -> str:
     structure = sample.structure
     pbc = " ".join("T" if flag else "F" for flag in structure.pbc)
     cell = " ".join(repr(x) for x in structure.cell.ravel().tolist())
+    name = sample.sample_id.replace('"', '\\"')
     header = (
-        f'Lattice="{cell}" pbc="{pbc}" sample_id="{sample.sample_id}" '
+        f'Lattice="{cell}" pbc="{pbc}" sample_id="{name}" '
         f"energy={energy!r} "
         "Properties=species:S:1:pos:R:3:forces:R:3:tags:I:1:fixed:I:1"
     )

@@ -1,13 +1,11 @@
 """``CacheSpec``: what a store is made of, read from ``cache_specs/*.yaml``."""
 
-import json
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field as Key
-from pydantic import ValidationInfo, field_validator
+from pydantic import field_validator
 
 from pipeline.documents import (
     ClosedModel,
@@ -22,8 +20,9 @@ from pipeline.errors import SpecError
 from pipeline.fields import CACHEABLE_FIELDS, FIELDS
 from pipeline.formats import FORMATS, Format
 from pipeline.globs import glob_matches, is_glob
+from pipeline.references import read_reference_energies
 from pipeline.remote import is_url, refuse_credentials
-from pipeline.units import Units
+from pipeline.spec_units import UnitsSpec
 
 PER_ELEMENT, NO_REFERENCES = "per_element", "none"
 COMPACT_ERROR = 1e-3
@@ -69,30 +68,6 @@ class RattleSpec(ClosedModel):
         ge=1e-3, lt=1, description="standard deviation along each axis, in Å"
     )
     seed: int = Key(0, ge=0, description="of the displacements")
-
-
-class UnitsSpec(ClosedModel):
-    """Units of a file; names as eV, meV, Hartree, Ry, kcal/mol, kJ/mol; Å, nm, Bohr."""
-
-    energy: str | None = Key(None, description="default: eV, or what the file states")
-    length: str | None = Key(
-        None, description="of positions and cell; default: Å, or what the file states"
-    )
-    forces: str | None = Key(
-        None, description="such as Hartree/Bohr; default: energy / length"
-    )
-
-    @field_validator("energy", "length", "forces")
-    @classmethod
-    def _known(cls, value: str | None, info: ValidationInfo) -> str | None:
-        if value is not None and info.field_name is not None:
-            _ = Units(**{info.field_name: value}).factors
-        return value
-
-    @property
-    def names(self) -> Units:
-        """The same, as readers take them."""
-        return Units(self.energy, self.length, self.forces)
 
 
 class SplitSpec(ClosedModel):
@@ -150,6 +125,27 @@ class SplitSpec(ClosedModel):
     rattle: RattleSpec | None = Key(
         None, description="displaced copies instead of the samples themselves"
     )
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _texts(cls, value: object) -> object:
+        parts = value if isinstance(value, list) else [value]
+        if not parts or not all(isinstance(part, str) and part for part in parts):
+            raise ValueError("must be a path or a list of paths")
+        return value
+
+    @field_validator("where", mode="before")
+    @classmethod
+    def _values(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            raise ValueError("must be a map from keys of frames to values")
+        for key, wanted in value.items():
+            parts = wanted if isinstance(wanted, list) else [wanted]
+            if not parts or not all(
+                isinstance(p, bool | int | float | str) for p in parts
+            ):
+                raise ValueError(f"{key!r} needs a number, a text, a flag or a list")
+        return value
 
     @property
     def paths(self) -> list[str]:
@@ -304,48 +300,6 @@ def _is_there(path: str) -> bool:
     return is_url(path) or (is_glob(path) and bool(glob_matches(path)))
 
 
-def read_reference_energies(path: Path) -> dict[int, float]:
-    """Energy in eV by atomic number, of a JSON or YAML map from element to eV.
-
-    Raises
-    ------
-    SpecError
-        The file is no such map; names the key that is wrong.
-    """
-    energies = {}
-    for element, energy in _read_map(path).items():
-        number = _atomic_number(element)
-        if number is None:
-            # YAML reads the symbol of nobelium, No, as false.
-            raise SpecError(f"{path}: {element!r} is no element; quote its symbol.")
-        if type(energy) not in (int, float) or not math.isfinite(energy):
-            raise SpecError(
-                f"{path}: {element!r} needs a number in eV, not {energy!r}."
-            )
-        energies[number] = float(energy)
-    return energies
-
-
-def _read_map(path: Path) -> dict[str, Any]:
-    if path.suffix != ".json":
-        return read_yaml(path)
-    try:
-        loaded = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise SpecError(f"{path} cannot be read as JSON ({error}).") from None
-    if not isinstance(loaded, dict):
-        raise SpecError(f"{path} must hold a map from element to eV.")
-    return loaded
-
-
-def _atomic_number(element: object) -> int | None:
-    from ase.data import atomic_numbers
-
-    text = str(element)
-    number = int(text) if text.isdecimal() else atomic_numbers.get(text, 0)
-    return number if 1 <= number <= max(atomic_numbers.values()) else None
-
-
 def _resolve_path(text: str, folder: Path, key: str) -> str:
     """An absolute path, or a URL as it is; variables filled in."""
     if not is_url(text):
@@ -390,15 +344,10 @@ def _check_profile(name: str, feature: FeatureSpec) -> None:
 
 
 def _check_reading(split: SplitSpec, key: str) -> None:
-    if not split.paths:
-        raise SpecError(f"{key}.path names no file; give it one, or a list of them.")
     if split.forces_key is not None and split.gradient_key is not None:
         raise SpecError(
             f"{key} has forces_key and gradient_key; remove the one that is not meant."
         )
-    for name, wanted in split.conditions:
-        if not wanted:
-            raise SpecError(f"{key}.where.{name} is empty; give a value, or a list.")
 
 
 def _check_choices(spec: CacheSpec) -> None:

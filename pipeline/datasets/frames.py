@@ -1,5 +1,6 @@
 """Text of extended XYZ: unpacked, cut into frames, and kept within a budget."""
 
+import re
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pipeline.errors import DataError
 
 SUFFIXES = (".extxyz", ".xyz")
 UNPACKED_BYTES = 1 << 29
+_COUNT = re.compile(rb"\s*\+?[0-9]{1,15}\s*")
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -77,11 +79,8 @@ def _n_atoms(path: Path, words: bytes, line: int) -> int:
     reason = "there is a gap between frames"
     if words.strip():
         reason = "a frame should begin"
-        try:
-            if (count := int(words)) >= 0:
-                return count
-        except ValueError:
-            pass
+        if _COUNT.fullmatch(words):
+            return int(words)
     raise DataError(
         f"{path} cannot be read as extended XYZ ({reason} at line {line + 1}); it is "
         "damaged or of another format."

@@ -30,10 +30,11 @@ _SEPARATORS = re.compile(r"[\s,]+")
 _SWALLOWED = re.compile(
     r"(?:energy|energies|lattice|properties|pbc|forces?|virials?|stress)\s*=", re.I
 )
+_BARE_CELL = re.compile(r"\b(lattice|cell|properties)\b[^\w=]*\d", re.I)
 _ID_INSIDE = re.compile(r"\b(sample_id|sid|fid)\s*=", re.I)
 _IDS = ("sample_id", "sid", "fid")
 # Keys after which a bare word, separated by a blank, may be a flag of its own.
-_OWN_VALUE = {*_IDS, "energy", "lattice", "cell", "properties", "pbc"}
+_OWN_VALUE = {*_IDS, "energy", "lattice", "cell", "pbc"}
 
 
 class Malformed(ValueError):
@@ -57,18 +58,27 @@ def header_words(line: str) -> dict[str, Word]:
         Quotes do not match, a key is there twice, or a value swallows a key.
     """
     if "=" not in line:
+        _refuse_bare_cell(line)
         return {}
     found: dict[str, Word] = {}
     for key, word in _pairs(line):
+        if word.text is None:
+            _refuse_bare_cell(f"{key} 0")
         if word.text is not None and (swallowed := _SWALLOWED.search(word.text)):
             raise Malformed(
-                f"the value of {key!r} contains {swallowed.group()!r}: give {key!r} a "
-                "value in quotes of its own, or remove it"
+                f"the value of {key!r} contains {swallowed.group()!r}, as if it had "
+                "swallowed a key; give it quotes that match, or remove it"
             )
         if found.setdefault(key, word) != word:
             raise Malformed(f"the key {key!r} is there twice")
     _refuse_swallowed_ids(found)
     return found
+
+
+def _refuse_bare_cell(text: str) -> None:
+    """A cell is no comment; with ``Lattice: 5 0 0 …`` it would be one."""
+    if (found := _BARE_CELL.search(text)) is not None:
+        raise Malformed(f"{found.group(1)!r} is not followed by '='")
 
 
 def _refuse_swallowed_ids(words: dict[str, Word]) -> None:
@@ -78,8 +88,8 @@ def _refuse_swallowed_ids(words: dict[str, Word]) -> None:
         for name in _ID_INSIDE.findall(word.text or ""):
             if name.lower() not in known:
                 raise Malformed(
-                    f"the value of {key!r} contains '{name}=', and there is no "
-                    f"{name!r} beside it: give {key!r} a value in quotes of its own"
+                    f"the value of {key!r} contains '{name}=', as if it had swallowed "
+                    "the key; give it quotes that match, or remove it"
                 )
 
 

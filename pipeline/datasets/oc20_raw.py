@@ -268,7 +268,11 @@ def _scan_chunk(chunk: Chunk) -> _Frames:
 
 def _id_in(path: Path, text: bytes, number: int, span: Span) -> str | None:
     """What the frame's own header says, where there is no text file."""
-    return FrameText.of(path, text[span.start : span.stop], number).sample_id
+    try:
+        return FrameText.of(path, text[span.start : span.stop], number).sample_id
+    except DataError:
+        # Raised again when the sample is asked for, which may be left out then.
+        return None
 
 
 def _lost(path: Path, text: bytes, number: int, span: Span) -> tuple[str, ...]:
@@ -276,4 +280,7 @@ def _lost(path: Path, text: bytes, number: int, span: Span) -> tuple[str, ...]:
     frame = text[span.start : span.stop]
     if b"move_mask:l:3" not in frame.split(b"\n", 2)[1].lower():
         return ()
-    return FrameText.of(path, frame, number).record().lost
+    try:
+        return FrameText.of(path, frame, number).record().lost
+    except DataError:
+        return ()

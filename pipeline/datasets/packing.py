@@ -58,9 +58,13 @@ def unpacked(path: Path) -> tuple[bytes, bool]:
     """
     try:
         raw = path.read_bytes()
-        suffix = _packer(raw) or (path.suffix if path.suffix in PACKED else None)
-        refuse_stranger(path, raw)
+        suffix = _packer(raw)
+        if suffix is None:
+            refuse_stranger(path, raw)
+            suffix = path.suffix if path.suffix in PACKED else None
         text, complete = (raw, True) if suffix is None else _UNPACKERS[suffix](raw)
+    except DataError:
+        raise
     except FileNotFoundError:
         raise DataError(f"{path} does not exist.") from None
     except (OSError, EOFError, ValueError, RuntimeError) as error:
@@ -83,8 +87,9 @@ def refuse_stranger(path: Path, raw: bytes) -> None:
     for beginning, kind, remedy in _STRANGERS:
         if head.startswith(beginning):
             raise _stranger(path, kind, remedy)
-    if head[1:2] == b"\0" or head[:1] == b"\0":
-        raise _stranger(path, "a binary file or text in UTF-16", "convert it to UTF-8")
+    if b"\0" in head[:64]:
+        kind = "a binary file, or text in UTF-16"
+        raise _stranger(path, kind, "choose another format, or convert it to UTF-8")
 
 
 def _packer(raw: bytes) -> str | None:
@@ -92,7 +97,9 @@ def _packer(raw: bytes) -> str | None:
 
 
 def _stranger(path: Path, kind: str, remedy: str) -> DataError:
-    return DataError(f"{path} looks like {kind}, not like text; {remedy}.")
+    return DataError(
+        f"{path} looks like {kind}, and no frames can be read from it; {remedy}."
+    )
 
 
 def _damaged(path: Path, error: Exception) -> DataError:

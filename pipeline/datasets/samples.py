@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +10,7 @@ import numpy.typing as npt
 from pipeline.errors import DataError
 from pipeline.structure import Sample, Structure
 
+Kind = TypeVar("Kind", bound=np.generic)
 MOLECULE_TAG = 2
 LARGEST_ELEMENT = 118
 _OC20_NUMBER = re.compile(r"(?:random|frame)(\d+)")
@@ -57,9 +58,9 @@ def checked_sample(sample_id: str, fields: Fields, where: str) -> Sample:
         atomic_numbers=numbers,
         positions=_finite(fields.positions, (n, 3), "positions", where) * length,
         cell=_finite(fields.cell, (3, 3), "a cell", where) * length,
-        pbc=_finite(fields.pbc, (3,), "pbc", where).astype(np.bool_),
-        tags=_finite(tags, (n,), "tags", where).astype(np.int8),
-        fixed=_finite(fixed, (n,), "fixed", where).astype(np.bool_),
+        pbc=_exact(fields.pbc, (3,), "pbc", where, np.bool_),
+        tags=_exact(tags, (n,), "tags", where, np.int8),
+        fixed=_exact(fixed, (n,), "fixed", where, np.bool_),
     )
     return Sample(
         sample_id, structure, _energy(fields, where), _forces(fields, n, where)
@@ -159,6 +160,19 @@ def _finite(
     return array
 
 
+def _exact(
+    value: Any, shape: tuple[int, ...], what: str, where: str, dtype: type[Kind]
+) -> npt.NDArray[Kind]:
+    """An array of ``dtype``; raises where a number is none of its values."""
+    array = _finite(value, shape, what, where)
+    with np.errstate(invalid="ignore"):
+        cast = array.astype(dtype)
+    wrong = cast != array
+    if wrong.any():
+        raise DataError(f"{where} has {what} with the value {array[wrong][0]:g}.")
+    return cast
+
+
 def _array(
     value: Any, shape: tuple[int, ...] | None, what: str, where: str
 ) -> npt.NDArray[np.float64]:
@@ -172,8 +186,9 @@ def _array(
             raise ValueError
         array = np.array(found, np.float64, order="C")
     except (TypeError, ValueError):
+        shown = f" ({value!r:.60})" if isinstance(value, str) else ""
         raise DataError(
-            f"{where} has {what} with values that are no numbers."
+            f"{where} has {what} with values that are no numbers{shown}."
         ) from None
     if shape is None:
         return array

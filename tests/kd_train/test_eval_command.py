@@ -298,6 +298,30 @@ def test_formats_that_suffixes_do_not_tell(tmp_path: Path) -> None:
             guessed_format(path)
 
 
+def test_labels_of_other_names_and_units(
+    finished: Path, datasets: dict[str, Path], tmp_path: Path
+) -> None:
+    """A2, C: a warning names what looks like a label; options take it."""
+    frames = collision_frames(4)
+    plain = write_frames(tmp_path / "plain.extxyz", frames)
+    other = tmp_path / "other.extxyz"
+    write_frames(other, [text.replace("energy=", "REF_energy=") for text in frames])
+    done = run_command(eval_main, [finished, "--data", other, "--json"])
+    assert (
+        f"Warning: --data {other}: 4 of 4 samples have no energy; the first is "
+        in done.stderr
+    )
+    assert "and has 'REF_energy'" in done.stderr
+    read = evaluated(finished, other, "--energy-key", "REF_energy")
+    right = evaluated(finished, plain)["splits"][plain.name]["metrics"]
+    assert read["splits"][other.name]["metrics"] == right
+    assert read["data"]["energy_key"] == "REF_energy"
+    scaled = evaluated(finished, plain, "--units", "forces=meV/Å")
+    found = scaled["splits"][plain.name]["metrics"]
+    assert found["energy_mae"] == right["energy_mae"]
+    assert found["forces_mae"] != pytest.approx(right["forces_mae"])
+
+
 def test_refusals(
     finished: Path, small_store: FeatureStore, datasets: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -312,6 +336,11 @@ def test_refusals(
         ([finished, "--data", val, "--split", "val"], "--split"),
         ([finished, "--data", val, "--energy", "total"], "oc20_raw"),
         ([finished, "--data", val, "--out", finished], "is a run folder"),
+        ([finished, "--data", val, "--energy-key", "E"], "no sample has 'E'"),
+        ([finished, "--data", val, "--units", "energy=cal"], "energy 'cal' (known"),
+        ([finished, "--data", val, "--units", "Ha"], "must be energy="),
+        ([finished, "--data", store, "--units", "energy=eV"], "is for datasets"),
+        ([finished, "--data", tmp_path / "*.zzz"], "matches no file"),
         ([finished, "--data", tmp_path / "lone.extxyz"], "'x' has no neighbours"),
         ([finished, "--data", val, "--device", "cuda:99"], "cuda:99"),
     ]

@@ -123,6 +123,15 @@ def test_labels_are_the_teacher_s(tmp_path: Path, teacher_file: Path) -> None:
     assert after.sample_ids == before.sample_ids
     energies = [after[number].energy for number in range(5)]
     assert energies == wanted["teacher_energy"].tolist()
+    assert not done.stderr
+    text = data.read_text().replace("energy=", "REF_energy=")
+    data.write_text(text.replace("forces:R:3", "REF_forces:R:3"))
+    done = run_command(main, ["label", spec, "--out", tmp_path / "again"])
+    assert done.exit_code == 0, done.output
+    first, second = done.stderr.splitlines()
+    assert first.startswith("Warning: splits.train: 5 of 5 samples have no energy")
+    assert first.endswith("'REF_energy', 'REF_forces'; set splits.train.energy_key")
+    assert second.endswith("set splits.train.forces_key")
     forces = np.concatenate([after[number].forces for number in range(5)])
     assert np.array_equal(forces, wanted["teacher_forces"])
     for number, sample in enumerate(samples):
