@@ -10,6 +10,7 @@ import click
 from pipeline.commands import chosen_device, one_sentence_errors
 from pipeline.errors import SpecError
 from pipeline.files import held
+from pipeline.formats import FORMATS
 from pipeline.warned import log_to_file
 
 if TYPE_CHECKING:
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from pipeline.datasets import Dataset, ReadOptions
 
 log = logging.getLogger("kd_train")
-FORMATS = ("extxyz", "oc20_lmdb", "oc20_raw", "ase_db", "aselmdb")
 BATCH_ATOMS = 2048
 # For each number of --throughput.
 MEASURED_SECONDS = 1.0

@@ -18,6 +18,7 @@ from pipeline.documents import (
 )
 from pipeline.errors import SpecError
 from pipeline.fields import CACHEABLE_FIELDS, FIELDS
+from pipeline.formats import FORMATS, Format
 from pipeline.globs import glob_matches, is_glob
 from pipeline.references import read_reference_energies
 from pipeline.remote import is_url, refuse_credentials
@@ -74,9 +75,7 @@ class RattleSpec(ClosedModel):
 class SplitSpec(ClosedModel):
     """One dataset, stored as one group."""
 
-    format: Literal["oc20_lmdb", "oc20_raw", "extxyz", "ase_db", "aselmdb"] = Key(
-        description="oc20_lmdb | oc20_raw | extxyz | ase_db | aselmdb; text also packed"
-    )
+    format: Format = Key(description=f"{' | '.join(FORMATS)}; text also packed")
     path: str | list[str] = Key(
         description="file or folder, relative to the spec or absolute; its URL; a glob "
         "(* ? [); or a list of these"

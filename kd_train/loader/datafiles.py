@@ -11,18 +11,10 @@ from kd_train.loader.order import Positions
 from pipeline.datasets import Dataset
 from pipeline.datasets.paths import PACKED
 from pipeline.errors import SpecError
+from pipeline.formats import BY_SUFFIX, FORMATS
 from pipeline.graphs.batch import collate
 from pipeline.graphs.neighbors import GraphRule, sample_edges
 from pipeline.models.elements import check_elements
-
-_TEXT = (".extxyz", ".xyz")
-_BY_SUFFIX = {
-    ".db": "ase_db",
-    ".json": "ase_db",
-    ".aselmdb": "aselmdb",
-    ".lmdb": "oc20_lmdb",
-    **dict.fromkeys(_TEXT, "extxyz"),
-}
 
 
 class DatasetSamples:
@@ -82,7 +74,7 @@ def guessed_format(path: Path) -> str:
             "add --format oc20_raw or --format extxyz."
         )
     if found is None:
-        known = "extxyz, oc20_lmdb, oc20_raw, ase_db or aselmdb"
+        known = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
         raise SpecError(
             f"--data {path} is no store and does not tell its format; add --format "
             f"{known}."
@@ -92,14 +84,19 @@ def guessed_format(path: Path) -> str:
 
 def _of_file(path: Path) -> str | None:
     suffixes = [suffix for suffix in path.suffixes if suffix not in PACKED]
-    return _BY_SUFFIX.get(suffixes[-1]) if suffixes else None
+    return BY_SUFFIX.get(suffixes[-1]) if suffixes else None
 
 
 def _of_folder(path: Path) -> str | None:
     if path.suffix == ".lmdb" or (path / "data.mdb").is_file():
         return "oc20_lmdb"
-    found = {entry.suffix for entry in path.iterdir()} & {".lmdb", ".aselmdb"}
-    return _BY_SUFFIX[found.pop()] if len(found) == 1 else None
+    found = {_of_file(entry) for entry in path.iterdir()} - {None}
+    # fairchem keeps a metadata.npz beside its files.
+    for formats in ({"oc20_lmdb", "aselmdb"}, {"traj", "npz", "hdf5", "extxyz"}):
+        if likely := found & formats:
+            # Frames in a folder may be OC20's.
+            return likely.pop() if len(likely) == 1 and likely != {"extxyz"} else None
+    return None
 
 
 def _has_energies_beside(path: Path) -> bool:

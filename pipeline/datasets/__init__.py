@@ -7,12 +7,15 @@ from pipeline.datasets.ase_db import AseDbDataset
 from pipeline.datasets.aselmdb import AselmdbDataset
 from pipeline.datasets.base import Dataset, IndexedDataset, Listing, Selection
 from pipeline.datasets.extxyz import ExtxyzDataset
+from pipeline.datasets.hdf5 import Hdf5Dataset
 from pipeline.datasets.labels import ReadOptions, warn_of_missing_labels
 from pipeline.datasets.molecules import NotPeriodic
+from pipeline.datasets.npz import NpzDataset
 from pipeline.datasets.oc20_lmdb import Oc20LmdbDataset
 from pipeline.datasets.oc20_raw import Energy, Oc20RawDataset
 from pipeline.datasets.paths import named_paths
 from pipeline.datasets.rattled import Rattled
+from pipeline.datasets.traj import TrajDataset
 from pipeline.datasets.unlabelled import Unlabelled
 from pipeline.errors import DataError
 from pipeline.remote import is_url
@@ -37,6 +40,9 @@ READERS: dict[str, Reader] = {
     "oc20_lmdb": Oc20LmdbDataset,
     "ase_db": AseDbDataset,
     "aselmdb": AselmdbDataset,
+    "traj": TrajDataset,
+    "npz": NpzDataset,
+    "hdf5": Hdf5Dataset,
 }
 Lister = Callable[[IndexedDataset], Listing]
 

@@ -311,6 +311,10 @@ def test_structures_come_back_out_of_a_batch(
         ("a.lmdb", "oc20_lmdb"),
         ("a.aselmdb", "aselmdb"),
         ("a.db", "ase_db"),
+        ("a.traj", "traj"),
+        ("rmd17_ethanol.npz", "npz"),
+        ("SPICE-2.0.1.hdf5", "hdf5"),
+        ("ani1x-release.h5", "hdf5"),
     ],
 )
 def test_suffixes_tell_formats(tmp_path: Path, name: str, format: str) -> None:
@@ -324,6 +328,9 @@ def test_suffixes_tell_formats(tmp_path: Path, name: str, format: str) -> None:
         (["data.0000.lmdb", "data.0001.lmdb", "data.0000.lmdb-lock"], "oc20_lmdb"),
         (["a.aselmdb", "metadata.npz"], "aselmdb"),
         (["data.mdb", "lock.mdb"], "oc20_lmdb"),
+        (["a.traj", "b.traj", "README.md"], "traj"),
+        (["a.h5", "b.hdf5"], "hdf5"),
+        (["a.npz"], "npz"),
     ],
 )
 def test_files_of_a_folder_tell_its_format(

@@ -151,7 +151,7 @@ def test_labels_in_data_are_named_where_no_key_is(path: Path, caplog: Any) -> No
     dataset = _open(_write(path), ReadOptions())
     samples = [dataset[i] for i in range(2)]
     assert all(np.isnan(sample.energy) for sample in samples)
-    warn_of_missing_labels("splits.train", dataset, samples)
+    warn_of_missing_labels("splits.train", dataset)
     assert (
         "splits.train: 2 of 2 samples have no energy; the first is '1' and has "
         "'data.energy', 'data.forces'; set splits.train.energy_key" in caplog.messages
