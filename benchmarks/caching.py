@@ -13,11 +13,11 @@ from pathlib import Path
 import click
 import torch
 
-from pipeline.build import create_or_match, prepare
-from pipeline.execution.filler import Filling
-from pipeline.execution.filling import fill_blocks
-from pipeline.inspect import describe_store
-from pipeline.spec import load_spec
+from pipeline.build.build import create_or_match, prepare
+from pipeline.build.fill import fill_blocks
+from pipeline.build.worker import Filling
+from pipeline.spec.cache_spec import load_spec
+from pipeline.store.describe import describe_store
 from pipeline.store.writer import StoreWriter
 
 

@@ -10,8 +10,8 @@ from numcodecs import blosc
 
 from pipeline.fields import FIELDS
 from pipeline.store.calibration import CALIBRATION_ROWS
+from pipeline.store.compressed import PackedLayout
 from pipeline.store.layout import INNER_ROWS
-from pipeline.store.packed import PackedLayout
 from pipeline.store.reader import FeatureStore
 
 Floats = npt.NDArray[np.float32]

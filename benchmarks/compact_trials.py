@@ -17,7 +17,7 @@ from compact_measure import (
 from numcodecs import blosc
 
 from pipeline.store.calibration import EFFORT, Calibration, calibrate
-from pipeline.store.packed import BLOCK_BYTES
+from pipeline.store.compressed import BLOCK_BYTES
 
 ERROR = 1e-3
 THRESHOLDS = (0.55, 0.6, 0.65)

@@ -56,9 +56,7 @@ CONSTANTS = {
     "job_bytes": Constant(
         280.0, "bytes a sample", "docs/scaling.md: own memory of planning and filling"
     ),
-    "blocks_in_memory": Constant(
-        2.0, "blocks", "pipeline/execution/filling.py, on a GPU"
-    ),
+    "blocks_in_memory": Constant(2.0, "blocks", "pipeline/build/fill.py, on a GPU"),
     "program_gb": Constant(
         1.5, "GB", "a guess: Python, torch, CUDA's host side, weights"
     ),

@@ -13,7 +13,7 @@ import torch
 from faults_stores import COMPACT, Q8, make_materials, spec_of
 
 from kd_train.loader.data import CachedSamples
-from pipeline.build import build_store
+from pipeline.build.build import build_store
 from pipeline.errors import PipelineError
 from pipeline.models.checkpoint import load_checkpoint
 from pipeline.store.reader import FeatureStore, SplitReader

@@ -27,10 +27,10 @@ from faults_stores import (
     spec_of,
 )
 
-from pipeline.build import build_store
-from pipeline.convert import conversion_of, convert_store
+from pipeline.build.build import build_store
+from pipeline.build.convert import conversion_of, convert_store
+from pipeline.build.extend import extend_store
 from pipeline.errors import StoreError
-from pipeline.extend import extend_store
 from pipeline.store.reader import FeatureStore
 from pipeline.store.verify import verify_store
 

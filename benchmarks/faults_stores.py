@@ -14,7 +14,7 @@ import torch
 from pipeline.models.checkpoint import save_model
 from pipeline.models.normalizer import NUM_REFERENCES, Normalizer
 from pipeline.models.zoo import build_model
-from pipeline.spec import CacheSpec, resolve
+from pipeline.spec.cache_spec import CacheSpec, resolve
 
 FLOAT32 = {"dtype": "float32"}
 Q8 = {"profile": "q8"}

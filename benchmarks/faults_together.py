@@ -19,11 +19,11 @@ import numpy as np
 from faults_kills import ALL, FAITHFUL, FEW, MANY, forked, wait
 from faults_stores import contents, differing, make_materials, spec_of
 
-from pipeline.build import build_store
-from pipeline.convert import conversion_of, convert_store
+from pipeline.build.build import build_store
+from pipeline.build.convert import conversion_of, convert_store
+from pipeline.build.extend import extend_store
+from pipeline.build.worker import Filling
 from pipeline.errors import StoreError
-from pipeline.execution.filler import Filling
-from pipeline.extend import extend_store
 from pipeline.store.reader import FeatureStore
 
 Act = Callable[[], object]

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import click
 
-from pipeline.build import build_store
-from pipeline.labelling import label_splits
-from pipeline.spec import CacheSpec, load_spec
+from pipeline.build.build import build_store
+from pipeline.build.label import label_splits
+from pipeline.spec.cache_spec import CacheSpec, load_spec
 
 
 def labelled_spec(spec: Path, overrides: tuple[str, ...], out: Path) -> CacheSpec:

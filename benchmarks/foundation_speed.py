@@ -21,10 +21,10 @@ import click
 import numpy as np
 import torch
 
-from pipeline.build import Source
-from pipeline.spec import load_spec
+from pipeline.build.build import Source
+from pipeline.spec.cache_spec import load_spec
 from pipeline.structure import Sample
-from pipeline.teacher import Teacher
+from pipeline.teachers.runner import Teacher
 
 
 def ase_calculator(model: str, device: str) -> Any:

@@ -18,11 +18,11 @@ import click
 import numpy as np
 import torch
 
-from kd_train.config import load_config
+from kd_train.config.train_config import load_config
+from kd_train.loader.choose_split import stored_widths
 from kd_train.loader.data import CachedSamples
 from kd_train.strategies import REGISTRY
-from kd_train.trainer.loop import Run
-from kd_train.trainer.setup import stored_widths
+from kd_train.trainer.trainer import Run
 from pipeline.models.checkpoint import load_checkpoint
 from pipeline.store.reader import FeatureStore
 

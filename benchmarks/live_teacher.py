@@ -28,14 +28,14 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
-from kd_train.config import load_config
+from kd_train.config.train_config import load_config
 from kd_train.loader.data import CachedSamples
-from kd_train.loader.order import BatchRule, Positions, training_batches
 from kd_train.loader.prefetch import moved
-from kd_train.trainer.loop import Run
-from pipeline.commands import chosen_device
-from pipeline.files import write_atomically
+from kd_train.loader.sampler import BatchRule, Positions, training_batches
+from kd_train.trainer.trainer import Run
+from pipeline.files.atomic import write_atomically
 from pipeline.models.checkpoint import LoadedModel, load_checkpoint
+from pipeline.parallel.device_choice import choose_device
 from pipeline.store.reader import FeatureStore
 
 # Learning rates are functions of the step; here so many stand for the whole time.
@@ -306,7 +306,7 @@ def main(
 ) -> None:
     torch.set_num_threads(threads)
     flags = {"student.preset": student, "seed": seed}
-    place = chosen_device(device)
+    place = choose_device(device)
     store, loaded = FeatureStore.open(cache), load_checkpoint(teacher)
     found = contenders(store, loaded, config, flags, strategy, place)
     compete(found, 60 * minutes, turn)

@@ -24,7 +24,7 @@ from pathlib import Path
 
 import click
 
-_PROGRAM = "from pipeline.cli import main; main()"
+_PROGRAM = "from pipeline.cli.main import main; main()"
 
 
 @click.command()

@@ -4,7 +4,7 @@
     python benchmarks/scheduling.py --blocks 200 --workers 16 --seconds 0.5
     python benchmarks/scheduling.py --log caches/demo.zarr.log
 
-Real are the engine (``pipeline.execution.distribute``), the Dask scheduler and its 64
+Real are the engine (``pipeline.parallel.task_pool``), the Dask scheduler and its 64
 workers, which are threads of this process, and the store: every block is claimed,
 written, committed and checked as in a build. A stub stands for the teacher: it sleeps
 as long as a block takes: times drawn from those between the blocks of a real build,
@@ -36,8 +36,8 @@ import dask
 import numpy as np
 import scheduling_stub as stub
 
-from pipeline.execution.distribute import DaskPool, run_tasks
-from pipeline.execution.filling import awaited_in, transient_in
+from pipeline.build.fill import awaited_in, transient_in
+from pipeline.parallel.task_pool import DaskPool, run_tasks
 
 _KIB = 1024
 _WRITTEN = re.compile(r"block \d+ of .* written")

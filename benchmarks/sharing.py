@@ -25,11 +25,11 @@ from pathlib import Path
 import click
 import torch
 
-from kd_train.config import load_config
-from kd_train.loader.order import BatchRule, training_batches
+from kd_train.config.train_config import load_config
 from kd_train.loader.prefetch import prefetch
-from kd_train.trainer.loop import Run
-from pipeline.commands import chosen_device
+from kd_train.loader.sampler import BatchRule, training_batches
+from kd_train.trainer.trainer import Run
+from pipeline.parallel.device_choice import choose_device
 from pipeline.store.reader import FeatureStore
 
 WARMUP = 10
@@ -45,7 +45,7 @@ def worker(
     device: str | None,
 ) -> None:
     """Train a student for every seed on common batches; wait once they are warm."""
-    place, opened = chosen_device(device), FeatureStore.open(store)
+    place, opened = choose_device(device), FeatureStore.open(store)
     runs = []
     for seed in seeds:
         flags = {"student.preset": student, "strategy": strategy, "seed": seed}

@@ -20,9 +20,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kd_train.config import load_config
-from kd_train.loader.order import BatchRule, epoch_batches
-from kd_train.trainer.loop import Run
+from kd_train.config.train_config import load_config
+from kd_train.loader.sampler import BatchRule, epoch_batches
+from kd_train.trainer.trainer import Run
 from pipeline.store.layout import storage_order
 from pipeline.store.reader import FeatureStore
 

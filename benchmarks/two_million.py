@@ -139,7 +139,7 @@ def make_spec(folder: Path) -> Path:
 
 
 def _loaded(folder: Path) -> Any:
-    from pipeline.spec import load_spec
+    from pipeline.spec.cache_spec import load_spec
 
     return load_spec(make_spec(folder))
 
@@ -147,7 +147,7 @@ def _loaded(folder: Path) -> Any:
 def index_pass(folder: Path, workers: int) -> Measured:
     """Open the dataset with nothing kept of it."""
     from pipeline.datasets import open_split
-    from pipeline.execution.passes import processes
+    from pipeline.parallel.ordered_map import processes
 
     split = _loaded(folder).splits["train"]
     clock = Clock()
@@ -158,7 +158,7 @@ def index_pass(folder: Path, workers: int) -> Measured:
 
 def plan(folder: Path, workers: int) -> Measured:
     """Everything up to an empty store."""
-    from pipeline.build import create_or_match, prepare
+    from pipeline.build.build import create_or_match, prepare
 
     spec = _loaded(folder)
     store = Path(spec.store.path)
@@ -173,7 +173,7 @@ def plan(folder: Path, workers: int) -> Measured:
 
 def plan_again(folder: Path, workers: int) -> Measured:
     """What each job of an array does before its first block."""
-    from pipeline.build import create_or_match, prepare
+    from pipeline.build.build import create_or_match, prepare
 
     spec = _loaded(folder)
     clock = Clock()
@@ -183,8 +183,8 @@ def plan_again(folder: Path, workers: int) -> Measured:
 
 def fill(folder: Path, workers: int) -> Measured:
     """Every block, and the seal."""
-    from pipeline.build import build_store
-    from pipeline.execution.filler import Filling
+    from pipeline.build.build import build_store
+    from pipeline.build.worker import Filling
 
     spec = _loaded(folder)
     store = Path(spec.store.path)
@@ -233,7 +233,7 @@ def epoch(folder: Path, workers: int) -> Measured:
     those of one block: the small store lies in the processor's cache as a whole, and so
     does one block of the large one.
     """
-    from kd_train.loader.order import BatchRule, epoch_batches
+    from kd_train.loader.sampler import BatchRule, epoch_batches
     from pipeline.store.reader import FeatureStore
 
     split = FeatureStore.open(folder / "store.zarr").splits["train"]
@@ -262,7 +262,7 @@ def batches(folder: Path, workers: int) -> Measured:
     Chunks are checked before: 20 000 samples touch those of many more.
     """
     from kd_train.loader.data import CachedSamples
-    from kd_train.loader.order import BatchRule, epoch_batches
+    from kd_train.loader.sampler import BatchRule, epoch_batches
     from pipeline.graphs.neighbors import GraphRule
     from pipeline.store.reader import FeatureStore
 

@@ -1,8 +1,8 @@
 """Statistics of a whole dataset's labels, as planning gathers them in passing."""
 
 from pipeline.datasets import Dataset
+from pipeline.datasets.label_statistics import LabelSums
 from pipeline.models.normalizer import Normalizer
-from pipeline.statistics import LabelSums
 
 
 def label_statistics(dataset: Dataset, reference_energies: str) -> Normalizer:

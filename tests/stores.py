@@ -7,12 +7,12 @@ from typing import Any
 import torch
 import yaml
 
-from kd_train.config import TrainConfig
-from pipeline.build import build_store
+from kd_train.config.train_config import TrainConfig
+from pipeline.build.build import build_store
 from pipeline.models.checkpoint import save_model
 from pipeline.models.normalizer import NUM_REFERENCES, Normalizer
 from pipeline.models.zoo import build_model
-from pipeline.spec import load_spec
+from pipeline.spec.cache_spec import load_spec
 from pipeline.store.reader import FeatureStore
 
 TINY_PAINN = {

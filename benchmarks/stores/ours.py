@@ -7,8 +7,8 @@ import numpy as np
 import zarr
 
 from pipeline.store.calibration import CALIBRATION_ROWS, calibrate
-from pipeline.store.encoding import ERROR
 from pipeline.store.layout import BlockPlan, plan_blocks
+from pipeline.store.quantization import ERROR
 from pipeline.store.reader import FeatureStore
 from pipeline.store.writer import ArrayPlan, SplitPlan, StoreWriter, create_store
 from stores.data import Arrays, Column, Indices, Samples

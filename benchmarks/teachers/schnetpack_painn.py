@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from pipeline.errors import SpecError
-from pipeline.files import sha256_of
+from pipeline.files.atomic import sha256_of
 from pipeline.graphs.neighbors import GraphRule
 from pipeline.models.normalizer import NUM_REFERENCES, Normalizer
-from pipeline.spec import TeacherSpec
-from pipeline.teachers.batching import edge_vectors, packed
-from pipeline.teachers.interface import FieldOffer, Graph, Potential
+from pipeline.spec.cache_spec import TeacherSpec
+from pipeline.teachers.batch import edge_vectors, packed
+from pipeline.teachers.potential import FieldOffer, Graph, Potential
 
 
 def load(spec: TeacherSpec) -> "SchnetpackPainn":

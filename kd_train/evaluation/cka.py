@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
-from kd_train.evaluation.trained import known_elements
+from kd_train.evaluation.load_student import known_elements
+from kd_train.loader.choose_split import choose_split
+from kd_train.loader.concat import Split
 from kd_train.loader.data import CachedSamples
-from kd_train.loader.joined import Split
-from kd_train.loader.order import Positions, ordered_within
 from kd_train.loader.prefetch import moved, pinned, prefetch
-from kd_train.trainer.setup import chosen_split
+from kd_train.loader.sampler import Positions, ordered_within
 from pipeline.errors import SpecError
 from pipeline.fields import FIELDS
 from pipeline.models.checkpoint import load_checkpoint
@@ -202,7 +202,7 @@ def compare_models(
     DataError
         A sample has no neighbours or an element that a model does not know.
     """
-    split = chosen_split(store, split_name)
+    split = choose_split(store, split_name)
     count = len(split) if limit is None else min(limit, len(split))
     sides = [_side(model, split, device, any_element) for model in models]
     batches = ordered_within(split.n_atoms[:count], batch_atoms)

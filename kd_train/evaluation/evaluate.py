@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
-from kd_train.config import LossConfig
+from kd_train.config.train_config import LossConfig
+from kd_train.distributed import ALONE, World, in_turns
 from kd_train.evaluation.metrics import METRICS, MetricSums
-from kd_train.loader.joined import Split
-from kd_train.loader.order import ordered_batches
+from kd_train.loader.concat import Split
 from kd_train.loader.prefetch import moved
-from kd_train.losses import OutputError, joint_mean, reference_labels
-from kd_train.trainer.distributed import ALONE, World, in_turns
+from kd_train.loader.sampler import ordered_batches
+from kd_train.strategies.losses import OutputError, joint_mean, reference_labels
 from pipeline.fields import FIELDS
 from pipeline.models.normalizer import Normalizer
 

@@ -16,9 +16,9 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch_geometric.data import Data
 
-from kd_train.evaluation.trained import predict
+from kd_train.evaluation.load_student import predict
 from pipeline.errors import CheckpointError
-from pipeline.files import write_atomically
+from pipeline.files.atomic import write_atomically
 from pipeline.graphs.batch import collate
 from pipeline.graphs.neighbors import sample_edges
 from pipeline.models.checkpoint import LoadedModel
@@ -110,7 +110,7 @@ def export_student(student: LoadedModel, path: Path) -> dict[str, float]:
     if student.name not in EXPORTABLE:
         raise CheckpointError(
             f"A {student.name} cannot be exported; {' and '.join(EXPORTABLE)} can. Use "
-            "kd_train.calculator, or load_student of kd_train.evaluation.trained."
+            "StudentCalculator or load_student of kd_train."
         )
     buffer = io.BytesIO()
     program = exported(student)

@@ -1,5 +1,6 @@
 """OC20's four metrics as sums and counts, so that batches and ranks add up exactly."""
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -82,3 +83,10 @@ def gap_closed(student: float, distilled: float, teacher: float) -> float:
     Negative: moved away. Meaningful only while teacher and student differ.
     """
     return 100.0 * (distilled - student) / (teacher - student)
+
+
+def without_nan(metrics: dict[str, float] | None) -> dict[str, float | None] | None:
+    """``metrics`` with None for what no sample had labels for; JSON knows no NaN."""
+    if metrics is None:
+        return None
+    return {k: v if math.isfinite(v) else None for k, v in metrics.items()}

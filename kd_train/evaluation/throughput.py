@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch_geometric.data import Data
 
-from kd_train.evaluation.trained import predict
+from kd_train.evaluation.load_student import predict
 from pipeline.errors import SpecError
 from pipeline.graphs.batch import collate
 from pipeline.graphs.neighbors import sample_edges

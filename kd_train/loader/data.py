@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 from torch_geometric.data import Data
 
-from kd_train.loader.joined import Split
-from kd_train.loader.order import Positions
+from kd_train.loader.concat import Split
+from kd_train.loader.sampler import Positions
 from pipeline.fields import (
     EDGE_IDENTITY_FIELDS,
     FIELDS,
@@ -21,7 +21,7 @@ from pipeline.fields import (
 from pipeline.graphs.batch import collate
 from pipeline.graphs.neighbors import Edges, GraphRule, sample_edges
 from pipeline.models.elements import check_elements
-from pipeline.store.encoding import PIECE_ROWS, SCALE, dequantized
+from pipeline.store.quantization import PIECE_ROWS, SCALE, dequantized
 from pipeline.structure import Structure
 
 EDGE_CACHE_BYTES = 1 << 30

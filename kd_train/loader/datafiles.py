@@ -7,14 +7,14 @@ import numpy as np
 import torch
 from torch_geometric.data import Data
 
-from kd_train.loader.order import Positions
+from kd_train.loader.sampler import Positions
 from pipeline.datasets import Dataset
 from pipeline.datasets.paths import PACKED
 from pipeline.errors import SpecError
-from pipeline.formats import BY_SUFFIX, FORMATS
 from pipeline.graphs.batch import collate
 from pipeline.graphs.neighbors import GraphRule, sample_edges
 from pipeline.models.elements import check_elements
+from pipeline.spec.formats import BY_SUFFIX, FORMATS
 
 
 class DatasetSamples:

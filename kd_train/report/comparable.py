@@ -3,7 +3,7 @@
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
-from kd_train.report.cohorts import is_plain, row_settings
+from kd_train.report.grouping import is_plain, row_settings
 from kd_train.report.runs import FinishedRun, LeftOut
 from pipeline.errors import SpecError
 

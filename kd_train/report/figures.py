@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kd_train.report.cohorts import Cohort
+from kd_train.report.grouping import Cohort
 from kd_train.report.runs import BASELINE
 from pipeline.errors import PipelineError
 

@@ -12,9 +12,9 @@ from pydantic import ConfigDict
 
 from kd_train.evaluation.cka import Similarity
 from kd_train.report.figures import files_of, new_figure, style
-from pipeline.documents import ClosedModel, validate
 from pipeline.errors import SpecError
-from pipeline.files import write_atomically
+from pipeline.files.atomic import write_atomically
+from pipeline.spec.yaml_model import ClosedModel, validate
 
 PNG_START = b"\x89PNG\r\n\x1a\n"
 _MOST_NUMBERS = 14

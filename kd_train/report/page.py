@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
 
-from kd_train.report.cohorts import Cohort
-from kd_train.report.findings import training_command
+from kd_train.report.grouping import Cohort
 from kd_train.report.layouts import gap_text, joined
 from kd_train.report.runs import FinishedRun, LeftOut
+from kd_train.report.summary import training_command
 from kd_train.report.tables import COLUMNS, MISSING, TEACHER, Row, Table
 
 WITHOUT_RESULTS = "Runs without results"

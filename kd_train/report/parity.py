@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kd_train.report.cohorts import Cohort, Variant
 from kd_train.report.figures import (
     GRID,
     Look,
@@ -16,6 +15,7 @@ from kd_train.report.figures import (
     new_figure,
     style,
 )
+from kd_train.report.grouping import Cohort, Variant
 
 _COLUMNS = 4
 _MAX_COMPONENTS = 300_000

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kd_train.report.cohorts import Cohort, Variant
 from kd_train.report.figures import GRID, Look, files_of, looks, new_figure, style
+from kd_train.report.grouping import Cohort, Variant
 from kd_train.report.runs import FinishedRun, Throughput
 from kd_train.report.tables import COLUMNS, TEACHER, Column, Spread
 

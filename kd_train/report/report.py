@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd_train.report.cohorts import Cohort, make_cohorts
 from kd_train.report.comparable import comparable
-from kd_train.report.findings import findings, report_command
+from kd_train.report.grouping import Cohort, make_cohorts
 from kd_train.report.heatmap import read_similarity
 from kd_train.report.layouts import csv_table, latex_table, text_table
 from kd_train.report.page import NOT_COMPARABLE, WITHOUT_RESULTS, Figure, Report, page
@@ -17,8 +16,9 @@ from kd_train.report.plots import (
     throughput_points,
 )
 from kd_train.report.runs import LeftOut, read_runs
+from kd_train.report.summary import findings, report_command
 from kd_train.report.tables import make_table
-from pipeline.files import held, write_atomically
+from pipeline.files.atomic import held, write_atomically
 
 _FIGURES = {
     "curves": (

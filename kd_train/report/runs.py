@@ -18,9 +18,9 @@ import numpy.typing as npt
 from pydantic import BeforeValidator, ConfigDict
 from pydantic import Field as Key
 
-from kd_train.config import TrainConfig
-from pipeline.documents import ClosedModel, read_yaml, validate
+from kd_train.config.train_config import TrainConfig
 from pipeline.errors import SpecError
+from pipeline.spec.yaml_model import ClosedModel, read_yaml, validate
 
 BASELINE = "none"
 _PREDICTIONS = ("energy", "energy_label", "forces", "forces_label", "n_atoms")

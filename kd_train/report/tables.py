@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from math import isfinite, nan
 
 from kd_train.evaluation.metrics import gap_closed
-from kd_train.report.cohorts import Cohort, Variant
+from kd_train.report.grouping import Cohort, Variant
 from kd_train.report.runs import Metrics
 
 MISSING = "–"

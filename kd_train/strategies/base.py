@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
-from kd_train.config import LossConfig
-from kd_train.losses import joint_mean
+from kd_train.config.train_config import LossConfig
+from kd_train.strategies.losses import joint_mean
 from pipeline.errors import SpecError
 from pipeline.fields import FIELDS, PREDICTION_FIELDS
 from pipeline.models.normalizer import Normalizer
@@ -31,8 +31,8 @@ class Setting:
 class Strategy(ABC):
     """One distillation term; ``adapter`` holds its trainable parameters, if any.
 
-    A term of :mod:`kd_train.losses`: sums and counts, which batches and processes add
-    up before they divide.
+    A term as in :mod:`kd_train.strategies.losses`: it returns sums and counts, which
+    batches and processes add up before they divide.
     """
 
     name: str

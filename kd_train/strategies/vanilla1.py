@@ -3,8 +3,8 @@
 from torch import Tensor
 from torch_geometric.data import Data
 
-from kd_train.losses import OutputError, teacher_labels
 from kd_train.strategies.base import Setting, Strategy
+from kd_train.strategies.losses import OutputError, teacher_labels
 from pipeline.models.output import ModelOutput
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from pipeline.commands import one_sentence_errors
+from pipeline.console import one_sentence_errors
 
 _FILE = click.argument("file", type=click.Path(path_type=Path))
 

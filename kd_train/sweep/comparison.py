@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Hashable, Mapping
 from operator import attrgetter
 
-from kd_train.config import TrainConfig
+from kd_train.config.train_config import TrainConfig
 from kd_train.report.runs import BatchSizes
 from pipeline.errors import SpecError
 

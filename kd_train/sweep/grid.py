@@ -10,9 +10,15 @@ from typing import Annotated, Any
 from pydantic import Field as Key
 from pydantic import field_validator
 
-from kd_train.config import STRATEGIES, TrainConfig
-from pipeline.documents import ClosedModel, expand_path, nearest, read_yaml, validate
+from kd_train.config.train_config import STRATEGIES, TrainConfig
 from pipeline.errors import SpecError
+from pipeline.spec.yaml_model import (
+    ClosedModel,
+    expand_path,
+    nearest,
+    read_yaml,
+    validate,
+)
 
 BASELINE = "none"
 _VARIANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*")

@@ -15,9 +15,9 @@ from typing import Any, Literal, NoReturn
 
 from kd_train.sweep.gpus import free_gpu
 from kd_train.sweep.grid import Sweep
-from pipeline.documents import ClosedModel
-from pipeline.files import write_atomically
-from pipeline.plain_yaml import yaml_text
+from pipeline.files.atomic import write_atomically
+from pipeline.spec.plain_yaml import yaml_text
+from pipeline.spec.yaml_model import ClosedModel
 
 # Of a process that was killed, as by a machine without memory.
 _ATTEMPTS = 3
@@ -25,7 +25,7 @@ _NO_GPU = (
     "The sweep reserves a GPU for every run (gpus: 1), but there is none here; set "
     "gpus: 0 to train on the CPU, or device: cuda to let CUDA look for one."
 )
-_PROGRAM = "from kd_train.cli import main; main()"
+_PROGRAM = "from kd_train.cli.train import main; main()"
 
 
 class Outcome(ClosedModel):

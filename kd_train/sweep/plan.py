@@ -5,25 +5,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from kd_train.config import TrainConfig
+from kd_train.config.train_config import TrainConfig
+from kd_train.loader.choose_split import choose_split, stored_widths
 from kd_train.strategies import REGISTRY
 from kd_train.strategies.base import Setting
 from kd_train.sweep.comparison import require_comparable, require_equal
 from kd_train.sweep.grid import Sweep, SweepRun, load_sweep
 from kd_train.trainer.labels import require_predictions
 from kd_train.trainer.setup import (
-    chosen_split,
     has_direct_forces,
     resolved,
     run_normalizer,
-    stored_widths,
     wanted_fields,
 )
 from kd_train.trainer.untrained import known_labels, require_trained_outputs
-from pipeline.documents import nearest
 from pipeline.errors import SpecError
 from pipeline.models.normalizer import Normalizer
 from pipeline.models.zoo import PRESETS, build_model
+from pipeline.spec.yaml_model import nearest
 from pipeline.store.reader import FeatureStore
 
 
@@ -163,10 +162,10 @@ class _Checks:
             require_equal(runs, where, "train_split", lambda c: c.train_split)
 
     def _find_reason(self, config: TrainConfig) -> str | None:
-        split = chosen_split(self.store, config.train_split, wanted_fields(config))
+        split = choose_split(self.store, config.train_split, wanted_fields(config))
         for choice in (config.val_split, *(config.test_split or "").split("+")):
             if choice:
-                chosen_split(self.store, choice)
+                choose_split(self.store, choice)
         if config.normalizer != "store":
             run_normalizer(config, self.store)
         teacher = stored_widths(split)

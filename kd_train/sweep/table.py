@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from kd_train.report.report import write_report
 from kd_train.sweep.jobs import Outcome, read_outcome, saved_step
 from kd_train.sweep.plan import Plan
-from pipeline.files import write_atomically
+from pipeline.files.atomic import write_atomically
 
 
 def write_sweep_report(chosen: Plan) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from pipeline.errors import CheckpointError
-from pipeline.files import write_atomically
+from pipeline.files.atomic import write_atomically
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kd_train.loader.joined import Split
+from kd_train.loader.concat import Split
+from pipeline.datasets.label_statistics import free_directions
 from pipeline.errors import SpecError
 from pipeline.fields import FIELDS
 from pipeline.graphs.neighbors import GraphRule
 from pipeline.models.elements import symbols_of
 from pipeline.models.normalizer import NUM_REFERENCES, Normalizer
-from pipeline.statistics import free_directions
 
 log = logging.getLogger("kd_train")
 # Singular values of compositions, relative to the largest, that are zero.

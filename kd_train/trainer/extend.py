@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from kd_train.config import TrainConfig
+from kd_train.config.train_config import TrainConfig
 from kd_train.trainer.progress import Progress
 from pipeline.errors import SpecError
 

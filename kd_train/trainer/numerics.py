@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 
 import torch
 
-from kd_train.config import TrainConfig
+from kd_train.config.train_config import TrainConfig
 from pipeline.errors import PipelineError, SpecError
 from pipeline.models.network import Network
 from pipeline.models.output import ModelOutput

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
-from kd_train.losses import Term, joint_mean
+from kd_train.strategies.losses import Term, joint_mean
 from kd_train.trainer.numerics import forward_precision, in_float32
 
 

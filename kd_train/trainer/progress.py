@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from kd_train.config import TrainConfig
+from kd_train.config.train_config import TrainConfig
 
 _LARGER_IS_BETTER = ("forces_cos", "efwt")
 

@@ -2,7 +2,6 @@
 
 import csv
 import io
-import math
 import sys
 import time
 from pathlib import Path
@@ -12,10 +11,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from kd_train.config import TrainConfig
-from kd_train.trainer.distributed import World
+from kd_train.config.train_config import TrainConfig
+from kd_train.distributed import World
 from pipeline.errors import SpecError
-from pipeline.files import write_atomically
+from pipeline.files.atomic import write_atomically
 
 
 class Window:
@@ -101,10 +100,3 @@ def progress_bar(config: TrainConfig, done: int, shown: bool = True) -> "tqdm[An
 def short(value: object) -> str:
     """``value`` for a log line, numbers to four digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def without_nan(metrics: dict[str, float] | None) -> dict[str, float | None] | None:
-    """``metrics`` with None for what no sample had labels for; JSON knows no NaN."""
-    if metrics is None:
-        return None
-    return {k: v if math.isfinite(v) else None for k, v in metrics.items()}

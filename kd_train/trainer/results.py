@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from kd_train.config import TrainConfig
+from kd_train.config.train_config import TrainConfig
 from kd_train.evaluation.evaluate import teacher_metrics
+from kd_train.evaluation.metrics import without_nan
 from kd_train.trainer.progress import Progress
-from kd_train.trainer.records import without_nan
 from kd_train.trainer.setup import Learner
 from kd_train.trainer.validate import Validator
-from pipeline.files import write_atomically
+from pipeline.files.atomic import write_atomically
 from pipeline.models.checkpoint import load_checkpoint, save_model
 from pipeline.models.elements import TRAINING_DATA
 from pipeline.models.network import Network

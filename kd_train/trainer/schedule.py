@@ -3,7 +3,7 @@
 import bisect
 import math
 
-from kd_train.config import TrainConfig
+from kd_train.config.train_config import TrainConfig
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,18 +12,19 @@ import torch
 from torch import nn
 from torch_geometric.data import Data
 
-from kd_train.config import LossConfig, TrainConfig
-from kd_train.loader.data import CachedSamples, read_paths
-from kd_train.loader.joined import JoinedSplit, Split
-from kd_train.losses import (
+from kd_train.config.recipe import with_recipe
+from kd_train.config.train_config import LossConfig, TrainConfig
+from kd_train.loader.choose_split import choose_split, stored_widths
+from kd_train.loader.concat import Split
+from kd_train.loader.data import CachedSamples
+from kd_train.strategies import REGISTRY, Strategy
+from kd_train.strategies.base import Setting
+from kd_train.strategies.losses import (
     Labels,
     OutputError,
     completed_labels,
     reference_labels,
 )
-from kd_train.recipe import with_recipe
-from kd_train.strategies import REGISTRY, Strategy
-from kd_train.strategies.base import Setting
 from kd_train.trainer.contents import examined
 from kd_train.trainer.labels import (
     FIRST_SAMPLES,
@@ -32,14 +33,14 @@ from kd_train.trainer.labels import (
     require_predictions,
 )
 from kd_train.trainer.untrained import known_labels, require_trained_outputs
-from pipeline.documents import nearest
+from pipeline.datasets.label_statistics import KIND_DIFFERENCE
 from pipeline.errors import SpecError
 from pipeline.fields import FIELDS, PREDICTION_FIELDS
 from pipeline.models.network import Network
 from pipeline.models.normalizer import Normalizer
 from pipeline.models.zoo import PRESETS, build_model
-from pipeline.spec import PER_ELEMENT
-from pipeline.statistics import KIND_DIFFERENCE
+from pipeline.spec.cache_spec import PER_ELEMENT
+from pipeline.spec.yaml_model import nearest
 from pipeline.store.reader import FeatureStore
 
 log = logging.getLogger("kd_train")
@@ -83,7 +84,7 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
     if preset not in PRESETS:
         raise SpecError(f"Unknown student {preset!r}{nearest(preset, PRESETS)}.")
     fields = wanted_fields(config)
-    split = chosen_split(store, config.train_split, fields)
+    split = choose_split(store, config.train_split, fields)
     if config.loss.teacher_labels:
         require_predictions(split)
     name, hyperparameters = PRESETS[preset]
@@ -100,16 +101,16 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
         seed=config.seed,
     )
     strategies = tuple(REGISTRY[s](setting) for s in config.strategies)
-    require_measured(config, chosen_split(store, config.val_split))
+    require_measured(config, choose_split(store, config.val_split))
     known = known_labels(store, config.train_split)
     require_trained_outputs(config, known, has_direct_forces(student))
     tests = config.test_split.split("+") if config.test_split else []
     training_data = examined(
         split,
         [
-            ("val_split", chosen_split(store, config.val_split)),
+            ("val_split", choose_split(store, config.val_split)),
             *(
-                ("test_split", chosen_split(store, name))
+                ("test_split", choose_split(store, name))
                 for name in tests
                 if name != config.val_split
             ),
@@ -183,7 +184,7 @@ def resolved(
     """``config`` with the student and the recipe that the store suggests.
 
     Values that are not set are those of the recipe for a run of ``processes``, see
-    ``kd_train.recipe``.
+    ``kd_train.config.recipe``.
 
     Raises
     ------
@@ -192,7 +193,7 @@ def resolved(
         no such student, or its batch cannot be shared by the processes.
     """
     config = with_student(config, store)
-    split = chosen_split(store, config.train_split)
+    split = choose_split(store, config.train_split)
     stored = stored_widths(split)
     for strategy in config.strategies:
         REGISTRY[strategy].require_fields(stored)
@@ -251,7 +252,7 @@ def with_student(config: TrainConfig, store: FeatureStore) -> TrainConfig:
     if config.student.preset:
         return config
     preset = "painn-big" if _teacher_model(store) == "gemnet_oc" else "painn-small"
-    if _is_periodic(chosen_split(store, config.train_split)):
+    if _is_periodic(choose_split(store, config.train_split)):
         preset += "-oc20"
     student = config.student.model_copy(update={"preset": preset})
     return config.model_copy(update={"student": student})
@@ -275,34 +276,6 @@ def _fitting_batch(student: Network, split: Split) -> Data:
     count = min(_FITTING_SAMPLES, len(split))
     samples = CachedSamples(split, student.graph_rule, student.elements)
     return samples.batch(np.arange(count))
-
-
-def chosen_split(store: FeatureStore, choice: str, fields: Sequence[str] = ()) -> Split:
-    """The split ``choice``, or several joined with + that are alike in ``fields``.
-
-    Raises
-    ------
-    SpecError
-        The store has no such split, or the splits cannot be joined.
-    """
-    names = choice.split("+")
-    for name in names:
-        if name not in store.splits:
-            known = ", ".join(store.splits)
-            raise SpecError(f"The store has no split {name!r} (known: {known}).")
-    if len(names) == 1:
-        return store.splits[choice]
-    parts = [store.splits[name] for name in names]
-    return JoinedSplit(parts, tuple(read_paths(fields).values()))
-
-
-def stored_widths(split: Split) -> dict[str, int]:
-    """Width of every field a split holds; 0 for fields without channels."""
-    return {
-        name: split.arrays[field.path].shape[-1] if None in field.shape else 0
-        for name, field in FIELDS.items()
-        if field.path in split.arrays
-    }
 
 
 def run_normalizer(config: TrainConfig, store: FeatureStore) -> Normalizer:

@@ -3,7 +3,7 @@
 import logging
 from dataclasses import dataclass
 
-from kd_train.config import TrainConfig
+from kd_train.config.train_config import TrainConfig
 from kd_train.trainer.labels import has_energies, has_forces
 from pipeline.errors import SpecError
 from pipeline.store.reader import FeatureStore

@@ -4,12 +4,12 @@ from contextlib import closing
 
 import torch
 
-from kd_train.config import TrainConfig
+from kd_train.config.train_config import TrainConfig
+from kd_train.distributed import World
 from kd_train.evaluation.evaluate import Evaluation, evaluate
 from kd_train.loader.data import CachedSamples
-from kd_train.loader.order import ordered_batches, ordered_within
 from kd_train.loader.prefetch import pinned, prefetch
-from kd_train.trainer.distributed import World
+from kd_train.loader.sampler import ordered_batches, ordered_within
 from kd_train.trainer.numerics import matmul_precision
 from pipeline.models.network import Network
 from pipeline.models.normalizer import Normalizer

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from kd_train.config import LambdaSchedule, TrainConfig
+from kd_train.config.train_config import LambdaSchedule, TrainConfig
 
 # Of the running means; they look back about fifty steps.
 _DECAY = 0.98

@@ -18,9 +18,9 @@ from pipeline.datasets.rattled import Rattled
 from pipeline.datasets.traj import TrajDataset
 from pipeline.datasets.unlabelled import Unlabelled
 from pipeline.errors import DataError
-from pipeline.remote import is_url
-from pipeline.spec import SplitSpec
-from pipeline.staging import staged
+from pipeline.files.download import staged
+from pipeline.files.remote import is_url
+from pipeline.spec.cache_spec import SplitSpec
 
 __all__ = [
     "Dataset",

@@ -17,8 +17,8 @@ from pipeline.datasets.labels import ReadOptions, Record
 from pipeline.datasets.paths import files_in, refuse_twins
 from pipeline.datasets.rows import lost_constraints, row_id, row_record
 from pipeline.errors import DataError
-from pipeline.execution.passes import Run
-from pipeline.units import Units
+from pipeline.parallel.ordered_map import Run
+from pipeline.spec.units import Units
 
 WINDOW = 1000
 SUFFIXES = (".db", ".json")

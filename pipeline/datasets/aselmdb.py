@@ -18,8 +18,8 @@ from pipeline.datasets.labels import ReadOptions, Record
 from pipeline.datasets.lmdb_files import LAST, LmdbFile, key_text, lmdb_files
 from pipeline.datasets.rows import lost_constraints, row_id, row_record
 from pipeline.errors import DataError
-from pipeline.execution.passes import Run
-from pipeline.units import Units
+from pipeline.parallel.ordered_map import Run
+from pipeline.spec.units import Units
 
 log = logging.getLogger("pipeline.datasets")
 _T = TypeVar("_T")

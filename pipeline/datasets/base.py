@@ -14,7 +14,7 @@ import numpy.typing as npt
 from pipeline.datasets.choosing import looked_up, matching
 from pipeline.datasets.labels import ReadOptions, Record, label_like, record_sample
 from pipeline.errors import DataError
-from pipeline.execution.passes import Run
+from pipeline.parallel.ordered_map import Run
 from pipeline.structure import Sample
 
 # Samples whose values one process looks up at a time.

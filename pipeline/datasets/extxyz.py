@@ -21,7 +21,7 @@ from pipeline.datasets.frames import (
 from pipeline.datasets.labels import ReadOptions, label_like, record_sample
 from pipeline.datasets.paths import files_in
 from pipeline.errors import DataError
-from pipeline.execution.passes import Run
+from pipeline.parallel.ordered_map import Run
 from pipeline.structure import Sample
 
 # Frames that one process parses at a time.

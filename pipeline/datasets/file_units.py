@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.datasets.labels import ReadOptions
 from pipeline.errors import DataError
-from pipeline.units import Units
+from pipeline.spec.units import Units
 
 log = logging.getLogger("pipeline.datasets")
 _PARTS = ("energy", "length", "forces")

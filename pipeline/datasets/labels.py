@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from pipeline.datasets.samples import Fields, checked_sample
 from pipeline.errors import DataError
+from pipeline.spec.units import Units
 from pipeline.structure import Sample
-from pipeline.units import Units
 
 if TYPE_CHECKING:
     from pipeline.datasets.base import Dataset

@@ -17,7 +17,7 @@ from pipeline.datasets.labels import ReadOptions, Record
 from pipeline.datasets.numbered import Found, NumberedDataset, OpenFiles
 from pipeline.datasets.rows import NO_CELL
 from pipeline.errors import DataError
-from pipeline.units import Units
+from pipeline.spec.units import Units
 
 log = logging.getLogger("pipeline.datasets")
 MAX_BYTES = 1 << 32

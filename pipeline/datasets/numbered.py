@@ -16,7 +16,7 @@ from pipeline.datasets.constraints import warn_of_constraints
 from pipeline.datasets.labels import ReadOptions, Record
 from pipeline.datasets.paths import files_in, refuse_twins
 from pipeline.errors import DataError
-from pipeline.execution.passes import Run
+from pipeline.parallel.ordered_map import Run
 
 Opened = TypeVar("Opened")
 # Frames that one process lists at a time.

@@ -20,7 +20,7 @@ from pipeline.datasets.pyg_pickles import (
 from pipeline.datasets.samples import id_text, pair_id
 from pipeline.datasets.unpickling import Refusal
 from pipeline.errors import DataError
-from pipeline.execution.passes import Run
+from pipeline.parallel.ordered_map import Run
 
 log = logging.getLogger("pipeline.datasets")
 # Samples that one process lists at a time.

@@ -27,7 +27,7 @@ from pipeline.datasets.packing import is_packed
 from pipeline.datasets.paths import PACKED, files_in
 from pipeline.datasets.samples import pair_id
 from pipeline.errors import DataError
-from pipeline.execution.passes import Run
+from pipeline.parallel.ordered_map import Run
 from pipeline.structure import Sample
 
 log = logging.getLogger("pipeline.datasets")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from pipeline.datasets.folders import entries_of
 from pipeline.errors import DataError
-from pipeline.globs import glob_matches, in_counting_order, is_glob
+from pipeline.files.globs import glob_matches, in_counting_order, is_glob
 
 PACKED = (".xz", ".gz", ".bz2", ".zst")
 

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from pipeline.errors import CheckpointError
-from pipeline.files import sha256_of, write_atomically
+from pipeline.files.atomic import sha256_of, write_atomically
 from pipeline.models.contents import (
     ModelContents,
     Weights,

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeline.documents import parse_json
 from pipeline.errors import CheckpointError
+from pipeline.files.strict_json import parse_json
 from pipeline.models.torch_file import read_torch_file, without_wrappers
 
 SUFFIX = ".scale_factor"

@@ -10,7 +10,7 @@ from pathlib import Path
 from snakemake.exceptions import WorkflowError
 
 from pipeline.errors import PipelineError
-from pipeline.workflow import data_files, spec_changes
+from pipeline.cli.workflow import data_files, spec_changes
 
 JOBS = int(config.get("jobs", 1))
 GPUS = int(config.get("gpus", 1))

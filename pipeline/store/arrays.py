@@ -16,9 +16,9 @@ from pipeline.store.chunks import ChunkCache, Key
 from pipeline.store.index import ArrayInfo, SplitIndex
 from pipeline.store.layout import IntArray
 from pipeline.store.ledger import shard_damage
-from pipeline.store.mapping import prefetch
+from pipeline.store.memory_map import prefetch
 from pipeline.store.messages import name_samples
-from pipeline.store.pieces import Pieces
+from pipeline.store.row_slices import Pieces
 from pipeline.store.shard import Bytes, RawLayout, ShardLayout
 
 _UNMAPPED: Bytes = np.empty(0, np.uint8)

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.store.encoding import Encoding, Floats, Profile
+from pipeline.store.compressed import PackedLayout
 from pipeline.store.index import ArrayInfo
 from pipeline.store.layout import INNER_ROWS
-from pipeline.store.packed import PackedLayout
+from pipeline.store.quantization import Encoding, Floats, Profile
 
 # Rows to calibrate with; more change the result by less than a percent.
 CALIBRATION_ROWS = 8192

@@ -17,9 +17,9 @@ from filelock import FileLock, Timeout
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, TransposeCodec
 
 from pipeline.errors import SpecError, StoreError
-from pipeline.files import is_free, sync_folder
+from pipeline.files.atomic import is_free, sync_folder
+from pipeline.store.compressed import BLOCK_BYTES, CODEC, SHUFFLE, PackedLayout
 from pipeline.store.edges import EDGE_INDEX
-from pipeline.store.encoding import ERROR
 from pipeline.store.index import (
     COMMIT,
     DIGESTS,
@@ -35,8 +35,8 @@ from pipeline.store.index import (
 )
 from pipeline.store.layout import BlockPlan
 from pipeline.store.ledger import digests_size, protected_files
-from pipeline.store.packed import BLOCK_BYTES, CODEC, SHUFFLE, PackedLayout
 from pipeline.store.plan import ArrayPlan, SplitPlan, check_split
+from pipeline.store.quantization import ERROR
 
 _AXES = {"node": "atom", "edge": "edge", "sample": "sample"}
 

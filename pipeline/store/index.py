@@ -10,10 +10,10 @@ import numpy.typing as npt
 
 from pipeline.errors import StoreError
 from pipeline.fields import EDGE_IDENTITY_FIELDS, FIELDS, Level
-from pipeline.store.encoding import ERROR, SCALE, Encoding
+from pipeline.store.backends import Place
+from pipeline.store.compressed import PackedLayout
 from pipeline.store.layout import EdgeAxis, IntArray, block_rows
-from pipeline.store.packed import PackedLayout
-from pipeline.store.places import Place
+from pipeline.store.quantization import ERROR, SCALE, Encoding
 from pipeline.store.shard import RawLayout, ShardLayout
 
 # Stores are written in this version; those of all older ones are read.

@@ -13,11 +13,11 @@ import numpy.typing as npt
 import xxhash
 
 from pipeline.errors import DamagedStoreError
+from pipeline.store.backends import Place
 from pipeline.store.foreign import Alteration, alteration
 from pipeline.store.index import DIGESTS, METADATA, XXH3, SplitFiles, SplitIndex
 from pipeline.store.messages import name_blocks
 from pipeline.store.metadata import damaged, read_checked
-from pipeline.store.places import Place
 from pipeline.store.shard import with_crc, without_crc
 
 log = logging.getLogger("pipeline.store")

@@ -14,7 +14,8 @@ from numcodecs.vlen import VLenUTF8
 
 from pipeline.errors import DamagedStoreError, StoreError
 from pipeline.fields import Level
-from pipeline.store.encoding import DTYPES, TABLES, Encoding, Profile
+from pipeline.store.backends import Place
+from pipeline.store.compressed import CODEC, SHUFFLE, PackedLayout
 from pipeline.store.index import (
     BLAKE2B,
     EDGE_IDENTITY,
@@ -33,8 +34,7 @@ from pipeline.store.index import (
     table_path,
 )
 from pipeline.store.layout import EdgeAxis, block_rows
-from pipeline.store.packed import CODEC, SHUFFLE, PackedLayout
-from pipeline.store.places import Place
+from pipeline.store.quantization import DTYPES, TABLES, Encoding, Profile
 from pipeline.store.shard import without_crc
 
 

@@ -13,7 +13,6 @@ from pipeline.errors import DataError, SpecError
 from pipeline.fields import Level
 from pipeline.store.calibration import Calibration
 from pipeline.store.edges import CELL_OFFSETS, EDGE_INDEX, MAX_ATOMS
-from pipeline.store.encoding import ERROR, SCALE
 from pipeline.store.index import (
     DIGESTS,
     EDGE_COLUMNS,
@@ -25,6 +24,7 @@ from pipeline.store.index import (
     table_paths,
 )
 from pipeline.store.layout import BlockPlan
+from pipeline.store.quantization import ERROR, SCALE
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _RESERVED = {DIGESTS}

@@ -11,15 +11,15 @@ import numpy.typing as npt
 
 from pipeline.errors import DamagedStoreError, StoreError
 from pipeline.store.arrays import ArrayReader, MappedArray, array_reader
+from pipeline.store.backends import HeldPlace, Place, open_place
 from pipeline.store.chunks import ChunkCache
-from pipeline.store.encoding import ERROR, SCALE, Encoding, relative_error
 from pipeline.store.index import ROOT_KEY, SPLITS_KEY, ArrayInfo, SplitIndex
 from pipeline.store.layout import IntArray
 from pipeline.store.ledger import check_metadata, is_committed, unsealed_message
-from pipeline.store.mapping import disk_reads, prefetch
+from pipeline.store.memory_map import disk_reads, prefetch
 from pipeline.store.metadata import read_root, read_split
-from pipeline.store.pieces import Pieces, pieces_of
-from pipeline.store.places import HeldPlace, Place, open_place
+from pipeline.store.quantization import ERROR, SCALE, Encoding, relative_error
+from pipeline.store.row_slices import Pieces, pieces_of
 
 __all__ = ["ArrayInfo", "FeatureStore", "SplitReader"]
 

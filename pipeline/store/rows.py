@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.errors import DataError, StoreError
-from pipeline.store.encoding import ERROR, SCALE, Encoding
 from pipeline.store.index import ArrayInfo, SplitIndex
+from pipeline.store.quantization import ERROR, SCALE, Encoding
 
 _PIECE_BYTES = 1 << 20
 # Numbers looked at together: they stay in the processor's cache.

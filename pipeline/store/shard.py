@@ -2,7 +2,7 @@
 
 This is Zarr's ``sharding_indexed``, always dense and in order. Raw shards have codecs
 ``[bytes, crc32c]``, so that any row lies at an offset known without reading the index;
-packed ones are in ``pipeline.store.packed``.
+packed ones are in ``pipeline.store.compressed``.
 """
 
 from abc import ABC, abstractmethod

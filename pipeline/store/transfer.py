@@ -15,9 +15,16 @@ from pathlib import Path
 from filelock import FileLock
 
 from pipeline.errors import StoreError
-from pipeline.execution.interrupts import Stopped
-from pipeline.files import make_folder_durably, told_when_full, write_atomically
-from pipeline.remote import is_url
+from pipeline.files.atomic import make_folder_durably, told_when_full, write_atomically
+from pipeline.files.remote import is_url
+from pipeline.parallel.signals import Stopped
+from pipeline.store.backends import (
+    FolderPlace,
+    Place,
+    RemotePlace,
+    ZipPlace,
+    open_place,
+)
 from pipeline.store.index import METADATA, ROOT_KEY, SplitIndex
 from pipeline.store.ledger import (
     DIGEST_FILE,
@@ -28,7 +35,6 @@ from pipeline.store.ledger import (
     shard_hash,
 )
 from pipeline.store.metadata import read_json
-from pipeline.store.places import FolderPlace, Place, RemotePlace, ZipPlace, open_place
 from pipeline.store.reader import FeatureStore
 
 log = logging.getLogger("pipeline.store")

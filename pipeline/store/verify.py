@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.errors import DamagedStoreError
-from pipeline.execution.passes import Count, Run, Tally, not_counted, processes
+from pipeline.parallel.ordered_map import Count, Run, Tally, not_counted, processes
+from pipeline.store.backends import Place, open_place
 from pipeline.store.edges import CELL_OFFSETS, EDGE_INDEX, edge_faults
 from pipeline.store.foreign import Alteration
 from pipeline.store.index import (
@@ -35,7 +36,6 @@ from pipeline.store.ledger import (
 )
 from pipeline.store.messages import name_samples
 from pipeline.store.metadata import read_root, read_split
-from pipeline.store.places import Place, open_place
 from pipeline.store.shard import Bytes, Rows
 
 

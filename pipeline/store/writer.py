@@ -17,9 +17,9 @@ import numpy.typing as npt
 from filelock import FileLock, Timeout
 
 from pipeline.errors import BusyError, DamagedStoreError, StoreError
-from pipeline.execution.passes import Count, Run, Tally, not_counted, processes
-from pipeline.files import make_folder_durably, sync_folder, write_atomically
-from pipeline.store.adoption import Adoption
+from pipeline.files.atomic import make_folder_durably, sync_folder, write_atomically
+from pipeline.parallel.ordered_map import Count, Run, Tally, not_counted, processes
+from pipeline.store.backends import FolderPlace
 from pipeline.store.creation import create_store, remove_leftovers
 from pipeline.store.edges import CELL_OFFSETS, EDGE_INDEX, edge_faults
 from pipeline.store.index import (
@@ -38,8 +38,8 @@ from pipeline.store.ledger import (
     unsealed_message,
 )
 from pipeline.store.metadata import read_json, read_root, read_split
-from pipeline.store.places import FolderPlace
 from pipeline.store.plan import ArrayPlan, SplitPlan
+from pipeline.store.reused_shards import Adoption
 from pipeline.store.rows import stored_rows
 from pipeline.store.shard import Buffer
 

@@ -18,15 +18,15 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError, SpecError
-from pipeline.files import sha256_of
+from pipeline.files.atomic import sha256_of
 from pipeline.graphs.neighbors import Edges, GraphRule
 from pipeline.models.normalizer import NUM_REFERENCES, Normalizer
-from pipeline.spec import TeacherSpec
+from pipeline.spec.cache_spec import TeacherSpec
 from pipeline.structure import Sample, Structure
-from pipeline.teachers.batching import edge_vectors, packed
-from pipeline.teachers.hooks import caught_outputs
-from pipeline.teachers.interface import FieldOffer, Graph, Potential
-from pipeline.teachers.weights import checked_options, refuse_code
+from pipeline.teachers.batch import edge_vectors, packed
+from pipeline.teachers.capture import caught_outputs
+from pipeline.teachers.potential import FieldOffer, Graph, Potential
+from pipeline.teachers.trust import checked_options, refuse_code
 
 OPTIONS = {"pretrained": "0.3.0"}
 # A pass with gradients takes about so much (64 channels, measured on CPUs).

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import SpecError
-from pipeline.files import sha256_of
+from pipeline.files.atomic import sha256_of
 from pipeline.graphs.neighbors import GraphRule
 from pipeline.models.normalizer import NUM_REFERENCES, Normalizer
-from pipeline.spec import TeacherSpec
-from pipeline.teachers.hooks import caught_outputs
-from pipeline.teachers.interface import Claims, FieldOffer, Graph, Potential
-from pipeline.teachers.weights import checked_options, require_trust
+from pipeline.spec.cache_spec import TeacherSpec
+from pipeline.teachers.capture import caught_outputs
+from pipeline.teachers.potential import Claims, FieldOffer, Graph, Potential
+from pipeline.teachers.trust import checked_options, require_trust
 
 OPTIONS = {"trust_pickle": False, "task": None, "charge": 0, "spin": None}
 

@@ -16,15 +16,15 @@ import torch
 from torch import Tensor
 
 from pipeline.errors import CheckpointError, SpecError
-from pipeline.files import sha256_of
+from pipeline.files.atomic import sha256_of
 from pipeline.graphs.batch import collate
 from pipeline.graphs.neighbors import GraphRule
 from pipeline.models.normalizer import NUM_REFERENCES, Normalizer
-from pipeline.spec import TeacherSpec
-from pipeline.teachers.hooks import caught_outputs
-from pipeline.teachers.interface import FieldOffer, Graph, Potential
+from pipeline.spec.cache_spec import TeacherSpec
+from pipeline.teachers.capture import caught_outputs
 from pipeline.teachers.irreps import invariants, vectors
-from pipeline.teachers.weights import checked_options, require_trust
+from pipeline.teachers.potential import FieldOffer, Graph, Potential
+from pipeline.teachers.trust import checked_options, require_trust
 
 OPTIONS = {"trust_pickle": False, "head": None}
 # Importing mace makes torch.load run code by default, for the whole process.

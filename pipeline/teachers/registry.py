@@ -5,10 +5,10 @@ import importlib.util
 from collections.abc import Callable
 from importlib.metadata import EntryPoint, entry_points
 
-from pipeline.documents import nearest
 from pipeline.errors import SpecError
-from pipeline.spec import TeacherSpec
-from pipeline.teachers.interface import Potential
+from pipeline.spec.cache_spec import TeacherSpec
+from pipeline.spec.yaml_model import nearest
+from pipeline.teachers.potential import Potential
 
 GROUP = "pipeline.teachers"
 OWN_MODELS = ("gemnet_oc", "painn", "schnet")
@@ -41,7 +41,7 @@ def teacher_names() -> list[str]:
 
 def _loader(name: str) -> Callable[[TeacherSpec], Potential]:
     if name in OWN_MODELS:
-        from pipeline.teachers.own import load
+        from pipeline.teachers.builtin import load
 
         return load
     if name in PLUGINS:

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import SpecError
-from pipeline.files import sha256_of
+from pipeline.files.atomic import sha256_of
 from pipeline.graphs.neighbors import GraphRule
 from pipeline.models.normalizer import NUM_REFERENCES, Normalizer
-from pipeline.spec import TeacherSpec
+from pipeline.spec.cache_spec import TeacherSpec
 from pipeline.structure import Sample
-from pipeline.teachers.batching import edge_vectors, packed
-from pipeline.teachers.hooks import caught_outputs
-from pipeline.teachers.interface import Claims, FieldOffer, Graph, Potential
+from pipeline.teachers.batch import edge_vectors, packed
+from pipeline.teachers.capture import caught_outputs
 from pipeline.teachers.irreps import Channels, invariants, vectors
-from pipeline.teachers.weights import NUMPY_ARRAYS, checked_options, refuse_code
+from pipeline.teachers.potential import Claims, FieldOffer, Graph, Potential
+from pipeline.teachers.trust import NUMPY_ARRAYS, checked_options, refuse_code
 
 OPTIONS = {"pretrained": "7net-0", "modal": None}
 # A pass with gradients keeps each number of a convolution about so often, as float32.

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kd_train.config import TrainConfig
-from kd_train.trainer.distributed import joined, world_of
-from kd_train.trainer.loop import Run
+from kd_train.config.train_config import TrainConfig
+from kd_train.distributed import joined, world_of
+from kd_train.trainer.trainer import Run
 from pipeline.store.reader import FeatureStore
 from tests.stores import train_config
 

@@ -10,8 +10,8 @@ import sys
 from torch import Tensor
 from torch_geometric.data import Data
 
-from kd_train.cli import main
-from kd_train.trainer.loop import Run
+from kd_train.cli.train import main
+from kd_train.trainer.trainer import Run
 
 
 def die_after(steps: int) -> None:

@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch_geometric.data import Data
 
-from kd_train.config import TrainConfig
-from kd_train.trainer.loop import Run
+from kd_train.config.train_config import TrainConfig
+from kd_train.trainer.trainer import Run
 from pipeline.datasets import open_dataset
 from pipeline.fields import PREDICTION_FIELDS
 from pipeline.store.reader import FeatureStore
 from pipeline.structure import Sample
-from pipeline.teacher import Teacher
+from pipeline.teachers.runner import Teacher
 
 
 def samples_by_id(path: Path) -> dict[str, Sample]:

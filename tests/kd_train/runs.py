@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from kd_train.config import TrainConfig
-from kd_train.trainer.loop import Run
+from kd_train.config.train_config import TrainConfig
+from kd_train.trainer.trainer import Run
 from pipeline.store.reader import FeatureStore
 from tests.stores import train_config
 

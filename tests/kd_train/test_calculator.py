@@ -14,8 +14,8 @@ from ase.constraints import FixAtoms
 from ase.md.verlet import VelocityVerlet
 from ase.optimize import BFGS
 
-from kd_train.calculator import StudentCalculator
-from kd_train.cli_eval import eval_main
+from kd_train.cli.evaluate import eval_main
+from kd_train.evaluation.calculator import StudentCalculator
 from pipeline.datasets import open_dataset
 from pipeline.errors import CheckpointError, DataError, SpecError
 from pipeline.models.checkpoint import save_model
@@ -279,7 +279,7 @@ def test_a_lone_atom_is_warned_of_once(schnet: Path) -> None:
 
 def test_imports_nothing_of_training() -> None:
     code = (
-        "import sys, kd_train.calculator;"
+        "import sys, kd_train.evaluation.calculator;"
         "print([m for m in sys.modules if m.startswith('kd_train.')])"
     )
     done = subprocess.run(
@@ -287,4 +287,4 @@ def test_imports_nothing_of_training() -> None:
     )
     training = ("trainer", "loader", "strategies", "losses", "report", "sweep")
     assert not any(f"kd_train.{part}" in done.stdout for part in training)
-    assert "kd_train.evaluation.trained" in done.stdout
+    assert "kd_train.evaluation.load_student" in done.stdout

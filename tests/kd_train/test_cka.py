@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kd_train.cli import cka_main, report_main
+from kd_train.cli.train import cka_main, report_main
 from kd_train.evaluation.cka import LinearCKA, Similarity, compare_models
 from kd_train.loader.data import CachedSamples
 from pipeline.models.checkpoint import load_checkpoint, save_model

@@ -11,10 +11,10 @@ import pytest
 from ase import Atoms
 from ase.build import molecule
 
-from kd_train.calculator import StudentCalculator
-from kd_train.cli import cka_main, main
-from kd_train.cli_eval import eval_main
-from kd_train.config import TrainConfig
+from kd_train.cli.evaluate import eval_main
+from kd_train.cli.train import cka_main, main
+from kd_train.config.train_config import TrainConfig
+from kd_train.evaluation.calculator import StudentCalculator
 from kd_train.trainer.contents import contents_of
 from pipeline.models.checkpoint import load_checkpoint
 from pipeline.store.reader import FeatureStore

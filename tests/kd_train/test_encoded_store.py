@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch_geometric.data import Data
 
-from kd_train.cli import main
+from kd_train.cli.train import main
+from kd_train.loader.concat import JoinedSplit
 from kd_train.loader.data import CachedSamples, decoded
-from kd_train.loader.joined import JoinedSplit
 from pipeline.graphs.neighbors import GraphRule
-from pipeline.store.encoding import DTYPES, Encoding
+from pipeline.store.quantization import DTYPES, Encoding
 from pipeline.store.reader import FeatureStore
 from tests.commands import run_command
 from tests.kd_train.runs import distilling, make_run

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from kd_train.cli_eval import eval_main
+from kd_train.cli.evaluate import eval_main
+from kd_train.evaluation.load_student import load_student
 from kd_train.evaluation.throughput import _has_levelled_off, structures_of
-from kd_train.evaluation.trained import load_student
 from kd_train.loader.data import CachedSamples
 from kd_train.loader.datafiles import DatasetSamples, guessed_format
-from kd_train.loader.selected import SelectedSplit
+from kd_train.loader.subset import SelectedSplit
 from pipeline.datasets import open_dataset
 from pipeline.errors import SpecError
 from pipeline.models.checkpoint import save_model
@@ -260,7 +260,7 @@ def test_throughput_goes_to_the_run(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(finished, run)
-    monkeypatch.setattr("kd_train.cli_eval.MEASURED_SECONDS", 0.01)
+    monkeypatch.setattr("kd_train.cli.evaluate.MEASURED_SECONDS", 0.01)
     card = evaluated(run, datasets["val"], "--throughput", "--limit", 9)
     told = json.loads((run / "throughput.json").read_text())
     assert {key: told[key] for key in card["throughput"]} == card["throughput"]

@@ -13,9 +13,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from kd_train.cli_eval import export_main
+from kd_train.cli.evaluate import export_main
 from kd_train.evaluation.export import HEADER, compared, export_student, tensor_inputs
-from kd_train.evaluation.trained import load_student, predict
+from kd_train.evaluation.load_student import load_student, predict
 from pipeline.errors import CheckpointError
 from pipeline.graphs.batch import collate
 from pipeline.graphs.neighbors import neighbor_edges

@@ -9,16 +9,16 @@ import pytest
 import torch
 from ase.build import fcc111
 
-from kd_train.config import TrainConfig
-from kd_train.trainer.loop import Run
+from kd_train.config.train_config import TrainConfig
 from kd_train.trainer.setup import resolved
+from kd_train.trainer.trainer import Run
 from pipeline.errors import DataError
 from pipeline.models.gemnet.fitting import Scale
 from pipeline.models.zoo import PRESETS
-from pipeline.spec import load_spec
+from pipeline.spec.cache_spec import load_spec
 from pipeline.store.reader import FeatureStore
 from pipeline.structure import Sample
-from pipeline.teacher import Teacher
+from pipeline.teachers.runner import Teacher
 from tests.kd_train.live import assert_trains_alike, samples_by_id
 from tests.stores import (
     FLOAT32,

@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kd_train.loader.choose_split import choose_split
+from kd_train.loader.concat import JoinedSplit, Split
 from kd_train.loader.data import CachedSamples, read_paths
-from kd_train.loader.joined import JoinedSplit, Split
-from kd_train.trainer.setup import chosen_split, store_normalizer
+from kd_train.trainer.setup import store_normalizer
 from pipeline.errors import SpecError, StoreError
 from pipeline.graphs.neighbors import GraphRule
 from pipeline.models.normalizer import Normalizer
@@ -57,7 +58,7 @@ def _file(folder: Path, name: str, count: int, first: int) -> Path:
 
 @pytest.fixture(scope="module")
 def joined(store: FeatureStore) -> Split:
-    return chosen_split(store, "+".join(PARTS), FIELDS)
+    return choose_split(store, "+".join(PARTS), FIELDS)
 
 
 def _located(store: FeatureStore, position: int) -> tuple[SplitReader, int]:
@@ -70,7 +71,7 @@ def _located(store: FeatureStore, position: int) -> tuple[SplitReader, int]:
 
 
 def test_one_split_is_not_wrapped(store: FeatureStore) -> None:
-    assert chosen_split(store, "more", FIELDS) is store.splits["more"]
+    assert choose_split(store, "more", FIELDS) is store.splits["more"]
 
 
 def test_samples_follow_each_other(store: FeatureStore, joined: Split) -> None:
@@ -137,7 +138,7 @@ def test_positions_outside_are_refused(position: int, joined: Split) -> None:
 
 
 def test_arrays_that_are_not_shared_are_not_seen(store: FeatureStore) -> None:
-    labels = chosen_split(store, "train+bare")
+    labels = choose_split(store, "train+bare")
     assert "features/node_features" not in labels.arrays
     assert "labels/forces" in labels.arrays
     with pytest.raises(StoreError, match=r"'features/node_features'.*share.*labels/"):
@@ -149,7 +150,7 @@ def test_arrays_that_are_not_shared_are_not_seen(store: FeatureStore) -> None:
 def test_a_split_without_a_wanted_field_is_named(store: FeatureStore) -> None:
     for choice in ("train+bare", "bare+train", "train+more+bare"):
         with pytest.raises(SpecError, match="'bare' lacks 'features/node_features'"):
-            chosen_split(store, choice, ["node_features"])
+            choose_split(store, choice, ["node_features"])
 
 
 def test_a_field_that_all_lack_is_left_to_the_strategy(
@@ -174,7 +175,7 @@ def test_a_sample_in_two_splits_is_named(store: FeatureStore) -> None:
     common = set(store.splits["more"].sample_ids.tolist())
     twice = next(i for i in store.splits["again"].sample_ids.tolist() if i in common)
     with pytest.raises(SpecError, match=f"'{twice}' is in split 'more' and.*'again'"):
-        chosen_split(store, "train+more+again")
+        choose_split(store, "train+more+again")
 
 
 def test_running_numbers_of_two_files_do_not_collide(tmp_path: Path) -> None:
@@ -189,20 +190,20 @@ def test_running_numbers_of_two_files_do_not_collide(tmp_path: Path) -> None:
     store = build(write_spec(tmp_path / "s.yaml", document))
     ids = [set(store.splits[name].sample_ids.tolist()) for name in "ab"]
     assert ids[0] == ids[1]
-    joined = chosen_split(store, "a+b")
+    joined = choose_split(store, "a+b")
     assert len(joined) == 16
     both = [store.splits[name].checksums for name in "ab"]
     assert np.array_equal(joined.checksums, np.concatenate(both))
     config = train_config(train_split="a+b", val_split="c", steps=2)
     make_run(store, tmp_path / "run", config).train(resume=False)
     with pytest.raises(SpecError, match="is in split 'a' and in split 'c'"):
-        chosen_split(store, "a+b+c")
+        choose_split(store, "a+b+c")
 
 
 @pytest.mark.parametrize("choice", ["train+mroe", "train+", "+train"])
 def test_an_unknown_split_is_named(choice: str, store: FeatureStore) -> None:
     with pytest.raises(SpecError, match=r"no split '(mroe)?' .*more, third"):
-        chosen_split(store, choice)
+        choose_split(store, choice)
 
 
 def test_batches_mix_splits(store: FeatureStore, joined: Split) -> None:

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch_geometric.data import Data
 
-from kd_train.config import LossConfig
-from kd_train.losses import (
+from kd_train.config.train_config import LossConfig
+from kd_train.strategies.losses import (
     Labels,
     OutputError,
     completed_labels,

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from kd_train.trainer.loop import Run
+from kd_train.trainer.trainer import Run
 from pipeline.fields import PREDICTION_FIELDS
-from pipeline.spec import TeacherSpec
+from pipeline.spec.cache_spec import TeacherSpec
 from pipeline.store.reader import FeatureStore
 from pipeline.structure import Sample
-from pipeline.teacher import Teacher
+from pipeline.teachers.runner import Teacher
 from tests.kd_train.live import assert_trains_alike, samples_by_id, with_live_teacher
 from tests.stores import FEATURES, train_config
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from kd_train.config import LossConfig
+from kd_train.config.train_config import LossConfig
 from kd_train.evaluation.evaluate import evaluate, teacher_metrics
 from kd_train.evaluation.metrics import MetricSums, gap_closed
 from kd_train.loader.data import CachedSamples
-from kd_train.loader.order import ordered_batches
-from kd_train.losses import (
+from kd_train.loader.sampler import ordered_batches
+from kd_train.strategies.losses import (
     energy_total,
     force_l2_total,
     force_mae_total,
@@ -23,10 +23,10 @@ from kd_train.trainer.schedule import learning_rate
 from pipeline.datasets import open_dataset
 from pipeline.models.checkpoint import load_checkpoint
 from pipeline.models.output import ModelOutput
-from pipeline.spec import TeacherSpec
+from pipeline.spec.cache_spec import TeacherSpec
 from pipeline.store.reader import FeatureStore
 from pipeline.structure import Sample
-from pipeline.teacher import Teacher
+from pipeline.teachers.runner import Teacher
 from tests.stores import train_config
 
 SIZES = [3, 1, 4, 2, 5, 2]

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from kd_train.cli import cka_main, main, report_main
-from kd_train.cli_eval import eval_main
-from pipeline.cli import main as cache_main
+from kd_train.cli.evaluate import eval_main
+from kd_train.cli.train import cka_main, main, report_main
+from pipeline.cli.main import main as cache_main
 from pipeline.errors import BusyError
-from pipeline.files import held
+from pipeline.files.atomic import held
 from pipeline.store.reader import FeatureStore
 from tests.commands import refusal, run_command
 from tests.stores import STUDENTS

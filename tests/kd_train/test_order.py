@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd_train.loader.order import (
+from kd_train.loader.sampler import (
     BatchRule,
     Draw,
     check_budget,

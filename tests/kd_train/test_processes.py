@@ -10,17 +10,17 @@ import pytest
 import torch
 import yaml
 
-from kd_train.cli import main
-from kd_train.evaluation.evaluate import evaluate
-from kd_train.loader.order import BatchRule, epoch_parts, ordered_batches
-from kd_train.trainer.checkpoint import read_checkpoint
-from kd_train.trainer.distributed import (
+from kd_train.cli.train import main
+from kd_train.distributed import (
     World,
     in_turns,
     joined,
     process_device,
     world_of,
 )
+from kd_train.evaluation.evaluate import evaluate
+from kd_train.loader.sampler import BatchRule, epoch_parts, ordered_batches
+from kd_train.trainer.checkpoint import read_checkpoint
 from pipeline.errors import PipelineError, SpecError
 from pipeline.models.checkpoint import load_checkpoint
 from pipeline.store.reader import FeatureStore

@@ -11,8 +11,8 @@ import torch
 import yaml
 from torch.optim.lr_scheduler import LinearLR, MultiStepLR
 
-from kd_train.config import RECIPES, TrainConfig, load_config
-from kd_train.recipe import read_recipe, with_recipe
+from kd_train.config.recipe import read_recipe, with_recipe
+from kd_train.config.train_config import RECIPES, TrainConfig, load_config
 from kd_train.trainer.schedule import learning_rate
 from kd_train.trainer.setup import resolved, run_normalizer
 from pipeline.errors import SpecError

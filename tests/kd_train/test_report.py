@@ -16,19 +16,19 @@ import yaml
 from click.testing import CliRunner
 from PIL import Image
 
-from kd_train.cli import main as train_main
-from kd_train.cli import report_main
-from kd_train.cli_eval import eval_main
-from kd_train.config import TrainConfig, load_config
-from kd_train.recipe import with_recipe
+from kd_train.cli.evaluate import eval_main
+from kd_train.cli.train import main as train_main
+from kd_train.cli.train import report_main
+from kd_train.config.recipe import with_recipe
+from kd_train.config.train_config import TrainConfig, load_config
 from kd_train.report import figures
-from kd_train.report.cohorts import make_cohorts
 from kd_train.report.figures import looks
-from kd_train.report.findings import findings, training_command
+from kd_train.report.grouping import make_cohorts
 from kd_train.report.parity import parity_files
 from kd_train.report.plots import mean_curve, throughput_caption, throughput_points
 from kd_train.report.report import write_report
 from kd_train.report.runs import read_run, read_runs
+from kd_train.report.summary import findings, training_command
 from kd_train.report.tables import make_table
 from pipeline.errors import PipelineError, SpecError
 from tests.kd_train.folders import (

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
-from kd_train.config import TrainConfig
-from kd_train.loader.order import BatchRule, epoch_batches
+from kd_train.config.train_config import TrainConfig
+from kd_train.loader.sampler import BatchRule, epoch_batches
 from kd_train.report.runs import read_run
 from kd_train.trainer.checkpoint import read_checkpoint, save_checkpoint
-from kd_train.trainer.loop import Run
-from pipeline.documents import read_yaml
+from kd_train.trainer.trainer import Run
 from pipeline.errors import CheckpointError, SpecError
+from pipeline.spec.yaml_model import read_yaml
 from pipeline.store.reader import FeatureStore
 from tests.kd_train.runs import TIMINGS, distilling, make_run, metric_rows
 from tests.stores import train_config

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch_geometric.data import Data
 
-from kd_train.config import TrainConfig
+from kd_train.config.train_config import TrainConfig
 from kd_train.evaluation.metrics import MetricSums
 from kd_train.loader.data import CachedSamples
 from kd_train.trainer.setup import make_learner, store_normalizer, weights_digest

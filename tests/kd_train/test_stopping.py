@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from kd_train.evaluation.evaluate import Evaluation
-from kd_train.trainer.loop import Run
 from kd_train.trainer.progress import Progress, is_better
+from kd_train.trainer.trainer import Run
 from pipeline.models.checkpoint import load_checkpoint
 from pipeline.store.reader import FeatureStore
 from tests.kd_train.runs import make_run, metric_rows

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch_geometric.data import Data
 
-from kd_train.config import STRATEGIES, DistillConfig, LossConfig
+from kd_train.config.train_config import STRATEGIES, DistillConfig, LossConfig
 from kd_train.strategies import REGISTRY, Strategy
 from kd_train.strategies.base import Setting
 from kd_train.trainer.setup import make_learner

@@ -11,7 +11,7 @@ import yaml
 from kd_train.sweep.cli import main
 from kd_train.sweep.grid import load_sweep
 from kd_train.sweep.jobs import Outcome, record
-from kd_train.trainer.loop import Run
+from kd_train.trainer.trainer import Run
 from pipeline.store.reader import FeatureStore
 from tests.commands import run_command
 from tests.stores import STUDENTS

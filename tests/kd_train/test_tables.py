@@ -8,7 +8,7 @@ import subprocess
 import numpy as np
 import pytest
 
-from kd_train.report.cohorts import make_cohorts
+from kd_train.report.grouping import make_cohorts
 from kd_train.report.layouts import csv_table, latex_escaped, latex_table, text_table
 from kd_train.report.runs import read_runs
 from kd_train.report.tables import Spread, make_table

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from kd_train.cli import main
-from pipeline.build import build_store
-from pipeline.execution.filler import Filling
-from pipeline.spec import load_spec
+from kd_train.cli.train import main
+from pipeline.build.build import build_store
+from pipeline.build.worker import Filling
+from pipeline.spec.cache_spec import load_spec
 from pipeline.store.reader import FeatureStore
 from tests.commands import refusal, run_command
 from tests.frames import collision_frames, frame, write_frames

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from kd_train.config import TrainConfig, load_config
+from kd_train.config.train_config import TrainConfig, load_config
 from pipeline.errors import SpecError
 
 

@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from kd_train.config import TrainConfig
-from pipeline.documents import ClosedModel
+from kd_train.config.train_config import TrainConfig
+from pipeline.spec.yaml_model import ClosedModel
 
 PAGE = Path(__file__).parents[2] / "docs" / "training.md"
 

@@ -11,13 +11,13 @@ from ase.data import chemical_symbols
 
 from kd_train.sweep.cli import main as sweep_main
 from kd_train.trainer.labels import has_labels
-from kd_train.trainer.loop import Run
 from kd_train.trainer.setup import store_normalizer
+from kd_train.trainer.trainer import Run
+from pipeline.build.label import label_splits
 from pipeline.datasets import open_dataset
 from pipeline.errors import SpecError
-from pipeline.labelling import label_splits
 from pipeline.models.normalizer import Normalizer
-from pipeline.spec import load_spec
+from pipeline.spec.cache_spec import load_spec
 from pipeline.store.reader import FeatureStore
 from tests.commands import refusal, run_command
 from tests.frames import collision_frames, frame, write_frames

@@ -8,9 +8,9 @@ import pytest
 import yaml
 from ase.data import chemical_symbols
 
-from kd_train.cli import main
+from kd_train.cli.train import main
 from kd_train.sweep.cli import main as sweep_main
-from kd_train.trainer.loop import Run
+from kd_train.trainer.trainer import Run
 from kd_train.trainer.untrained import known_labels
 from pipeline.datasets import open_dataset
 from pipeline.errors import SpecError

@@ -3,8 +3,8 @@
 import shutil
 from pathlib import Path
 
-from kd_train.cli import main as train_main
-from kd_train.cli_eval import eval_main
+from kd_train.cli.evaluate import eval_main
+from kd_train.cli.train import main as train_main
 from pipeline.store.reader import FeatureStore
 from tests.commands import run_command
 from tests.frames import collision_frames, frame, write_frames

@@ -41,7 +41,7 @@ class RunningBuild:
     """
 
     def __init__(self, *arguments: object, first: str = "") -> None:
-        program = f"{first}\nfrom pipeline.cli import main; main()"
+        program = f"{first}\nfrom pipeline.cli.main import main; main()"
         self.process = subprocess.Popen(
             [sys.executable, "-c", program, *map(str, arguments)],
             cwd=ROOT,

@@ -10,18 +10,18 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.build import build_store, plan_store
-from pipeline.cli import main
+from pipeline.build.build import build_store, plan_store
+from pipeline.build.inputs import Source
+from pipeline.build.status import Progress
+from pipeline.build.worker import Block, BlockFiller, Filling
+from pipeline.cli.main import main
 from pipeline.errors import BusyError, DataError, StoreError
-from pipeline.execution.devices import in_halves, is_device_failure, is_out_of_memory
-from pipeline.execution.filler import Block, BlockFiller, Filling
-from pipeline.execution.progress import Progress
-from pipeline.source import Source
-from pipeline.spec import load_spec
+from pipeline.parallel.devices import in_halves, is_device_failure, is_out_of_memory
+from pipeline.spec.cache_spec import load_spec
 from pipeline.store.reader import FeatureStore
 from pipeline.store.writer import StoreWriter
 from pipeline.structure import Sample
-from pipeline.teacher import Teacher
+from pipeline.teachers.runner import Teacher
 from tests.commands import refusal, run_command
 from tests.frames import collision_frames, frame, write_frames
 from tests.pipeline.builds import shards

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import yaml
 
-from pipeline.build import build_store
+from pipeline.build.build import build_store
+from pipeline.build.worker import Filling
 from pipeline.datasets import open_dataset
 from pipeline.errors import CheckpointError, DataError, SpecError, StoreError
-from pipeline.execution.filler import Filling
-from pipeline.spec import CacheSpec, load_spec
+from pipeline.spec.cache_spec import CacheSpec, load_spec
 from pipeline.store.reader import FeatureStore
 from pipeline.store.verify import verify_store
 from pipeline.structure import Structure
-from pipeline.teacher import Teacher
+from pipeline.teachers.runner import Teacher
 from tests.frames import collision_frames, frame, write_frames
 from tests.labels import label_statistics
 from tests.stores import build, save_teacher, spec_document, write_spec

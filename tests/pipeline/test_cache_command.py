@@ -12,12 +12,12 @@ import yaml
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from pipeline.build import build_store
-from pipeline.cli import main
-from pipeline.execution.filler import Filling
+from pipeline.build.build import build_store
+from pipeline.build.worker import Filling
+from pipeline.cli.main import main
 from pipeline.models.checkpoint import save_model
 from pipeline.models.zoo import build_model
-from pipeline.spec import load_spec
+from pipeline.spec.cache_spec import load_spec
 from pipeline.store.reader import FeatureStore
 from tests.commands import refusal, run_command
 from tests.frames import collision_frames, frame, write_frames

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.build import prepare
-from pipeline.cli import main
-from pipeline.contents import Contents, Gap
+from pipeline.build.build import prepare
+from pipeline.build.contents import Contents, Gap
+from pipeline.build.preflight import ForceMatch, likely_cause, match_forces
+from pipeline.cli.main import main
 from pipeline.errors import DataError
-from pipeline.preview import ForceMatch, likely_cause, match_forces
-from pipeline.spec import load_spec
+from pipeline.spec.cache_spec import load_spec
 from pipeline.structure import Sample, Structure
 from tests.commands import refusal, run_command
 from tests.frames import collision_frames, frame, write_frames

@@ -14,8 +14,8 @@ from ase.constraints import FixAtoms
 
 from pipeline.datasets import ReadOptions, open_dataset, warn_of_missing_labels
 from pipeline.errors import DataError
+from pipeline.spec.units import Units
 from pipeline.structure import Sample
-from pipeline.units import Units
 from tests.frames import collision_frames, frame, write_frames
 from tests.labels import label_statistics
 

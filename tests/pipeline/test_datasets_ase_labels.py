@@ -18,7 +18,7 @@ from ase.constraints import (
 from pipeline.datasets import ReadOptions, open_dataset
 from pipeline.datasets.labels import warn_of_missing_labels
 from pipeline.errors import DataError
-from pipeline.units import Units
+from pipeline.spec.units import Units
 from tests.pipeline.oc20_files import packed_json, write_lmdb
 
 # CODATA 2014, as ASE has them.

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import yaml
 
-from pipeline.build import prepare
+from pipeline.build.build import prepare
 from pipeline.datasets import open_dataset
+from pipeline.datasets.label_statistics import differing_kinds
 from pipeline.errors import DataError, SpecError
-from pipeline.spec import CacheSpec, load_spec, read_reference_energies
-from pipeline.statistics import differing_kinds
+from pipeline.spec.cache_spec import CacheSpec, load_spec, read_reference_energies
 from pipeline.structure import Sample
 from tests.frames import frame, write_frames
 from tests.labels import label_statistics

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.datasets import ReadOptions, hdf5, open_dataset
 from pipeline.errors import DataError
-from pipeline.units import Units
+from pipeline.spec.units import Units
 
 # CODATA 2014, as ASE has them.
 HARTREE, BOHR = 27.211386024367243, 0.5291772105638411

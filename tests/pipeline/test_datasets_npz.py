@@ -11,7 +11,7 @@ import pytest
 from pipeline.datasets import ReadOptions, npz, open_dataset
 from pipeline.datasets.labels import warn_of_missing_labels
 from pipeline.errors import DataError
-from pipeline.units import Units
+from pipeline.spec.units import Units
 
 # kcal/mol and Hartree in eV, Bohr in Å (CODATA 2014, as ASE has them).
 KCAL, HARTREE, BOHR = 0.04336410390059322, 27.211386024367243, 0.5291772105638411

@@ -16,7 +16,7 @@ from ase.io.ulm import ulmopen
 
 from pipeline.datasets import ReadOptions, open_dataset
 from pipeline.errors import DataError
-from pipeline.units import Units
+from pipeline.spec.units import Units
 
 HARTREE = 27.211386024367243
 N_ATOMS = [2, 3, 4, 5, 6]

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.errors import BusyError, DataError, WorkersError
-from pipeline.execution.clusters import local_workers
-from pipeline.execution.distribute import (
+from pipeline.parallel.local_cluster import local_workers
+from pipeline.parallel.task_pool import (
     DaskPool,
     Outcome,
     TaskLost,

@@ -8,19 +8,20 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.build import prepare
+from pipeline.build.build import prepare
+from pipeline.build.plan import plan_split
+from pipeline.build.scan import scan_dataset
+from pipeline.cli.info import render_description
 from pipeline.datasets import Dataset, open_dataset
 from pipeline.errors import DataError
 from pipeline.graphs.neighbors import neighbor_edges
-from pipeline.inspect import describe_store, render_description
 from pipeline.models.checkpoint import save_model
 from pipeline.models.zoo import build_model
-from pipeline.planning import plan_split
-from pipeline.scanning import scan_dataset
-from pipeline.spec import CacheSpec, load_spec
+from pipeline.spec.cache_spec import CacheSpec, load_spec
+from pipeline.store.describe import describe_store
 from pipeline.store.reader import FeatureStore
 from pipeline.store.verify import verify_store
-from pipeline.teacher import Teacher
+from pipeline.teachers.runner import Teacher
 from tests.stores import build, spec_document, teacher_normalizer, write_spec
 
 TINY_GEMNET: dict[str, Any] = {
@@ -175,8 +176,8 @@ def test_continuing_counts_no_edges_again(
 
 
 def _run(store: FeatureStore, folder: Path, student: str, **sizes: Any) -> Any:
-    from kd_train.config import TrainConfig
-    from kd_train.trainer.loop import Run
+    from kd_train.config.train_config import TrainConfig
+    from kd_train.trainer.trainer import Run
 
     document = {
         "student": {"preset": student, "hyperparameters": sizes},

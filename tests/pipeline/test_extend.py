@@ -12,12 +12,12 @@ import pytest
 import yaml
 from filelock import FileLock
 
-from pipeline import extend
-from pipeline.cli import main
-from pipeline.source import Source
+from pipeline.build import extend
+from pipeline.build.inputs import Source
+from pipeline.cli.main import main
 from pipeline.store.reader import FeatureStore
 from pipeline.store.verify import verify_store
-from pipeline.teacher import Teacher
+from pipeline.teachers.runner import Teacher
 from tests.commands import refusal, run_command
 from tests.pipeline.test_profiles import files_of
 from tests.stores import save_gemnet, save_teacher, spec_document, write_spec
@@ -263,7 +263,7 @@ def test_the_teacher_works_while_a_block_is_written(
     tmp_path: Path, document: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two blocks at a time, as on a GPU: a write waits for the next prediction."""
-    from pipeline.execution import filling
+    from pipeline.build import fill as filling
     from pipeline.store.writer import StoreWriter
 
     second = threading.Event()

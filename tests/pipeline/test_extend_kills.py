@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from pipeline import extend
-from pipeline.extend import extend_store
-from pipeline.spec import load_spec
+from pipeline.build import extend
+from pipeline.build.extend import extend_store
+from pipeline.spec.cache_spec import load_spec
 from pipeline.store.verify import verify_store
 from tests.faults import run_faults
 from tests.stores import build, spec_document, write_spec

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from numcodecs import zstd
 
+from pipeline.build.filter_samples import Demands, bad_samples
 from pipeline.datasets import ReadOptions, open_dataset
 from pipeline.errors import DataError
-from pipeline.screening import Demands, bad_samples
 from pipeline.structure import Sample
 from tests.frames import frame, write_frames
 

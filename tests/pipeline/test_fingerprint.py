@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.build import prepare
-from pipeline.spec import load_spec
+from pipeline.build.build import prepare
+from pipeline.spec.cache_spec import load_spec
 from tests.frames import collision_frames, frame, write_frames
 from tests.stores import save_teacher, spec_document, write_spec
 

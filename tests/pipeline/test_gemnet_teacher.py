@@ -7,16 +7,17 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.build.preflight import preview
+from pipeline.cli.info import render_description
 from pipeline.datasets import open_dataset
 from pipeline.errors import SpecError
 from pipeline.graphs.batch import collate
 from pipeline.graphs.neighbors import neighbor_edges
-from pipeline.inspect import describe_store, render_description
 from pipeline.models.checkpoint import load_checkpoint
-from pipeline.preview import preview
-from pipeline.spec import TeacherSpec, load_spec
+from pipeline.spec.cache_spec import TeacherSpec, load_spec
+from pipeline.store.describe import describe_store
 from pipeline.structure import Sample
-from pipeline.teacher import Teacher
+from pipeline.teachers.runner import Teacher
 from tests.frames import collision_frames, write_frames
 from tests.stores import build, save_gemnet, spec_document, write_spec
 

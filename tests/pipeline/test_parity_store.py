@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from ase import Atoms
 
-from pipeline.cli import main
+from pipeline.cli.main import main
 from pipeline.store.reader import FeatureStore
 from tests.commands import run_command
 from tests.stores import FLOAT32, write_spec

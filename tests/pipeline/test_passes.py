@@ -11,8 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline import scanning, screening, source
-from pipeline.build import build_store, prepare
+from pipeline.build import filter_samples as screening
+from pipeline.build import inputs as source
+from pipeline.build import scan as scanning
+from pipeline.build.build import build_store, prepare
+from pipeline.build.filter_samples import Demands, bad_samples
+from pipeline.build.scan import Scan, scan_dataset
+from pipeline.build.worker import Filling
 from pipeline.datasets import (
     Dataset,
     IndexedDataset,
@@ -22,18 +27,15 @@ from pipeline.datasets import (
     oc20_lmdb,
     open_dataset,
 )
+from pipeline.datasets.label_statistics import LabelSums
 from pipeline.errors import DataError, SpecError, WorkersError
-from pipeline.execution import clusters
-from pipeline.execution.filler import Filling
-from pipeline.execution.passes import Run, processes
 from pipeline.graphs.neighbors import GraphRule, neighbor_edges
-from pipeline.scanning import Scan, scan_dataset
-from pipeline.screening import Demands, bad_samples
-from pipeline.spec import TeacherSpec, load_spec
-from pipeline.statistics import LabelSums
+from pipeline.parallel import local_cluster as clusters
+from pipeline.parallel.ordered_map import Run, processes
+from pipeline.spec.cache_spec import TeacherSpec, load_spec
 from pipeline.store.reader import FeatureStore
 from pipeline.structure import Structure
-from pipeline.teacher import Teacher
+from pipeline.teachers.runner import Teacher
 from tests.frames import DEMO, collision_frames, frame, write_frames
 from tests.pipeline.oc20_files import (
     Slab,
@@ -340,7 +342,7 @@ def test_planning_by_several_processes_gives_the_same_store(
 ) -> None:
     data = _write_lmdb(tmp_path / "data", slabs(20))
     alone = prepare(load_spec(_spec(tmp_path, "oc20_lmdb", data)))
-    monkeypatch.setattr("pipeline.build.processes", partial(_given, run))
+    monkeypatch.setattr("pipeline.build.build.processes", partial(_given, run))
     shared = prepare(load_spec(_spec(tmp_path, "oc20_lmdb", data)), workers=2)
     assert shared.attributes == alone.attributes
 
@@ -374,9 +376,9 @@ def test_bad_samples_are_found_by_any_number_of_processes(
     assert len(pieces) == 6
     spec = load_spec(_spec(tmp_path, "extxyz", data, on_bad_sample="skip"))
     asked: list[Any] = []
-    monkeypatch.setattr("pipeline.build.processes", partial(_given, run))
+    monkeypatch.setattr("pipeline.build.build.processes", partial(_given, run))
     monkeypatch.setattr(
-        "pipeline.build.bad_samples", lambda *given: asked.append(given[2]) or []
+        "pipeline.build.build.bad_samples", lambda *given: asked.append(given[2]) or []
     )
     prepare(spec, workers=2)
     assert asked == [run]

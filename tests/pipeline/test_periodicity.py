@@ -7,13 +7,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.cli import main
+from pipeline.cli.main import main
 from pipeline.datasets import open_split
-from pipeline.spec import SplitSpec, TeacherSpec
+from pipeline.spec.cache_spec import SplitSpec, TeacherSpec
 from pipeline.store.reader import FeatureStore
-from pipeline.teacher import Teacher
-from pipeline.teachers.interface import Graph
-from pipeline.teachers.own import OwnPotential
+from pipeline.teachers.builtin import OwnPotential
+from pipeline.teachers.potential import Graph
+from pipeline.teachers.runner import Teacher
 from tests.commands import refusal, run_command
 from tests.frames import collision_frames, frame, write_frames
 from tests.stores import save_teacher, spec_document, write_spec

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import statistics
-from pipeline.build import Source, create_or_match, prepare
+from pipeline.build.build import Source, create_or_match, prepare
+from pipeline.build.scan import scan_dataset
 from pipeline.datasets import Dataset, open_dataset
+from pipeline.datasets import label_statistics as statistics
 from pipeline.errors import DataError
 from pipeline.graphs.neighbors import GraphRule, neighbor_edges
-from pipeline.scanning import scan_dataset
-from pipeline.spec import CacheSpec, load_spec
+from pipeline.spec.cache_spec import CacheSpec, load_spec
 from pipeline.store.writer import StoreWriter
 from pipeline.structure import Sample, Structure
 from tests.frames import collision_frames, write_frames

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.cli import main
+from pipeline.cli.main import main
+from pipeline.datasets.label_statistics import LabelSums
 from pipeline.models.checkpoint import save_model
 from pipeline.models.normalizer import Normalizer
 from pipeline.models.zoo import build_model
-from pipeline.statistics import LabelSums
 from pipeline.structure import Sample, Structure
 from tests.commands import refusal, run_command
 from tests.frames import collision_frames, frame, write_frames

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from distributed import LocalCluster
 
-from pipeline.build import build_store
-from pipeline.cli import main
+from pipeline.build.build import build_store
+from pipeline.build.worker import Filling
+from pipeline.cli.main import main
 from pipeline.errors import StoreError
-from pipeline.execution.filler import Filling
-from pipeline.spec import load_spec
+from pipeline.spec.cache_spec import load_spec
 from pipeline.store import calibration
 from pipeline.store.reader import FeatureStore
 from pipeline.store.verify import verify_store

@@ -13,16 +13,17 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.build import build_store, plan_store
-from pipeline.cli import main
-from pipeline.execution import console, passes
-from pipeline.execution import progress as module
-from pipeline.execution.filler import Filling
-from pipeline.execution.interrupts import Stopped, stopped_by_signals
-from pipeline.execution.passes import Run
-from pipeline.execution.progress import Progress, status_file
-from pipeline.execution.scatter import Part
-from pipeline.spec import load_spec
+from pipeline.build import status as module
+from pipeline.build.build import build_store, plan_store
+from pipeline.build.part import Part
+from pipeline.build.status import Progress, status_file
+from pipeline.build.worker import Filling
+from pipeline.cli import progress as console
+from pipeline.cli.main import main
+from pipeline.parallel import ordered_map as passes
+from pipeline.parallel.ordered_map import Run
+from pipeline.parallel.signals import Stopped, stopped_by_signals
+from pipeline.spec.cache_spec import load_spec
 from pipeline.store.writer import StoreWriter
 from tests.commands import run_command
 from tests.frames import collision_frames, write_frames
@@ -83,8 +84,8 @@ def test_planning_shows_how_many_samples_each_pass_has_read(
 ) -> None:
     monkeypatch.setattr(console, "_interval_s", lambda: 0.0)
     monkeypatch.setattr(console, "_MOMENT_S", 0.0)
-    monkeypatch.setattr("pipeline.scanning.FOLD", 15)
-    monkeypatch.setattr("pipeline.screening._PIECE", 15)
+    monkeypatch.setattr("pipeline.build.scan.FOLD", 15)
+    monkeypatch.setattr("pipeline.build.filter_samples._PIECE", 15)
     data = write_frames(tmp_path / "d.extxyz", collision_frames(40))
     split = {"format": "extxyz", "path": str(data), "on_bad_sample": "skip"}
     document = spec_document({"train": split}, tmp_path / "s.zarr")
@@ -127,7 +128,7 @@ def test_workers_seal_where_there_are_many_blocks(
     assert not build_store(spec, filling=Filling(part=Part(1, 1)))
     blocks = sum(split.n_blocks for split in StoreWriter(store).splits.values())
     monkeypatch.setattr(passes, "_FEW", blocks + more)
-    monkeypatch.setattr("pipeline.build.processes", lambda _: passes.processes(0))
+    monkeypatch.setattr("pipeline.build.build.processes", lambda _: passes.processes(0))
     monkeypatch.setattr("pipeline.store.writer.processes", counting)
     assert build_store(spec, filling=Filling(workers=2))
     assert asked == [0 if more else 2]
@@ -194,7 +195,7 @@ def test_a_second_process_leaves_the_file_to_the_first(tmp_path: Path) -> None:
     path = tmp_path / "s.status.json"
     program = (
         "import sys; from pathlib import Path; "
-        "from pipeline.execution.progress import Progress, status_file\n"
+        "from pipeline.build.status import Progress, status_file\n"
         "with status_file(Path(sys.argv[1]), Progress()): raise SystemExit(7)"
     )
     command = [sys.executable, "-c", program, str(path)]

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.cli import main
+from pipeline.build.part import Part
+from pipeline.cli.main import main
 from pipeline.errors import SpecError
-from pipeline.execution.scatter import Part
 from pipeline.store.reader import FeatureStore
 from pipeline.store.writer import StoreWriter
 from tests.commands import refusal, run_command

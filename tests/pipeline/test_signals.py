@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.cli import main
-from pipeline.execution import console
-from pipeline.execution.interrupts import Stopped, stopped_by_signals
-from pipeline.store.places import FolderPlace
+from pipeline.cli import progress as console
+from pipeline.cli.main import main
+from pipeline.parallel.signals import Stopped, stopped_by_signals
+from pipeline.store.backends import FolderPlace
 from pipeline.store.reader import FeatureStore
 from pipeline.store.transfer import FolderTarget, copy_store
 from tests.commands import run_command

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import yaml
 
-from pipeline.documents import apply_overrides, expand_path, nearest, read_yaml
 from pipeline.errors import SpecError
-from pipeline.plain_yaml import yaml_text
-from pipeline.spec import CacheSpec, load_spec
+from pipeline.spec.cache_spec import CacheSpec, load_spec
+from pipeline.spec.plain_yaml import yaml_text
+from pipeline.spec.yaml_model import apply_overrides, expand_path, nearest, read_yaml
 
 MINIMAL: dict[str, Any] = {
     "splits": {"train": {"format": "extxyz", "path": "data.extxyz"}},

@@ -9,8 +9,8 @@ import pytest
 
 from pipeline.datasets import open_dataset, open_split
 from pipeline.errors import DataError, SpecError
-from pipeline.spec import CacheSpec, SplitSpec, load_spec
-from pipeline.units import Units, units_from
+from pipeline.spec.cache_spec import CacheSpec, SplitSpec, load_spec
+from pipeline.spec.units import Units, units_from
 from tests.frames import frame, write_frames
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import fsspec
 import pytest
 
-from pipeline import remote, staging
-from pipeline.build import build_store
+from pipeline.build.build import build_store
 from pipeline.datasets import open_split
 from pipeline.errors import DataError
-from pipeline.spec import SplitSpec, load_spec
-from pipeline.staging import staged
+from pipeline.files import download as staging
+from pipeline.files import remote
+from pipeline.files.download import staged
+from pipeline.spec.cache_spec import SplitSpec, load_spec
 from pipeline.store.reader import FeatureStore
 from tests.frames import collision_frames, write_frames
 from tests.store.http_server import FolderServer, serving

@@ -13,9 +13,9 @@ from pipeline.graphs.batch import collate
 from pipeline.graphs.neighbors import neighbor_edges
 from pipeline.models.checkpoint import load_checkpoint, save_model
 from pipeline.models.zoo import build_model
-from pipeline.spec import TeacherSpec
+from pipeline.spec.cache_spec import TeacherSpec
 from pipeline.structure import Sample
-from pipeline.teacher import Teacher, width_shape
+from pipeline.teachers.runner import Teacher, width_shape
 from tests.frames import collision_frames, frame, write_frames
 from tests.stores import STUDENTS, save_teacher, teacher_normalizer
 

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 from ase.geometry import get_distances
 
-from pipeline.build import build_store, prepare
-from pipeline.cli import main
+from pipeline.build.build import build_store, prepare
+from pipeline.cli.main import main
 from pipeline.datasets import Dataset, open_dataset, open_split
 from pipeline.datasets.rattled import CLOSEST_PAIR
 from pipeline.errors import DataError, SpecError
-from pipeline.spec import SplitSpec, load_spec
+from pipeline.spec.cache_spec import SplitSpec, load_spec
 from pipeline.store.reader import FeatureStore
 from pipeline.store.verify import verify_store
 from pipeline.structure import Sample
-from pipeline.teacher import Teacher
+from pipeline.teachers.runner import Teacher
 from tests.commands import run_command
 from tests.frames import collision_frames, frame, write_frames
 from tests.stores import build, spec_document, write_spec
@@ -279,7 +279,7 @@ def test_blocks_of_another_process_and_order_are_the_same(
     """The last blocks first, by a process of their own."""
     other = tmp_path / "other.zarr"
     spec = store.path.with_name("s.yaml")
-    program = "from pipeline.cli import main; main()"
+    program = "from pipeline.cli.main import main; main()"
     arguments = ["build", str(spec), "--out", str(other), "--blocks", "1:99"]
     subprocess.run([sys.executable, "-c", program, *arguments], check=True)
     assert build_store(load_spec(spec, [f"store.path={other}"]))

@@ -7,10 +7,10 @@ from typing import Any
 import click
 import pytest
 
-from pipeline.cli import main
-from pipeline.commands import one_sentence_errors
-from pipeline.execution.passes import processes
-from pipeline.warned import collected_warnings, log_to_file, tell_again, warnings_told
+from pipeline.cli.main import main
+from pipeline.console import one_sentence_errors
+from pipeline.logs import collected_warnings, log_to_file, tell_again, warnings_told
+from pipeline.parallel.ordered_map import processes
 from tests.commands import run_command
 from tests.frames import collision_frames, write_frames
 from tests.pipeline.builds import RunningBuild
@@ -141,7 +141,7 @@ def test_passes_hand_warnings_on(
 def test_what_a_thread_warns_of_can_be_told_elsewhere(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    logger = logging.getLogger("pipeline.execution")
+    logger = logging.getLogger("pipeline.parallel")
     with warnings_told():  # as in a process that has handlers
         with collected_warnings() as found:
             logger.warning("here")

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.build import build_store
-from pipeline.cli import main
+from pipeline.build.build import build_store
+from pipeline.build.fill import check_workers
+from pipeline.build.worker import Filling
+from pipeline.cli.main import main
 from pipeline.errors import WorkersError
-from pipeline.execution.distribute import connected
-from pipeline.execution.filler import Filling
-from pipeline.execution.filling import check_workers
-from pipeline.spec import load_spec
+from pipeline.parallel.task_pool import connected
+from pipeline.spec.cache_spec import load_spec
 from pipeline.store.reader import FeatureStore
 from pipeline.store.writer import StoreWriter
 from tests.commands import run_command

@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
+from pipeline.cli.workflow import data_files, spec_changes
 from pipeline.errors import SpecError
-from pipeline.workflow import data_files, spec_changes
 from tests.stores import write_spec
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.cli import main
+from pipeline.cli.main import main
 from pipeline.store.verify import verify_store
 from tests.commands import refusal, run_command
 from tests.stores import build, spec_document, write_spec

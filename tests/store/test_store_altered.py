@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import zarr
 
-from pipeline.cli import main
+from pipeline.cli.main import main
 from pipeline.errors import DamagedStoreError
 from pipeline.store.reader import FeatureStore
 from pipeline.store.verify import verify_store

@@ -6,8 +6,8 @@ import pytest
 import toy_store
 
 from pipeline.errors import DamagedStoreError, PipelineError
+from pipeline.store.backends import FolderPlace
 from pipeline.store.metadata import read_split
-from pipeline.store.places import FolderPlace
 from pipeline.store.reader import FeatureStore, SplitReader
 from pipeline.store.verify import verify_store
 from pipeline.store.writer import StoreWriter

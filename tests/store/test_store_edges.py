@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 from pipeline.errors import DamagedStoreError, DataError, SpecError, StoreError
 from pipeline.store import creation as creation_module
 from pipeline.store import writer as writer_module
+from pipeline.store.backends import FolderPlace
 from pipeline.store.layout import EdgeAxis, plan_blocks
 from pipeline.store.metadata import read_split
-from pipeline.store.places import FolderPlace
 from pipeline.store.reader import FeatureStore
 from pipeline.store.verify import verify_store
 from pipeline.store.writer import ArrayPlan, StoreWriter, create_store

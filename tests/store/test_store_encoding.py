@@ -14,8 +14,8 @@ import zarr
 
 from pipeline.errors import DamagedStoreError, DataError
 from pipeline.store.calibration import calibrate
-from pipeline.store.encoding import DTYPES, Encoding, relative_error
-from pipeline.store.packed import PackedLayout
+from pipeline.store.compressed import PackedLayout
+from pipeline.store.quantization import DTYPES, Encoding, relative_error
 from pipeline.store.reader import FeatureStore, SplitReader
 from pipeline.store.verify import verify_store
 from pipeline.store.writer import StoreWriter, create_store

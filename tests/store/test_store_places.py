@@ -13,8 +13,8 @@ import pytest
 import toy_store
 from http_server import FolderServer, serving
 
-from pipeline import remote
 from pipeline.errors import DamagedStoreError, StoreError
+from pipeline.files import remote
 from pipeline.store.reader import FeatureStore, SplitReader
 from pipeline.store.verify import verify_store
 

@@ -5,7 +5,7 @@ import pytest
 import zarr
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, TransposeCodec
 
-from pipeline.store.packed import PackedLayout
+from pipeline.store.compressed import PackedLayout
 from pipeline.store.shard import RawLayout, ShardLayout, with_crc, without_crc
 
 

@@ -10,9 +10,9 @@ import pytest
 import toy_store
 from http_server import serving
 
-from pipeline.cli import main
+from pipeline.cli.main import main
 from pipeline.errors import DamagedStoreError, StoreError
-from pipeline.store.places import RemotePlace
+from pipeline.store.backends import RemotePlace
 from pipeline.store.reader import FeatureStore
 from pipeline.store.transfer import FolderTarget, copy_store, staged_store
 from pipeline.store.verify import verify_store

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.store.calibration import Calibration, calibrate
-from pipeline.store.encoding import Profile
 from pipeline.store.layout import BlockPlan, plan_blocks
+from pipeline.store.quantization import Profile
 from pipeline.store.writer import ArrayPlan, SplitPlan, StoreWriter, create_store
 
 STRUCTURES = (

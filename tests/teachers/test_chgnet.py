@@ -7,15 +7,15 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.build import build_store
+from pipeline.build.build import build_store
 from pipeline.errors import CheckpointError, SpecError
-from pipeline.spec import TeacherSpec, load_spec
+from pipeline.spec.cache_spec import TeacherSpec, load_spec
 from pipeline.store.reader import FeatureStore
 from pipeline.store.verify import verify_store
 from pipeline.structure import Sample
-from pipeline.teacher import Teacher
-from pipeline.teachers.contract import Subject, check_potential
+from pipeline.teachers.checks import Subject, check_potential
 from pipeline.teachers.registry import load_potential
+from pipeline.teachers.runner import Teacher
 from tests.stores import spec_document, write_spec
 from tests.teachers.shared_data import made_samples, real_samples, shared_file
 

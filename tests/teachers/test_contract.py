@@ -13,10 +13,10 @@ from torch import Tensor
 from pipeline.errors import ContractError
 from pipeline.models.checkpoint import save_model
 from pipeline.models.zoo import build_model
-from pipeline.spec import TeacherSpec
+from pipeline.spec.cache_spec import TeacherSpec
 from pipeline.structure import Sample
-from pipeline.teachers.contract import CHECKS, Subject, check_potential
-from pipeline.teachers.interface import Claims, FieldOffer, Graph, Potential
+from pipeline.teachers.checks import CHECKS, Subject, check_potential
+from pipeline.teachers.potential import Claims, FieldOffer, Graph, Potential
 from pipeline.teachers.registry import load_potential
 from tests.stores import STUDENTS, save_gemnet, save_teacher, teacher_normalizer
 from tests.teachers.shared_data import made_samples

@@ -8,10 +8,10 @@ import torch
 
 from pipeline.datasets import open_dataset
 from pipeline.errors import SpecError
-from pipeline.spec import TeacherSpec
-from pipeline.teacher import Teacher
-from pipeline.teachers.contract import Subject, check_potential
+from pipeline.spec.cache_spec import TeacherSpec
+from pipeline.teachers.checks import Subject, check_potential
 from pipeline.teachers.registry import load_potential
+from pipeline.teachers.runner import Teacher
 from tests.teachers.shared_data import shared_file
 
 PACKAGE = Path(__file__).parents[2] / "benchmarks" / "teachers"

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.build import build_store
+from pipeline.build.build import build_store
 from pipeline.errors import SpecError
-from pipeline.spec import TeacherSpec, load_spec
+from pipeline.spec.cache_spec import TeacherSpec, load_spec
 from pipeline.store.verify import verify_store
-from pipeline.teachers.contract import Subject, check_potential
+from pipeline.teachers.checks import Subject, check_potential
 from pipeline.teachers.fairchem import load
 from tests.frames import collision_frames, write_frames
 from tests.stores import spec_document, write_spec

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.build import build_store
+from pipeline.build.build import build_store
 from pipeline.errors import CheckpointError, SpecError
-from pipeline.spec import TeacherSpec, load_spec
+from pipeline.spec.cache_spec import TeacherSpec, load_spec
 from pipeline.store.verify import verify_store
-from pipeline.teachers.contract import Subject, check_potential
+from pipeline.teachers.checks import Subject, check_potential
 from pipeline.teachers.mace import Mace, load
 from tests.frames import collision_frames, write_frames
 from tests.stores import spec_document, write_spec
@@ -122,7 +122,7 @@ def test_torch_still_loads_with_care(mace_file: Path) -> None:
     """In a process of its own, which imports mace for the first time."""
     program = (
         "import os, sys\n"
-        "from pipeline.spec import TeacherSpec\n"
+        "from pipeline.spec.cache_spec import TeacherSpec\n"
         "from pipeline.teachers.mace import load\n"
         "load(TeacherSpec.model_validate_json(sys.argv[1]))\n"
         f"sys.exit(int({UNSAFE!r} in os.environ))"

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.cli import main
+from pipeline.cli.main import main
 from pipeline.datasets import open_dataset
 from pipeline.errors import CheckpointError, SpecError
-from pipeline.spec import TeacherSpec, load_spec
-from pipeline.teacher import Teacher
+from pipeline.spec.cache_spec import TeacherSpec, load_spec
 from pipeline.teachers.irreps import invariants, vectors
 from pipeline.teachers.registry import PLUGINS, load_potential, teacher_names
-from pipeline.teachers.weights import NUMPY_ARRAYS, refuse_code, weights_sha256
+from pipeline.teachers.runner import Teacher
+from pipeline.teachers.trust import NUMPY_ARRAYS, refuse_code, weights_sha256
 from tests.commands import refusal, run_command
 from tests.frames import collision_frames, write_frames
 from tests.stores import spec_document, write_spec

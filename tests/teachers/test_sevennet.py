@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.build import build_store
+from pipeline.build.build import build_store
 from pipeline.errors import CheckpointError, SpecError
-from pipeline.spec import TeacherSpec, load_spec
+from pipeline.spec.cache_spec import TeacherSpec, load_spec
 from pipeline.store.reader import FeatureStore
 from pipeline.store.verify import verify_store
 from pipeline.structure import Sample
-from pipeline.teacher import Teacher
-from pipeline.teachers.contract import Subject, check_potential
+from pipeline.teachers.checks import Subject, check_potential
 from pipeline.teachers.registry import load_potential
+from pipeline.teachers.runner import Teacher
 from tests.stores import STUDENTS, spec_document, write_spec
 from tests.teachers.shared_data import made_samples, real_samples, shared_file
 
@@ -121,7 +121,7 @@ def _train_without_sevennet(store: Path, run: Path) -> None:
     """In a process that cannot import what the store was made with."""
     program = (
         "import sys; sys.modules.update({'sevenn': None, 'e3nn': None}); "
-        "from kd_train.cli import main; main()"
+        "from kd_train.cli.train import main; main()"
     )
     student = STUDENTS["painn-small-demo"].items()
     options = [f"--set=student.hyperparameters.{key}={value}" for key, value in student]

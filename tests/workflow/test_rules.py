@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.build import build_store
-from pipeline.spec import load_spec
+from pipeline.build.build import build_store
+from pipeline.spec.cache_spec import load_spec
 from pipeline.store.reader import FeatureStore
 from tests.stores import spec_document, write_spec
 

@@ -20,8 +20,8 @@ import yaml
 
 from kd_train.sweep.grid import load_sweep
 from kd_train.sweep.jobs import read_outcome, run_job
-from kd_train.trainer.loop import Run
-from pipeline.files import sha256_of
+from kd_train.trainer.trainer import Run
+from pipeline.files.atomic import sha256_of
 from pipeline.store.reader import FeatureStore
 from tests.stores import STUDENTS
 

@@ -1,0 +1,234 @@
+"""``kd-eval`` and ``kd-export``. Heavy imports happen inside the commands."""
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from pipeline.console import one_sentence_errors
+from pipeline.errors import SpecError
+from pipeline.files.atomic import held
+from pipeline.logs import log_to_file
+from pipeline.parallel.device_choice import choose_device
+from pipeline.spec.formats import FORMATS
+
+if TYPE_CHECKING:
+    from kd_train.loader.concat import Split
+    from pipeline.datasets import Dataset, ReadOptions
+
+log = logging.getLogger("kd_train")
+BATCH_ATOMS = 2048
+# For each number of --throughput.
+MEASURED_SECONDS = 1.0
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--data", required=True, help="Store, or file or folder of a dataset.")
+@click.option("--split", "splits", multiple=True, help="Of a store; default: all.")
+@click.option("--format", type=click.Choice(FORMATS), help="Of a dataset.")
+@click.option(
+    "--energy",
+    type=click.Choice(("adsorption", "total")),
+    help="Which energies of oc20_raw.",
+)
+@click.option("--energy-key", help="Name of the energy in a dataset.")
+@click.option("--forces-key", help="Name of the forces in a dataset.")
+@click.option("--gradient-key", help="A gradient; forces are its negative.")
+@click.option("--units", help="Of a dataset: energy=kcal/mol,length=Å,forces=…")
+@click.option("--limit", type=click.IntRange(min=1), help="At most so many samples.")
+@click.option("--every", type=click.IntRange(min=1), default=1, help="Each n-th only.")
+@click.option("--out", type=click.Path(path_type=Path), help="Folder for results.")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Samples in a batch.")
+@click.option(
+    "--batch-atoms",
+    type=click.IntRange(min=1),
+    default=BATCH_ATOMS,
+    show_default=True,
+    help="Atoms in a batch at most, unless --batch-size is given.",
+)
+@click.option("--throughput", is_flag=True, help="Measure samples per second, too.")
+@click.option("--device", help="cpu, cuda, cuda:1; default: a GPU if any.")
+@click.option("--threads", type=click.IntRange(1, 4096), help="CPU threads of torch.")
+@click.option(
+    "--any-element",
+    is_flag=True,
+    help="Take samples with elements that the training data lacked.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, not a table.")
+@one_sentence_errors
+def eval_main(
+    run: Path,
+    data: str,
+    splits: tuple[str, ...],
+    format: str | None,
+    energy: str | None,
+    energy_key: str | None,
+    forces_key: str | None,
+    gradient_key: str | None,
+    units: str | None,
+    limit: int | None,
+    every: int,
+    out: Path | None,
+    batch_size: int | None,
+    batch_atoms: int,
+    throughput: bool,
+    device: str | None,
+    threads: int | None,
+    any_element: bool,
+    as_json: bool,
+) -> None:
+    """Metrics of a finished student on a store or a dataset.
+
+    RUN is a run folder, its student.safetensors, or a released checkpoint.
+    """
+    if out is not None and (out / "config.yaml").exists():
+        raise SpecError(
+            f"--out {out} is a run folder, whose own results would be overwritten; "
+            "name another one."
+        )
+    import torch
+
+    from kd_train.evaluation.load_student import known_elements, load_student
+    from kd_train.evaluation.results_table import Scorecard, write_throughput
+    from kd_train.evaluation.score import (
+        batches_of,
+        dataset_part,
+        pool_of,
+        score,
+        store_part,
+    )
+    from kd_train.evaluation.throughput import measure
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if (folder := out or _run_folder(run)) is not None:
+        log_to_file(folder / "eval.log", logging.WARNING)
+    place = choose_device(device)
+    student = load_student(run, place)
+    selection = {"limit": limit, "every": every}
+    reading = {
+        "energy_key": energy_key,
+        "forces_key": forces_key,
+        "gradient_key": gradient_key,
+        "units": units,
+    }
+    elements = known_elements(student, "--any-element", any_element)
+    if format is None and _is_store(data):
+        _refuse_reading(reading)
+        about, splits_chosen = _store_splits(data, splits, selection)
+        parts = [store_part(s, student, elements, limit, every) for s in splits_chosen]
+    else:
+        chosen = {"format": format, "energy": energy} | reading
+        about, dataset = _dataset(data, splits, chosen, selection)
+        parts = [dataset_part(Path(data).name, dataset, student, elements)]
+    scores = [
+        score(student, part, batches_of(part, batch_size, batch_atoms), place)
+        for part in parts
+    ]
+    rate = None
+    if throughput:
+        rate = measure(student, pool_of(parts[0]), place, MEASURED_SECONDS)
+    card = Scorecard(student, run, about, scores, rate)
+    for warning in card.warnings:
+        log.warning("%s", warning)
+    if out is not None:
+        with held(out):
+            card.write(out)
+    if rate is not None:
+        write_throughput(rate, about, run)
+    click.echo(json.dumps(card.to_dict(), indent=2) if as_json else card.to_text())
+
+
+def _run_folder(run: Path) -> Path | None:
+    """The folder of a run or of its student; None for a released checkpoint."""
+    folder = run if run.is_dir() else run.parent
+    return folder if (folder / "config.yaml").exists() else None
+
+
+def _is_store(data: str) -> bool:
+    """Whether ``--data`` is a store: a URL, a zip archive, or a Zarr group."""
+    path = Path(data)
+    return "://" in data or path.suffix == ".zip" or (path / "zarr.json").exists()
+
+
+def _store_splits(
+    data: str, splits: tuple[str, ...], selection: dict[str, Any]
+) -> tuple[dict[str, Any], list["Split"]]:
+    from kd_train.loader.choose_split import choose_split
+    from pipeline.store.reader import FeatureStore
+
+    store = FeatureStore.open(data)
+    names = tuple(dict.fromkeys(splits or store.splits))
+    chosen = [choose_split(store, name) for name in names]
+    about = {"path": data, "fingerprint": store.fingerprint, **selection}
+    return about, chosen
+
+
+def _dataset(
+    data: str,
+    splits: tuple[str, ...],
+    chosen: dict[str, Any],
+    selection: dict[str, Any],
+) -> tuple[dict[str, Any], "Dataset"]:
+    from kd_train.loader.datafiles import guessed_format
+    from kd_train.loader.distances import WarnsOfClosePairs
+    from pipeline.datasets import open_dataset, warn_of_missing_labels
+    from pipeline.datasets.paths import named_paths
+
+    if splits:
+        raise SpecError("--split chooses splits of a store, and --data is a dataset.")
+    energy = chosen["energy"]
+    format = chosen["format"] or guessed_format(named_paths([data])[0])
+    if energy is not None and format != "oc20_raw":
+        raise SpecError("--energy is for --format oc20_raw; others have one kind.")
+    options = _read_options(chosen)
+    dataset = open_dataset(format, data, energy=energy, options=options, **selection)
+    warn_of_missing_labels(f"--data {data}", dataset)
+    about = {"path": data, **chosen, "format": format, **selection}
+    return about, WarnsOfClosePairs(dataset)
+
+
+def _refuse_reading(reading: dict[str, str | None]) -> None:
+    for name, value in reading.items():
+        if value is not None:
+            option = name.replace("_", "-")
+            raise SpecError(f"--{option} is for datasets; a store has its own labels.")
+
+
+def _read_options(chosen: dict[str, Any]) -> "ReadOptions":
+    from pipeline.datasets import ReadOptions
+    from pipeline.spec.units import Units, units_from
+
+    keys = {name: chosen[f"{name}_key"] for name in ("energy", "forces", "gradient")}
+    if keys["forces"] is not None and keys["gradient"] is not None:
+        raise SpecError("--forces-key and --gradient-key exclude each other.")
+    try:
+        units = units_from(chosen["units"]) if chosen["units"] else Units()
+    except ValueError as error:
+        raise SpecError(f"--units: {error}.") from None
+    return ReadOptions(keys["energy"], keys["forces"], keys["gradient"], units)
+
+
+@click.command(context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="File, by custom *.pt2.",
+)
+@click.option("--device", default="cpu", help="That the program runs on.")
+@one_sentence_errors
+def export_main(run: Path, out: Path, device: str) -> None:
+    """Write the student in RUN as a program that torch runs without this package."""
+    from kd_train.evaluation.export import export_student
+    from kd_train.evaluation.load_student import load_student
+
+    worst = export_student(load_student(run, choose_device(device)), out)
+    click.echo(
+        f"{out}: largest deviation from the model on batches of other sizes "
+        f"{worst['energy']:.2g} eV and {worst['forces']:.2g} eV/Å"
+    )

@@ -1,0 +1,164 @@
+"""What ``kd-eval`` says and writes: one row per split, their mean, predictions."""
+
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kd_train.evaluation.load_student import STUDENT_FILE
+from kd_train.evaluation.metrics import without_nan
+from kd_train.evaluation.score import METRICS, Score, mean_over
+from kd_train.evaluation.throughput import Throughput
+from pipeline.files.atomic import write_atomically
+from pipeline.models.checkpoint import LoadedModel
+
+_HEADER = ("split", "model", "samples", "E MAE", "F MAE", "F cos", "EFwT")
+_UNITS = ("", "", "", "[meV]", "[meV/Å]", "", "[%]")
+_DIGITS = {"energy_mae": 1, "forces_mae": 2, "forces_cos": 3, "efwt": 2}
+MEAN = "mean"
+
+
+@dataclass(frozen=True)
+class Scorecard:
+    """Scores of one student on one data source; ``data`` and ``place`` say of which."""
+
+    student: LoadedModel
+    place: Path
+    data: dict[str, Any]
+    scores: Sequence[Score]
+    throughput: Throughput | None = None
+
+    @property
+    def mean(self) -> dict[str, float] | None:
+        """Plain mean over splits of the student's metrics."""
+        return mean_over(score.metrics for score in self.scores)
+
+    @property
+    def teacher_mean(self) -> dict[str, float] | None:
+        """The same of the teacher, over the splits that it was run on."""
+        return mean_over(score.teacher for score in self.scores)
+
+    @property
+    def warnings(self) -> list[str]:
+        """What makes numbers doubtful, a sentence each."""
+        return [text for score in self.scores for text in score.warnings]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-able form; None for metrics without labels."""
+        throughput = self.throughput
+        return {
+            "model": _described(self.student, self.place),
+            "data": self.data,
+            "splits": {score.name: _numbers(score) for score in self.scores},
+            MEAN: {
+                "metrics": without_nan(self.mean),
+                "teacher_metrics": without_nan(self.teacher_mean),
+            },
+            "throughput": None if throughput is None else throughput.to_dict(),
+            "warnings": self.warnings,
+        }
+
+    def to_text(self) -> str:
+        """Table of all rows; the mean where there are several splits."""
+        rows = []
+        for score in self.scores:
+            count = len(score.predictions["energy"])
+            rows.append(_row(score.name, "student", str(count), score.metrics))
+            if score.teacher is not None:
+                rows.append(_row("", "teacher", "", score.teacher))
+        if len(self.scores) > 1 and self.mean is not None:
+            rows.append(_row(MEAN, "student", "", self.mean))
+            if self.teacher_mean is not None:
+                rows.append(_row("", "teacher", "", self.teacher_mean))
+        lines = [_aligned([_HEADER, _UNITS, *rows])]
+        if self.throughput is not None:
+            lines.append(f"{self.throughput}.")
+        return "\n".join(lines)
+
+    def write(self, folder: Path) -> None:
+        """Write ``predictions.npz``, then ``metrics.json``, each atomically."""
+        buffer = io.BytesIO()
+        np.savez_compressed(buffer, allow_pickle=False, **self._predictions())
+        write_atomically(folder / "predictions.npz", buffer.getvalue())
+        _write_json(folder / "metrics.json", self.to_dict())
+
+    def _predictions(self) -> dict[str, Any]:
+        """Arrays of all splits joined, and ``split`` (S,), the split of each sample."""
+        arrays: dict[str, Any] = {
+            name: np.concatenate([score.predictions[name] for score in self.scores])
+            for name in self.scores[0].predictions
+        }
+        counts = [len(score.predictions["energy"]) for score in self.scores]
+        names = np.array([score.name for score in self.scores])
+        return {**arrays, "split": np.repeat(names, counts)}
+
+
+def write_throughput(
+    throughput: Throughput, data: Mapping[str, Any], run: Path
+) -> bool:
+    """Write ``throughput.json`` into a run folder; False where ``run`` is none."""
+    if not (run / STUDENT_FILE).exists():
+        return False
+    _write_json(run / "throughput.json", {**throughput.to_dict(), "data": dict(data)})
+    return True
+
+
+def _write_json(path: Path, document: Mapping[str, Any]) -> None:
+    text = json.dumps(document, indent=2, sort_keys=True)
+    write_atomically(path, text.encode() + b"\n")
+
+
+def _described(student: LoadedModel, place: Path) -> dict[str, Any]:
+    """Which model it was; of our own runs also what it was trained as."""
+    config = student.provenance.get("config")
+    trained = {}
+    if isinstance(config, dict):
+        trained = {key: config.get(key) for key in ("strategy", "seed")}
+        trained["student"] = (config.get("student") or {}).get("preset")
+    return {
+        "path": str(place),
+        "sha256": student.sha256,
+        "name": student.name,
+        "parameters": sum(p.numel() for p in student.model.parameters()),
+        "trained_on": student.provenance.get("fingerprint"),
+        **trained,
+    }
+
+
+def _numbers(score: Score) -> dict[str, Any]:
+    offset = score.energy_offset
+    return {
+        "samples": len(score.predictions["energy"]),
+        "atoms": int(score.predictions["n_atoms"].sum()),
+        "metrics": without_nan(score.metrics),
+        "teacher_metrics": without_nan(score.teacher),
+        "median_energy_error_per_atom": offset if math.isfinite(offset) else None,
+    }
+
+
+def _row(
+    name: str, model: str, count: str, metrics: Mapping[str, float]
+) -> tuple[str, ...]:
+    cells = [_cell(metrics[key], _DIGITS[key]) for key in METRICS]
+    return (name, model, count, *cells)
+
+
+def _cell(value: float, digits: int) -> str:
+    return "–" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if k < 2 else cell.rjust(width)
+            for k, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)

@@ -1,0 +1,246 @@
+"""A finished student on splits of a store or on a dataset: metrics and predictions."""
+
+import math
+import threading
+from collections.abc import Container, Iterable, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from ase.data import chemical_symbols
+from torch_geometric.data import Data
+from tqdm import tqdm
+
+from kd_train.config.train_config import LossConfig
+from kd_train.evaluation.evaluate import evaluate, teacher_metrics
+from kd_train.evaluation.load_student import silence, undetermined_elements, untrained
+from kd_train.evaluation.throughput import POOL, structures_of
+from kd_train.loader.concat import Split
+from kd_train.loader.data import CachedSamples
+from kd_train.loader.datafiles import DatasetSamples
+from kd_train.loader.prefetch import pinned, prefetch
+from kd_train.loader.sampler import Positions, ordered_batches, ordered_within
+from kd_train.loader.subset import SelectedSplit
+from pipeline.datasets import Dataset
+from pipeline.datasets.label_statistics import KIND_DIFFERENCE
+from pipeline.errors import SpecError
+from pipeline.graphs.neighbors import limit_warning
+from pipeline.models.checkpoint import LoadedModel
+from pipeline.models.elements import symbols_of
+from pipeline.structure import Structure
+
+METRICS = ("energy_mae", "forces_mae", "forces_cos", "efwt")
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+class Samples(Protocol):
+    """Batches by position: ``CachedSamples`` and ``DatasetSamples`` are some."""
+
+    def __len__(self) -> int: ...
+
+    def batch(self, positions: Positions) -> Data:
+        """The samples at ``positions`` as one graph with labels."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """What gets one row: samples with their (n,) ids and atom counts.
+
+    ``split`` is set where they are those of a store.
+    """
+
+    name: str
+    samples: Samples
+    sample_ids: npt.NDArray[Any]
+    n_atoms: npt.NDArray[Any]
+    split: Split | None = None
+
+
+@dataclass(frozen=True)
+class Score:
+    """Metrics of one part, and its predictions in eV and eV/Å with ``sample_ids``.
+
+    ``energy_offset`` is the median of |ΔE| per atom in eV, NaN without labels;
+    ``unknown`` are elements that the student's training data lacked, ``doubts`` further
+    sentences on what was met.
+    """
+
+    name: str
+    metrics: dict[str, float]
+    teacher: dict[str, float] | None
+    predictions: Arrays
+    energy_offset: float
+    unknown: tuple[int, ...]
+    doubts: tuple[str, ...] = ()
+
+    @property
+    def warnings(self) -> list[str]:
+        """What makes the numbers of this part doubtful, a sentence each."""
+        found = []
+        if self.unknown:
+            symbols = ", ".join(chemical_symbols[z] for z in self.unknown)
+            found.append(
+                f"{self.name}: the student's training data held no {symbols}; its "
+                "numbers for samples with it mean nothing."
+            )
+        elif self.energy_offset > KIND_DIFFERENCE:
+            found.append(
+                f"{self.name}: half of the energies are more than "
+                f"{self.energy_offset:.3g} eV per atom away from the labels, so either "
+                "those are of another kind than the student's (total, adsorption, "
+                "another level of theory) or it is hardly trained; energy MAE and EFwT "
+                "do not say how good it is."
+            )
+        if math.isnan(self.metrics["energy_mae"]):
+            found.append(f"{self.name}: no sample has a reference energy.")
+        return [*found, *(f"{self.name}: {doubt}." for doubt in self.doubts)]
+
+
+def store_part(
+    split: Split,
+    student: LoadedModel,
+    elements: Container[int],
+    limit: int | None,
+    every: int,
+) -> Part:
+    """Each ``every``-th sample of a split, at most ``limit``, in storage order.
+
+    Others than these ``elements`` are refused.
+    """
+    if limit is not None or every > 1:
+        split = SelectedSplit(split, np.arange(len(split))[::every][:limit])
+    samples = CachedSamples(split, student.model.graph_rule, elements)
+    return Part(split.name, samples, split.sample_ids, split.n_atoms, split)
+
+
+def dataset_part(
+    name: str, dataset: Dataset, student: LoadedModel, elements: Container[int]
+) -> Part:
+    """All samples of an opened dataset, under ``name``; of these ``elements`` only."""
+    samples = DatasetSamples(dataset, student.model.graph_rule, elements)
+    return Part(name, samples, np.array(dataset.sample_ids, np.str_), dataset.n_atoms)
+
+
+def batches_of(part: Part, batch_size: int | None, batch_atoms: int) -> list[Positions]:
+    """All positions in order, in groups by samples or else by atoms."""
+    if batch_size is not None:
+        return ordered_batches(len(part.samples), batch_size)
+    return ordered_within(part.n_atoms, batch_atoms)
+
+
+def score(
+    student: LoadedModel,
+    part: Part,
+    batches: list[Positions],
+    device: torch.device,
+    loader_threads: int = 2,
+) -> Score:
+    """Metrics over free atoms (DESIGN: meV, meV/Å, cosine, %) and all predictions.
+
+    Raises
+    ------
+    SpecError
+        The model predicts no forces, or a batch does not fit into the device's memory.
+    DataError
+        A sample has no neighbours or an element the model does not know; names it.
+    """
+    _require_forces(student)
+    met = _Met()
+
+    def noted(positions: Positions) -> Data:
+        batch = part.samples.batch(positions)
+        met.add(batch, student)
+        return batch
+
+    load = pinned(noted, device)
+    with closing(prefetch(load, batches, threads=loader_threads)) as stream:
+        told = tqdm(stream, part.name, len(batches), unit="batch", disable=None)
+        try:
+            result = evaluate(
+                student.model, told, student.normalizer, LossConfig(), device
+            )
+        except torch.OutOfMemoryError:
+            raise SpecError(
+                f"A batch of {part.name} does not fit into the memory of {device}; "
+                "lower --batch-atoms or --batch-size."
+            ) from None
+    found = result.predictions
+    return Score(
+        part.name,
+        result.metrics,
+        None if part.split is None else teacher_metrics(part.split),
+        {"sample_ids": np.array(part.sample_ids.tolist()), **found},
+        _energy_offset(found),
+        tuple(untrained(student, met.elements)),
+        tuple(met.doubts(student)),
+    )
+
+
+class _Met:
+    """What passed by in the batches of a part; threads may add at the same time."""
+
+    def __init__(self) -> None:
+        self.elements: set[int] = set()
+        self._arbitrary: set[int] = set()
+        self._crowded = 0
+        self._atoms = 0
+        self._lock = threading.Lock()
+
+    def add(self, batch: Data, student: LoadedModel) -> None:
+        """Take note of a batch before it is moved to the device."""
+        numbers = batch.atomic_numbers.numpy()
+        samples = np.split(numbers, np.cumsum(batch.natoms.numpy())[:-1])
+        arbitrary = {z for s in samples for z in undetermined_elements(student, s)}
+        with self._lock:
+            self.elements.update(np.unique(numbers).tolist())
+            self._arbitrary |= arbitrary
+            self._crowded += batch.crowded
+            self._atoms += len(numbers)
+
+    def doubts(self, student: LoadedModel) -> list[str]:
+        """What makes numbers doubtful, each without its full stop."""
+        rule = student.model.graph_rule
+        found = [silence(student), limit_warning(rule, self._crowded, self._atoms)]
+        if self._arbitrary:
+            found.append(
+                "the training compositions did not determine the reference energies of "
+                f"{symbols_of(sorted(self._arbitrary))}, so energies of compositions "
+                "that are no combination of them mean nothing"
+            )
+        return [text for text in found if text is not None]
+
+
+def pool_of(part: Part) -> list[Structure]:
+    """At most POOL structures, evenly over the part, for measuring throughput."""
+    step = -(-len(part.samples) // POOL)
+    return structures_of(part.samples.batch(np.arange(0, len(part.samples), step)))
+
+
+def mean_over(rows: Iterable[Mapping[str, float] | None]) -> dict[str, float] | None:
+    """Plain mean of every metric over the rows that have it; None without any row."""
+    present = [row for row in rows if row is not None]
+    if not present:
+        return None
+    return {name: _mean([row[name] for row in present]) for name in METRICS}
+
+
+def _mean(values: list[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
+
+
+def _require_forces(student: LoadedModel) -> None:
+    if not student.model.hyperparameters.get("regress_forces", True):
+        raise SpecError(
+            "The model predicts no forces (regress_forces is false), so it cannot be "
+            "evaluated."
+        )
+
+
+def _energy_offset(predictions: Arrays) -> float:
+    error = np.abs(predictions["energy"] - predictions["energy_label"])
+    per_atom = (error / predictions["n_atoms"])[np.isfinite(error)]
+    return float(np.median(per_atom)) if len(per_atom) else math.nan

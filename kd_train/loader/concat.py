@@ -1,0 +1,273 @@
+"""What training needs of a split, and several splits of a store read as one."""
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.errors import SpecError, StoreError
+from pipeline.fields import Level
+from pipeline.store.quantization import Encoding
+from pipeline.store.reader import ArrayInfo
+
+Indices = npt.NDArray[np.int64]
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+class Split(Protocol):
+    """Samples by position; ``pipeline.store.reader.SplitReader`` is one."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def name(self) -> str:
+        """Name of the split."""
+
+    @property
+    def sample_ids(self) -> npt.NDArray[Any]:
+        """(n,) ids, of numpy's string dtype."""
+
+    @property
+    def n_atoms(self) -> npt.NDArray[np.int32]:
+        """(n,) atoms of every sample."""
+
+    @property
+    def checksums(self) -> npt.NDArray[np.uint64]:
+        """(n,) hash of every sample's structure."""
+
+    @property
+    def n_edges(self) -> Indices:
+        """(n,) edges of every sample; StoreError where none are stored."""
+
+    @property
+    def arrays(self) -> dict[str, ArrayInfo]:
+        """Dtype, trailing shape and level of every array by its path."""
+
+    @property
+    def n_blocks(self) -> int:
+        """Number of blocks."""
+
+    def block_positions(self, block: int) -> range:
+        """Positions of the samples of ``block``."""
+
+    def encoding(self, path: str) -> Encoding | None:
+        """What the numbers of `read_stored` mean; None for those that are meant."""
+
+    def window_blocks(self, paths: Sequence[str]) -> int | None:
+        """Blocks to read samples of these arrays from at a time; None for any."""
+
+    def read(self, positions: npt.ArrayLike, paths: Sequence[str]) -> Arrays:
+        """Rows of the samples at ``positions``, in that order, as fresh arrays."""
+
+    def read_stored(self, positions: npt.ArrayLike, paths: Sequence[str]) -> Arrays:
+        """The same without decoding; paths may be those of scales of rows too."""
+
+
+class JoinedSplit:
+    """The samples of several splits, one split after the other.
+
+    Every array in ``wanted`` that one split has must be in all, alike; other arrays
+    are seen where all have them alike.
+
+    Raises
+    ------
+    SpecError
+        A wanted array is missing or different in one split, or a sample is in two.
+    """
+
+    def __init__(self, parts: Sequence[Split], wanted: Sequence[str]) -> None:
+        for path in wanted:
+            _require_alike(parts, path)
+        _require_distinct(parts)
+        self._parts = tuple(parts)
+        self._bounds = np.cumsum([0, *(len(part) for part in parts)])
+        self._first_block = np.cumsum([0, *(part.n_blocks for part in parts)])
+        self._sample_ids = np.concatenate([part.sample_ids for part in parts])
+        self._n_atoms = np.concatenate([part.n_atoms for part in parts])
+        self._arrays = {
+            path: info
+            for path, info in parts[0].arrays.items()
+            if all(_is_alike(info, part.arrays.get(path)) for part in parts[1:])
+        }
+
+    def __len__(self) -> int:
+        return len(self._n_atoms)
+
+    @property
+    def name(self) -> str:
+        """Names of the splits, joined with +."""
+        return "+".join(part.name for part in self._parts)
+
+    @property
+    def sample_ids(self) -> npt.NDArray[Any]:
+        """(n,) ids, of numpy's string dtype."""
+        return self._sample_ids
+
+    @property
+    def n_atoms(self) -> npt.NDArray[np.int32]:
+        """(n,) atoms of every sample."""
+        return self._n_atoms
+
+    @cached_property
+    def checksums(self) -> npt.NDArray[np.uint64]:
+        """(n,) hash of every sample's structure."""
+        return np.concatenate([part.checksums for part in self._parts])
+
+    @cached_property
+    def n_edges(self) -> Indices:
+        """(n,) edges of every sample; StoreError where a split has none stored."""
+        return np.concatenate([part.n_edges for part in self._parts])
+
+    @property
+    def arrays(self) -> dict[str, ArrayInfo]:
+        """Dtype, trailing shape and level of the arrays that all splits share."""
+        return self._arrays
+
+    @property
+    def n_blocks(self) -> int:
+        """Number of blocks of all splits."""
+        return int(self._first_block[-1])
+
+    def block_positions(self, block: int) -> range:
+        """Positions of the samples of ``block``, counted over all splits."""
+        part = int(np.searchsorted(self._first_block, block, side="right")) - 1
+        if not 0 <= part < len(self._parts):
+            raise StoreError(
+                f"Split {self.name!r} has blocks 0 to {self.n_blocks - 1}, not {block}."
+            )
+        own = self._parts[part].block_positions(block - int(self._first_block[part]))
+        shift = int(self._bounds[part])
+        return range(own.start + shift, own.stop + shift)
+
+    def encoding(self, path: str) -> None:
+        """None: each split has its own encoding, so this class reads decoded rows."""
+
+    def window_blocks(self, paths: Sequence[str]) -> int | None:
+        """Blocks to read samples of these arrays from at a time; None for any."""
+        limits = [part.window_blocks(paths) for part in self._parts]
+        return min((limit for limit in limits if limit is not None), default=None)
+
+    def read_stored(self, positions: npt.ArrayLike, paths: Sequence[str]) -> Arrays:
+        """The same as `read`."""
+        return self.read(positions, paths)
+
+    def read(self, positions: npt.ArrayLike, paths: Sequence[str]) -> Arrays:
+        """Rows of the samples at ``positions``, in that order, as fresh arrays.
+
+        Shapes are those of ``SplitReader.read``; each split is read once.
+        """
+        chosen = np.asarray(positions, np.int64).reshape(-1)
+        self._check(chosen, paths)
+        owner = np.searchsorted(self._bounds, chosen, side="right") - 1
+        owners = np.unique(owner).tolist() or [0]
+        found = [
+            self._parts[part].read(chosen[owner == part] - self._bounds[part], paths)
+            for part in owners
+        ]
+        if len(found) == 1:
+            return found[0]
+        # Places of the asked samples in what was read, split after split.
+        place = np.argsort(np.argsort(owner, kind="stable"))
+        levels = {self._arrays[path].level for path in paths}
+        order = {level: _rows(self._counts(level, chosen), place) for level in levels}
+        return {
+            path: np.concatenate([part[path] for part in found])[
+                order[self._arrays[path].level]
+            ]
+            for path in paths
+        }
+
+    def _check(self, chosen: Indices, paths: Sequence[str]) -> None:
+        outside = chosen[(chosen < 0) | (chosen >= len(self))]
+        if len(outside):
+            raise StoreError(
+                f"Position {outside[0]} is outside split {self.name!r}, which has "
+                f"{len(self)} samples."
+            )
+        for path in paths:
+            if path not in self._arrays:
+                raise StoreError(
+                    f"The splits {self.name!r} do not share an array {path!r}; they "
+                    f"share {', '.join(self._arrays)}."
+                )
+
+    def _counts(self, level: Level, chosen: Indices) -> Indices:
+        """Rows of every asked sample on the axis of ``level``."""
+        if level == "node":
+            return self._n_atoms[chosen].astype(np.int64)
+        if level == "edge":
+            return self.n_edges[chosen]
+        return np.ones(len(chosen), np.int64)
+
+
+def _rows(counts: Indices, place: Indices) -> Indices:
+    """Index that brings rows of samples into order.
+
+    ``counts`` (m,) are rows of the samples in the order wanted, ``place`` (m,) says
+    which in the given order each of them is.
+    """
+    given = np.empty_like(counts)
+    given[place] = counts
+    start = (np.cumsum(given) - given)[place]
+    shift = start - (np.cumsum(counts) - counts)
+    return np.arange(int(counts.sum())) + np.repeat(shift, counts)
+
+
+def _is_alike(info: ArrayInfo, other: ArrayInfo | None) -> bool:
+    return other is not None and _kind(info) == _kind(other)
+
+
+def _kind(info: ArrayInfo) -> tuple[object, ...]:
+    return info.level, info.dtype, info.shape
+
+
+def _require_alike(parts: Sequence[Split], path: str) -> None:
+    """Refuse ``path`` if only some splits have it, or have it in another shape."""
+    having = [part for part in parts if path in part.arrays]
+    if not having:
+        return
+    first = having[0]
+    for part in parts:
+        if part not in having:
+            raise SpecError(
+                f"Split {part.name!r} lacks {path!r}, which split {first.name!r} has, "
+                f"so they cannot be joined; leave {part.name!r} out, or set "
+                f"splits.{part.name}.features: true in the spec and build the store "
+                "again."
+            )
+        info, other = first.arrays[path], part.arrays[path]
+        if not _is_alike(info, other):
+            raise SpecError(
+                f"Splits {first.name!r} and {part.name!r} cannot be joined: their "
+                f"{path!r} is {info.dtype} {info.shape} and {other.dtype} "
+                f"{other.shape}; build them with one spec."
+            )
+
+
+def _require_distinct(parts: Sequence[Split]) -> None:
+    """Refuse a sample that occurs in two of the splits.
+
+    A sample is the same where id and structure are: ids may be running numbers of the
+    frames of a file.
+    """
+    owners: dict[tuple[str, int], str] = {}
+    for part in parts:
+        samples = [*zip(part.sample_ids.tolist(), part.checksums.tolist(), strict=True)]
+        twice = next((sample for sample in samples if sample in owners), None)
+        if twice is not None:
+            raise SpecError(
+                f"Sample {twice[0]!r} is in split {owners[twice]!r} and in split "
+                f"{part.name!r}; join splits without common samples."
+            )
+        owners.update(dict.fromkeys(samples, part.name))
+
+
+def shared_structures(split: Split, other: Split) -> tuple[int, str]:
+    """Samples of ``split`` whose structure ``other`` has too, and the id of the first.
+
+    The id is empty where there are none.
+    """
+    shared = np.flatnonzero(np.isin(split.checksums, other.checksums))
+    return len(shared), str(split.sample_ids[shared[0]]) if len(shared) else ""

@@ -1,0 +1,77 @@
+"""Some samples of a split, read as a split of their own."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from kd_train.loader.concat import Arrays, Indices, Split
+from pipeline.store.quantization import Encoding
+from pipeline.store.reader import ArrayInfo
+
+
+class SelectedSplit:
+    """The samples of ``split`` at ``positions``, in that order and as one block."""
+
+    def __init__(self, split: Split, positions: Indices) -> None:
+        self._split = split
+        self._positions = positions
+
+    def __len__(self) -> int:
+        return len(self._positions)
+
+    @property
+    def name(self) -> str:
+        """Name of the split."""
+        return self._split.name
+
+    @property
+    def sample_ids(self) -> npt.NDArray[np.str_]:
+        """(n,) ids, of numpy's string dtype."""
+        ids: npt.NDArray[np.str_] = self._split.sample_ids[self._positions]
+        return ids
+
+    @property
+    def n_atoms(self) -> npt.NDArray[np.int32]:
+        """(n,) atoms of every sample."""
+        return self._split.n_atoms[self._positions]
+
+    @property
+    def checksums(self) -> npt.NDArray[np.uint64]:
+        """(n,) hash of every sample's structure."""
+        return self._split.checksums[self._positions]
+
+    @property
+    def n_edges(self) -> Indices:
+        """(n,) edges of every sample; StoreError where none are stored."""
+        return self._split.n_edges[self._positions]
+
+    @property
+    def arrays(self) -> dict[str, ArrayInfo]:
+        """Dtype, trailing shape and level of every array by its path."""
+        return self._split.arrays
+
+    @property
+    def n_blocks(self) -> int:
+        """One."""
+        return 1
+
+    def block_positions(self, block: int) -> range:
+        """All positions."""
+        return range(len(self))
+
+    def encoding(self, path: str) -> Encoding | None:
+        """What the numbers of `read_stored` mean; None for those that are meant."""
+        return self._split.encoding(path)
+
+    def window_blocks(self, paths: Sequence[str]) -> int | None:
+        """Blocks to read samples of these arrays from at a time; None for any."""
+        return self._split.window_blocks(paths)
+
+    def read(self, positions: npt.ArrayLike, paths: Sequence[str]) -> Arrays:
+        """Rows of the samples at ``positions``, in that order, as fresh arrays."""
+        return self._split.read(self._positions[np.asarray(positions)], paths)
+
+    def read_stored(self, positions: npt.ArrayLike, paths: Sequence[str]) -> Arrays:
+        """The same without decoding; paths may be those of scales of rows too."""
+        return self._split.read_stored(self._positions[np.asarray(positions)], paths)

@@ -1,0 +1,189 @@
+"""Runs in the rows of a comparison."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from kd_train.config.train_config import STRATEGIES
+from kd_train.report.runs import FinishedRun, Metrics, number
+
+# Settings that may differ between a run and its baseline beside those of distillation,
+# the last of which changes no number.
+_FREE = ("strategy", "seed", "train_split", "loss.teacher_labels", "loader_threads")
+# Settings that count together, with the number of processes: the batch of a step.
+_BATCH = ("batch_size", "batch_atoms", "accumulate")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """Runs of one row: alike in all settings but the seed, which ascends.
+
+    ``settings`` says what tells the row from others of its strategy: ``λ=100``.
+    """
+
+    strategy: str
+    settings: str
+    runs: tuple[FinishedRun, ...]
+
+    @property
+    def label(self) -> str:
+        """Strategy and settings, such as ``v2v λ=100``."""
+        return f"{self.strategy} {self.settings}".strip()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether this is a baseline: it learns from reference labels alone."""
+        return is_plain(self.runs[0])
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """All runs of one student: baselines first, then strategies, weights ascending."""
+
+    student: str
+    variants: tuple[Variant, ...]
+
+    @property
+    def runs(self) -> tuple[FinishedRun, ...]:
+        """Runs of all variants, in their order."""
+        return tuple(run for variant in self.variants for run in variant.runs)
+
+    @property
+    def teacher(self) -> Metrics | None:
+        """Metrics of the stored teacher; None where the store has none."""
+        return self.variants[0].runs[0].summary.teacher_metrics
+
+    @property
+    def plain(self) -> tuple[FinishedRun, ...]:
+        """The baselines."""
+        return tuple(run for run in self.runs if is_plain(run))
+
+    def baseline_of(self, run: FinishedRun) -> FinishedRun | None:
+        """The plain student with seed and settings of ``run``, distillation aside.
+
+        It has the same training splits, or where no baseline has, some of them.
+        """
+        seed, settings = run.summary.seed, _bound(run)
+        found = {
+            str(one.settings["train_split"]): one
+            for one in self.plain
+            if one.summary.seed == seed and _bound(one) == settings
+        }
+        splits = str(run.settings["train_split"])
+        if splits in found:
+            return found[splits]
+        within = [s for s in found if set(s.split("+")) < set(splits.split("+"))]
+        return found[within[0]] if len(within) == 1 else None
+
+
+def is_plain(run: FinishedRun) -> bool:
+    """Whether ``run`` saw nothing of the teacher."""
+    return not run.strategies and not run.settings["loss.teacher_labels"]
+
+
+def make_cohorts(runs: Sequence[FinishedRun]) -> list[Cohort]:
+    """Comparable runs grouped by student, in the order in which these first appear."""
+    students = dict.fromkeys(run.summary.student for run in runs)
+    return [
+        _cohort(student, [run for run in runs if run.summary.student == student])
+        for student in students
+    ]
+
+
+def row_settings(run: FinishedRun) -> tuple[str, str, dict[str, Any]]:
+    """Student, strategy and settings by the words of a label: equal within a row."""
+    told = _lambdas(run) | _choices(run)
+    return run.summary.student, run.summary.strategy, told
+
+
+def _cohort(student: str, members: list[FinishedRun]) -> Cohort:
+    choices = [_choices(run) for run in members]
+    weights: dict[str, list[dict[str, Any]]] = {}
+    for run in members:
+        weights.setdefault(run.summary.strategy, []).append(_lambdas(run))
+    rows: dict[tuple[Any, ...], list[FinishedRun]] = {}
+    for run in sorted(members, key=lambda run: run.summary.seed):
+        told = _differing(_lambdas(run), weights[run.summary.strategy])
+        told |= _differing(_choices(run), choices)
+        order = tuple(_sortable(value) for value in told.values())
+        key = (_rank(run.summary.strategy), order, _words(told))
+        rows.setdefault(key, []).append(run)
+    variants = [
+        Variant(rows[key][0].summary.strategy, key[2], tuple(rows[key]))
+        for key in sorted(rows)
+    ]
+    return Cohort(student, tuple(variants))
+
+
+def _lambdas(run: FinishedRun) -> dict[str, Any]:
+    """Distillation weights in force, by the words of a label."""
+    several = len(run.strategies) > 1
+    return {
+        f"λ({name})=" if several else "λ=": run.settings.get(f"distill.{name}")
+        for name in run.strategies
+    }
+
+
+def _choices(run: FinishedRun) -> dict[str, Any]:
+    """All other settings by the words of a label; None for what needs no word."""
+    settings = run.settings
+    chosen: dict[str, Any] = {}
+    if run.strategies:
+        chosen["balance="] = settings["distill.balance"]
+        chosen["λ schedule "] = _schedule(settings)
+    chosen["teacher_labels="] = settings["loss.teacher_labels"] or None
+    chosen["on "] = settings["train_split"]
+    for key, value in _bound(run).items():
+        chosen[f"{key}="] = "none" if value is None else value
+    return chosen
+
+
+def _schedule(settings: dict[str, Any]) -> str | None:
+    """The factor of all distillation weights in words; None where it is always 1."""
+    kind, start, end, first, steps = (
+        settings[f"distill.schedule.{key}"]
+        for key in ("kind", "start", "end", "first_step", "steps")
+    )
+    if kind == "constant":
+        return None if start == 1 else f"×{number(start)}"
+    since = f" from step {number(first)}" if first else ""
+    length = "" if steps is None else f" within {number(steps)}"
+    return f"{kind} {number(start)}→{number(end)}{since}{length}"
+
+
+def _differing(own: dict[str, Any], all_runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The ``own`` settings that another run has otherwise."""
+    return {
+        key: value
+        for key, value in own.items()
+        if any(other.get(key, value) != value for other in all_runs)
+    }
+
+
+def _words(told: dict[str, Any]) -> str:
+    parts = [f"{key}{number(v)}" for key, v in told.items() if v is not None]
+    return " ".join(parts)
+
+
+def _sortable(value: Any) -> tuple[int, float, str]:
+    """``value`` as something that compares with any other: None, numbers, words."""
+    if isinstance(value, int | float):
+        return 1, value, ""
+    return (0, 0.0, "") if value is None else (2, 0.0, str(value))
+
+
+def _bound(run: FinishedRun) -> dict[str, Any]:
+    """Settings that a run must share with its baseline."""
+    bound = {
+        key: value
+        for key, value in run.settings.items()
+        if key not in (*_FREE, *_BATCH) and not key.startswith("distill.")
+    }
+    return bound | {"batch": run.batch}
+
+
+def _rank(strategy: str) -> tuple[int, int, str]:
+    """Single strategies in their documented order, then the joined ones."""
+    parts = strategy.split("+")
+    place = STRATEGIES.index(parts[0]) if parts[0] in STRATEGIES else len(STRATEGIES)
+    return len(parts), place, strategy

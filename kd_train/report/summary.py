@@ -1,0 +1,130 @@
+"""The comparison in sentences, and the commands that its runs came from."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kd_train.config.recipe import with_recipe
+from kd_train.config.train_config import STRATEGIES, TrainConfig
+from kd_train.report.grouping import Cohort
+from kd_train.report.layouts import gap_text, joined
+from kd_train.report.runs import FinishedRun, LeftOut, flat_defaults, flattened
+from kd_train.report.tables import COLUMNS, Column, Row, Table
+from pipeline.errors import SpecError
+from pipeline.spec.plain_yaml import yaml_text
+from pipeline.spec.yaml_model import validate
+
+_FLAGS = {
+    "strategy": "--strategy",
+    "student.preset": "--student",
+    "seed": "--seed",
+    "steps": "--steps",
+}
+
+
+def findings(
+    table: Table,
+    cohorts: Sequence[Cohort],
+    missing: Sequence[LeftOut],
+    apart: Sequence[LeftOut],
+) -> list[str]:
+    """What was compared, and which row is best for every student."""
+    runs = [run for cohort in cohorts for run in cohort.runs]
+    seeds = {run.summary.seed for run in runs}
+    counts = (
+        _count(len(runs), "finished run"),
+        _count(len(cohorts), "student"),
+        _count(len(seeds), "seed"),
+    )
+    sentences = [
+        "{} of {} with {} on one store, ".format(*counts)
+        + f"validated on split {table.val_split}."
+        if runs
+        else "No run is finished."
+    ]
+    if missing:
+        sentences.append(f"{_count(len(missing), 'run')} without results: see below.")
+    if apart:
+        told = _count(len(apart), "finished run")
+        sentences.append(f"{told} not comparable with the others: see below.")
+    for cohort in cohorts:
+        rows = [row for row in table.rows if row.student == cohort.student]
+        if any(row.gaps is not None for row in rows):
+            told = "; ".join(_best(rows, column) for column in COLUMNS[:2])
+            sentences.append(f"{cohort.student}: {told}.")
+    return sentences
+
+
+def training_command(run: FinishedRun) -> str:
+    """The command that makes ``run`` anew, and with ``--resume`` goes on with it.
+
+    It sets everything that is no default, and everything that the run's recipe would
+    fill in, so that it stands for the same run whatever the recipe comes to hold.
+    """
+    words = ["kd-train", "--cache", "STORE"]
+    if run.header.processes > 1:
+        count = str(run.header.processes)
+        words = ["torchrun", "--nproc-per-node", count, "-m", "kd_train", *words[1:]]
+    settings, left_out = _filled(run)
+    for key, flag in _FLAGS.items():
+        words += [flag, str(settings[key])]
+    for key, value in settings.items():
+        if key not in _FLAGS and (key not in left_out or left_out[key] != value):
+            words += ["--set", f"{key}={_yaml_value(value)}"]
+    return shlex.join([*words, "--out", str(run.folder)])
+
+
+def _filled(run: FinishedRun) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Settings of ``run`` with its recipe, and those that come about by themselves."""
+    defaults, name = flat_defaults(), run.settings["recipe"]
+    bare = {"student": {"preset": run.settings["student.preset"]}, "recipe": name}
+    try:
+        asked = validate(TrainConfig, bare, str(run.folder))
+        recipe = flattened(with_recipe(asked, None).model_dump(mode="json"))
+    except SpecError:  # of a version that knew other recipes or students
+        name, recipe = "none", defaults
+    if name in ("auto", "none"):  # from before there were recipes
+        return run.settings | {"recipe": "none"}, defaults
+    # Weights of the terms depend on the teacher, so none comes about by itself.
+    weights = {f"distill.{term}" for term in STRATEGIES}
+    alone = {
+        key: value
+        for key, value in defaults.items()
+        if recipe.get(key) == value and key not in weights
+    }
+    return run.settings, alone
+
+
+def report_command(
+    runs: Sequence[Path], out: Path, *, partial: bool, cka: Sequence[Path]
+) -> str:
+    """The command that makes the report."""
+    words = ["kd-report", *map(str, runs), "--out", str(out)]
+    words += ["--partial"] if partial else []
+    for folder in cka:
+        words += ["--cka", str(folder)]
+    return shlex.join(words)
+
+
+def _best(rows: Sequence[Row], column: Column) -> str:
+    """Which of a student's rows has the best mean of a metric, and its gap."""
+    named = [row for row in rows if column.name in row.best]
+    if not named:
+        return f"{column.title} is the same for all rows or missing"
+    row = named[0]
+    value = f"{joined(row.values[column.name], column.decimals)} {column.unit}".strip()
+    if row.gaps is None:
+        return f"no row beats the plain student in {column.title} ({value})"
+    gap = gap_text(row, column)
+    closed = "" if gap == "–" else f", {gap} % of the gap closed"
+    return f"{column.title} is best with {row.label} ({value}{closed})"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _yaml_value(value: Any) -> str:
+    """``value`` as YAML for ``--set``, which reads as the same value and type."""
+    return yaml_text(value, flow=True).removesuffix("\n").removesuffix("\n...")

@@ -1,0 +1,162 @@
+"""Losses as sums and counts, so that batches and processes add up exactly.
+
+A term is a weighted sum of parts and every part a mean, ``total / count``. Counts
+follow from the batch alone, so those of a step are known before its first gradient.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch_geometric.data import Data
+
+from kd_train.config.train_config import LossConfig
+from pipeline.models.normalizer import Normalizer
+from pipeline.models.output import ModelOutput
+
+
+class Term(Protocol):
+    """One term of the loss in P parts."""
+
+    @property
+    def name(self) -> str:
+        """Column of its values in ``metrics.csv``."""
+
+    @property
+    def part_weights(self) -> tuple[float, ...]:
+        """Weight of every part inside the term."""
+
+    def counts(self, batch: Data) -> Tensor:
+        """(P,) float64: what the totals of ``batch`` are to be divided by."""
+
+    def totals(self, output: ModelOutput, batch: Data) -> Tensor:
+        """(P,) float32: errors of ``batch``, summed, with their gradient."""
+
+
+def joint_mean(weights: Sequence[float], totals: Tensor, counts: Tensor) -> Tensor:
+    """Sum over parts of weight · total / count; scalar of the totals' dtype.
+
+    Zero, with a zero gradient, for a part that counts nothing. With the counts of a
+    whole step, the values of its batches add up to that of the joint batch.
+    """
+    means = totals / torch.where(counts > 0, counts, 1).to(totals.dtype)
+    # Term by term, because weights in a tensor would have to be copied to the device.
+    weighted = [
+        weight * mean for weight, mean in zip(weights, means.unbind(), strict=True)
+    ]
+    return torch.stack(weighted).sum()
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Targets of a batch and what each of them counts; 0 masks what is missing.
+
+    ``energy`` (B,) float64 in eV, ``forces`` (N, 3) float32 in eV/Å, ``energy_weight``
+    (B,) and ``force_weight`` (N,) float32. Fixed atoms have no force weight.
+    """
+
+    energy: Tensor
+    forces: Tensor
+    energy_weight: Tensor
+    force_weight: Tensor
+
+
+def reference_labels(batch: Data) -> Labels:
+    """Energies and forces of the dataset, each counting once where it is known."""
+    return _known(batch.energy, batch.forces, batch.fixed)
+
+
+def teacher_labels(batch: Data) -> Labels:
+    """Energies and forces of the teacher, likewise."""
+    return _known(batch.teacher_energy, batch.teacher_forces, batch.fixed)
+
+
+def completed_labels(batch: Data, weight: float) -> Labels:
+    """Labels of the dataset; where one is missing the teacher's, counting ``weight``.
+
+    Energies are completed by sample, forces by atom.
+    """
+    own, other = reference_labels(batch), teacher_labels(batch)
+    has_energy = own.energy.isfinite()
+    has_forces = own.forces.isfinite().all(dim=1)
+    return Labels(
+        torch.where(has_energy, own.energy, other.energy),
+        torch.where(has_forces[:, None], own.forces, other.forces),
+        torch.where(has_energy, own.energy_weight, weight * other.energy_weight),
+        torch.where(has_forces, own.force_weight, weight * other.force_weight),
+    )
+
+
+def _known(energy: Tensor, forces: Tensor, fixed: Tensor) -> Labels:
+    usable = ~fixed & forces.isfinite().all(dim=1)
+    return Labels(energy, forces, energy.isfinite().float(), usable.float())
+
+
+class OutputError:
+    """α_E·mean|ΔE| + α_F·force error over free atoms: L0, its validation and Eq. 7.
+
+    ``labels`` takes targets and weights from a batch; errors are weighted means in the
+    network's units. The force error is the mean of ‖ΔF‖₂, or with ``force_error: mae``
+    that of the components' |ΔF|.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        labels: Callable[[Data], Labels],
+        normalizer: Normalizer,
+        config: LossConfig,
+    ) -> None:
+        self.name = name
+        self.part_weights = (config.energy_weight, config.force_weight)
+        self._labels = labels
+        self._normalizer = normalizer
+        by_length = config.force_error == "l2"
+        self._force_total = force_l2_total if by_length else force_mae_total
+        self._errors_per_atom = 1 if by_length else 3
+
+    def counts(self, batch: Data) -> Tensor:
+        """(2,) sum of the weights of energies, and of force errors."""
+        labels = self._labels(batch)
+        energies = labels.energy_weight.double().sum()
+        atoms = labels.force_weight.double().sum()
+        return torch.stack([energies, self._errors_per_atom * atoms])
+
+    def totals(self, output: ModelOutput, batch: Data) -> Tensor:
+        """(2,) weighted sums of energy and force errors."""
+        labels = self._labels(batch)
+        energy = self._normalizer.normalize_energy(
+            labels.energy, batch.atomic_numbers, batch.batch
+        )
+        forces = self._normalizer.normalize_forces(labels.forces)
+        assert output.forces is not None
+        return torch.stack(
+            [
+                energy_total(
+                    output.energy, energy.to(output.energy.dtype), labels.energy_weight
+                ),
+                self._force_total(output.forces, forces, labels.force_weight),
+            ]
+        )
+
+
+def energy_total(prediction: Tensor, label: Tensor, weight: Tensor) -> Tensor:
+    """Σ w·|ΔE| over samples, (B,) tensors; labels without weight may be NaN."""
+    error = (prediction - label).abs()
+    return (weight * torch.where(weight > 0, error, 0)).sum()
+
+
+def force_l2_total(prediction: Tensor, label: Tensor, weight: Tensor) -> Tensor:
+    """Σ w·‖ΔF‖₂ over atoms, (N, 3) tensors and ``weight`` (N,), likewise."""
+    # A masked atom must not send NaN through the norm's gradient.
+    difference = torch.where(weight[:, None] > 0, prediction - label, 1.0)
+    norm = torch.linalg.vector_norm(difference, dim=1)
+    return (weight * torch.where(weight > 0, norm, 0)).sum()
+
+
+def force_mae_total(prediction: Tensor, label: Tensor, weight: Tensor) -> Tensor:
+    """Σ w·|ΔF| over components of atoms, (N, 3) tensors and ``weight`` (N,)."""
+    error = (prediction - label).abs()
+    return (weight[:, None] * torch.where(weight[:, None] > 0, error, 0)).sum()

@@ -1,0 +1,390 @@
+"""The training loop, top to bottom: one store, one student, one run folder."""
+
+import inspect
+import itertools
+import logging
+import math
+import time
+from collections.abc import Generator, Sequence
+from contextlib import closing, nullcontext
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch_geometric.data import Data
+
+from kd_train.config.train_config import TrainConfig
+from kd_train.distributed import ALONE, World
+from kd_train.loader.choose_split import choose_split
+from kd_train.loader.data import CachedSamples, decoded
+from kd_train.loader.prefetch import moved, pinned, prefetch
+from kd_train.loader.sampler import (
+    BatchRule,
+    Draw,
+    check_budget,
+    grouped,
+    training_batches,
+)
+from kd_train.strategies.losses import Term
+from kd_train.trainer.checkpoint import read_checkpoint, save_checkpoint
+from kd_train.trainer.extend import before_extension
+from kd_train.trainer.labels import warn_of_training_samples
+from kd_train.trainer.numerics import compile_student, determinism, training_numerics
+from kd_train.trainer.objective import Objective
+from kd_train.trainer.optimizer import make_optimizer
+from kd_train.trainer.progress import Progress
+from kd_train.trainer.records import (
+    Window,
+    progress_bar,
+    require_same_run,
+    short,
+    write_rows,
+)
+from kd_train.trainer.results import drop_results, export_student, write_results
+from kd_train.trainer.schedule import learning_rate
+from kd_train.trainer.setup import Learner, make_learner, resolved, weights_digest
+from kd_train.trainer.validate import Validator
+from kd_train.trainer.weighting import Weighting
+from pipeline.errors import PipelineError, SpecError
+from pipeline.files.atomic import write_atomically
+from pipeline.models.network import Network
+from pipeline.spec.plain_yaml import yaml_text
+from pipeline.store.reader import FeatureStore
+
+log = logging.getLogger("kd_train")
+
+
+class Run:
+    """One training run: builds everything, then trains, validates and saves.
+
+    In each process of ``world``; the first one writes the folder.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        store: FeatureStore,
+        folder: Path,
+        device: torch.device,
+        world: World = ALONE,
+    ) -> None:
+        self.config = config = resolved(config, store, world.size)
+        self.store = store
+        self.folder = folder
+        self.device = device
+        self.world = world
+        self.learner: Learner = make_learner(config, store)
+        self.modules = nn.ModuleDict(
+            {"student": self.learner.student, "adapters": self.learner.adapters}
+        ).to(device)
+        self.average: AveragedModel = AveragedModel(
+            self.modules, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)
+        )
+        if config.compile:
+            compile_student(self.learner.student)
+        terms: list[Term] = [self.learner.supervised, *self.learner.strategies]
+        self.objective = Objective(self.modules, terms, config.precision)
+        self.optimizer = make_optimizer(self.modules, config.optimizer)
+        self.weighting = Weighting(config, device)
+        self.train_samples = self._samples(config.train_split, self.learner.fields)
+        self.tables = self.train_samples.tables(device)
+        self.val_samples = self._samples(config.val_split, ())
+        self.validator = self._validator(self.val_samples)
+        self.testers = [self.validator]
+        if config.test_split is not None:
+            parts = [self._samples(n, ()) for n in config.test_split.split("+")]
+            self.testers = [self._validator(part) for part in parts]
+        held_out = [tester.samples.split for tester in self.testers]
+        warn_of_training_samples(
+            self.train_samples.split, self.val_samples.split, held_out
+        )
+        if config.batch_atoms is not None:
+            split = self.train_samples.split
+            check_budget(split.n_atoms, split.sample_ids, config.batch_atoms)
+        self.progress = Progress(world_size=world.size)
+        self.rows: list[dict[str, Any]] = []
+        self.extended_from: list[int] = []
+        self._parallel = self._synchronised()
+
+    def train(self, *, resume: bool, extend: bool = False) -> dict[str, Any]:
+        """Train to the configured step and return the final metrics of the run.
+
+        With ``extend`` a run that is resumed may have had fewer steps.
+
+        Raises
+        ------
+        SpecError
+            The run to be resumed had another configuration or store or cannot be
+            extended, or an operation of a deterministic run has no deterministic form.
+        DataError, DamagedStoreError
+            A sample cannot be used; names it.
+        """
+        self.world.require_equal(str(resume), f"The files in {self.folder}")
+        if resume:
+            self._restore(extend)
+            state = f"{self.progress} {weights_digest(self.modules)}"
+            self.world.require_equal(state, f"The files in {self.folder}")
+        if self.world.is_first:
+            self._write_header()
+        with determinism(self.config.deterministic, self.device):
+            if not self.progress.is_done(self.config):
+                self._train()
+            return self._finish()
+
+    def _train(self) -> None:
+        """Take all steps that are left."""
+        config, progress = self.config, self.progress
+        self.modules.train()
+        self._settle()
+        window = Window()
+        started = time.monotonic() - progress.seconds
+        stream = closing(self._training_stream())
+        shown = self.world.is_first
+        with progress_bar(config, progress.step, shown) as bar, stream as batches:
+            for drawn in grouped(batches, config.accumulate):
+                losses = self.step(*(self.on_device(batch) for _, batch in drawn))
+                window.add(losses, sum(batch.num_graphs for _, batch in drawn))
+                last = drawn[-1][0]
+                progress.step += 1
+                progress.epoch, progress.offset = last.epoch, last.offset + 1
+                bar.update()
+                if progress.step % config.eval_every and progress.step < config.steps:
+                    continue
+                progress.seconds = time.monotonic() - started
+                self._validate(window)
+                window = Window()
+                if progress.stopped_early(config):
+                    log.info("stopped early at step %d", progress.step)
+                    break
+
+    def on_device(self, batch: Data) -> Data:
+        """``batch`` where the student is, its features decoded."""
+        return decoded(moved(batch, self.device), self.learner.fields, self.tables)
+
+    def step(self, *batches: Data) -> dict[str, Tensor]:
+        """One optimiser step on ``batches`` of all processes, as if they were one.
+
+        Returns this process's share of the loss and of its terms, detached: summed
+        over processes they are the values of the joint batch.
+        """
+        rate = learning_rate(self.config, self.progress.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.zero_grad(set_to_none=True)
+        with training_numerics(self.config):
+            values = self._accumulate(batches)
+        if self.config.optimizer.clip_norm is not None:
+            torch.nn.utils.clip_grad_norm_(
+                self.modules.parameters(), self.config.optimizer.clip_norm
+            )
+        self.optimizer.step()
+        self.average.update_parameters(self.modules)
+        if self.weighting.needs_values:
+            joint = self.world.summed(torch.stack(list(values.values())))
+            self.weighting.note(dict(zip(values, joint, strict=True)))
+        return values
+
+    def _accumulate(self, batches: Sequence[Data]) -> dict[str, Tensor]:
+        """Gradients of the joint loss; returns this process's share of its values."""
+        counts = torch.stack([self.objective.counts(batch) for batch in batches])
+        counts = self.world.summed(counts.sum(dim=0))
+        values: dict[str, Tensor] = {}
+        for number, batch in enumerate(batches):
+            with self._gradients_kept(number < len(batches) - 1):
+                totals = self._parallel(batch)
+                shares = self._weighted(self.objective.values(totals, counts))
+                # Gradients are averaged over processes, and are to be summed.
+                (self.world.size * shares["loss"]).backward()
+            for name, share in shares.items():
+                values[name] = values.get(name, 0) + share.detach()
+        return values
+
+    def losses(self, batch: Data) -> dict[str, Tensor]:
+        """L0, every distillation term unweighted, and their weighted sum ``loss``.
+
+        Of ``batch`` alone, in this process alone.
+        """
+        counts = self.objective.counts(batch)
+        return self._weighted(self.objective.values(self.objective(batch), counts))
+
+    def _weighted(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
+        """``terms`` behind their weighted sum ``loss``."""
+        total = terms["l0"]
+        for name, weight in self.weighting.weights(self.progress.step).items():
+            total = total + weight * terms[name]
+        return {"loss": total, **terms}
+
+    @property
+    def averaged_student(self) -> Network:
+        """The student with its moving-average weights."""
+        modules = cast(nn.ModuleDict, self.average.module)
+        return cast(Network, modules["student"])
+
+    def _synchronised(self) -> nn.Module:
+        """The objective; of several processes, one that averages their gradients."""
+        if self.world.size == 1:
+            return self.objective
+        start = f"{self.header()} {weights_digest(self.modules)}"
+        self.world.require_equal(start, "Store, configuration or initial weights")
+        # Buffers are constants; the option to leave them alone changed its name.
+        known = inspect.signature(DistributedDataParallel).parameters
+        new = "forward_sync_buffers"
+        options: dict[str, Any] = {new if new in known else "broadcast_buffers": False}
+        return DistributedDataParallel(self.objective, **options)
+
+    def _settle(self) -> None:
+        """Let the exchange of gradients find its order, as it does after a first pass.
+
+        Sums over more than two processes depend on that order, and a resumed run would
+        else have another one in its first step.
+        """
+        if self._parallel is self.objective:
+            return
+        batch = self.on_device(self.train_samples.batch(np.arange(1)))
+        with training_numerics(self.config):
+            (0 * self._parallel(batch).sum()).backward()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _gradients_kept(self, kept: bool) -> Any:
+        """Context of a batch after which gradients are not yet exchanged."""
+        if kept and isinstance(self._parallel, DistributedDataParallel):
+            return self._parallel.no_sync()
+        return nullcontext()
+
+    def _samples(self, split: str, fields: tuple[str, ...]) -> CachedSamples:
+        student = self.learner.student
+        return CachedSamples(
+            choose_split(self.store, split, fields),
+            student.graph_rule,
+            student.elements,
+            fields,
+        )
+
+    def _validator(self, samples: CachedSamples) -> Validator:
+        units = self.learner.normalizer
+        return Validator(self.config, samples, units, self.device, self.world)
+
+    def _training_stream(self) -> Generator[tuple[Draw, Data], None, None]:
+        """Batches from where the run stands to its last step, made ahead."""
+        config, progress = self.config, self.progress
+        split = self.train_samples.split
+        rule = BatchRule(
+            config.seed,
+            config.batch_size,
+            config.batch_atoms,
+            self.train_samples.window_blocks(config.buffer_blocks),
+            progress.world_size,
+        )
+        draws = training_batches(
+            [split.block_positions(block) for block in range(split.n_blocks)],
+            split.n_atoms,
+            rule,
+            rank=self.world.rank,
+            start=(progress.epoch, progress.offset),
+        )
+        load = pinned(self.train_samples.batch, self.device)
+        left = config.accumulate * (config.steps - progress.step)
+        return prefetch(
+            lambda draw: (draw, load(draw.positions)),
+            itertools.islice(draws, left),
+            threads=config.loader_threads,
+        )
+
+    def _validate(self, window: Window) -> None:
+        config, progress = self.config, self.progress
+        means = window.means(self.world)
+        if not math.isfinite(means["train_loss"]):
+            raise PipelineError(
+                f"{self.folder}: the loss is no longer a finite number by step "
+                f"{progress.step}; lower optimizer.lr and start again."
+            )
+        result = self.validator(self.averaged_student)
+        weights = self.weighting.weights(progress.step - 1)
+        row = {
+            "step": progress.step,
+            "seconds": round(progress.seconds, 2),
+            "lr": learning_rate(config, progress.step - 1),
+            "samples_per_second": round(window.rate(self.world), 1),
+            **means,
+            **{f"weight_{name}": float(value) for name, value in weights.items()},
+            "val_loss": result.loss,
+            **{f"val_{name}": value for name, value in result.metrics.items()},
+        }
+        self.rows.append(row)
+        best = progress.note(float(row[f"val_{config.best_by}"]), config.best_by)
+        if not self.world.is_first:
+            return
+        log.info("%s", ", ".join(f"{k} {short(v)}" for k, v in row.items()))
+        if best or config.export == "last":
+            export_student(
+                self.folder, self.learner, self.averaged_student, self._provenance()
+            )
+        write_rows(self.folder / "metrics.csv", self.rows)
+        save_checkpoint(self.folder / "last.pt", self._state())
+
+    def _finish(self) -> dict[str, Any]:
+        """Evaluate the exported student and write the run's results."""
+        self.world.wait()
+        return write_results(
+            self.folder, self.config, self.store, self.progress, self.testers
+        )
+
+    def header(self) -> dict[str, Any]:
+        """Resolved configuration and what it is applied to."""
+        extended = {"extended_from": self.extended_from} if self.extended_from else {}
+        return {
+            "config": self.config.model_dump(mode="json"),
+            "hyperparameters": self.learner.student.hyperparameters,
+            "fingerprint": self.store.fingerprint,
+            "initial_weights": self.learner.initial_digest,
+            "processes": self.world.size,
+            **extended,
+        }
+
+    def _provenance(self) -> dict[str, Any]:
+        return {**self.header(), "step": self.progress.step}
+
+    def _write_header(self) -> None:
+        versions = {name: version(name) for name in ("kd-train", "torch")}
+        text = yaml_text({**self.header(), "versions": versions})
+        write_atomically(self.folder / "config.yaml", text.encode())
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "header": self.header(),
+            "progress": vars(self.progress),
+            "rows": self.rows,
+            "modules": self.modules.state_dict(),
+            "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "weighting": self.weighting.state_dict(),
+        }
+
+    def _restore(self, extend: bool) -> None:
+        state = read_checkpoint(self.folder / "last.pt")
+        progress, saved = Progress(**state["progress"]), state["header"]
+        if extend:
+            saved = before_extension(saved, self.config, progress, self.folder)
+        require_same_run(saved, self.header(), self.folder)
+        if progress.world_size != self.world.size:
+            raise SpecError(
+                f"{self.folder} was trained by {progress.world_size} processes, now "
+                f"there are {self.world.size}; the order of samples depends "
+                "on it, so resume with as many or use another --out."
+            )
+        self.modules.load_state_dict(state["modules"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.weighting.load_state_dict(state["weighting"])
+        self.progress = progress
+        self.rows = state["rows"]
+        self.extended_from = list(saved.get("extended_from", ()))
+        if self.world.is_first:
+            log.info("resumed %s at step %d", self.folder, self.progress.step)
+            if saved["config"] != state["header"]["config"]:
+                drop_results(self.folder)

@@ -1,0 +1,252 @@
+"""Plan a store, fill its blocks, seal it; continues whatever an earlier run left."""
+
+import logging
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.build.contents import check_labels, warn_of_shared
+from pipeline.build.fill import Report, count_blocks, fill_blocks
+from pipeline.build.filter_samples import bad_samples, tell_left_out
+from pipeline.build.inputs import Source
+from pipeline.build.plan import plan_split, store_attributes, tell_undetermined
+from pipeline.build.preflight import preview
+from pipeline.build.scan import Scan
+from pipeline.build.status import Progress
+from pipeline.build.worker import Filling
+from pipeline.datasets.label_statistics import check_energy_kinds
+from pipeline.errors import StoreError
+from pipeline.files.atomic import is_free, told_when_full
+from pipeline.parallel.device_choice import choose_device
+from pipeline.parallel.ordered_map import (
+    Count,
+    Run,
+    Tally,
+    not_counted,
+    processes,
+    worthwhile,
+)
+from pipeline.spec.cache_spec import CacheSpec
+from pipeline.store.reader import FeatureStore
+from pipeline.store.writer import SplitPlan, StoreWriter, create_store
+
+log = logging.getLogger("pipeline.build.build")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A store to be built: what it is made from, and how it is planned."""
+
+    source: Source
+    scans: dict[str, Scan]
+    plans: dict[str, SplitPlan]
+    attributes: dict[str, Any]
+
+
+def prepare(
+    spec: CacheSpec,
+    device: str = "cpu",
+    before: FeatureStore | None = None,
+    workers: int = 0,
+    count: Count = not_counted,
+) -> Job:
+    """Load the teacher, read every dataset once, plan every split.
+
+    Datasets are read by so many ``workers``, or by this process. Those that a store is
+    there for already, and whose files have not changed since, are not read again: what
+    was found then is in its sidecar. ``count`` is told how many samples each pass over
+    them has read.
+
+    Edges are counted and encodings calibrated only for a store that is not there yet:
+    one that is knows them. With ``before``, the store there is planned anew, its own
+    encodings kept.
+
+    Raises
+    ------
+    SpecError, DataError, CheckpointError
+        Anything that would make the build fail later and can be known now.
+    """
+    new = before is not None or is_free(Path(spec.store.path))
+    old = {} if before is None else before.splits
+    with processes(workers) as run:
+        source, bad = _screened(Source.open(spec, device, run), run, count)
+        if new:
+            check_energy_kinds(spec.splits, source.datasets)
+        tally = Tally(count, sum(map(len, source.datasets.values())))
+        scans = {
+            name: source.scan(name, new, run, tally.add) for name in source.datasets
+        }
+    if new:
+        tell_undetermined(spec.splits, scans)
+    calibrations = {
+        name: source.calibrations(name, old[name].index if name in old else None)
+        for name in (source.datasets if new else ())
+    }
+    plans = {
+        name: plan_split(
+            spec,
+            name,
+            dataset,
+            scans[name],
+            source.teacher,
+            calibrations.get(name, {}),
+        )
+        for name, dataset in source.datasets.items()
+    }
+    _warn_of_labels(source, scans)
+    attributes = store_attributes(spec, scans, plans, source.teacher)
+    if bad:
+        attributes["provenance"]["bad_samples"] = bad
+    if new and source.teacher is not None:
+        attributes["provenance"]["preview"] = {
+            name: preview(name, dataset, source.teacher, source.fields(name))
+            for name, dataset in source.datasets.items()
+        }
+    return Job(source, scans, plans, attributes)
+
+
+def _warn_of_labels(source: Source, scans: Mapping[str, Scan]) -> None:
+    """Warn of labels that are not everywhere, and of structures in two splits."""
+    for name, split in source.spec.splits.items():
+        if split.labelled:
+            check_labels(name, split, scans[name].contents)
+    warn_of_shared(
+        {name: scan.checksums for name, scan in scans.items()},
+        {name: dataset.sample_ids for name, dataset in source.datasets.items()},
+    )
+
+
+def plan_store(
+    spec: CacheSpec,
+    device: str = "cpu",
+    workers: int = 0,
+    count: Count = not_counted,
+) -> Path:
+    """Plan the store of ``spec``, or accept the one there; fills nothing.
+
+    Datasets are read by so many ``workers``; ``count`` is told how many samples each
+    pass has read. Raises as `build_store` does.
+    """
+    job = prepare(spec, device, workers=workers, count=count)
+    path = Path(spec.store.path)
+    with told_when_full(path):
+        create_or_match(job, path)
+    return path
+
+
+def _screened(
+    source: Source, run: Run, count: Count
+) -> tuple[Source, dict[str, list[list[str]]]]:
+    """``source`` without the samples that its spec lets out; their ids and reasons.
+
+    Splits that are planned already keep to what was found then.
+    """
+    found = {}
+    skipping = [n for n, s in source.spec.splits.items() if s.on_bad_sample != "fail"]
+    new = {n: source.datasets[n] for n in skipping if n not in source.planned}
+    tally = Tally(count, sum(map(len, new.values()))) if new else None
+    for name in skipping:
+        if tally is None or name not in new:
+            bad = source.planned[name]
+            if bad:
+                total = len(source.datasets[name]) + len(bad)
+                tell_left_out(name, bad, total)
+        else:
+            bad = bad_samples(new[name], source.demands(name), run, tally.add)
+            source = source.leaving_out(name, [sample_id for sample_id, _ in bad])
+        if bad:
+            found[name] = [list(pair) for pair in bad]
+    return source, found
+
+
+def build_store(
+    spec: CacheSpec,
+    *,
+    filling: Filling | None = None,
+    report: Report = lambda split, samples, blocks_left: None,
+    count: Count = not_counted,
+    progress: Progress | None = None,
+) -> bool:
+    """Create or continue the store of ``spec``; True once it is sealed.
+
+    ``filling`` says which blocks are filled and by whom; the bytes written are the
+    same. A part of a planned store leaves it unsealed: checking all blocks is no work
+    for each of many jobs. ``report`` is told of every block that is filled, ``count``
+    of samples while it plans and of blocks while it seals; ``progress`` is kept up to
+    date.
+
+    Raises
+    ------
+    DataError, StoreError
+        A store of another fingerprint lies at the path, blocks could not be written, or
+        there is no store yet to do a part of.
+    WorkersError
+        The workers are gone, or do not see what they need.
+    """
+    filling = filling or Filling()
+    progress = progress or Progress()
+    count = counted_in(progress, count)
+    path = Path(spec.store.path)
+    if filling.part is not None and is_free(path):
+        raise StoreError(
+            f"{path} is not planned yet; run `kd-cache plan SPEC` once before the parts"
+        )
+    # Workers of a cluster choose for themselves; they may have what is missing here.
+    device = filling.device if filling.scheduler is None else None
+    place = str(choose_device(device))
+    job = prepare(spec, place, workers=filling.workers, count=count)
+    with told_when_full(path):
+        create_or_match(job, path)
+        writer = StoreWriter(path)
+        if writer.sealed:
+            count_blocks(progress, writer)
+            return True
+        partly = filling.blocks is not None or filling.part is not None
+        with nullcontext() if partly else writer.claim_all():
+            fill_blocks(job.source, writer, filling, report, progress)
+        if filling.part or any(writer.pending_blocks(split) for split in job.plans):
+            return False
+        seal_filled(writer, filling.workers, progress, count)
+        log.info("%s: sealed", path)
+        return True
+
+
+def seal_filled(
+    writer: StoreWriter, workers: int, progress: Progress, count: Count
+) -> None:
+    """Check all blocks and seal the store, by ``workers`` where it has many blocks."""
+    progress.state = "sealing"
+    blocks = sum(split.n_blocks for split in writer.splits.values())
+    writer.seal(worthwhile(workers, blocks), count)
+
+
+def counted_in(progress: Progress, count: Count) -> Count:
+    """``count``, which tells ``progress`` as well."""
+
+    def told(done: int, total: int) -> None:
+        progress.count(done, total)
+        count(done, total)
+
+    return told
+
+
+def create_or_match(job: Job, path: Path) -> None:
+    """Plan the store on disk, or accept the one there if its fingerprint agrees."""
+    if is_free(path):
+        try:
+            create_store(path, list(job.plans.values()), job.attributes)
+        except StoreError:
+            # Another process that builds the same may have been faster.
+            if is_free(path):
+                raise
+    found = StoreWriter(path).attributes["fingerprint"]
+    wanted = job.attributes["fingerprint"]
+    if found != wanted:
+        raise StoreError(
+            f"{path} was planned for another spec (its fingerprint is {found[:12]}…, "
+            f"this spec's {wanted[:12]}…); where the spec gained a field or a split, "
+            "run `kd-cache add-field SPEC`, else remove the store or set store.path."
+        )
+    job.source.keep_scans(job.scans)

@@ -1,0 +1,255 @@
+"""What a store will hold: one pass over each dataset, then arrays and blocks."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.build.scan import Scan
+from pipeline.datasets import Dataset
+from pipeline.errors import SpecError
+from pipeline.fields import (
+    EDGE_IDENTITY_FIELDS,
+    FIELDS,
+    LABEL_FIELDS,
+    PREDICTION_FIELDS,
+    STRUCTURE_FIELDS,
+)
+from pipeline.models.elements import symbols_of
+from pipeline.spec.cache_spec import (
+    NO_REFERENCES,
+    PER_ELEMENT,
+    CacheSpec,
+    FeatureSpec,
+    SplitSpec,
+    read_reference_energies,
+)
+from pipeline.store.calibration import Calibration
+from pipeline.store.layout import INNER_ROWS, plan_blocks
+from pipeline.store.quantization import DTYPES
+from pipeline.store.writer import ArrayPlan, SplitPlan
+from pipeline.teachers.runner import Teacher, width_shape
+
+log = logging.getLogger("pipeline.build.plan")
+
+
+def plan_split(
+    spec: CacheSpec,
+    name: str,
+    dataset: Dataset,
+    scan: Scan,
+    teacher: Teacher | None,
+    calibrations: Mapping[str, Calibration] = MappingProxyType({}),
+) -> SplitPlan:
+    """Blocks and arrays of split ``name``.
+
+    ``calibrations`` of the fields that are not stored faithfully may be missing where
+    the plan is only compared with that of a store that is there.
+
+    Raises
+    ------
+    SpecError
+        A sample has more atoms than a block has rows.
+    """
+    largest = int(np.argmax(dataset.n_atoms))
+    if dataset.n_atoms[largest] > spec.store.rows_per_block:
+        raise SpecError(
+            f"splits.{name}: sample {dataset.sample_ids[largest]!r} has "
+            f"{dataset.n_atoms[largest]} atoms, more than store.rows_per_block = "
+            f"{spec.store.rows_per_block}; raise it."
+        )
+    blocks = plan_blocks(
+        dataset.n_atoms,
+        # A split that fits into one block gets one of its own size.
+        min(spec.store.rows_per_block, _whole_chunks(dataset.n_atoms)),
+        spec.store.seed,
+        scan.n_edges,
+    )
+    plan = SplitPlan(
+        name=name,
+        sample_ids=[dataset.sample_ids[int(i)] for i in blocks.order],
+        checksums=scan.checksums[blocks.order],
+        blocks=blocks,
+        arrays=_array_plans(spec, spec.splits[name], teacher, calibrations),
+    )
+    if blocks.edges is not None:
+        _tell_edge_size(plan, blocks.edges.rows_per_block)
+    return plan
+
+
+def _whole_chunks(n_atoms: npt.NDArray[np.int32]) -> int:
+    """All atoms of a split, rounded up to whole inner chunks."""
+    return -(-int(n_atoms.sum(dtype=np.int64)) // INNER_ROWS) * INNER_ROWS
+
+
+def tell_undetermined(
+    splits: Mapping[str, SplitSpec], scans: Mapping[str, Scan]
+) -> None:
+    """Warn of splits whose compositions leave fitted reference energies open.
+
+    Not of one beside a larger split that determines them, such as for validation.
+    """
+    fitted = {
+        name: scans[name]
+        for name, split in splits.items()
+        if split.reference_energies == PER_ELEMENT
+    }
+    found: dict[str, tuple[int, ...]] = {}
+    for name, scan in fitted.items():
+        larger = [s for s in fitted.values() if len(s.hashes) > len(scan.hashes)]
+        if not any(_determines(other, scan.undetermined) for other in larger):
+            found |= {name: scan.undetermined} if scan.undetermined else {}
+    if found:
+        log.warning(
+            "%s: the compositions of the samples do not determine the reference "
+            "energies of %s, so energies of other compositions will mean nothing; add "
+            "samples of others, such as isolated atoms, or name a file in "
+            "splits.NAME.reference_energies",
+            ", ".join(f"splits.{name}" for name in found),
+            symbols_of([z for elements in found.values() for z in elements]),
+        )
+
+
+def _determines(scan: Scan, elements: Sequence[int]) -> bool:
+    """Whether the compositions of a split determine the energies of ``elements``."""
+    references = scan.labels.element_references
+    return all(references[z] != 0.0 for z in elements) and not any(
+        z in scan.undetermined for z in elements
+    )
+
+
+def _tell_edge_size(plan: SplitPlan, rows_per_block: int) -> None:
+    row = sum(
+        np.dtype(a.dtype).itemsize * int(np.prod(a.shape, dtype=np.int64))
+        for a in plan.arrays
+        if a.level == "edge"
+    )
+    block = rows_per_block * row / 1e9
+    log.warning(
+        "splits.%s: edge arrays will take %.3g GB, %.3g GB in each of %d blocks, which "
+        "must fit into memory; edge_to_node_features are smaller by the number of "
+        "neighbours, and store.rows_per_block makes blocks smaller",
+        plan.name,
+        block * plan.blocks.n_blocks,
+        block,
+        plan.blocks.n_blocks,
+    )
+
+
+def _array_plans(
+    spec: CacheSpec,
+    split: SplitSpec,
+    teacher: Teacher | None,
+    calibrations: Mapping[str, Calibration],
+) -> tuple[ArrayPlan, ...]:
+    names: list[str] = [*STRUCTURE_FIELDS, *LABEL_FIELDS]
+    wanted: dict[str, FeatureSpec] = {}
+    widths: dict[str, int] = {}
+    if teacher is not None:
+        wanted = wanted_features(spec, split)
+        names += [*PREDICTION_FIELDS, *wanted]
+        if "edge_features" in wanted:
+            names += EDGE_IDENTITY_FIELDS
+        widths = teacher.widths
+    return tuple(
+        ArrayPlan(
+            path=FIELDS[name].path,
+            level=FIELDS[name].level,
+            shape=width_shape(name, widths.get(name, 0)),
+            dtype=stored_dtype(name, wanted.get(name)),
+            attributes=array_attributes(name, wanted.get(name)),
+            calibration=calibrations.get(name),
+        )
+        for name in names
+    )
+
+
+def stored_dtype(name: str, feature: FeatureSpec | None) -> str:
+    """Dtype in which field ``name`` is stored when stored as ``feature`` says."""
+    if feature is None:
+        return FIELDS[name].dtype
+    return DTYPES.get(feature.profile) or feature.dtype or FIELDS[name].dtype
+
+
+def array_attributes(name: str, feature: FeatureSpec | None) -> dict[str, Any]:
+    """Attributes of the array of field ``name``, stored as ``feature`` says."""
+    field = FIELDS[name]
+    attributes: dict[str, Any] = {"unit": field.unit, "meaning": field.meaning}
+    if feature is not None and feature.profile != "faithful":
+        attributes["profile"] = feature.profile
+        attributes["stated_error"] = feature.stated_error
+    return attributes
+
+
+def wanted_features(spec: CacheSpec, split: SplitSpec) -> dict[str, FeatureSpec]:
+    """Fields that the teacher is asked for in this split, with their options."""
+    return dict(spec.features) if split.features else {}
+
+
+def store_attributes(
+    spec: CacheSpec,
+    scans: Mapping[str, Scan],
+    plans: Mapping[str, SplitPlan],
+    teacher: Teacher | None,
+) -> dict[str, Any]:
+    """Provenance of the store and the fingerprint of all that decides its numbers."""
+    identity = {
+        "teacher": None if teacher is None else teacher.identity,
+        "splits": {
+            name: {
+                "features": s.features,
+                "content": scans[name].content,
+                "reference_energies": _references(s.reference_energies),
+            }
+            for name, s in spec.splits.items()
+        },
+        "arrays": {
+            name: [array_identity(array) for array in plan.arrays]
+            for name, plan in plans.items()
+        },
+        "rows_per_block": spec.store.rows_per_block,
+        "order_seed": spec.store.seed,
+    }
+    # The statistics follow from what is above, but their last bits differ between
+    # machines, so they are no part of the fingerprint.
+    text = json.dumps(identity, sort_keys=True)
+    return {
+        **identity,
+        "label_statistics": {n: s.labels.to_dict() for n, s in scans.items()},
+        "fingerprint": hashlib.sha256(text.encode()).hexdigest(),
+        "provenance": {
+            "spec": spec.model_dump(),
+            "teacher": None if teacher is None else dict(teacher.potential.provenance),
+            "labelled": {n: s.contents.labelled for n, s in scans.items()},
+            "contents": {n: s.contents.to_dict() for n, s in scans.items()},
+            "software": {n: version(n) for n in ("kd-train", "torch", "zarr", "vesin")},
+        },
+    }
+
+
+def array_identity(array: ArrayPlan) -> list[Any]:
+    """What the fingerprint holds of an array; an encoding's parameters follow from it.
+
+    Their last bits differ between machines, as those of the statistics do.
+    """
+    profile = [
+        array.attributes[key]
+        for key in ("profile", "stated_error")
+        if key in array.attributes
+    ]
+    return [array.path, list(array.shape), array.dtype, *profile]
+
+
+def _references(choice: str) -> str | dict[str, float]:
+    """The choice by its name, or what the named file says."""
+    if choice in (PER_ELEMENT, NO_REFERENCES):
+        return choice
+    energies = read_reference_energies(Path(choice))
+    return {str(number): energy for number, energy in sorted(energies.items())}

@@ -1,1 +1,0 @@
-"""Work shared by threads, processes and jobs: pools, retries, progress, signals."""

@@ -1,0 +1,1 @@
+"""Work in several threads, processes and machines."""

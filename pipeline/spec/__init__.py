@@ -1,0 +1,1 @@
+"""Specs: YAML files that state what a store is made of."""

@@ -1,0 +1,408 @@
+"""``CacheSpec``: what a store is made of, read from ``cache_specs/*.yaml``."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field as Key
+from pydantic import field_validator
+
+from pipeline.errors import SpecError
+from pipeline.fields import CACHEABLE_FIELDS, FIELDS
+from pipeline.files.globs import glob_matches, is_glob
+from pipeline.files.remote import is_url, refuse_credentials
+from pipeline.spec.formats import FORMATS, Format
+from pipeline.spec.reference_energies import read_reference_energies
+from pipeline.spec.units_spec import UnitsSpec
+from pipeline.spec.yaml_model import (
+    ClosedModel,
+    apply_overrides,
+    expand_path,
+    expand_text,
+    nearest,
+    read_yaml,
+    validate,
+)
+
+PER_ELEMENT, NO_REFERENCES = "per_element", "none"
+COMPACT_ERROR = 1e-3
+# Genuine relaxations of OC20 begin at 0.42, collisions of molecules stay above 0.6.
+MIN_PAIR_DISTANCE = 0.4
+Scalar = bool | int | float | str
+
+
+class TeacherSpec(ClosedModel):
+    """Which network is run, and how."""
+
+    model: str = Key(
+        description="gemnet_oc | painn | schnet | sevennet | chgnet | mace | fairchem "
+        "| the name of an installed plug-in"
+    )
+    checkpoint: str | None = Key(
+        None,
+        description="file of weights: OCP/fairchem-1.x .pt or our .safetensors, or the "
+        "plug-in's own; without, the weights that ship in the plug-in's package",
+    )
+    options: dict[str, Any] = Key(
+        default_factory=dict, description="what a plug-in takes, docs/teachers.md"
+    )
+    source: str | None = Key(None, description="where the checkpoint is published")
+    scale_file: str | None = Key(
+        None, description="only for checkpoints without scale factors"
+    )
+    precision: Literal["float32", "tf32", "bfloat16"] = Key(
+        "float32", description="of matrix products; the error is measured and stored"
+    )
+    weights: Literal["ema", "raw"] = Key(
+        "ema", description="moving average where the file has one, or the last step's"
+    )
+    batch_atoms: int = Key(2048, ge=1, description="atoms in one forward pass at most")
+    batch_gib: float = Key(
+        4.0, gt=0, description="memory of one forward pass at most, by an estimate"
+    )
+
+
+class RattleSpec(ClosedModel):
+    """Copies of structures whose free atoms are displaced at random."""
+
+    copies: int = Key(ge=1, description="of every sample; the original is left out")
+    sigma: float = Key(
+        ge=1e-3, lt=1, description="standard deviation along each axis, in Å"
+    )
+    seed: int = Key(0, ge=0, description="of the displacements")
+
+
+class SplitSpec(ClosedModel):
+    """One dataset, stored as one group."""
+
+    format: Format = Key(description=f"{' | '.join(FORMATS)}; text also packed")
+    path: str | list[str] = Key(
+        description="file or folder, relative to the spec or absolute; its URL; a glob "
+        "(* ? [); or a list of these"
+    )
+    source: str | None = Key(None, description="where the data are published")
+    features: bool = Key(
+        True, description="false: structures, labels, teacher energy and forces only"
+    )
+    offset: int = Key(0, ge=0, description="samples passed over at the start")
+    limit: int | None = Key(None, ge=1, description="at most so many samples")
+    every: int = Key(1, ge=1, description="1 = all, n = each n-th sample")
+    energy: Literal["adsorption", "total"] | None = Key(
+        None, description="of oc20_raw; default: adsorption where .txt files lie beside"
+    )
+    energy_key: str | None = Key(
+        None, description="name of the energy in the files; default: energy"
+    )
+    forces_key: str | None = Key(
+        None, description="name of the forces in the files; default: forces"
+    )
+    gradient_key: str | None = Key(
+        None, description="in place of forces_key: a gradient; forces are its negative"
+    )
+    units: UnitsSpec = Key(
+        default_factory=UnitsSpec, description="of the files; {energy, length, forces}"
+    )
+    where: dict[str, Scalar | list[Scalar]] = Key(
+        default_factory=dict,
+        description="only frames with these values: {key: value or [values]}",
+    )
+    reference_energies: str = Key(
+        PER_ELEMENT,
+        description="per_element (least squares) | none | FILE, a JSON or YAML map "
+        "from element to eV; kept beside the labels",
+    )
+    compare_energies: bool = Key(
+        True, description="false: may have another kind of energy than other splits"
+    )
+    on_bad_sample: Literal["fail", "skip"] = Key(
+        "fail",
+        description="skip: leave out samples that cannot be read, have unknown "
+        "elements, no neighbours or atoms too close; the store names them",
+    )
+    min_pair_distance: float | None = Key(
+        MIN_PAIR_DISTANCE,
+        ge=0,
+        lt=1,
+        description="atoms closer than this share of the sum of their covalent radii "
+        "make a bad sample; 0 or null: none do",
+    )
+    labels: Literal["all", "none"] | None = Key(
+        None,
+        description="none: those of the source are left out, only the teacher labels "
+        "the samples; default: all, but none where samples are rattled",
+    )
+    pbc: Literal["none"] | None = Key(
+        None,
+        description="none: structures are molecules, whatever periodic flags the files "
+        "have, say of a box around them; default: as the files have them",
+    )
+    rattle: RattleSpec | None = Key(
+        None, description="displaced copies instead of the samples themselves"
+    )
+
+    @field_validator("path", mode="before")
+    @classmethod
+    def _texts(cls, value: object) -> object:
+        parts = value if isinstance(value, list) else [value]
+        if not parts or not all(isinstance(part, str) and part for part in parts):
+            raise ValueError("must be a path or a list of paths")
+        return value
+
+    @field_validator("where", mode="before")
+    @classmethod
+    def _values(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            raise ValueError("must be a map from keys of frames to values")
+        for key, wanted in value.items():
+            parts = wanted if isinstance(wanted, list) else [wanted]
+            if not parts or not all(
+                isinstance(p, bool | int | float | str) for p in parts
+            ):
+                raise ValueError(f"{key!r} needs a number, a text, a flag or a list")
+        return value
+
+    @property
+    def paths(self) -> list[str]:
+        """What ``path`` names, one or several."""
+        return [self.path] if isinstance(self.path, str) else self.path
+
+    @property
+    def conditions(self) -> tuple[tuple[str, tuple[Scalar, ...]], ...]:
+        """``where``, every key with all values that are wanted of it."""
+        return tuple(
+            (key, tuple(value) if isinstance(value, list) else (value,))
+            for key, value in self.where.items()
+        )
+
+    @property
+    def labelled(self) -> bool:
+        """Whether labels of the source are stored."""
+        return self.labels != "none" and self.rattle is None
+
+
+class FeatureSpec(ClosedModel):
+    """How one field is stored."""
+
+    profile: Literal["faithful", "q8", "compact"] = Key(
+        "faithful",
+        description="faithful: as computed, in dtype | q8: int8 and a scale for every "
+        "atom, a quarter of float32 | compact: compressed to the stated error",
+    )
+    error: float | None = Key(
+        None,
+        gt=0,
+        lt=1,
+        description=f"of compact: squared error relative to the variance; default: "
+        f"{COMPACT_ERROR:g}",
+    )
+    layer: str | None = Key(
+        None, description="of the teacher; default: the one the paper distils from"
+    )
+    dtype: Literal["float16", "float32"] | None = Key(
+        None, description="of faithful; default: the field's own"
+    )
+
+    @property
+    def stated_error(self) -> float | None:
+        """Error that ``compact`` is to keep; None for the other profiles."""
+        if self.profile != "compact":
+            return None
+        return COMPACT_ERROR if self.error is None else self.error
+
+
+class StoreSpec(ClosedModel):
+    """Where the store lies and how it is cut."""
+
+    path: str
+    rows_per_block: int = Key(131072, ge=1024, multiple_of=1024)
+    seed: int = Key(0, ge=0, description="of the permutation of samples")
+
+
+class CacheSpec(ClosedModel):
+    """A whole spec; without ``teacher`` it makes a store of labels only."""
+
+    teacher: TeacherSpec | None = None
+    splits: dict[str, SplitSpec] = Key(min_length=1)
+    features: dict[str, FeatureSpec] = Key(default_factory=dict)
+    store: StoreSpec
+
+    @field_validator("splits", mode="before")
+    @classmethod
+    def _null_removes(cls, value: object) -> object:
+        """Leave out splits set to null, so that ``--set splits.val=null`` drops one."""
+        if not isinstance(value, dict):
+            return value
+        return {name: part for name, part in value.items() if part is not None}
+
+    @field_validator("features", mode="before")
+    @classmethod
+    def _empty_means_defaults(cls, value: object) -> object:
+        if not isinstance(value, dict):
+            return value
+        return {name: {} if part is None else part for name, part in value.items()}
+
+
+def load_spec(
+    path: Path, overrides: Iterable[str] = (), out: Path | None = None
+) -> CacheSpec:
+    """The spec at ``path`` with overrides applied and every path made absolute.
+
+    ``out`` replaces ``store.path`` and is taken as it is: nothing in it is expanded.
+
+    Raises
+    ------
+    SpecError
+        A key is unknown, missing or of the wrong kind, a field is unknown, an
+        environment variable is unset, or a named file does not exist.
+    """
+    document = read_yaml(path)
+    apply_overrides(document, overrides)
+    if out is not None and isinstance(document.setdefault("store", {}), dict | None):
+        document["store"] = {**(document["store"] or {}), "path": str(out)}
+    spec = validate(CacheSpec, document, str(path))
+    return resolve(spec, path.resolve().parent, out)
+
+
+def resolve(spec: CacheSpec, folder: Path, out: Path | None = None) -> CacheSpec:
+    """``spec`` with absolute, existing paths and consistent choices; ``out`` as above.
+
+    Raises
+    ------
+    SpecError
+        Choices contradict each other, or files are missing; names all of these.
+    """
+    _check_choices(spec)
+    _refuse_missing(spec, folder)
+    splits = {
+        name: _resolve_split(split, folder, f"splits.{name}")
+        for name, split in spec.splits.items()
+    }
+    changes: dict[str, Any] = {"splits": splits}
+    if spec.teacher is not None:
+        files = {
+            key: str(expand_path(value, folder, f"teacher.{key}"))
+            for key in ("checkpoint", "scale_file")
+            if (value := getattr(spec.teacher, key)) is not None
+        }
+        changes["teacher"] = spec.teacher.model_copy(update=files)
+    place = out.resolve() if out is not None else _store_path(spec, folder)
+    changes["store"] = spec.store.model_copy(update={"path": str(place)})
+    return spec.model_copy(update=changes)
+
+
+def _store_path(spec: CacheSpec, folder: Path) -> Path:
+    return expand_path(spec.store.path, folder, "store.path")
+
+
+def _refuse_missing(spec: CacheSpec, folder: Path) -> None:
+    """Raise one error that names every file which is not there, and its source."""
+    named: list[tuple[str, str, str | None]] = []
+    if spec.teacher is not None:
+        teacher = spec.teacher
+        if teacher.checkpoint is not None:
+            named.append(("teacher.checkpoint", teacher.checkpoint, teacher.source))
+        if teacher.scale_file is not None:
+            named.append(("teacher.scale_file", teacher.scale_file, None))
+    for name, split in spec.splits.items():
+        named += [(f"splits.{name}.path", path, split.source) for path in split.paths]
+    problems = []
+    for key, text, source in named:
+        try:
+            path = _resolve_path(text, folder, key)
+        except SpecError as error:
+            problem = str(error).rstrip(".")
+        else:
+            if Path(path).exists() or (key.startswith("splits.") and _is_there(path)):
+                continue
+            problem = f"{key}: {path} does not exist; set it with --set {key}=PATH"
+        problems.append(problem + (f" (published at {source})" if source else ""))
+    if problems:
+        raise SpecError("; ".join(problems) + ".")
+
+
+def _is_there(path: str) -> bool:
+    """Whether a URL, which is looked at later, or a glob that stands for something."""
+    return is_url(path) or (is_glob(path) and bool(glob_matches(path)))
+
+
+def _resolve_path(text: str, folder: Path, key: str) -> str:
+    """An absolute path, or a URL as it is; variables filled in."""
+    if not is_url(text):
+        return str(expand_path(text, folder, key))
+    url = expand_text(text, key)
+    refuse_credentials(url, key)
+    return url
+
+
+def _resolve_split(split: SplitSpec, folder: Path, key: str) -> SplitSpec:
+    paths = [_resolve_path(path, folder, f"{key}.path") for path in split.paths]
+    changes: dict[str, Any] = {"path": paths[0] if len(paths) == 1 else paths}
+    references = split.reference_energies
+    if references not in (PER_ELEMENT, NO_REFERENCES):
+        file = expand_path(references, folder, f"{key}.reference_energies")
+        if not file.is_file():
+            raise SpecError(
+                f"{key}.reference_energies is {references!r}, which is neither "
+                f"{PER_ELEMENT} nor {NO_REFERENCES} nor a file ({file})."
+            )
+        read_reference_energies(file)
+        changes["reference_energies"] = str(file)
+    return split.model_copy(update=changes)
+
+
+def _check_profile(name: str, feature: FeatureSpec) -> None:
+    if feature.profile != "faithful" and feature.dtype is not None:
+        raise SpecError(
+            f"features.{name}: dtype is for profile faithful, {feature.profile} has "
+            "integers of its own; remove one of the two."
+        )
+    if feature.profile != "compact" and feature.error is not None:
+        raise SpecError(
+            f"features.{name}.error is for profile compact; {feature.profile} has the "
+            "error that it has, so remove it."
+        )
+    if feature.profile != "faithful" and None not in FIELDS[name].shape:
+        raise SpecError(
+            f"features.{name}: profile {feature.profile} is for features with "
+            "channels; store this field as faithful."
+        )
+
+
+def _check_reading(split: SplitSpec, key: str) -> None:
+    if split.forces_key is not None and split.gradient_key is not None:
+        raise SpecError(
+            f"{key} has forces_key and gradient_key; remove the one that is not meant."
+        )
+
+
+def _check_choices(spec: CacheSpec) -> None:
+    for name in spec.features:
+        if name not in CACHEABLE_FIELDS:
+            hint = nearest(name, CACHEABLE_FIELDS)
+            raise SpecError(f"features: unknown field {name!r}{hint}.")
+        _check_profile(name, spec.features[name])
+    if spec.features and spec.teacher is None:
+        raise SpecError(
+            "The spec asks for features but names no teacher; add a teacher: section "
+            "or remove features:."
+        )
+    for name, split in spec.splits.items():
+        if not name.isidentifier():
+            raise SpecError(f"splits: {name!r} must be letters, digits and '_' only.")
+        _check_reading(split, f"splits.{name}")
+        if split.energy is not None and split.format != "oc20_raw":
+            raise SpecError(
+                f"splits.{name}.energy can be chosen for oc20_raw only; {split.format} "
+                "has the energies that its files have."
+            )
+        if split.rattle is not None and split.labels == "all":
+            raise SpecError(
+                f"splits.{name}: labels of the source are wrong for rattled copies; "
+                f"remove splits.{name}.labels, and keep the labelled samples in a "
+                "split of their own."
+            )
+        if not split.labelled and spec.teacher is None:
+            raise SpecError(
+                f"splits.{name} has neither labels of its source nor a teacher; add a "
+                "teacher: section, or remove its labels: none and rattle:."
+            )

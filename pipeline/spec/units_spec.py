@@ -1,0 +1,31 @@
+"""The part of a spec that names units."""
+
+from pydantic import Field as Key
+from pydantic import ValidationInfo, field_validator
+
+from pipeline.spec.units import Units
+from pipeline.spec.yaml_model import ClosedModel
+
+
+class UnitsSpec(ClosedModel):
+    """Units of a file; names as eV, meV, Hartree, Ry, kcal/mol, kJ/mol; Å, nm, Bohr."""
+
+    energy: str | None = Key(None, description="default: eV, or what the file states")
+    length: str | None = Key(
+        None, description="of positions and cell; default: Å, or what the file states"
+    )
+    forces: str | None = Key(
+        None, description="such as Hartree/Bohr; default: energy / length"
+    )
+
+    @field_validator("energy", "length", "forces")
+    @classmethod
+    def _known(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and info.field_name is not None:
+            _ = Units(**{info.field_name: value}).factors
+        return value
+
+    @property
+    def names(self) -> Units:
+        """The same, as readers take them."""
+        return Units(self.energy, self.length, self.forces)
