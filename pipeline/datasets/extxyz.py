@@ -150,7 +150,8 @@ def _frame(
     try:
         frame = FrameText.of(file, text, number)
         sample_id = frame.sample_id or sample_id
-        values = looked_up(frame.header, options.where)
+        if options.where:
+            values = looked_up(frame.header, options.where)
         record = frame.record()
         values = looked_up(record.properties, options.where)
         if not meets(values, options.where):
