@@ -289,7 +289,8 @@ def _refuse_missing(spec: CacheSpec, folder: Path) -> None:
         else:
             if Path(path).exists() or (key.startswith("splits.") and _is_there(path)):
                 continue
-            problem = f"{key}: {path} does not exist; set it with --set {key}=PATH"
+            reason = "matches no file" if is_glob(path) else "does not exist"
+            problem = f"{key}: {path} {reason}; set it with --set {key}=PATH"
         problems.append(problem + (f" (published at {source})" if source else ""))
     if problems:
         raise SpecError("; ".join(problems) + ".")

@@ -148,10 +148,12 @@ def _frame(
 ) -> _Frame:
     """One frame; one that cannot be read is kept with the reason, if that is asked."""
     sample_id = str(number)
+    # A frame whose header is torn counts as meeting every condition, and is named.
     values: tuple[Any, ...] = tuple(one for _, (one, *_) in options.where)
     try:
         frame = FrameText.of(file, text, number)
         sample_id = frame.sample_id or sample_id
+        values = looked_up(frame.header, options.where)
         record = frame.record()
         values = looked_up(record.properties, options.where)
         if not meets(values, options.where):
@@ -161,7 +163,6 @@ def _frame(
     except DataError as error:
         if not options.keep_bad:
             raise
-        # As if it met every condition, so that it is counted and named.
         return _Frame(sample_id, n_atoms, values, error=str(error))
     names = tuple(label_like(record, options))
     return _Frame(sample_id, n_atoms, values, names, sample, lost=record.lost)

@@ -75,6 +75,11 @@ class FrameText:
             return pair_id(texts["sid"], texts["fid"])
         return None
 
+    @property
+    def header(self) -> dict[str, Any]:
+        """Values of the header by their keys."""
+        return {key: value_of(word) for key, word in self.words.items()}
+
     def record(self) -> Record:
         """All that the frame has.
 

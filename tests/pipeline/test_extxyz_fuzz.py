@@ -1,6 +1,6 @@
 """Headers of extended XYZ by the thousand: read as they were meant, or refused.
 
-``EXTXYZ_EXAMPLES=10000`` tries so many of each kind.
+``EXTXYZ_EXAMPLES=10000 pytest --timeout=0`` tries so many of each kind.
 """
 
 import io

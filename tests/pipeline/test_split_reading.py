@@ -60,6 +60,17 @@ def test_where_chooses_frames_by_their_values(
     assert len(dataset.n_atoms) == len(expected)
 
 
+def test_bad_frames_are_chosen_by_their_headers(tmp_path: Path) -> None:
+    """C: a frame of another kind is not among the bad ones."""
+    bad = _frame("bad", head="pbe").replace("H 0.0", "H oh")
+    texts = [_frame("a", head="pbe"), bad, bad.replace("pbe", "x").replace("bad", "b")]
+    path = write_frames(tmp_path / "f.xyz", [*texts, _frame("c", head="x")])
+    dataset = open_split(_split(path, where={"head": "x"}, on_bad_sample="skip"))
+    assert list(dataset.sample_ids) == ["b", "c"]
+    with pytest.raises(DataError, match="'oh0000000' is no number"):
+        dataset[0]
+
+
 def test_where_holds_in_every_format(tmp_path: Path) -> None:
     """C: databases by key-value pairs and data, chunks by their headers."""
     with ase.db.connect(tmp_path / "a.db") as database:
@@ -175,7 +186,7 @@ def test_units_of_a_split_go_before_those_of_a_file() -> None:
         ({"path": []}, "must be a path or a list of paths"),
         ({"path": ["f.xyz", 3]}, "must be a path or a list of paths"),
         ({"path": ["f.xyz", "g.xyz"]}, "g.xyz does not exist"),
-        ({"path": "g*.xyz"}, r"g\*.xyz does not exist"),
+        ({"path": "g*.xyz"}, r"g\*.xyz matches no file"),
     ],
 )
 def test_wrong_keys_of_a_split_are_refused(
