@@ -21,6 +21,8 @@ Value = TypeVar("Value")
 Scalar = bool | int | float | str
 # A key and the values of it that are wanted.
 Condition = tuple[str, tuple[Scalar, ...]]
+# Energies in OC20's LMDBs, of the structure at hand and of the relaxed one.
+_PYG_NAMES = {"y", "y_init", "y_relaxed"}
 _STEMS = ("energ", "forc", "grad", "virial", "stress")
 _NAMED = 8
 
@@ -117,7 +119,7 @@ def label_like(record: Record, options: ReadOptions) -> list[str]:
 
 def is_label_like(name: str) -> bool:
     """Whether ``name`` looks like that of an energy, forces, a virial or a stress."""
-    return any(stem in name.lower() for stem in _STEMS)
+    return name in _PYG_NAMES or any(stem in name.lower() for stem in _STEMS)
 
 
 def report_missing_labels(

@@ -10,8 +10,9 @@ import lmdb
 import numpy as np
 import pytest
 import torch
+from pipeline.units import Units
 
-from pipeline.datasets import open_dataset
+from pipeline.datasets import ReadOptions, open_dataset, warn_of_missing_labels
 from pipeline.errors import DataError
 from pipeline.structure import Sample
 from tests.pipeline.oc20_files import (
@@ -143,6 +144,26 @@ def test_labels_that_are_absent_are_nan(tmp_path: Path) -> None:
 
 def test_a_relaxed_energy_is_none_of_the_structure_at_hand(tmp_path: Path) -> None:
     assert np.isnan(_open(_with(tmp_path, y=None, y_relaxed=-3.0))[1].energy)
+
+
+def test_labels_by_other_names_are_named_and_read(tmp_path: Path, caplog: Any) -> None:
+    """A1, A2: initial structures, whose only energy is that of the relaxed one."""
+    extra = {"y_relaxed": -3.0, "f_dft": torch.ones(6, 3), "head": "pbe"}
+    path = _with(tmp_path, y=None, force=None, **extra)
+    dataset = _open(path, offset=1)
+    warn_of_missing_labels("splits.a", dataset)
+    assert (
+        "splits.a: 1 of 1 samples have no energy; the first is '500_1' and has "
+        "'y_relaxed'; set splits.a.energy_key" in caplog.messages
+    )
+    options = ReadOptions("y_relaxed", "f_dft", where=(("head", ("pbe",)),))
+    sample = _open(path, options=options)[0]
+    assert sample.sample_id == "500_1"
+    assert sample.energy == -3.0
+    assert sample.forces.tolist() == [[1.0] * 3] * 6
+    doubled = ReadOptions(gradient_key="f_dft", units=Units(forces="Hartree/Å"))
+    forces = _open(path, options=doubled, offset=1)[0].forces
+    assert forces == pytest.approx(-27.211386 * np.ones((6, 3)), rel=1e-6)
 
 
 def test_other_names_and_shapes_of_labels(tmp_path: Path) -> None:
