@@ -10,7 +10,7 @@ import lmdb
 import numpy as np
 import pytest
 import torch
-from pipeline.units import Units
+from pipeline.spec.units import Units
 
 from pipeline.datasets import ReadOptions, open_dataset, warn_of_missing_labels
 from pipeline.errors import DataError
