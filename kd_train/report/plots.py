@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from kd_train.report.figures import GRID, Look, files_of, looks, new_figure, style
 from kd_train.report.grouping import Cohort, Variant
-from kd_train.report.runs import FinishedRun, Throughput
+from kd_train.report.runs import FinishedRun, ThroughputRecord
 from kd_train.report.tables import COLUMNS, TEACHER, Column, Spread
 
 _ERRORS = (COLUMNS[1], COLUMNS[0])  # forces first: they tell more of a potential
@@ -143,7 +143,7 @@ class Point:
 
     student: str
     variant: Variant
-    measured: tuple[Throughput, ...]
+    measured: tuple[ThroughputRecord, ...]
 
     @property
     def place(self) -> str:
@@ -167,7 +167,7 @@ def throughput_points(cohorts: Sequence[Cohort]) -> list[Point]:
     points = []
     for cohort in cohorts:
         for variant in cohort.variants:
-            places: dict[str, list[Throughput]] = {}
+            places: dict[str, list[ThroughputRecord]] = {}
             for run in variant.runs:
                 if (found := run.throughput()) is not None:
                     places.setdefault(found.place, []).append(found)

@@ -89,7 +89,7 @@ class BatchSizes(_Open):
         return f"{total} {'samples' if atoms is None else 'atoms'}"
 
 
-class Throughput(_Open):
+class ThroughputRecord(_Open):
     """What ``throughput.json`` says: samples per second of inference, and on what.
 
     ``samples_per_second_with_graphs`` includes making the graphs. ``mean_atoms`` is
@@ -179,7 +179,7 @@ class FinishedRun:
             found[name] = rows.reshape(-1)
         return found
 
-    def throughput(self) -> Throughput | None:
+    def throughput(self) -> ThroughputRecord | None:
         """What ``kd-eval --throughput`` measured of the exported student, if it did."""
         path = self.folder / "throughput.json"
         if not path.exists():
@@ -188,7 +188,7 @@ class FinishedRun:
             ["kd-eval", str(self.folder), "--data", "STORE", "--throughput"]
         )
         again = f"measure it anew with `{command}` (STORE is the store)"
-        return _json_document(Throughput, path, again)
+        return _json_document(ThroughputRecord, path, again)
 
     def _damaged(self, name: str) -> SpecError:
         return SpecError(
