@@ -10,7 +10,7 @@ from typing import NamedTuple
 import click
 
 from kd_train.config.train_config import STRATEGIES, TrainConfig, load_config
-from kd_train.distributed import World, joined, process_device, world_of
+from kd_train.distributed import World, process_device, process_group, read_world
 from pipeline.console import one_sentence_errors
 from pipeline.errors import SpecError
 from pipeline.files.atomic import held
@@ -18,7 +18,7 @@ from pipeline.logs import leave_to_others, log_to_file
 from pipeline.parallel.device_choice import choose_device
 
 
-class _GoingOn(NamedTuple):
+class _ResumeOptions(NamedTuple):
     """Whether a run that is in the folder goes on, and whether with more steps."""
 
     always: bool
@@ -82,17 +82,19 @@ def main(
         "seed": seed,
         "steps": steps,
     }
-    world = world_of(os.environ)
+    world = read_world(os.environ)
     if not world.is_first:
         leave_to_others()
-    with joined(world, device):
+    with process_group(world, device):
         chosen = load_config(config, flags, overrides)
         if stage is not None:
             from pipeline.store.transfer import staged_store
 
             cache = str(staged_store(cache, stage))
-        going_on = _GoingOn(resume or (extend and not auto_resume), auto_resume, extend)
-        told = _train(chosen, cache, out, world, device, threads, going_on)
+        resuming = _ResumeOptions(
+            resume or (extend and not auto_resume), auto_resume, extend
+        )
+        told = _train(chosen, cache, out, world, device, threads, resuming)
     if world.is_first:
         click.echo(told)
 
@@ -104,31 +106,31 @@ def _train(
     world: World,
     device: str | None,
     threads: int | None,
-    going_on: _GoingOn,
+    resuming: _ResumeOptions,
 ) -> str:
     """Train as asked for; returns the folder and the metrics in one line."""
     import torch
 
-    from kd_train.trainer.setup import with_student
-    from kd_train.trainer.trainer import Run
+    from kd_train.trainer.setup import choose_student
+    from kd_train.trainer.trainer import Trainer
     from pipeline.store.reader import FeatureStore
 
     if threads is not None:
         torch.set_num_threads(threads)
     place = choose_device(process_device(world, device))
     store = FeatureStore.open(cache)
-    chosen = with_student(config, store)
-    folder = out or Path("runs") / world.texts(_name(chosen))[0]
+    chosen = choose_student(config, store)
+    folder = out or Path("runs") / world.gather_text(_name(chosen))[0]
     # One process holds the folder, for all that train together.
     with held(folder) if world.is_first else nullcontext():
         started = (folder / "last.pt").exists()
-        if started and not going_on.always and not going_on.if_started:
+        if started and not resuming.always and not resuming.if_started:
             raise SpecError(f"{folder} holds a run; add --resume or change --out.")
-        run = Run(chosen, store, folder, place, world)
+        run = Trainer(chosen, store, folder, place, world)
         if world.is_first:
             log_to_file(folder / "train.log")
-        resume = going_on.always or (going_on.if_started and started)
-        summary = run.train(resume=resume, extend=going_on.longer)
+        resume = resuming.always or (resuming.if_started and started)
+        summary = run.train(resume=resume, extend=resuming.longer)
     metrics = ", ".join(
         f"{k} {v:.4g}" for k, v in summary["metrics"].items() if v is not None
     )

@@ -28,7 +28,7 @@ _NO_GPU = (
 _PROGRAM = "from kd_train.cli.train import main; main()"
 
 
-class Outcome(ClosedModel):
+class JobResult(ClosedModel):
     """How a run ended; ``step`` is that of its last checkpoint, None before any."""
 
     state: Literal["done", "failed"]
@@ -42,10 +42,10 @@ def outcome_path(sweep: Sweep, name: str) -> Path:
     return sweep.folder(name) / "outcome.json"
 
 
-def read_outcome(sweep: Sweep, name: str) -> Outcome | None:
+def read_outcome(sweep: Sweep, name: str) -> JobResult | None:
     """How run ``name`` ended; None while it has not, or where the file is damaged."""
     try:
-        return Outcome.model_validate_json(outcome_path(sweep, name).read_bytes())
+        return JobResult.model_validate_json(outcome_path(sweep, name).read_bytes())
     except (OSError, ValueError):
         return None
 
@@ -59,7 +59,7 @@ def saved_step(folder: Path) -> int | None:
         return None
 
 
-def run_job(sweep: Sweep, name: str, attempt: int = 1) -> Outcome:
+def run_job(sweep: Sweep, name: str, attempt: int = 1) -> JobResult:
     """Train run ``name`` to its end, from its last checkpoint, and record the outcome.
 
     A failure is an outcome and no error. Only one process trains a run: a second waits,
@@ -74,10 +74,12 @@ def run_job(sweep: Sweep, name: str, attempt: int = 1) -> Outcome:
         fcntl.flock(lock, fcntl.LOCK_EX)
         text = yaml_text(run.document)
         write_atomically(settings, text.encode())
-        error = _trained(_command(sweep, settings, folder), log, sweep, lock.fileno())
+        error = _train_once(
+            _command(sweep, settings, folder), log, sweep, lock.fileno()
+        )
         if error is not None:
             error = error.removeprefix(f"{folder}: ")
-        outcome = Outcome(
+        outcome = JobResult(
             state="done" if error is None else "failed",
             error=error,
             step=saved_step(folder),
@@ -94,12 +96,12 @@ def _command(sweep: Sweep, settings: Path, folder: Path) -> list[str]:
     return [*command, "--device", sweep.device]
 
 
-def _trained(command: list[str], log: Path, sweep: Sweep, lock: int) -> str | None:
+def _train_once(command: list[str], log: Path, sweep: Sweep, lock: int) -> str | None:
     """Run ``command``, on a GPU of its own where the sweep reserves one."""
     environment = {"OMP_NUM_THREADS": str(sweep.config.threads)}
     if not sweep.config.gpus or sweep.device == "cpu":
         return run_to_its_end(command, log, environment, (lock,))
-    with free_gpu(waiting=partial(_tell_waiting, log)) as gpu:
+    with free_gpu(waiting=partial(_log_waiting, log)) as gpu:
         if gpu is None and sweep.config.device is None:
             return _NO_GPU
         if gpu is None:  # none by the names of NVIDIA's devices, but the user insists
@@ -109,7 +111,7 @@ def _trained(command: list[str], log: Path, sweep: Sweep, lock: int) -> str | No
         return run_to_its_end(command, log, environment, (lock, hold))
 
 
-def _tell_waiting(log: Path, names: Sequence[str]) -> None:
+def _log_waiting(log: Path, names: Sequence[str]) -> None:
     with log.open("a") as stream:
         stream.write(f"waiting: other runs have all GPUs ({', '.join(names)})\n")
 
@@ -177,7 +179,7 @@ def _last_words(log: Path, begin: int, code: int) -> str:
     return f"kd-train ended with exit code {code}: {last}"
 
 
-def record(sweep: Sweep, name: str, outcome: Outcome) -> None:
+def record(sweep: Sweep, name: str, outcome: JobResult) -> None:
     """Write the outcome, and beside it ``failure.json`` where there is a failure."""
     failure = sweep.folder(name) / "failure.json"
     if outcome.state == "failed":

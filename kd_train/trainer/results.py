@@ -10,8 +10,9 @@ import numpy as np
 
 from kd_train.config.train_config import TrainConfig
 from kd_train.evaluation.evaluate import teacher_metrics
+from kd_train.evaluation.load_student import STUDENT_FILE
 from kd_train.evaluation.metrics import without_nan
-from kd_train.trainer.progress import Progress
+from kd_train.trainer.progress import TrainingState
 from kd_train.trainer.setup import Learner
 from kd_train.trainer.validate import Validator
 from pipeline.files.atomic import write_atomically
@@ -20,17 +21,16 @@ from pipeline.models.elements import TRAINING_DATA
 from pipeline.models.network import Network
 from pipeline.store.reader import FeatureStore
 
-_STUDENT = "student.safetensors"
 _METRICS, _PREDICTIONS = "metrics.json", "predictions.npz"
 
 
-def export_student(
+def save_student(
     folder: Path, learner: Learner, student: Network, provenance: dict[str, Any]
 ) -> None:
     """Write the plain ``student``, without adapters."""
     about = {**provenance, TRAINING_DATA: learner.training_data}
     save_model(
-        folder / _STUDENT, learner.model_name, student, learner.normalizer, about
+        folder / STUDENT_FILE, learner.model_name, student, learner.normalizer, about
     )
 
 
@@ -38,7 +38,7 @@ def write_results(
     folder: Path,
     config: TrainConfig,
     store: FeatureStore,
-    progress: Progress,
+    progress: TrainingState,
     validators: Sequence[Validator],
 ) -> dict[str, Any]:
     """Evaluate the exported student; returns what ``metrics.json`` says.
@@ -46,7 +46,7 @@ def write_results(
     Metrics are plain means over the splits of ``validators``, as the paper has them.
     All processes evaluate, the first one writes.
     """
-    student = load_checkpoint(folder / _STUDENT).model
+    student = load_checkpoint(folder / STUDENT_FILE).model
     results = [v(student.to(v.device)) for v in validators]
     of_teacher = [teacher_metrics(v.samples.split) for v in validators]
     summary = {

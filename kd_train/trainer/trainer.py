@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing, nullcontext
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,45 +20,49 @@ from torch_geometric.data import Data
 from kd_train.config.train_config import TrainConfig
 from kd_train.distributed import ALONE, World
 from kd_train.loader.choose_split import choose_split
-from kd_train.loader.data import CachedSamples, decoded
-from kd_train.loader.prefetch import moved, pinned, prefetch
+from kd_train.loader.data import CachedSamples, decode_batch
+from kd_train.loader.prefetch import move_to_device, pin_batches, prefetch
 from kd_train.loader.sampler import (
-    BatchRule,
-    Draw,
+    BatchIndex,
+    SamplerConfig,
     check_budget,
-    grouped,
+    group_items,
     training_batches,
 )
 from kd_train.strategies.losses import Term
-from kd_train.trainer.checkpoint import read_checkpoint, save_checkpoint
-from kd_train.trainer.extend import before_extension
+from kd_train.trainer.checkpoint import save_checkpoint
 from kd_train.trainer.labels import warn_of_training_samples
 from kd_train.trainer.numerics import compile_student, determinism, training_numerics
 from kd_train.trainer.objective import Objective
 from kd_train.trainer.optimizer import make_optimizer
-from kd_train.trainer.progress import Progress
+from kd_train.trainer.progress import TrainingState
 from kd_train.trainer.records import (
     Window,
+    format_short,
     progress_bar,
-    require_same_run,
-    short,
     write_rows,
 )
-from kd_train.trainer.results import drop_results, export_student, write_results
+from kd_train.trainer.results import save_student, write_results
+from kd_train.trainer.run_folder import (
+    CHECKPOINT,
+    Stateful,
+    checkpoint_state,
+    drop_outdated_results,
+    read_saved_run,
+    write_header,
+)
 from kd_train.trainer.schedule import learning_rate
-from kd_train.trainer.setup import Learner, make_learner, resolved, weights_digest
+from kd_train.trainer.setup import Learner, make_learner, resolve_config, weights_digest
 from kd_train.trainer.validate import Validator
 from kd_train.trainer.weighting import Weighting
-from pipeline.errors import PipelineError, SpecError
-from pipeline.files.atomic import write_atomically
+from pipeline.errors import PipelineError
 from pipeline.models.network import Network
-from pipeline.spec.plain_yaml import yaml_text
 from pipeline.store.reader import FeatureStore
 
 log = logging.getLogger("kd_train")
 
 
-class Run:
+class Trainer:
     """One training run: builds everything, then trains, validates and saves.
 
     In each process of ``world``; the first one writes the folder.
@@ -73,7 +76,7 @@ class Run:
         device: torch.device,
         world: World = ALONE,
     ) -> None:
-        self.config = config = resolved(config, store, world.size)
+        self.config = config = resolve_config(config, store, world.size)
         self.store = store
         self.folder = folder
         self.device = device
@@ -106,7 +109,7 @@ class Run:
         if config.batch_atoms is not None:
             split = self.train_samples.split
             check_budget(split.n_atoms, split.sample_ids, config.batch_atoms)
-        self.progress = Progress(world_size=world.size)
+        self.progress = TrainingState(world_size=world.size)
         self.rows: list[dict[str, Any]] = []
         self.extended_from: list[int] = []
         self._parallel = self._synchronised()
@@ -130,7 +133,7 @@ class Run:
             state = f"{self.progress} {weights_digest(self.modules)}"
             self.world.require_equal(state, f"The files in {self.folder}")
         if self.world.is_first:
-            self._write_header()
+            write_header(self.folder, self.header())
         with determinism(self.config.deterministic, self.device):
             if not self.progress.is_done(self.config):
                 self._train()
@@ -146,7 +149,7 @@ class Run:
         stream = closing(self._training_stream())
         shown = self.world.is_first
         with progress_bar(config, progress.step, shown) as bar, stream as batches:
-            for drawn in grouped(batches, config.accumulate):
+            for drawn in group_items(batches, config.accumulate):
                 losses = self.step(*(self.on_device(batch) for _, batch in drawn))
                 window.add(losses, sum(batch.num_graphs for _, batch in drawn))
                 last = drawn[-1][0]
@@ -164,7 +167,9 @@ class Run:
 
     def on_device(self, batch: Data) -> Data:
         """``batch`` where the student is, its features decoded."""
-        return decoded(moved(batch, self.device), self.learner.fields, self.tables)
+        return decode_batch(
+            move_to_device(batch, self.device), self.learner.fields, self.tables
+        )
 
     def step(self, *batches: Data) -> dict[str, Tensor]:
         """One optimiser step on ``batches`` of all processes, as if they were one.
@@ -185,14 +190,14 @@ class Run:
         self.optimizer.step()
         self.average.update_parameters(self.modules)
         if self.weighting.needs_values:
-            joint = self.world.summed(torch.stack(list(values.values())))
+            joint = self.world.all_sum(torch.stack(list(values.values())))
             self.weighting.note(dict(zip(values, joint, strict=True)))
         return values
 
     def _accumulate(self, batches: Sequence[Data]) -> dict[str, Tensor]:
         """Gradients of the joint loss; returns this process's share of its values."""
         counts = torch.stack([self.objective.counts(batch) for batch in batches])
-        counts = self.world.summed(counts.sum(dim=0))
+        counts = self.world.all_sum(counts.sum(dim=0))
         values: dict[str, Tensor] = {}
         for number, batch in enumerate(batches):
             with self._gradients_kept(number < len(batches) - 1):
@@ -269,29 +274,29 @@ class Run:
         units = self.learner.normalizer
         return Validator(self.config, samples, units, self.device, self.world)
 
-    def _training_stream(self) -> Generator[tuple[Draw, Data], None, None]:
+    def _training_stream(self) -> Generator[tuple[BatchIndex, Data], None, None]:
         """Batches from where the run stands to its last step, made ahead."""
         config, progress = self.config, self.progress
         split = self.train_samples.split
-        rule = BatchRule(
+        rule = SamplerConfig(
             config.seed,
             config.batch_size,
             config.batch_atoms,
             self.train_samples.window_blocks(config.buffer_blocks),
             progress.world_size,
         )
-        draws = training_batches(
+        indices = training_batches(
             [split.block_positions(block) for block in range(split.n_blocks)],
             split.n_atoms,
             rule,
             rank=self.world.rank,
             start=(progress.epoch, progress.offset),
         )
-        load = pinned(self.train_samples.batch, self.device)
+        load = pin_batches(self.train_samples.batch, self.device)
         left = config.accumulate * (config.steps - progress.step)
         return prefetch(
             lambda draw: (draw, load(draw.positions)),
-            itertools.islice(draws, left),
+            itertools.islice(indices, left),
             threads=config.loader_threads,
         )
 
@@ -319,17 +324,18 @@ class Run:
         best = progress.note(float(row[f"val_{config.best_by}"]), config.best_by)
         if not self.world.is_first:
             return
-        log.info("%s", ", ".join(f"{k} {short(v)}" for k, v in row.items()))
+        log.info("%s", ", ".join(f"{k} {format_short(v)}" for k, v in row.items()))
         if best or config.export == "last":
-            export_student(
+            save_student(
                 self.folder, self.learner, self.averaged_student, self._provenance()
             )
         write_rows(self.folder / "metrics.csv", self.rows)
-        save_checkpoint(self.folder / "last.pt", self._state())
+        state = checkpoint_state(self.header(), progress, self.rows, self._parts)
+        save_checkpoint(self.folder / CHECKPOINT, state)
 
     def _finish(self) -> dict[str, Any]:
         """Evaluate the exported student and write the run's results."""
-        self.world.wait()
+        self.world.barrier()
         return write_results(
             self.folder, self.config, self.store, self.progress, self.testers
         )
@@ -349,42 +355,23 @@ class Run:
     def _provenance(self) -> dict[str, Any]:
         return {**self.header(), "step": self.progress.step}
 
-    def _write_header(self) -> None:
-        versions = {name: version(name) for name in ("kd-train", "torch")}
-        text = yaml_text({**self.header(), "versions": versions})
-        write_atomically(self.folder / "config.yaml", text.encode())
-
-    def _state(self) -> dict[str, Any]:
+    @property
+    def _parts(self) -> dict[str, Stateful]:
+        """What a checkpoint holds the values of, by its key."""
         return {
-            "header": self.header(),
-            "progress": vars(self.progress),
-            "rows": self.rows,
-            "modules": self.modules.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "weighting": self.weighting.state_dict(),
+            "modules": self.modules,
+            "average": self.average,
+            "optimizer": self.optimizer,
+            "weighting": self.weighting,
         }
 
     def _restore(self, extend: bool) -> None:
-        state = read_checkpoint(self.folder / "last.pt")
-        progress, saved = Progress(**state["progress"]), state["header"]
-        if extend:
-            saved = before_extension(saved, self.config, progress, self.folder)
-        require_same_run(saved, self.header(), self.folder)
-        if progress.world_size != self.world.size:
-            raise SpecError(
-                f"{self.folder} was trained by {progress.world_size} processes, now "
-                f"there are {self.world.size}; the order of samples depends "
-                "on it, so resume with as many or use another --out."
-            )
-        self.modules.load_state_dict(state["modules"])
-        self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.weighting.load_state_dict(state["weighting"])
-        self.progress = progress
-        self.rows = state["rows"]
-        self.extended_from = list(saved.get("extended_from", ()))
+        saved = read_saved_run(
+            self.folder, self.config, self.header(), self.world.size, extend=extend
+        )
+        saved.restore(self._parts)
+        self.progress, self.rows = saved.progress, saved.rows
+        self.extended_from = saved.extended_from
         if self.world.is_first:
             log.info("resumed %s at step %d", self.folder, self.progress.step)
-            if saved["config"] != state["header"]["config"]:
-                drop_results(self.folder)
+            drop_outdated_results(self.folder, saved)
