@@ -10,7 +10,7 @@ from numcodecs import blosc
 
 from pipeline.fields import FIELDS
 from pipeline.store.calibration import CALIBRATION_ROWS
-from pipeline.store.compressed import PackedLayout
+from pipeline.store.compressed import CompressedLayout
 from pipeline.store.layout import INNER_ROWS
 from pipeline.store.reader import FeatureStore
 
@@ -68,7 +68,7 @@ def samples_of(store: Path, split: str, rows: int) -> Iterator[Sample]:
 
 def packed_bits(integers: Integers, effort: int) -> float:
     """Bits per number that a shard of ``integers`` takes."""
-    layout = PackedLayout(len(integers), integers.dtype, integers.shape[1:], effort)
+    layout = CompressedLayout(len(integers), integers.dtype, integers.shape[1:], effort)
     return 8 * len(layout.encode(integers)) / integers.size
 
 

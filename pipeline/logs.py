@@ -99,7 +99,7 @@ def append_warning(path: Path, text: str) -> None:
 
 
 @contextmanager
-def warnings_told() -> Iterator[None]:
+def report_warnings() -> Iterator[None]:
     """Tell warnings on standard error while a command runs, and keep them for a log.
 
     `log_to_file` gives the log its place; warnings from before go there as well.
@@ -122,7 +122,7 @@ def warnings_told() -> Iterator[None]:
 def log_to_file(path: Path, level: int = logging.INFO) -> None:
     """Append what is logged from ``level`` on to the file at ``path``.
 
-    For a command within `warnings_told`. The file is made with the first line.
+    For a command within `report_warnings`. The file is made with the first line.
     """
     for name in LOGGERS:
         logger = logging.getLogger(name)
@@ -132,7 +132,7 @@ def log_to_file(path: Path, level: int = logging.INFO) -> None:
                 handler.name_file(path)
 
 
-def leave_to_others() -> None:
+def propagate_warnings() -> None:
     """Tell nothing in this process, one of several of which another tells the same."""
     for name in LOGGERS:
         logger = logging.getLogger(name)
@@ -161,7 +161,7 @@ _collector = _OfThread()
 
 
 @contextmanager
-def collected_warnings() -> Iterator[list[Warned]]:
+def collect_warnings() -> Iterator[list[Warned]]:
     """Collect the warnings of this thread of a worker process, to be told elsewhere."""
     for name in LOGGERS:
         logger = logging.getLogger(name)
@@ -177,7 +177,7 @@ def collected_warnings() -> Iterator[list[Warned]]:
         del _collector.collected[thread]
 
 
-def tell_again(warnings: Iterable[Warned]) -> None:
+def log_again(warnings: Iterable[Warned]) -> None:
     """Warn here of what another process warned of."""
     for warned in warnings:
         logging.getLogger(warned.logger).warning("%s", warned.text)

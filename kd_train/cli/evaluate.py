@@ -9,7 +9,7 @@ import click
 
 from pipeline.console import one_sentence_errors
 from pipeline.errors import SpecError
-from pipeline.files.atomic import held
+from pipeline.files.atomic import hold_lock
 from pipeline.logs import log_to_file
 from pipeline.parallel.device_choice import choose_device
 from pipeline.spec.formats import FORMATS
@@ -135,7 +135,7 @@ def eval_main(
     for warning in card.warnings:
         log.warning("%s", warning)
     if out is not None:
-        with held(out):
+        with hold_lock(out):
             card.write(out)
     if rate is not None:
         write_throughput(rate, about, run)

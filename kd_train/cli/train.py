@@ -13,8 +13,8 @@ from kd_train.config.train_config import STRATEGIES, TrainConfig, load_config
 from kd_train.distributed import World, joined, process_device, world_of
 from pipeline.console import one_sentence_errors
 from pipeline.errors import SpecError
-from pipeline.files.atomic import held
-from pipeline.logs import leave_to_others, log_to_file
+from pipeline.files.atomic import hold_lock
+from pipeline.logs import log_to_file, propagate_warnings
 from pipeline.parallel.device_choice import choose_device
 
 
@@ -84,13 +84,13 @@ def main(
     }
     world = world_of(os.environ)
     if not world.is_first:
-        leave_to_others()
+        propagate_warnings()
     with joined(world, device):
         chosen = load_config(config, flags, overrides)
         if stage is not None:
-            from pipeline.store.transfer import staged_store
+            from pipeline.store.transfer import stage_store
 
-            cache = str(staged_store(cache, stage))
+            cache = str(stage_store(cache, stage))
         going_on = _GoingOn(resume or (extend and not auto_resume), auto_resume, extend)
         told = _train(chosen, cache, out, world, device, threads, going_on)
     if world.is_first:
@@ -120,7 +120,7 @@ def _train(
     chosen = with_student(config, store)
     folder = out or Path("runs") / world.texts(_name(chosen))[0]
     # One process holds the folder, for all that train together.
-    with held(folder) if world.is_first else nullcontext():
+    with hold_lock(folder) if world.is_first else nullcontext():
         started = (folder / "last.pt").exists()
         if started and not going_on.always and not going_on.if_started:
             raise SpecError(f"{folder} holds a run; add --resume or change --out.")
@@ -218,5 +218,5 @@ def cka_main(
         batch_atoms=batch_atoms,
         any_element=any_element,
     )
-    with held(out):
+    with hold_lock(out):
         click.echo(write_similarity(found, out), nl=False)

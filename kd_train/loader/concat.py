@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from pipeline.errors import SpecError, StoreError
 from pipeline.fields import Level
-from pipeline.store.quantization import Encoding
+from pipeline.store.quantization import Quantization
 from pipeline.store.reader import ArrayInfo
 
 Indices = npt.NDArray[np.int64]
@@ -52,7 +52,7 @@ class Split(Protocol):
     def block_positions(self, block: int) -> range:
         """Positions of the samples of ``block``."""
 
-    def encoding(self, path: str) -> Encoding | None:
+    def encoding(self, path: str) -> Quantization | None:
         """What the numbers of `read_stored` mean; None for those that are meant."""
 
     def window_blocks(self, paths: Sequence[str]) -> int | None:

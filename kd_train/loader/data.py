@@ -19,9 +19,9 @@ from pipeline.fields import (
     STRUCTURE_FIELDS,
 )
 from pipeline.graphs.batch import collate
-from pipeline.graphs.neighbors import Edges, GraphRule, sample_edges
+from pipeline.graphs.neighbors import Edges, NeighborSpec, sample_edges
 from pipeline.models.elements import check_elements
-from pipeline.store.quantization import PIECE_ROWS, SCALE, dequantized
+from pipeline.store.quantization import PIECE_ROWS, SCALE, dequantize
 from pipeline.structure import Structure
 
 EDGE_CACHE_BYTES = 1 << 30
@@ -42,7 +42,7 @@ class CachedSamples:
     def __init__(
         self,
         split: Split,
-        rule: GraphRule,
+        rule: NeighborSpec,
         elements: Container[int],
         fields: Sequence[str] = (),
         edge_cache_bytes: int = EDGE_CACHE_BYTES,
@@ -212,9 +212,9 @@ def _floats(
         scale = scale.to(dtype).reshape(-1, *[1] * (values.ndim - 1))
     # On a CPU large float64 arrays cost more than their numbers.
     if values.device.type != "cpu" or "weights" not in decoder or scale is not None:
-        return dequantized(values.to(dtype), scale, decoder).float()
+        return dequantize(values.to(dtype), scale, decoder).float()
     found = torch.empty(values.shape, dtype=torch.float32)
     pieces = zip(found.split(PIECE_ROWS), values.split(PIECE_ROWS), strict=True)
     for target, piece in pieces:
-        target.copy_(dequantized(piece.to(dtype), None, decoder))
+        target.copy_(dequantize(piece.to(dtype), None, decoder))
     return found

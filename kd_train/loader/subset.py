@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kd_train.loader.concat import Arrays, Indices, Split
-from pipeline.store.quantization import Encoding
+from pipeline.store.quantization import Quantization
 from pipeline.store.reader import ArrayInfo
 
 
@@ -60,7 +60,7 @@ class SelectedSplit:
         """All positions."""
         return range(len(self))
 
-    def encoding(self, path: str) -> Encoding | None:
+    def encoding(self, path: str) -> Quantization | None:
         """What the numbers of `read_stored` mean; None for those that are meant."""
         return self._split.encoding(path)
 

@@ -12,7 +12,7 @@ from kd_train.loader.concat import Split
 from pipeline.datasets.label_statistics import free_directions
 from pipeline.errors import SpecError
 from pipeline.fields import FIELDS
-from pipeline.graphs.neighbors import GraphRule
+from pipeline.graphs.neighbors import NeighborSpec
 from pipeline.models.elements import symbols_of
 from pipeline.models.normalizer import NUM_REFERENCES, Normalizer
 
@@ -61,7 +61,7 @@ class Contents:
 def examined(
     train: Split,
     others: Sequence[tuple[str, Split]],
-    rule: GraphRule,
+    rule: NeighborSpec,
     normalizer: Normalizer,
     fitted: Split | None,
 ) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def _spanned(span: Floats, counts: Counts) -> Floats:
 
 
 def _require_periodic_graphs(
-    key: str, split: Split, contents: Contents, rule: GraphRule
+    key: str, split: Split, contents: Contents, rule: NeighborSpec
 ) -> None:
     """Refuse periodic structures for a student that would ignore their images."""
     if contents.periodic is not None and not rule.periodic:

@@ -35,7 +35,7 @@ from pipeline.store.calibration import Calibration
 from pipeline.store.layout import INNER_ROWS, plan_blocks
 from pipeline.store.quantization import DTYPES
 from pipeline.store.writer import ArrayPlan, SplitPlan
-from pipeline.teachers.runner import Teacher, width_shape
+from pipeline.teachers.runner import TeacherRunner, width_shape
 
 log = logging.getLogger("pipeline.build.plan")
 
@@ -45,7 +45,7 @@ def plan_split(
     name: str,
     dataset: Dataset,
     scan: Scan,
-    teacher: Teacher | None,
+    teacher: TeacherRunner | None,
     calibrations: Mapping[str, Calibration] = MappingProxyType({}),
 ) -> SplitPlan:
     """Blocks and arrays of split ``name``.
@@ -80,7 +80,7 @@ def plan_split(
         arrays=_array_plans(spec, spec.splits[name], teacher, calibrations),
     )
     if blocks.edges is not None:
-        _tell_edge_size(plan, blocks.edges.rows_per_block)
+        _log_edge_size(plan, blocks.edges.rows_per_block)
     return plan
 
 
@@ -89,7 +89,7 @@ def _whole_chunks(n_atoms: npt.NDArray[np.int32]) -> int:
     return -(-int(n_atoms.sum(dtype=np.int64)) // INNER_ROWS) * INNER_ROWS
 
 
-def tell_undetermined(
+def warn_undetermined(
     splits: Mapping[str, SplitSpec], scans: Mapping[str, Scan]
 ) -> None:
     """Warn of splits whose compositions leave fitted reference energies open.
@@ -125,7 +125,7 @@ def _determines(scan: Scan, elements: Sequence[int]) -> bool:
     )
 
 
-def _tell_edge_size(plan: SplitPlan, rows_per_block: int) -> None:
+def _log_edge_size(plan: SplitPlan, rows_per_block: int) -> None:
     row = sum(
         np.dtype(a.dtype).itemsize * int(np.prod(a.shape, dtype=np.int64))
         for a in plan.arrays
@@ -146,14 +146,14 @@ def _tell_edge_size(plan: SplitPlan, rows_per_block: int) -> None:
 def _array_plans(
     spec: CacheSpec,
     split: SplitSpec,
-    teacher: Teacher | None,
+    teacher: TeacherRunner | None,
     calibrations: Mapping[str, Calibration],
 ) -> tuple[ArrayPlan, ...]:
     names: list[str] = [*STRUCTURE_FIELDS, *LABEL_FIELDS]
     wanted: dict[str, FeatureSpec] = {}
     widths: dict[str, int] = {}
     if teacher is not None:
-        wanted = wanted_features(spec, split)
+        wanted = features_of_split(spec, split)
         names += [*PREDICTION_FIELDS, *wanted]
         if "edge_features" in wanted:
             names += EDGE_IDENTITY_FIELDS
@@ -188,7 +188,7 @@ def array_attributes(name: str, feature: FeatureSpec | None) -> dict[str, Any]:
     return attributes
 
 
-def wanted_features(spec: CacheSpec, split: SplitSpec) -> dict[str, FeatureSpec]:
+def features_of_split(spec: CacheSpec, split: SplitSpec) -> dict[str, FeatureSpec]:
     """Fields that the teacher is asked for in this split, with their options."""
     return dict(spec.features) if split.features else {}
 
@@ -197,7 +197,7 @@ def store_attributes(
     spec: CacheSpec,
     scans: Mapping[str, Scan],
     plans: Mapping[str, SplitPlan],
-    teacher: Teacher | None,
+    teacher: TeacherRunner | None,
 ) -> dict[str, Any]:
     """Provenance of the store and the fingerprint of all that decides its numbers."""
     identity = {

@@ -15,7 +15,7 @@ from pipeline.datasets.label_statistics import FOLD, LabelSums
 from pipeline.errors import DataError
 from pipeline.graphs.neighbors import check_cell
 from pipeline.models.normalizer import Normalizer
-from pipeline.parallel.ordered_map import Run, not_told
+from pipeline.parallel.ordered_map import OrderedMap, ignore_items
 from pipeline.store.layout import IntArray
 from pipeline.structure import Sample, Structure
 
@@ -44,7 +44,7 @@ class Scan:
 
 
 @dataclass(frozen=True, eq=False)
-class _Part:
+class _ScanPart:
     """What a pass tells of some samples; ``content`` is what is hashed of them."""
 
     content: bytes
@@ -59,8 +59,8 @@ def scan_dataset(
     dataset: Dataset,
     reference_energies: str,
     count_edges: CountEdges | None = None,
-    run: Run = map,
-    read: Callable[[int], None] = not_told,
+    run: OrderedMap = map,
+    read: Callable[[int], None] = ignore_items,
 ) -> Scan:
     """Read every sample of ``dataset`` once, in the processes of ``run``.
 
@@ -104,7 +104,7 @@ def sample_hash(sample: Sample) -> int:
 
 def _scan_part(
     dataset: Dataset, count_edges: CountEdges | None, indices: range
-) -> _Part:
+) -> _ScanPart:
     samples = [dataset[index] for index in indices]
     for sample in samples:
         _require_cell(sample)
@@ -112,8 +112,10 @@ def _scan_part(
     contents = [_content(*pair) for pair in zip(samples, checksums, strict=True)]
     labels = LabelSums()
     labels.add(samples)
-    counts = [] if count_edges is None else [_counted(s, count_edges) for s in samples]
-    return _Part(
+    counts = (
+        [] if count_edges is None else [_count_edges(s, count_edges) for s in samples]
+    )
+    return _ScanPart(
         b"".join(contents),
         np.array(checksums, np.uint64),
         np.array([_hash(content) for content in contents], np.uint64),
@@ -150,7 +152,7 @@ def _hash(content: bytes) -> int:
     return int.from_bytes(digest, "little")
 
 
-def _counted(sample: Sample, count_edges: CountEdges) -> int:
+def _count_edges(sample: Sample, count_edges: CountEdges) -> int:
     try:
         return count_edges(sample.structure)
     except DataError as error:

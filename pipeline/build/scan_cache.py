@@ -21,7 +21,7 @@ from pipeline.build.contents import Contents
 from pipeline.build.scan import Hashes, Scan
 from pipeline.datasets import IndexedDataset, Lister, Listing
 from pipeline.files.atomic import write_atomically
-from pipeline.parallel.ordered_map import Run
+from pipeline.parallel.ordered_map import OrderedMap
 from pipeline.spec.cache_spec import SplitSpec
 
 log = logging.getLogger("pipeline.build.scan_cache")
@@ -33,7 +33,7 @@ _PLACE = "place_"
 _NO_MATTER = {"path", "source", "features", "compare_energies"}
 
 
-class KeptScan(NamedTuple):
+class CachedScan(NamedTuple):
     """Checksums and hashes (n,) of the samples of a split, and counts of them."""
 
     checksums: Hashes
@@ -41,14 +41,14 @@ class KeptScan(NamedTuple):
     contents: Contents
 
 
-class Sidecar:
+class ScanCache:
     """The folder beside the store at ``store``, made with the first thing to keep."""
 
     def __init__(self, store: Path) -> None:
         self.folder = store.with_name(store.name + ".index")
         self._keys: dict[str, str] = {}
 
-    def lister(self, name: str, split: SplitSpec, run: Run) -> Lister:
+    def lister(self, name: str, split: SplitSpec, run: OrderedMap) -> Lister:
         """Gives the listing of split ``name``: the one kept, else made by ``run``.
 
         Of several processes that ask at once, one makes it.
@@ -71,7 +71,7 @@ class Sidecar:
 
         return listing
 
-    def scan(self, name: str, content: str, n_samples: int) -> KeptScan | None:
+    def scan(self, name: str, content: str, n_samples: int) -> CachedScan | None:
         """What is kept of a pass over the content of an opened split.
 
         None where those kept are not of its files as they are now, or not of this
@@ -87,7 +87,7 @@ class Sidecar:
         ):
             return None
         contents = _read_contents(found, n_samples)
-        return None if contents is None else KeptScan(checksums, hashes, contents)
+        return None if contents is None else CachedScan(checksums, hashes, contents)
 
     def keep_scan(self, name: str, scan: Scan) -> None:
         """Keep what a pass over the content of an opened split found."""

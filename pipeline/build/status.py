@@ -21,7 +21,7 @@ INTERVAL_S = 2.0
 
 
 @dataclass
-class Progress:
+class BuildStatus:
     """Counts of one run of a build; samples and blocks include those found done.
 
     While it plans, samples are those that the pass at hand has read.
@@ -109,7 +109,7 @@ class Progress:
 
 
 @contextmanager
-def status_file(path: Path, progress: Progress) -> Iterator[None]:
+def status_file(path: Path, progress: BuildStatus) -> Iterator[None]:
     """Keep ``progress`` in a JSON file at ``path``, written anew every two seconds.
 
     It is replaced at once and always whole. At the end its state is done, interrupted
@@ -126,7 +126,7 @@ def status_file(path: Path, progress: Progress) -> Iterator[None]:
         return
     writer = _StatusWriter(path, progress)
     try:
-        with _ending(progress):
+        with _record_ending(progress):
             yield
     finally:
         writer.end()
@@ -136,7 +136,7 @@ def status_file(path: Path, progress: Progress) -> Iterator[None]:
 
 
 @contextmanager
-def _ending(progress: Progress) -> Iterator[None]:
+def _record_ending(progress: BuildStatus) -> Iterator[None]:
     try:
         yield
     except (Stopped, KeyboardInterrupt):
@@ -152,7 +152,7 @@ def _ending(progress: Progress) -> Iterator[None]:
 class _StatusWriter:
     """A thread that writes the file again and again, until it is told to end."""
 
-    def __init__(self, path: Path, progress: Progress) -> None:
+    def __init__(self, path: Path, progress: BuildStatus) -> None:
         self._path = path
         self._progress = progress
         self._started = _now()

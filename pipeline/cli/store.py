@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from pipeline.cli.progress import check_bar, ended_by_signals, progress_bar
+from pipeline.cli.progress import check_bar, end_on_signals, progress_bar
 from pipeline.console import CHECK_FAILED, one_sentence_errors
 from pipeline.files.remote import is_url
 from pipeline.logs import log_to_file
@@ -71,7 +71,7 @@ _field_option = click.option(
 @_field_option
 @workers_option
 @one_sentence_errors
-@ended_by_signals()
+@end_on_signals()
 def compact(
     store: str,
     out: Path,
@@ -104,7 +104,7 @@ def compact(
 @_field_option
 @workers_option
 @one_sentence_errors
-@ended_by_signals()
+@end_on_signals()
 def hydrate(
     store: str,
     out: Path,
@@ -124,7 +124,7 @@ def hydrate(
 @click.argument("target")
 @click.option("--verify", "check", is_flag=True, help="Read every byte back.")
 @one_sentence_errors
-@ended_by_signals()
+@end_on_signals()
 def push(store: str, target: str, check: bool) -> None:
     """Copy STORE to TARGET, a URL or a folder; what is there already stays.
 
@@ -182,7 +182,7 @@ def info(store: str, as_json: bool, as_csv: bool) -> None:
 @click.option("--device", default=None, help="Of the teacher; default: a GPU if any.")
 @workers_option
 @one_sentence_errors
-@ended_by_signals("the check is not finished, and the same command starts it again")
+@end_on_signals("the check is not finished, and the same command starts it again")
 def verify(
     store: str,
     repair: bool,

@@ -17,7 +17,7 @@ from pipeline.datasets.labels import ReadOptions, Record
 from pipeline.datasets.paths import files_in, refuse_twins
 from pipeline.datasets.rows import lost_constraints, row_id, row_record
 from pipeline.errors import DataError
-from pipeline.parallel.ordered_map import Run
+from pipeline.parallel.ordered_map import OrderedMap
 from pipeline.spec.units import Units
 
 WINDOW = 1000
@@ -60,7 +60,7 @@ class AseDbDataset(RecordDataset):
         """A JSON file cannot be read in part."""
         return any(file.suffix == ".json" for file in self._files)
 
-    def list_frames(self, run: Run = map) -> Listing:
+    def list_frames(self, run: OrderedMap = map) -> Listing:
         """Ids, atom counts and numbers of rows; all files are read by one process."""
         chosen = self._selection.of()
         ids, sizes, places, lost = [], [], [], []

@@ -18,7 +18,7 @@ from pipeline.datasets.labels import ReadOptions, Record
 from pipeline.datasets.lmdb_files import LAST, LmdbFile, key_text, lmdb_files
 from pipeline.datasets.rows import lost_constraints, row_id, row_record
 from pipeline.errors import DataError
-from pipeline.parallel.ordered_map import Run
+from pipeline.parallel.ordered_map import OrderedMap
 from pipeline.spec.units import Units
 
 log = logging.getLogger("pipeline.datasets")
@@ -52,7 +52,7 @@ class AselmdbDataset(RecordDataset):
         """All files with samples."""
         return [file.data for file in self._files]
 
-    def list_frames(self, run: Run = map) -> Listing:
+    def list_frames(self, run: OrderedMap = map) -> Listing:
         """Ids, atom counts and keys; decodes every row."""
         keys = [_codes(file) for file in self._files]
         owner = np.repeat(np.arange(len(keys), dtype=np.int32), [len(k) for k in keys])

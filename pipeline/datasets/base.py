@@ -14,7 +14,7 @@ import numpy.typing as npt
 from pipeline.datasets.choosing import looked_up, matching
 from pipeline.datasets.labels import ReadOptions, Record, label_like, record_sample
 from pipeline.errors import DataError
-from pipeline.parallel.ordered_map import Run
+from pipeline.parallel.ordered_map import OrderedMap
 from pipeline.structure import Sample
 
 # Samples whose values one process looks up at a time.
@@ -160,7 +160,7 @@ class IndexedDataset(Dataset):
         """All files with samples; what a listing says holds until one changes."""
 
     @abstractmethod
-    def list_frames(self, run: Run = map) -> Listing:
+    def list_frames(self, run: OrderedMap = map) -> Listing:
         """Read the files once, in the processes of ``run``; all that `_selection` has.
 
         Raises
@@ -173,7 +173,7 @@ class IndexedDataset(Dataset):
     def where_values(self, index: int) -> tuple[Any, ...]:
         """A sample's own values under the keys of ``where``."""
 
-    def list_samples(self, run: Run = map) -> Listing:
+    def list_samples(self, run: OrderedMap = map) -> Listing:
         """Samples that the split chooses, by one pass over the files.
 
         ``offset``, ``every`` and ``limit`` count the frames that meet ``where``.

@@ -21,7 +21,7 @@ from pipeline.datasets.frames import (
 from pipeline.datasets.labels import ReadOptions, label_like, record_sample
 from pipeline.datasets.paths import files_in
 from pipeline.errors import DataError
-from pipeline.parallel.ordered_map import Run
+from pipeline.parallel.ordered_map import OrderedMap
 from pipeline.structure import Sample
 
 # Frames that one process parses at a time.
@@ -81,7 +81,7 @@ class ExtxyzDataset(IndexedDataset):
         """Frames are parsed once, when they are listed."""
         return True
 
-    def list_frames(self, run: Run = map) -> Listing:
+    def list_frames(self, run: OrderedMap = map) -> Listing:
         """Parse the chosen frames and keep them."""
         self._frames = []
         for frames in run(partial(_parse, self.options), self._pieces()):

@@ -16,7 +16,7 @@ from pipeline.datasets.constraints import warn_of_constraints
 from pipeline.datasets.labels import ReadOptions, Record
 from pipeline.datasets.paths import files_in, refuse_twins
 from pipeline.errors import DataError
-from pipeline.parallel.ordered_map import Run
+from pipeline.parallel.ordered_map import OrderedMap
 
 Opened = TypeVar("Opened")
 # Frames that one process lists at a time.
@@ -102,7 +102,7 @@ class NumberedDataset(RecordDataset):
         """All files with samples."""
         return self._files
 
-    def list_frames(self, run: Run = map) -> Listing:
+    def list_frames(self, run: OrderedMap = map) -> Listing:
         """Ids, atom counts and numbers of frames."""
         counts = [self.count(file) for file in self._files]
         chosen = self._selection.of(sum(counts))

@@ -18,9 +18,9 @@ from pipeline.datasets.pyg_pickles import (
     sample_fields,
 )
 from pipeline.datasets.samples import id_text, pair_id
-from pipeline.datasets.unpickling import Refusal
+from pipeline.datasets.unpickling import UnsafePickle
 from pipeline.errors import DataError
-from pipeline.parallel.ordered_map import Run
+from pipeline.parallel.ordered_map import OrderedMap
 
 log = logging.getLogger("pipeline.datasets")
 # Samples that one process lists at a time.
@@ -47,7 +47,7 @@ class Oc20LmdbDataset(RecordDataset):
         """All files with samples."""
         return [file.data for file in self._files]
 
-    def list_frames(self, run: Run = map) -> Listing:
+    def list_frames(self, run: OrderedMap = map) -> Listing:
         """Ids and atom counts; reads every sample without decoding its arrays."""
         keys = [_codes(file) for file in self._files]
         owner = np.repeat(np.arange(len(keys), dtype=np.int32), [len(k) for k in keys])
@@ -83,7 +83,7 @@ class Oc20LmdbDataset(RecordDataset):
                     values[name] = as_array(part)
                 else:
                     properties[name] = _decoded(part)
-        except Refusal as refusal:
+        except UnsafePickle as refusal:
             raise DataError(f"{where} is refused: {refusal}.") from None
         return _as_record(values, properties, where)
 
@@ -118,7 +118,7 @@ def _scan(file: LmdbFile, key: bytes) -> tuple[str | None, int]:
         sid, fid = (_label(fields, name, where) for name in ("sid", "fid"))
         pos = fields["pos"]
         shape = pos.size if isinstance(pos, Tensor) else as_array(pos).shape
-    except Refusal as refusal:
+    except UnsafePickle as refusal:
         raise DataError(f"{where} is refused: {refusal}.") from None
     return pair_id(sid, fid), shape[0] if shape else 0
 
@@ -132,7 +132,7 @@ def _decoded(part: Any) -> Any:
         return part
     try:
         return as_array(part)
-    except Refusal:
+    except UnsafePickle:
         return part
 
 
@@ -143,7 +143,7 @@ def _codes(file: LmdbFile) -> npt.NDArray[np.int64]:
     if raw is not None:
         try:
             length = plain_integer(raw)
-        except Refusal as refusal:
+        except UnsafePickle as refusal:
             raise DataError(f"{file.path}: 'length' is refused: {refusal}.") from None
         if length != len(codes):
             log.warning(
@@ -175,7 +175,7 @@ def _label(fields: dict[str, Any], name: str, where: str) -> str | None:
     if type(value) is not str:
         value = as_array(value)
         if value.size != 1:
-            raise Refusal(f"its {name} has {value.size} values")
+            raise UnsafePickle(f"its {name} has {value.size} values")
     return id_text(value, name, where)
 
 

@@ -27,7 +27,7 @@ from pipeline.datasets.packing import is_packed
 from pipeline.datasets.paths import PACKED, files_in
 from pipeline.datasets.samples import pair_id
 from pipeline.errors import DataError
-from pipeline.parallel.ordered_map import Run
+from pipeline.parallel.ordered_map import OrderedMap
 from pipeline.structure import Sample
 
 log = logging.getLogger("pipeline.datasets")
@@ -112,7 +112,7 @@ class Oc20RawDataset(RecordDataset):
         ]
         return list(dict.fromkeys(found))
 
-    def list_frames(self, run: Run = map) -> Listing:
+    def list_frames(self, run: OrderedMap = map) -> Listing:
         """Where all frames are, and their ids and references; parses none."""
         chosen = self._selection.of()
         ids: list[str] = []

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from pipeline.datasets.base import Dataset, DerivedDataset
 from pipeline.errors import DataError
-from pipeline.graphs.neighbors import GraphRule, neighbor_edges
+from pipeline.graphs.neighbors import NeighborSpec, neighbor_edges
 from pipeline.spec.cache_spec import RattleSpec
 from pipeline.structure import Sample, Structure
 
@@ -20,7 +20,7 @@ _DRAWS = 100
 # between machines and those of a structure must not.
 _GRID = 2.0**-24
 
-_COLLISIONS = GraphRule(CLOSEST_PAIR, max_neighbors=1, symmetric=False)
+_COLLISIONS = NeighborSpec(CLOSEST_PAIR, max_neighbors=1, symmetric=False)
 
 
 class Rattled(DerivedDataset):

@@ -31,7 +31,7 @@ _Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class SideGraph:
+class ExtraGraph:
     """A further graph of a model: the base graph cut down to ``cutoff`` and a limit.
 
     With ``tags``, an edge needs an end (either one) whose tag is among them.
@@ -44,7 +44,7 @@ class SideGraph:
 
 
 @dataclass(frozen=True)
-class GraphRule:
+class NeighborSpec:
     """How a model wants its edges built.
 
     ``cutoff`` in Å, inclusive. ``max_neighbors`` nearest sources are kept per target;
@@ -63,7 +63,7 @@ class GraphRule:
     periodic: bool = True
     strict: bool = True
     base: tuple[float, int] | None = None
-    sides: tuple[SideGraph, ...] = ()
+    sides: tuple[ExtraGraph, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Edges:
         return own + sum(side.nbytes for side in self.sides.values())
 
 
-def neighbor_edges(structure: Structure, rule: GraphRule) -> Edges:
+def neighbor_edges(structure: Structure, rule: NeighborSpec) -> Edges:
     """Edges of ``structure`` under ``rule``, alike on every machine and in any batch.
 
     At the neighbour limit, sources of equal distance (to 1e-6 Å) are preferred by
@@ -118,7 +118,7 @@ def neighbor_edges(structure: Structure, rule: GraphRule) -> Edges:
     return replace(edges, crowded=_crowded(pairs, rule))
 
 
-def check_periodicity(structure: Structure, rule: GraphRule) -> None:
+def check_periodicity(structure: Structure, rule: NeighborSpec) -> None:
     """Refuse a structure whose periodicity ``rule`` would ignore.
 
     Raises
@@ -135,7 +135,7 @@ def check_periodicity(structure: Structure, rule: GraphRule) -> None:
         )
 
 
-def limit_warning(rule: GraphRule, crowded: int, atoms: int) -> str | None:
+def limit_warning(rule: NeighborSpec, crowded: int, atoms: int) -> str | None:
     """What to warn of where ``crowded`` of so many atoms met the neighbour limit."""
     if not crowded:
         return None
@@ -148,7 +148,7 @@ def limit_warning(rule: GraphRule, crowded: int, atoms: int) -> str | None:
     )
 
 
-def sample_edges(sample_id: str, structure: Structure, rule: GraphRule) -> Edges:
+def sample_edges(sample_id: str, structure: Structure, rule: NeighborSpec) -> Edges:
     """:func:`neighbor_edges` of a sample that must have some.
 
     Raises
@@ -258,7 +258,7 @@ def _lowest_height(vectors: _Floats) -> float:
     return float((lengths[:, 0] / np.sqrt(inverse)).min())
 
 
-def _crowded(pairs: _Pairs, rule: GraphRule) -> int:
+def _crowded(pairs: _Pairs, rule: NeighborSpec) -> int:
     """Atoms with more sources within the cutoff of the main graph than its limit."""
     targets = pairs.target
     if rule.base is not None:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
-from pipeline.graphs.neighbors import Edges, GraphRule
+from pipeline.graphs.neighbors import Edges, NeighborSpec
 from pipeline.models.output import ModelOutput
 
 
@@ -20,7 +20,7 @@ class Network(nn.Module):
     :meth:`fit` before its training.
     """
 
-    graph_rule: GraphRule
+    graph_rule: NeighborSpec
     hyperparameters: dict[str, Any]
     widths: dict[str, int]
     elements: range

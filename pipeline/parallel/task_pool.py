@@ -62,7 +62,7 @@ class _Try(Generic[Item]):
 
 
 @dataclass(frozen=True)
-class Outcome(Generic[Item, Result]):
+class TaskResult(Generic[Item, Result]):
     """How a task ended: with a result, or with the last error of all attempts."""
 
     item: Item
@@ -90,7 +90,7 @@ class Pool(Protocol):
         """Forget futures that nobody waits for any more."""
 
 
-def retried(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
     """Whether an error may be gone at the next try: a lost worker, a failing system.
 
     A full disk stays full.
@@ -106,13 +106,13 @@ def run_tasks(
     items: Iterable[Item],
     *,
     retries: int = RETRIES,
-    transient: Callable[[Exception], bool] = retried,
+    transient: Callable[[Exception], bool] = is_transient,
     awaited: Callable[[Exception], bool] = lambda error: False,
     delay: float = 0.5,
     longest_wait: float = _LONGEST_WAIT_S,
     on_retry: Callable[[Item, Exception], None] = lambda item, error: None,
     on_tick: Callable[[], None] = lambda: None,
-) -> Iterator[Outcome[Item, Result]]:
+) -> Iterator[TaskResult[Item, Result]]:
     """Run ``task`` on every item; exactly one outcome for each, in order of ending.
 
     Never more are in flight than the pool asks for. A ``transient`` error is tried
@@ -131,7 +131,7 @@ def run_tasks(
     Exception
         Any other error of a task, at once: it is one of the program or of the disk.
     """
-    run = _Run(pool, task, items, on_tick)
+    run = _TaskRun(pool, task, items, on_tick)
     try:
         while (ended := run.next_ended()) is not None:
             one, future = ended
@@ -153,16 +153,16 @@ def run_tasks(
                     on_retry(item, error)
                     run.at_last(one)
                 elif transient(error) or isinstance(error, PipelineError):
-                    yield Outcome(item, None, error, one.tries + 1)
+                    yield TaskResult(item, None, error, one.tries + 1)
                 else:
                     raise
             else:
-                yield Outcome(item, result, None, one.tries + 1)
+                yield TaskResult(item, result, None, one.tries + 1)
     finally:
         run.end()
 
 
-class _Run(Generic[Item, Result]):
+class _TaskRun(Generic[Item, Result]):
     """Tasks waiting, tasks in flight, and those that wait for another try."""
 
     def __init__(
@@ -366,7 +366,7 @@ class DaskPool:
 
 
 @contextmanager
-def connected(address: str, timeout: float = 10.0) -> Iterator[Any]:
+def connect(address: str, timeout: float = 10.0) -> Iterator[Any]:
     """Client of the Dask scheduler at ``address``, tried for ``timeout`` seconds.
 
     Raises

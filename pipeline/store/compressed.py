@@ -34,7 +34,7 @@ _HEADER_BYTES = 16
 
 
 @dataclass(frozen=True)
-class PackedLayout(ShardLayout):
+class CompressedLayout(ShardLayout):
     """Rows compressed by blosc-zstd at level ``effort``, in chunks of 1024."""
 
     effort: int

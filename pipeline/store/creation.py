@@ -18,7 +18,7 @@ from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, TransposeCodec
 
 from pipeline.errors import SpecError, StoreError
 from pipeline.files.atomic import is_free, sync_folder
-from pipeline.store.compressed import BLOCK_BYTES, CODEC, SHUFFLE, PackedLayout
+from pipeline.store.compressed import BLOCK_BYTES, CODEC, SHUFFLE, CompressedLayout
 from pipeline.store.edges import EDGE_INDEX
 from pipeline.store.index import (
     COMMIT,
@@ -203,7 +203,7 @@ def _create_sharded(group: zarr.Group, plan: ArrayPlan, blocks: BlockPlan) -> No
     layout = plan.info.layout(rows)
     filters: list[Any] = []
     compressors: list[Any] = [Crc32cCodec()]
-    if isinstance(layout, PackedLayout):
+    if isinstance(layout, CompressedLayout):
         filters = [TransposeCodec(order=layout.transposed)]
         packing = BloscCodec(
             cname=CODEC,

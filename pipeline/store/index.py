@@ -10,10 +10,10 @@ import numpy.typing as npt
 
 from pipeline.errors import StoreError
 from pipeline.fields import EDGE_IDENTITY_FIELDS, FIELDS, Level
-from pipeline.store.backends import Place
-from pipeline.store.compressed import PackedLayout
+from pipeline.store.backends import StorageBackend
+from pipeline.store.compressed import CompressedLayout
 from pipeline.store.layout import EdgeAxis, IntArray, block_rows
-from pipeline.store.quantization import ERROR, SCALE, Encoding
+from pipeline.store.quantization import ERROR, SCALE, Quantization
 from pipeline.store.shard import RawLayout, ShardLayout
 
 # Stores are written in this version; those of all older ones are read.
@@ -55,7 +55,7 @@ class ArrayInfo:
     level: Level
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
-    encoding: Encoding | None = None
+    encoding: Quantization | None = None
     effort: int | None = None
 
     @property
@@ -85,7 +85,7 @@ class ArrayInfo:
         """Layout of a shard of ``rows`` rows."""
         if self.effort is None:
             return RawLayout(rows, self.dtype, self.shape)
-        return PackedLayout(rows, self.dtype, self.shape, self.effort)
+        return CompressedLayout(rows, self.dtype, self.shape, self.effort)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +96,7 @@ class SplitIndex:
     ``edges`` is None in a split without edge-level arrays.
     """
 
-    place: Place
+    place: StorageBackend
     name: str
     n_blocks: int
     rows_per_block: int

@@ -13,11 +13,11 @@ import numpy.typing as npt
 import xxhash
 
 from pipeline.errors import DamagedStoreError
-from pipeline.store.backends import Place
+from pipeline.store.backends import StorageBackend
 from pipeline.store.foreign import Alteration, alteration
 from pipeline.store.index import DIGESTS, METADATA, XXH3, SplitFiles, SplitIndex
 from pipeline.store.messages import name_blocks
-from pipeline.store.metadata import damaged, read_checked
+from pipeline.store.metadata import damaged_file_error, read_checked
 from pipeline.store.shard import with_crc, without_crc
 
 log = logging.getLogger("pipeline.store")
@@ -84,7 +84,7 @@ def is_committed(split: SplitIndex, block: int, verify: bool = False) -> bool:
     return not (verify and mismatching_shards(split, block, record))
 
 
-def unsealed_message(place: Place, splits: Iterable[SplitIndex]) -> str:
+def unsealed_message(place: StorageBackend, splits: Iterable[SplitIndex]) -> str:
     """Sentence that names the missing blocks of every split and the way on."""
     missing = []
     for split in splits:
@@ -114,14 +114,14 @@ def encode_digests(files: Iterable[str], content_of: Callable[[str], bytes]) -> 
     return with_crc("".join(lines).encode())
 
 
-def read_digests(place: Place) -> dict[str, str]:
+def read_digests(place: StorageBackend) -> dict[str, str]:
     """Hash of every protected file of a sealed store by its name."""
     lines = read_checked(place, DIGEST_FILE).decode().splitlines()
     return {line[_HEX + 1 :]: line[:_HEX] for line in lines}
 
 
-def changed_files(
-    place: Place, digests: dict[str, str], contents: Mapping[str, bytes]
+def find_changed_files(
+    place: StorageBackend, digests: dict[str, str], contents: Mapping[str, bytes]
 ) -> dict[str, Alteration | None]:
     """Files that are gone or differ from their digest, by name.
 
@@ -136,7 +136,7 @@ def changed_files(
 
 
 def _alteration(
-    place: Place, name: str, known: str, contents: Mapping[str, bytes]
+    place: StorageBackend, name: str, known: str, contents: Mapping[str, bytes]
 ) -> Alteration | None:
     if not name.endswith(METADATA):
         return None
@@ -147,7 +147,7 @@ def _alteration(
     return alteration(content, lambda candidate: _hash(candidate) == known)
 
 
-def check_metadata(place: Place) -> dict[str, bytes]:
+def check_metadata(place: StorageBackend) -> dict[str, bytes]:
     """Check metadata and index of a sealed store; what was read for that, by name.
 
     Mapped files are not kept: the index of millions of samples would be there twice.
@@ -164,9 +164,9 @@ def check_metadata(place: Place) -> dict[str, bytes]:
         if "/index/commit/c/" not in name
     }
     contents = place.fetch(list(digests))
-    for name, altered in changed_files(place, digests, contents).items():
+    for name, altered in find_changed_files(place, digests, contents).items():
         if altered is None:
-            raise damaged(place, name, "is not what was sealed")
+            raise damaged_file_error(place, name, "is not what was sealed")
         if altered.cleaned is not None:
             log.warning(
                 "%s %s, which changes nothing that is read here; `kd-cache verify %s "
@@ -178,7 +178,9 @@ def check_metadata(place: Place) -> dict[str, bytes]:
     return contents
 
 
-def shard_damage(place: Place, name: str, what: str, block: int) -> DamagedStoreError:
+def shard_damage(
+    place: StorageBackend, name: str, what: str, block: int
+) -> DamagedStoreError:
     """Error for a shard, which the teacher can make again."""
     return DamagedStoreError(
         f"{place.label(name)} {what}; run `kd-cache verify {place} --repair`, then "
@@ -187,7 +189,7 @@ def shard_damage(place: Place, name: str, what: str, block: int) -> DamagedStore
 
 
 def _matches(
-    place: Place, name: str, known: str, contents: Mapping[str, bytes]
+    place: StorageBackend, name: str, known: str, contents: Mapping[str, bytes]
 ) -> bool:
     if not place.mappable:
         return name in contents and _hash(contents[name]) == known

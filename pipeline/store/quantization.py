@@ -33,7 +33,7 @@ _EXACT_BITS = 53
 
 
 @dataclass(frozen=True, eq=False)
-class Encoding:
+class Quantization:
     """Meaning of the integers of one array.
 
     ``channel_scale`` (C,) and ``mean`` (C,) float32; ``rotation`` (C, C) float32 is
@@ -61,7 +61,7 @@ class Encoding:
 
     @cached_property
     def decoder(self) -> dict[str, npt.NDArray[Any]]:
-        """What `dequantized` reads, all of one dtype.
+        """What `dequantize` reads, all of one dtype.
 
         Float32 without a rotation. With one float64, and ``weights`` (C, C), see
         `_exact_weights`, in place of scales and rotation.
@@ -103,7 +103,7 @@ class Encoding:
         scale = _row_scale(scaled)
         # Rows of zeros have scale 0.
         divisor = np.where(scale > 0, scale, 1).astype(np.float32)
-        scaled /= _broadcast(divisor, scaled)
+        scaled /= _broadcast_rows(divisor, scaled)
         return _integers(scaled, np.dtype(np.int8)), scale
 
     def decode(
@@ -126,8 +126,8 @@ class Encoding:
         self, integers: npt.NDArray[Any], scale: npt.NDArray[np.float16] | None
     ) -> npt.NDArray[Any]:
         dtype = self.decoder["mean"].dtype
-        rows = None if scale is None else _broadcast(scale.astype(dtype), integers)
-        return np.asarray(dequantized(integers.astype(dtype), rows, self.decoder))
+        rows = None if scale is None else _broadcast_rows(scale.astype(dtype), integers)
+        return np.asarray(dequantize(integers.astype(dtype), rows, self.decoder))
 
     def error(
         self, values: npt.NDArray[Any], decoded: Floats
@@ -141,12 +141,12 @@ class Encoding:
         return sums
 
 
-def dequantized(values: Any, row_scale: Any, decoder: Mapping[str, Any]) -> Any:
+def dequantize(values: Any, row_scale: Any, decoder: Mapping[str, Any]) -> Any:
     """Decoded features; numpy arrays or torch tensors alike.
 
     ``values`` (M, ..., C) are integers in the dtype of ``decoder``, see
-    `Encoding.decoder`, and so is what is returned. Round it to float32. ``row_scale``
-    is None or broadcasts against ``values``.
+    `Quantization.decoder`, and so is what is returned. Round it to float32.
+    ``row_scale`` is None or broadcasts against ``values``.
     """
     if "zero" in decoder:
         values = values - decoder["zero"]
@@ -182,7 +182,7 @@ def _exact_weights(
 
 
 def relative_error(sums: npt.NDArray[np.float64]) -> float:
-    """Squared error relative to the variance, from rows of `Encoding.error`."""
+    """Squared error relative to the variance, from rows of `Quantization.error`."""
     wrong, size = sums.reshape(-1, 2).sum(axis=0).tolist()
     return wrong / size if size > 0 else 0.0
 
@@ -214,5 +214,7 @@ def _row_scale(scaled: npt.NDArray[Any]) -> npt.NDArray[np.float16]:
     )
 
 
-def _broadcast(scale: npt.NDArray[Any], values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def _broadcast_rows(
+    scale: npt.NDArray[Any], values: npt.NDArray[Any]
+) -> npt.NDArray[Any]:
     return scale.reshape(-1, *[1] * (values.ndim - 1))

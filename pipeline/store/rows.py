@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from pipeline.errors import DataError, StoreError
 from pipeline.store.index import ArrayInfo, SplitIndex
-from pipeline.store.quantization import ERROR, SCALE, Encoding
+from pipeline.store.quantization import ERROR, SCALE, Quantization
 
 _PIECE_BYTES = 1 << 20
 # Numbers looked at together: they stay in the processor's cache.
@@ -20,7 +20,7 @@ _EXPONENTS: dict[int, tuple[Any, int]] = {
 }
 
 
-def stored_rows(
+def encode_rows(
     index: SplitIndex, block: int, info: ArrayInfo, rows: npt.NDArray[Any]
 ) -> dict[str, npt.NDArray[Any]]:
     """Rows of ``info`` and of its companions, by path, in the planned dtypes.
@@ -56,9 +56,9 @@ def stored_rows(
 
 
 def _encoded(
-    info: ArrayInfo, encoding: Encoding, exact: npt.NDArray[Any]
+    info: ArrayInfo, encoding: Quantization, exact: npt.NDArray[Any]
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.float16] | None, npt.NDArray[np.float64]]:
-    """Integers, scales of rows and `Encoding.error` of ``exact``.
+    """Integers, scales of rows and `Quantization.error` of ``exact``.
 
     A few rows at a time, which stay in the processor's cache.
     """

@@ -47,7 +47,7 @@ class Subject:
         """
         graphs = [self.potential.graph(s) for s in samples or self.samples]
         found: Outputs = {}
-        for fields, layers in _askings(self.potential):
+        for fields, layers in _list_requests(self.potential):
             with torch.no_grad():
                 values = self.potential.forward(graphs, fields, layers)
             for name in (*PREDICTION_FIELDS, *fields):
@@ -167,7 +167,7 @@ def check_permutation(subject: Subject) -> float:
     worst = 0.0
     for number, sample in enumerate(subject.samples):
         order = np.random.default_rng(number).permutation(len(sample.structure))
-        renumbered = _renumbered(sample, order)
+        renumbered = _renumber_atoms(sample, order)
         rows = {
             "node": order,
             "edge": _edge_rows(subject.potential, sample, renumbered, order),
@@ -185,7 +185,7 @@ def check_permutation(subject: Subject) -> float:
 def check_translation(subject: Subject) -> float:
     """Moving a structure changes nothing."""
     moved = [
-        _placed(sample, np.eye(3), np.array([3.1, -2.3, 1.7]))
+        _turn_and_move(sample, np.eye(3), np.array([3.1, -2.3, 1.7]))
         for sample in subject.samples
     ]
     return subject.worst("Moving", subject.outputs(moved), subject.outputs())
@@ -226,7 +226,8 @@ def check_gradient_forces(subject: Subject) -> float:
         forces = subject.outputs([sample])["teacher_forces"]
         direction = forces / max(float(np.abs(forces).max()), 1e-12)
         ahead, behind = (
-            _placed(sample, np.eye(3), sign * _STEP * direction) for sign in (1, -1)
+            _turn_and_move(sample, np.eye(3), sign * _STEP * direction)
+            for sign in (1, -1)
         )
         energies = subject.outputs([ahead, behind])["teacher_energy"]
         slope = float(energies[0] - energies[1]) / (2 * _STEP)
@@ -258,7 +259,9 @@ CHECKS: Mapping[str, Callable[[Subject], float]] = {
 }
 
 
-def _askings(potential: Potential) -> list[tuple[tuple[str, ...], dict[str, str]]]:
+def _list_requests(
+    potential: Potential,
+) -> list[tuple[tuple[str, ...], dict[str, str]]]:
     """Fields and layers of every forward pass that is needed to see them all."""
     offers = potential.offers
     default = tuple(name for name, offer in offers.items() if offer.width is not None)
@@ -281,7 +284,7 @@ def _deviation(key: str, found: Floats, wanted: Floats, subject: Subject) -> flo
 
 
 def _check_turn(subject: Subject, what: str, turn: Floats) -> float:
-    turned = [_placed(sample, turn, np.zeros(3)) for sample in subject.samples]
+    turned = [_turn_and_move(sample, turn, np.zeros(3)) for sample in subject.samples]
     wanted = subject.outputs()
     for key, values in wanted.items():
         if key.startswith("vector_features"):
@@ -291,7 +294,7 @@ def _check_turn(subject: Subject, what: str, turn: Floats) -> float:
     return subject.worst(what, subject.outputs(turned), wanted)
 
 
-def _placed(sample: Sample, turn: Floats, move: Floats) -> Sample:
+def _turn_and_move(sample: Sample, turn: Floats, move: Floats) -> Sample:
     structure = sample.structure
     placed = replace(
         structure,
@@ -301,7 +304,7 @@ def _placed(sample: Sample, turn: Floats, move: Floats) -> Sample:
     return replace(sample, structure=placed)
 
 
-def _renumbered(sample: Sample, order: npt.NDArray[np.int64]) -> Sample:
+def _renumber_atoms(sample: Sample, order: npt.NDArray[np.int64]) -> Sample:
     """The sample whose atom i is atom ``order[i]`` of ``sample``."""
     structure = sample.structure
     names = ("atomic_numbers", "positions", "tags", "fixed")

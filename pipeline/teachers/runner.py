@@ -14,11 +14,11 @@ import torch
 
 from pipeline.errors import DataError, SpecError
 from pipeline.fields import EDGE_IDENTITY_FIELDS, FIELDS, PREDICTION_FIELDS
-from pipeline.graphs.neighbors import GraphRule, neighbor_edges
-from pipeline.parallel.devices import in_halves, is_out_of_memory
+from pipeline.graphs.neighbors import NeighborSpec, neighbor_edges
+from pipeline.parallel.devices import is_out_of_memory, run_halving_on_oom
 from pipeline.spec.cache_spec import TeacherSpec
 from pipeline.structure import Sample, Structure
-from pipeline.teachers.potential import FieldOffer, Graph, Potential, check_sample
+from pipeline.teachers.potential import FieldInfo, Potential, SampleGraph, check_sample
 from pipeline.teachers.registry import load_potential
 
 log = logging.getLogger("pipeline.teachers.runner")
@@ -27,7 +27,7 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class Teacher:
+class TeacherRunner:
     """A potential on a device, with what it takes to run it over a dataset.
 
     ``layers`` names the layer of every field that is not taken from the default one.
@@ -44,7 +44,7 @@ class Teacher:
         spec: TeacherSpec,
         device: str = "cpu",
         layers: Mapping[str, str] | None = None,
-    ) -> "Teacher":
+    ) -> "TeacherRunner":
         """The teacher of a resolved spec, ready to predict.
 
         Raises
@@ -84,7 +84,7 @@ class Teacher:
         return f", and {name} with layer: {' | '.join(layers)}" if layers else ""
 
     def _layers_of(self, name: str) -> tuple[str, ...]:
-        return tuple(self.potential.offers.get(name, FieldOffer(name, None)).layers)
+        return tuple(self.potential.offers.get(name, FieldInfo(name, None)).layers)
 
     def _check_layers(self) -> None:
         for name, layer in self.layers.items():
@@ -150,10 +150,10 @@ class Teacher:
         parts: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in names}
         # Graphs of the next batch are made while the network works on this one.
         first = 0
-        for group in _one_ahead(self._groups(samples)):
+        for group in _prefetch_one(self._groups(samples)):
             named = list(zip(samples[first : first + len(group)], group, strict=True))
             first += len(group)
-            for arrays in in_halves(
+            for arrays in run_halving_on_oom(
                 lambda some: self._predict_some(some, names), named
             ):
                 for name, values in arrays.items():
@@ -179,9 +179,9 @@ class Teacher:
             errors[name] = difference / scale if scale else 0.0
         return errors
 
-    def _groups(self, samples: Sequence[Sample]) -> Iterator[list[Graph]]:
+    def _groups(self, samples: Sequence[Sample]) -> Iterator[list[SampleGraph]]:
         """Consecutive samples as graphs, as many as one forward pass takes."""
-        group: list[Graph] = []
+        group: list[SampleGraph] = []
         atoms = size = 0
         for sample in samples:
             # Potentials may make their graphs in another way than ours.
@@ -199,7 +199,7 @@ class Teacher:
             yield group
 
     def _predict_some(
-        self, named: Sequence[tuple[Sample, Graph]], names: Sequence[str]
+        self, named: Sequence[tuple[Sample, SampleGraph]], names: Sequence[str]
     ) -> Arrays:
         try:
             return self._predict_group([graph for _, graph in named], names)
@@ -213,12 +213,14 @@ class Teacher:
                 "more, or leave it out."
             ) from None
 
-    def _predict_group(self, group: Sequence[Graph], names: Sequence[str]) -> Arrays:
+    def _predict_group(
+        self, group: Sequence[SampleGraph], names: Sequence[str]
+    ) -> Arrays:
         layers = {name: self.layers[name] for name in names if name in self.layers}
         wanted = [
             n for n in names if n not in (*PREDICTION_FIELDS, *EDGE_IDENTITY_FIELDS)
         ]
-        with torch.no_grad(), _computing_in(self.spec.precision, self.device):
+        with torch.no_grad(), _set_precision(self.spec.precision, self.device):
             values = self.potential.forward(group, wanted, layers)
         identity = {
             "edge_index": np.concatenate([g.edges.edge_index.T for g in group]),
@@ -234,7 +236,7 @@ class Teacher:
         return arrays
 
 
-def _count_edges(rule: GraphRule, structure: Structure) -> int:
+def _count_edges(rule: NeighborSpec, structure: Structure) -> int:
     return len(neighbor_edges(structure, rule))
 
 
@@ -243,7 +245,7 @@ def width_shape(name: str, width: int) -> tuple[int, ...]:
     return tuple(width if size is None else size for size in FIELDS[name].shape)
 
 
-def _computing_in(
+def _set_precision(
     precision: str, device: torch.device
 ) -> AbstractContextManager[object]:
     """Context in which matrix products have a reduced precision."""
@@ -262,7 +264,7 @@ def _tf32() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def _one_ahead(items: Iterator[Item]) -> Iterator[Item]:
+def _prefetch_one(items: Iterator[Item]) -> Iterator[Item]:
     """Pass on ``items``; each is made in a thread while the one before is used."""
     end = object()
     with ThreadPoolExecutor(max_workers=1) as thread:

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from pipeline.graphs.batch import collate
-from pipeline.graphs.neighbors import GraphRule, SideGraph, neighbor_edges
+from pipeline.graphs.neighbors import ExtraGraph, NeighborSpec, neighbor_edges
 
-RULE = GraphRule(5.0, 20, symmetric=True)
+RULE = NeighborSpec(5.0, 20, symmetric=True)
 
 
 @pytest.fixture
@@ -70,8 +70,8 @@ def test_batch_without_edges(make_structure):
 
 
 def test_side_graphs_are_packed_like_the_main_one(structures):
-    sides = (SideGraph("near", 3.0, 20), SideGraph("few", 5.0, 2))
-    rule = GraphRule(5.0, 20, symmetric=True, sides=sides)
+    sides = (ExtraGraph("near", 3.0, 20), ExtraGraph("few", 5.0, 2))
+    rule = NeighborSpec(5.0, 20, symmetric=True, sides=sides)
     edges = [neighbor_edges(structure, rule) for structure in structures]
     before = [own.sides["near"].edge_index.copy() for own in edges]
     batch = collate(structures, edges)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline.errors import SpecError
-from pipeline.graphs.neighbors import SideGraph
+from pipeline.graphs.neighbors import ExtraGraph
 from pipeline.models.zoo import build_model
 from tests.models.conftest import VARIANTS
 
@@ -92,9 +92,9 @@ def test_side_graphs_follow_the_main_graph_where_nothing_is_said():
     rule = rule_of(**switches, max_neighbors=7, cutoff_qint=None)
     assert rule.base == (4.0, 7)
     assert rule.sides == (
-        SideGraph("ae", 4.0, 7),
-        SideGraph("quad", 4.0, 7, (0, 1, 2)),
-        SideGraph("aa", 4.0, 7),
+        ExtraGraph("ae", 4.0, 7),
+        ExtraGraph("quad", 4.0, 7, (0, 1, 2)),
+        ExtraGraph("aa", 4.0, 7),
     )
 
 
@@ -106,7 +106,7 @@ def test_the_base_graph_is_the_largest_of_all():
     assert [side.name for side in rule.sides] == ["ae"]
     rule = rule_of(**sides, atom_edge_interaction=True, atom_interaction=True)
     assert rule.base == (6.0, 60)
-    assert rule.sides[-1] == SideGraph("aa", 6.0, 60)
+    assert rule.sides[-1] == ExtraGraph("aa", 6.0, 60)
     rule = rule_of(**sides, atom_interaction=True, max_neighbors_aint=1000)
     # No atom-edge interaction, so the keys of its graph do not count.
     assert rule.base == (4.0, 1000)
@@ -115,7 +115,7 @@ def test_the_base_graph_is_the_largest_of_all():
 def test_quadruplets_alone_are_cut_out_of_the_main_graph():
     rule = rule_of(quad_interaction=True, cutoff_qint=3.0, qint_tags=[2])
     assert rule.base is None
-    assert rule.sides == (SideGraph("quad", 3.0, 50, (2,)),)
+    assert rule.sides == (ExtraGraph("quad", 3.0, 50, (2,)),)
     rule = rule_of(enforce_max_neighbors_strictly=False, use_pbc=False)
     assert (rule.strict, rule.periodic) == (False, False)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from pipeline.build.build import prepare
+from pipeline.build.build import make_build_plan
 from pipeline.datasets import open_dataset
 from pipeline.datasets.label_statistics import differing_kinds
 from pipeline.errors import DataError, SpecError
@@ -104,7 +104,7 @@ def test_references_of_a_file_are_subtracted(tmp_path: Path) -> None:
     split = {"format": "extxyz", "path": path.name, "reference_energies": "e.json"}
     spec = _spec(tmp_path, train=split)
     assert spec.splits["train"].reference_energies == str(tmp_path / "e.json")
-    found = prepare(spec).attributes["label_statistics"]["train"]
+    found = make_build_plan(spec).attributes["label_statistics"]["train"]
     references = np.array(found["element_references"])
     assert {int(z): references[z] for z in np.flatnonzero(references)} == {
         1: -3.0,
@@ -151,9 +151,9 @@ def test_splits_of_different_kinds_are_refused_by_name(tmp_path: Path) -> None:
         r"0\.123 eV .*splits\.val\.compare_energies: false"
     )
     with pytest.raises(DataError, match=words):
-        prepare(_spec(tmp_path, **splits))
+        make_build_plan(_spec(tmp_path, **splits))
     splits["val"]["compare_energies"] = False
-    assert prepare(_spec(tmp_path, **splits)).plans
+    assert make_build_plan(_spec(tmp_path, **splits)).plans
 
 
 def test_splits_of_one_kind_and_without_labels_pass(tmp_path: Path) -> None:
@@ -163,7 +163,7 @@ def test_splits_of_one_kind_and_without_labels_pass(tmp_path: Path) -> None:
     splits = {
         name: {"format": "extxyz", "path": f"{name}.extxyz"} for name in ("a", "b", "c")
     }
-    assert prepare(_spec(tmp_path, **splits)).plans
+    assert make_build_plan(_spec(tmp_path, **splits)).plans
 
 
 def test_small_energies_are_of_any_kind(tmp_path: Path) -> None:

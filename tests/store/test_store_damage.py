@@ -6,7 +6,7 @@ import pytest
 import toy_store
 
 from pipeline.errors import DamagedStoreError, PipelineError
-from pipeline.store.backends import FolderPlace
+from pipeline.store.backends import LocalBackend
 from pipeline.store.metadata import read_split
 from pipeline.store.reader import FeatureStore, SplitReader
 from pipeline.store.verify import verify_store
@@ -228,7 +228,7 @@ def test_a_shortened_shard_is_pending_without_reading_it(victim: Path):
 
 
 def test_rows_are_traced_to_their_samples(victim: Path):
-    index = read_split(FolderPlace(victim), "train")
+    index = read_split(LocalBackend(victim), "train")
     owners: dict[int, str] = {}
     for name, start, n in zip(
         index.sample_ids, index.start, index.n_atoms, strict=True

@@ -5,7 +5,7 @@ import pytest
 import zarr
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, TransposeCodec
 
-from pipeline.store.compressed import PackedLayout
+from pipeline.store.compressed import CompressedLayout
 from pipeline.store.shard import RawLayout, ShardLayout, with_crc, without_crc
 
 
@@ -45,7 +45,7 @@ def test_zarr_python_reads_packed_shards_and_we_read_its(
     tmp_path: Path, effort, rows, shape
 ):
     values = np.random.default_rng(1).normal(0, 9, (rows, *shape)).astype(np.int16)
-    layout = PackedLayout(rows, values.dtype, shape, effort)
+    layout = CompressedLayout(rows, values.dtype, shape, effort)
     array = zarr.create_array(
         tmp_path / "a",
         shape=values.shape,
@@ -91,7 +91,7 @@ def test_big_endian_input_is_stored_little():
 
 LAYOUTS = [
     RawLayout(2048, np.dtype("<u2"), ()),
-    PackedLayout(1024, np.dtype("<i2"), (3,), 2),
+    CompressedLayout(1024, np.dtype("<i2"), (3,), 2),
 ]
 
 
@@ -118,8 +118,8 @@ def test_every_flipped_byte_is_found_where_it_is(layout: ShardLayout):
 
 
 def test_hostile_packed_chunks_are_damage():
-    layout = PackedLayout(1024, np.dtype("<i2"), (4,), 2)
-    other = PackedLayout(1024, np.dtype("<i2"), (8,), 2)
+    layout = CompressedLayout(1024, np.dtype("<i2"), (4,), 2)
+    other = CompressedLayout(1024, np.dtype("<i2"), (8,), 2)
     values = np.arange(1024 * 8, dtype=np.int16).reshape(1024, 8)
     # Right checksum, but more inside than the array has room for.
     assert layout.decode_chunk(as_bytes(other.encode_chunk(values))) is None
@@ -133,7 +133,7 @@ def test_hostile_packed_chunks_are_damage():
 
 
 def test_packed_index_must_be_dense():
-    layout = PackedLayout(2048, np.dtype("<i2"), (), 2)
+    layout = CompressedLayout(2048, np.dtype("<i2"), (), 2)
     table = np.array([[0, 30], [30, 40]], "<u8")
     size = 70 + layout.index_bytes
     assert layout.read_index(with_crc(table.tobytes()), size).tolist() == [

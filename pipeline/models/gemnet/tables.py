@@ -11,7 +11,7 @@ from pipeline.models.gemnet.slots import Slots, partners, shift_code
 
 
 @dataclass(frozen=True)
-class Graph:
+class IndexedEdges:
     """Edges of one kind: ``image`` (E,) int64 names source atom and shift together."""
 
     source: Tensor
@@ -52,12 +52,12 @@ class Tables:
     where an output edge (second axis) meets an input edge (third axis).
     """
 
-    main: Graph
+    main: IndexedEdges
     swap: Tensor
     edge_edge: Tensor
-    ae: Graph | None
+    ae: IndexedEdges | None
     edge_atom: Tensor | None
-    quad: Graph | None
+    quad: IndexedEdges | None
     quads: QuadTables | None
 
 
@@ -90,14 +90,14 @@ def make_tables(batch: Data, options: GemNetOCOptions) -> Tables:
     )
 
 
-def _graph(edge_index: Tensor, shift: Tensor, count: int, spread: int) -> Graph:
+def _graph(edge_index: Tensor, shift: Tensor, count: int, spread: int) -> IndexedEdges:
     source, target = edge_index
-    return Graph(
+    return IndexedEdges(
         source, target, shift, source * spread + shift, Slots.of(target, count)
     )
 
 
-def _meeting(first: Graph, second: Graph) -> Tensor:
+def _meeting(first: IndexedEdges, second: IndexedEdges) -> Tensor:
     """Pairs of edges into one atom from different images, (N, slots, slots)."""
     filled = first.slots.filled[:, :, None] & second.slots.filled[:, None]
     one = first.slots.pad(first.image)[:, :, None]
@@ -105,7 +105,7 @@ def _meeting(first: Graph, second: Graph) -> Tensor:
     return filled & (one != other)
 
 
-def _quads(main: Graph, quad: Graph, spread: int) -> QuadTables | None:
+def _quads(main: IndexedEdges, quad: IndexedEdges, spread: int) -> QuadTables | None:
     """Tables of all quadruplets; None when the batch has no middle edge."""
     if not len(quad.source):
         return None
@@ -133,7 +133,7 @@ def _quads(main: Graph, quad: Graph, spread: int) -> QuadTables | None:
     )
 
 
-def _into(main: Graph, atoms: Tensor) -> tuple[Tensor, Slots, Tensor]:
+def _into(main: IndexedEdges, atoms: Tensor) -> tuple[Tensor, Slots, Tensor]:
     """Main edges into any of ``atoms``, their slots, and the row of every atom."""
     chosen, row = torch.unique(atoms, return_inverse=True)
     row_of = torch.full((main.slots.count,), -1, device=atoms.device)
