@@ -20,7 +20,7 @@ from faults_kills import ALL, FAITHFUL, FEW, MANY, forked, wait
 from faults_stores import contents, differing, make_materials, spec_of
 
 from pipeline.build.build import build_store
-from pipeline.build.convert import conversion_of, convert_store
+from pipeline.build.convert import convert_store, make_conversion
 from pipeline.build.extend import extend_store
 from pipeline.build.worker import FillOptions
 from pipeline.errors import StoreError
@@ -169,7 +169,7 @@ def two_conversions(folder: Path, materials: Path, rounds: int) -> Tally:
     source, out = folder / "work/faithful.zarr", folder / "work/s.zarr"
 
     def convert() -> object:
-        return convert_store(source, out, conversion_of("compact"))
+        return convert_store(source, out, make_conversion("compact"))
 
     tally = Tally()
     stage = Stage(

@@ -46,7 +46,7 @@ class SchnetpackPainn(Potential):
         width = self._about["hidden"]
         self._unit = float(self._about["energy_unit_in_eV"])
         self.graph_rule = NeighborSpec(self._about["cutoff"], 10**6, symmetric=False)
-        self.offers = {
+        self.available_fields = {
             "node_features": FieldInfo("node_features", width),
             "vector_features": FieldInfo("vector_features", width),
             "per_atom_energy": FieldInfo("per_atom_energy", 0),

@@ -200,13 +200,13 @@ def _refuse_reading(reading: dict[str, str | None]) -> None:
 
 def _read_options(chosen: dict[str, Any]) -> "ReadOptions":
     from pipeline.datasets import ReadOptions
-    from pipeline.spec.units import Units, units_from
+    from pipeline.spec.units import Units, parse_units
 
     keys = {name: chosen[f"{name}_key"] for name in ("energy", "forces", "gradient")}
     if keys["forces"] is not None and keys["gradient"] is not None:
         raise SpecError("--forces-key and --gradient-key exclude each other.")
     try:
-        units = units_from(chosen["units"]) if chosen["units"] else Units()
+        units = parse_units(chosen["units"]) if chosen["units"] else Units()
     except ValueError as error:
         raise SpecError(f"--units: {error}.") from None
     return ReadOptions(keys["energy"], keys["forces"], keys["gradient"], units)

@@ -106,7 +106,7 @@ class CachedSamples:
 
         Chunks that have to be decoded or fetched would otherwise be so many times.
         """
-        limit = self.split.window_blocks(tuple(self._paths.values()))
+        limit = self.split.max_shuffle_blocks(tuple(self._paths.values()))
         return wished if limit is None else min(wished, limit)
 
     def tables(self, device: torch.device) -> dict[str, Tables]:

@@ -13,7 +13,7 @@ from pipeline.datasets.label_statistics import free_directions
 from pipeline.errors import SpecError
 from pipeline.fields import FIELDS
 from pipeline.graphs.neighbors import NeighborSpec
-from pipeline.models.elements import symbols_of
+from pipeline.models.elements import list_symbols
 from pipeline.models.normalizer import NUM_REFERENCES, Normalizer
 
 log = logging.getLogger("kd_train")
@@ -168,7 +168,7 @@ def _tell_new_elements(
         "errors will mean little, so leave such samples out or train on others",
         key,
         split.name,
-        symbols_of(new),
+        list_symbols(new),
         named,
     )
 
@@ -186,6 +186,6 @@ def _tell_without_reference(
             "whole energy of these atoms; put the split that has them first, or name "
             "a file in reference_energies",
             train.name,
-            symbols_of(bare),
+            list_symbols(bare),
             known.samples[bare[0]][0],
         )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.build.contents import check_labels, warn_of_shared
+from pipeline.build.contents import check_labels, warn_shared
 from pipeline.build.fill import BlockCallback, count_blocks, fill_blocks
 from pipeline.build.filter_samples import find_bad_samples, warn_of_bad_samples
 from pipeline.build.inputs import BuildInputs
@@ -114,8 +114,8 @@ def _warn_of_labels(source: BuildInputs, scans: Mapping[str, Scan]) -> None:
     for name, split in source.spec.splits.items():
         if split.labelled:
             check_labels(name, split, scans[name].contents)
-    warn_of_shared(
-        {name: scan.checksums for name, scan in scans.items()},
+    warn_shared(
+        {name: scan.structure_hashes for name, scan in scans.items()},
         {name: dataset.sample_ids for name, dataset in source.datasets.items()},
     )
 
@@ -157,7 +157,7 @@ def _filter_bad_samples(
                 warn_of_bad_samples(name, bad, total)
         else:
             bad = find_bad_samples(new[name], source.demands(name), run, tally.add)
-            source = source.leaving_out(name, [sample_id for sample_id, _ in bad])
+            source = source.drop(name, [sample_id for sample_id, _ in bad])
         if bad:
             found[name] = [list(pair) for pair in bad]
     return source, found
@@ -227,11 +227,11 @@ def check_and_seal(
 def count_into(progress: BuildStatus, count: Count) -> Count:
     """``count``, which tells ``progress`` as well."""
 
-    def told(done: int, total: int) -> None:
+    def count_both(done: int, total: int) -> None:
         progress.count(done, total)
         count(done, total)
 
-    return told
+    return count_both
 
 
 def create_or_match(job: BuildPlan, path: Path) -> None:
@@ -251,4 +251,4 @@ def create_or_match(job: BuildPlan, path: Path) -> None:
             f"this spec's {wanted[:12]}…); where the spec gained a field or a split, "
             "run `kd-cache add-field SPEC`, else remove the store or set store.path."
         )
-    job.source.keep_scans(job.scans)
+    job.source.save_scans(job.scans)

@@ -163,7 +163,7 @@ class _Converter:
             if missing:
                 target = self._writer.splits[name]
                 anew = {
-                    path for p in paths for path in (p, *target.fields[p].companions)
+                    path for p in paths for path in (p, *target.fields[p].scale_arrays)
                 }
                 rows = split.read_block(block, list(paths))
                 adopted = ReusedShards(split.index, target.arrays.keys() - anew)
@@ -279,7 +279,7 @@ def _attributes(
     }
 
 
-def conversion_of(
+def make_conversion(
     profile: Literal["faithful", "q8", "compact"],
     *,
     error: float | None = None,

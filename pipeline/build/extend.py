@@ -67,7 +67,7 @@ def extend_store(
     count = count_into(progress, count)
     path = Path(spec.store.path)
     staging = path.with_name(f".{path.name}.extended")
-    with disk_full_as_error(path), _only_one(path):
+    with disk_full_as_error(path), _lock_store(path):
         _finish_exchange(path, staging)
         before = FeatureStore.open(path)
         job = make_build_plan(
@@ -172,7 +172,7 @@ def _short(value: object) -> str:
 
 
 @contextmanager
-def _only_one(path: Path) -> Iterator[None]:
+def _lock_store(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f".{path.name}.extending.lock"))
     try:
@@ -194,19 +194,19 @@ def _exchange(new: Path, path: Path) -> None:
     if renameat2 is None or renameat2(
         _AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE
     ):
-        path.rename(_aside(path))
+        path.rename(_aside_path(path))
         new.rename(path)
-        _aside(path).rename(new)
+        _aside_path(path).rename(new)
     sync_folder(path.parent)
 
 
 def _finish_exchange(path: Path, staging: Path) -> None:
     """Put the old store back where a kill came between the renames of `_exchange`."""
-    aside = _aside(path)
+    aside = _aside_path(path)
     if aside.exists():
         aside.rename(staging if path.exists() else path)
         sync_folder(path.parent)
 
 
-def _aside(path: Path) -> Path:
+def _aside_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.aside")

@@ -74,7 +74,7 @@ def fill_blocks(
     if not pending:
         return
     failed: dict[Block, Exception] = {}
-    with _workplace(source, writer, filling) as (pool, task):
+    with _open_pool(source, writer, filling) as (pool, task):
         for outcome in run_tasks(
             pool,
             task,
@@ -196,7 +196,7 @@ def awaited_errors(pool: Pool) -> Callable[[Exception], bool]:
 
 
 @contextmanager
-def _workplace(
+def _open_pool(
     source: BuildInputs, writer: StoreWriter, filling: FillOptions
 ) -> Iterator[tuple[Pool, Callable[[Block], BlockResult]]]:
     """Where blocks are filled, and the task that fills one."""

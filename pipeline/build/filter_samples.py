@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.datasets import Dataset
-from pipeline.datasets.base import DerivedDataset, in_pieces
+from pipeline.datasets.base import DerivedDataset, split_pieces
 from pipeline.errors import DataError
 from pipeline.graphs.closeness import check_distances
 from pipeline.graphs.neighbors import NeighborSpec, check_cell, sample_edges
@@ -173,7 +173,7 @@ def find_bad_samples(
         demands = replace(demands, rule=_SHORTEST_SIGHT)
     look = partial(_find_bad_in, dataset, demands)
     found: list[tuple[str, str]] = []
-    pieces = in_pieces(range(len(dataset)), _PIECE)
+    pieces = split_pieces(range(len(dataset)), _PIECE)
     for piece, part in zip(pieces, run(look, pieces), strict=True):
         found += part
         read(len(piece))

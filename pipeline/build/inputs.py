@@ -89,7 +89,7 @@ class BuildInputs:
         orders = _orders(spec, datasets)
         return cls(spec, datasets, orders, teacher, sidecar, planned, known)
 
-    def leaving_out(self, split: str, ids: Collection[str]) -> "BuildInputs":
+    def drop(self, split: str, ids: Collection[str]) -> "BuildInputs":
         """The same without some samples of a split."""
         if not ids:
             return self
@@ -111,12 +111,14 @@ class BuildInputs:
         counter = self.edge_counter(split) if count_edges else None
         known = self.known.get(split)
         if known is not None and counter is None:
-            read(len(known.checksums))
+            read(len(known.structure_hashes))
             return known
         references = self.spec.splits[split].reference_energies
-        return scan_dataset(self._checked(split), references, counter, run, read)
+        return scan_dataset(
+            self._validated_dataset(split), references, counter, run, read
+        )
 
-    def _checked(self, split: str) -> Dataset:
+    def _validated_dataset(self, split: str) -> Dataset:
         """A dataset whose samples are refused when nobody could learn from them."""
         return ValidatedDataset(self.datasets[split], self.demands(split))
 
@@ -124,11 +126,11 @@ class BuildInputs:
         """What the samples of a split must be like."""
         return Demands.of(split, self.spec.splits[split], self.teacher)
 
-    def keep_scans(self, scans: Mapping[str, Scan]) -> None:
+    def save_scans(self, scans: Mapping[str, Scan]) -> None:
         """Keep what passes found, once the store is known to be planned for it."""
         for name, scan in scans.items():
             if scan is not self.known.get(name):
-                self.sidecar.keep_scan(name, scan)
+                self.sidecar.save_scan(name, scan)
                 self.known[name] = scan
 
     def fill_block(
@@ -173,7 +175,10 @@ class BuildInputs:
         samples = [self.datasets[index.name][int(i)] for i in chosen]
         known = self.known.get(index.name)
         _check_unchanged(
-            index, positions, samples, None if known is None else known.hashes[chosen]
+            index,
+            positions,
+            samples,
+            None if known is None else known.sample_hashes[chosen],
         )
         values = _source_arrays(samples)
         if self.teacher is not None:
@@ -242,7 +247,12 @@ def _known_scans(
         if found is not None:
             labels = Normalizer.from_dict(statistics[name])
             known[name] = Scan(
-                found.checksums, content, found.hashes, labels, found.contents, None
+                found.structure_hashes,
+                content,
+                found.sample_hashes,
+                labels,
+                found.contents,
+                None,
             )
     return known
 

@@ -22,7 +22,7 @@ from pipeline.fields import (
     PREDICTION_FIELDS,
     STRUCTURE_FIELDS,
 )
-from pipeline.models.elements import symbols_of
+from pipeline.models.elements import list_symbols
 from pipeline.spec.cache_spec import (
     NO_REFERENCES,
     PER_ELEMENT,
@@ -75,7 +75,7 @@ def plan_split(
     plan = SplitPlan(
         name=name,
         sample_ids=[dataset.sample_ids[int(i)] for i in blocks.order],
-        checksums=scan.checksums[blocks.order],
+        checksums=scan.structure_hashes[blocks.order],
         blocks=blocks,
         arrays=_array_plans(spec, spec.splits[name], teacher, calibrations),
     )
@@ -103,7 +103,9 @@ def warn_undetermined(
     }
     found: dict[str, tuple[int, ...]] = {}
     for name, scan in fitted.items():
-        larger = [s for s in fitted.values() if len(s.hashes) > len(scan.hashes)]
+        larger = [
+            s for s in fitted.values() if len(s.sample_hashes) > len(scan.sample_hashes)
+        ]
         if not any(_determines(other, scan.undetermined) for other in larger):
             found |= {name: scan.undetermined} if scan.undetermined else {}
     if found:
@@ -113,7 +115,7 @@ def warn_undetermined(
             "samples of others, such as isolated atoms, or name a file in "
             "splits.NAME.reference_energies",
             ", ".join(f"splits.{name}" for name in found),
-            symbols_of([z for elements in found.values() for z in elements]),
+            list_symbols([z for elements in found.values() for z in elements]),
         )
 
 
@@ -205,7 +207,7 @@ def store_attributes(
         "splits": {
             name: {
                 "features": s.features,
-                "content": scans[name].content,
+                "content": scans[name].content_sha256,
                 "reference_energies": _references(s.reference_energies),
             }
             for name, s in spec.splits.items()

@@ -96,13 +96,13 @@ def preview(
     if teacher.spec.precision != "float32":
         errors = teacher.precision_error(samples, fields)
         found["precision_error"] = errors
-        told = ", ".join(_format_error(name, error) for name, error in errors.items())
+        text = ", ".join(_format_error(name, error) for name, error in errors.items())
         log.warning(
             "teacher.precision: %s changes, over %d samples of splits.%s: %s",
             teacher.spec.precision,
             len(samples),
             split,
-            told,
+            text,
         )
     _report_limit(split, samples, teacher)
     return found
@@ -175,15 +175,15 @@ def _factor(unit: str) -> str:
 
 def _report_forces(split: str, found: ForceMatch) -> None:
     cause = likely_cause(split, found)
-    told = (
+    text = (
         f"splits.{split}: forces of the labels and of the teacher on {found.samples} "
         f"samples have the cosine {found.cosine:.2f} and the RMS ratio "
         f"{found.ratio:.3g}"
     )
     if cause is None:
-        log.info("%s", told)
+        log.info("%s", text)
     else:
-        log.warning("%s; %s", told, cause)
+        log.warning("%s; %s", text, cause)
 
 
 def _energy_difference(
@@ -215,9 +215,9 @@ def _report_limit(
     potential = teacher.potential
     crowded = sum(potential.graph(sample).edges.crowded for sample in samples)
     atoms = sum(len(sample.structure) for sample in samples)
-    told = limit_warning(potential.graph_rule, crowded, atoms)
-    if told is not None:
-        log.warning("splits.%s: %s", split, told)
+    text = limit_warning(potential.graph_rule, crowded, atoms)
+    if text is not None:
+        log.warning("splits.%s: %s", split, text)
 
 
 def _format_error(name: str, error: float) -> str:

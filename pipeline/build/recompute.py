@@ -72,7 +72,7 @@ def spot_check(
         The store has no teacher, or it was another one.
     """
     store = FeatureStore.open(path)
-    teacher = _teacher_of(store, device, overrides)
+    teacher = _load_teacher(store, device, overrides)
     rng = np.random.default_rng(seed)
     found, compared = [], 0
     for split in store.splits.values():
@@ -86,7 +86,7 @@ def spot_check(
     return found, compared
 
 
-def _teacher_of(
+def _load_teacher(
     store: FeatureStore, device: str, overrides: Iterable[str]
 ) -> TeacherRunner:
     known = store.attributes["teacher"]

@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from pipeline.build.contents import Contents
 from pipeline.datasets import Dataset
-from pipeline.datasets.base import in_pieces
+from pipeline.datasets.base import split_pieces
 from pipeline.datasets.label_statistics import FOLD, LabelSums
 from pipeline.errors import DataError
 from pipeline.graphs.neighbors import check_cell
@@ -27,15 +27,15 @@ Hashes = npt.NDArray[np.uint64]
 class Scan:
     """What one pass over a dataset tells, all in its own order.
 
-    ``checksums`` (n,) of the structures, ``content`` SHA-256 over ids, structures and
-    labels, ``hashes`` (n,) of the same of each sample, ``labels`` their statistics,
-    ``contents`` counts of what the samples have, ``n_edges`` (n,) where they were
-    counted.
+    ``structure_hashes`` (n,) of the structures, ``content_sha256`` over ids,
+    structures and labels, ``sample_hashes`` (n,) of the same of each sample, ``labels``
+    their statistics, ``contents`` counts of what the samples have, ``n_edges`` (n,)
+    where they were counted.
     """
 
-    checksums: Hashes
-    content: str
-    hashes: Hashes
+    structure_hashes: Hashes
+    content_sha256: str
+    sample_hashes: Hashes
     labels: Normalizer
     contents: Contents
     n_edges: IntArray | None
@@ -48,8 +48,8 @@ class _ScanPart:
     """What a pass tells of some samples; ``content`` is what is hashed of them."""
 
     content: bytes
-    checksums: Hashes
-    hashes: Hashes
+    structure_hashes: Hashes
+    sample_hashes: Hashes
     labels: LabelSums
     contents: Contents
     n_edges: IntArray
@@ -79,17 +79,19 @@ def scan_dataset(
     if dataset.keeps_samples and count_edges is None:
         run = map  # sending samples takes longer than hashing them
     scan = partial(_scan_part, dataset, count_edges)
-    for part in run(scan, in_pieces(range(len(dataset)), FOLD)):
+    for part in run(scan, split_pieces(range(len(dataset)), FOLD)):
         content.update(part.content)
         labels.merge(part.labels)
         contents += part.contents
-        columns.append((part.checksums, part.hashes, part.n_edges))
-        read(len(part.checksums))
-    checksums, hashes, n_edges = map(np.concatenate, zip(*columns, strict=True))
+        columns.append((part.structure_hashes, part.sample_hashes, part.n_edges))
+        read(len(part.structure_hashes))
+    structure_hashes, sample_hashes, n_edges = map(
+        np.concatenate, zip(*columns, strict=True)
+    )
     return Scan(
-        checksums,
+        structure_hashes,
         content.hexdigest(),
-        hashes,
+        sample_hashes,
         labels.normalizer(reference_energies),
         contents.named(dataset),
         None if count_edges is None else n_edges,

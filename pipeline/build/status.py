@@ -98,8 +98,8 @@ class BuildStatus:
             "blocks_checked": self.blocks_checked,
             "samples_done": self.samples_done,
             "samples_total": self.samples,
-            "samples_per_second": _rounded(self.rate),
-            "eta_seconds": _rounded(self.eta if self.state == "filling" else None),
+            "samples_per_second": _round(self.rate),
+            "eta_seconds": _round(self.eta if self.state == "filling" else None),
             "workers_alive": self.workers,
             "retries": self.retries,
             "smaller_passes": self.smaller_passes,
@@ -172,7 +172,7 @@ class _StatusWriter:
             self._write()
 
     def _write(self) -> None:
-        told = {
+        document = {
             **self._progress.to_dict(),
             "pid": os.getpid(),
             "host": socket.gethostname(),
@@ -182,7 +182,7 @@ class _StatusWriter:
         # Not ".partial", which creating a store clears away as its own.
         temporary = self._path.with_name(f".{self._path.name}.new")
         with suppress(OSError):
-            temporary.write_text(json.dumps(told, indent=2) + "\n")
+            temporary.write_text(json.dumps(document, indent=2) + "\n")
             temporary.replace(self._path)
 
 
@@ -190,5 +190,5 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _rounded(value: float | None) -> float | None:
+def _round(value: float | None) -> float | None:
     return None if value is None else round(value, 3)

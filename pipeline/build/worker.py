@@ -15,7 +15,7 @@ import torch
 from pipeline.build.inputs import BuildInputs
 from pipeline.build.part import BuildPart
 from pipeline.errors import DeviceError, PipelineError, StoreError, WorkersError
-from pipeline.logs import Warned, append_warning, collect_warnings
+from pipeline.logs import LoggedWarning, append_warning, collect_warnings
 from pipeline.parallel.device_choice import choose_device
 from pipeline.parallel.devices import (
     device_for_worker,
@@ -49,7 +49,7 @@ class BlockResult(NamedTuple):
 
     samples: int
     notes: tuple[str, ...]
-    warnings: tuple[Warned, ...] = ()
+    warnings: tuple[LoggedWarning, ...] = ()
 
 
 @dataclass(frozen=True)

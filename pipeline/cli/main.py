@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from pipeline.cli.progress import build_progress, check_bar, end_on_signals
-from pipeline.cli.store import COMMANDS, log_of, workers_option
+from pipeline.cli.store import COMMANDS, log_path, workers_option
 from pipeline.console import CHECK_FAILED, one_sentence_errors
 from pipeline.logs import log_to_file
 from pipeline.parallel.device_choice import choose_device
@@ -77,7 +77,7 @@ def _started(
         torch.set_num_threads(threads)
     place = str(choose_device(device))
     store = Path(spec.store.path)
-    log_to_file(log_of(store))
+    log_to_file(log_path(store))
     return store, place
 
 
@@ -168,8 +168,8 @@ def build(
         sealed = build_store(
             chosen,
             filling=filling,
-            report=bar.filled,
-            count=bar.counted,
+            report=bar.show_block,
+            count=bar.show_pass,
             progress=progress,
         )
     if share is None:
@@ -245,7 +245,7 @@ def seal(store: Path, workers: int) -> None:
     from pipeline.files.atomic import disk_full_as_error
     from pipeline.store.writer import StoreWriter
 
-    log_to_file(log_of(store), logging.WARNING)
+    log_to_file(log_path(store), logging.WARNING)
     with disk_full_as_error(store), check_bar("seal") as count:
         StoreWriter(store).seal(workers, count)
     click.echo(f"{store}: complete and sealed.")
@@ -283,8 +283,8 @@ def add_field(
         added = extend_store(
             chosen,
             filling=filling,
-            report=bar.filled,
-            count=bar.counted,
+            report=bar.show_block,
+            count=bar.show_pass,
             progress=progress,
         )
     what = ", ".join(added) if added else "nothing, it has all of it already"
@@ -315,7 +315,7 @@ def check_teacher(
     from pipeline.spec.cache_spec import load_spec
 
     chosen = load_spec(spec, overrides)
-    log_to_file(log_of(chosen.store.path), logging.WARNING)
+    log_to_file(log_path(chosen.store.path), logging.WARNING)
 
     from pipeline.build.check_teacher import try_teacher
 

@@ -94,7 +94,7 @@ class Bar:
         if progress is None:
             self._at("cache", "sample")
 
-    def filled(self, split: str, samples: int, blocks_left: int) -> None:
+    def show_block(self, split: str, samples: int, blocks_left: int) -> None:
         """Tell of one more block, with ``samples``."""
         postfix, progress = f"{split}, {blocks_left} blocks left", self._progress
         if progress is None:
@@ -108,7 +108,7 @@ class Bar:
         bar.set_postfix_str(postfix, refresh=False)
         bar.update(samples)
 
-    def counted(self, done: int, total: int) -> None:
+    def show_pass(self, done: int, total: int) -> None:
         """Tell how far a pass is: over samples to plan, over blocks to seal."""
         if done == 0:
             self._what = ""  # another pass

@@ -27,7 +27,7 @@ workers_option = click.option(
 )
 
 
-def log_of(store: Path | str) -> Path:
+def log_path(store: Path | str) -> Path:
     """The log beside a store."""
     place = Path(store)
     return place.with_name(f"{place.name}.log")
@@ -36,15 +36,15 @@ def log_of(store: Path | str) -> Path:
 def _keep_warnings(store: str) -> None:
     """Keep warnings in the log of a store that lies on a local disk."""
     if not is_url(store):
-        log_to_file(log_of(store), logging.WARNING)
+        log_to_file(log_path(store), logging.WARNING)
 
 
 def _convert(store: str, out: Path, conversion: "Conversion", workers: int) -> None:
     from pipeline.build.convert import convert_store
 
-    log_to_file(log_of(out))
+    log_to_file(log_path(out))
     with progress_bar() as bar:
-        convert_store(store, out, conversion, bar.filled, workers, bar.counted)
+        convert_store(store, out, conversion, bar.show_block, workers, bar.show_pass)
     click.echo(f"{out}: complete and sealed.")
 
 
@@ -81,9 +81,9 @@ def compact(
     workers: int,
 ) -> None:
     """Write STORE to OUT with smaller features."""
-    from pipeline.build.convert import conversion_of
+    from pipeline.build.convert import make_conversion
 
-    _convert(store, out, conversion_of(profile, error=error, fields=fields), workers)
+    _convert(store, out, make_conversion(profile, error=error, fields=fields), workers)
 
 
 @click.command()
@@ -114,9 +114,9 @@ def hydrate(
     workers: int,
 ) -> None:
     """Write STORE, which may be a URL, to OUT with features that are fast to read."""
-    from pipeline.build.convert import conversion_of
+    from pipeline.build.convert import make_conversion
 
-    _convert(store, out, conversion_of(profile, dtype=dtype, fields=fields), workers)
+    _convert(store, out, make_conversion(profile, dtype=dtype, fields=fields), workers)
 
 
 @click.command()
@@ -135,7 +135,7 @@ def push(store: str, target: str, check: bool) -> None:
 
     _keep_warnings(store)
     with progress_bar() as bar:
-        complete = copy_store(store, target, bar.filled)
+        complete = copy_store(store, target, bar.show_block)
     if not complete:
         click.echo(f"{target}: the finished blocks are there, others are missing.")
         return

@@ -14,7 +14,7 @@ from pipeline.datasets.base import Listing, RecordDataset, Selection
 from pipeline.datasets.constraints import warn_of_constraints
 from pipeline.datasets.file_units import metadata_units
 from pipeline.datasets.labels import ReadOptions, Record
-from pipeline.datasets.paths import files_in, refuse_twins
+from pipeline.datasets.paths import find_files, refuse_twins
 from pipeline.datasets.rows import lost_constraints, row_id, row_record
 from pipeline.errors import DataError
 from pipeline.parallel.ordered_map import OrderedMap
@@ -39,7 +39,7 @@ class AseDbDataset(RecordDataset):
         self, paths: Sequence[Path], selection: Selection, options: ReadOptions
     ) -> None:
         super().__init__(paths, selection, options)
-        self._files = files_in(paths, SUFFIXES, packed=())
+        self._files = find_files(paths, SUFFIXES, packed=())
         for file in self._files:
             if file.suffix not in SUFFIXES:
                 raise DataError(

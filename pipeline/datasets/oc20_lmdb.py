@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.datasets.base import Listing, RecordDataset, Selection, in_pieces
+from pipeline.datasets.base import Listing, RecordDataset, Selection, split_pieces
 from pipeline.datasets.labels import ReadOptions, Record
 from pipeline.datasets.lmdb_files import LmdbFile, key_text, lmdb_files
 from pipeline.datasets.pyg_pickles import (
@@ -55,9 +55,9 @@ class Oc20LmdbDataset(RecordDataset):
         part = slice(chosen.start, chosen.stop, chosen.step)
         files, codes = owner[part], np.concatenate(keys)[part]
         pieces = zip(
-            in_pieces(chosen, PIECE),
-            in_pieces(files, PIECE),
-            in_pieces(codes, PIECE),
+            split_pieces(chosen, PIECE),
+            split_pieces(files, PIECE),
+            split_pieces(codes, PIECE),
             strict=True,
         )
         ids: list[str] = []
@@ -82,7 +82,7 @@ class Oc20LmdbDataset(RecordDataset):
                 if name in _STRUCTURE:
                     values[name] = as_array(part)
                 else:
-                    properties[name] = _decoded(part)
+                    properties[name] = _decode(part)
         except UnsafePickle as refusal:
             raise DataError(f"{where} is refused: {refusal}.") from None
         return _as_record(values, properties, where)
@@ -126,7 +126,7 @@ def _scan(file: LmdbFile, key: bytes) -> tuple[str | None, int]:
 _STRUCTURE = {"pos", "atomic_numbers", "cell", "tags", "fixed", "pbc"}
 
 
-def _decoded(part: Any) -> Any:
+def _decode(part: Any) -> Any:
     """A value as numbers or text; as it is where it is neither."""
     if isinstance(part, str):
         return part

@@ -53,7 +53,7 @@ class Rattled(DerivedDataset):
         number = range(len(self))[index]
         sample = self._inner[number // self._rattle.copies]
         return Sample.without_labels(
-            self._ids[number], self._displaced(self._ids[number], sample.structure)
+            self._ids[number], self._displace(self._ids[number], sample.structure)
         )
 
     @property
@@ -70,7 +70,7 @@ class Rattled(DerivedDataset):
         """None, since no label is missed."""
         return []
 
-    def _displaced(self, name: str, structure: Structure) -> Structure:
+    def _displace(self, name: str, structure: Structure) -> Structure:
         if structure.fixed.all():
             raise DataError(
                 f"{self.path}: sample {name!r} has fixed atoms only, so its copies "

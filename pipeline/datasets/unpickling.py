@@ -145,21 +145,21 @@ def _stack_global(reader: PickleReader) -> None:
 def _reduce(reader: PickleReader) -> None:
     arguments, function = reader.pop(tuple), reader.pop()
     if type(function) is not GlobalRef or function.make is None:
-        raise UnsafePickle(f"it calls {_described(function)}")
+        raise UnsafePickle(f"it calls {_describe(function)}")
     reader.stack.append(function.make(*arguments))
 
 
 def _newobj(reader: PickleReader) -> None:
     arguments, kind = reader.pop(tuple), reader.pop()
     if type(kind) is not GlobalRef or not kind.record or arguments:
-        raise UnsafePickle(f"it makes an object of {_described(kind)}")
+        raise UnsafePickle(f"it makes an object of {_describe(kind)}")
     reader.stack.append(ObjectState())
 
 
 def _build(reader: PickleReader) -> None:
     state, target = reader.pop(), reader.stack[-1]
     if not hasattr(type(target), "build"):
-        raise UnsafePickle(f"it sets attributes of {_described(target)}")
+        raise UnsafePickle(f"it sets attributes of {_describe(target)}")
     target.build(state)
 
 
@@ -169,7 +169,7 @@ def _persistent(reader: PickleReader) -> None:
     reader.stack.append(reader.reading.persistent(reader.pop()))
 
 
-def _described(value: Any) -> str:
+def _describe(value: Any) -> str:
     return repr(value.text) if type(value) is GlobalRef else f"a {type(value).__name__}"
 
 
@@ -218,7 +218,7 @@ def _constant(value: Any) -> Step:
     return lambda reader: reader.stack.append(value)
 
 
-def _counted(form: struct.Struct | None, convert: Callable[[bytes], Any]) -> Step:
+def _counted_step(form: struct.Struct | None, convert: Callable[[bytes], Any]) -> Step:
     """Step for a length, in one byte without ``form``, and so many bytes."""
 
     def step(reader: PickleReader) -> None:
@@ -228,7 +228,7 @@ def _counted(form: struct.Struct | None, convert: Callable[[bytes], Any]) -> Ste
     return step
 
 
-def _numbered(form: struct.Struct) -> Step:
+def _number_step(form: struct.Struct) -> Step:
     return lambda reader: reader.stack.append(reader.number(form))
 
 
@@ -277,18 +277,18 @@ STEPS: dict[int, Step] = {
     0x88: _constant(True),
     0x89: _constant(False),
     ord("K"): lambda reader: reader.stack.append(_byte(reader)),
-    ord("M"): _numbered(_UINT16),
-    ord("J"): _numbered(_INT),
-    0x8A: _counted(None, _long),
-    ord("G"): _numbered(_FLOAT),
-    ord("U"): _counted(None, bytes),
-    ord("C"): _counted(None, bytes),
-    ord("B"): _counted(_UINT, bytes),
-    0x8E: _counted(_UINT64, bytes),
-    0x96: _counted(_UINT64, bytes),
-    0x8C: _counted(None, _text),
-    ord("X"): _counted(_UINT, _text),
-    0x8D: _counted(_UINT64, _text),
+    ord("M"): _number_step(_UINT16),
+    ord("J"): _number_step(_INT),
+    0x8A: _counted_step(None, _long),
+    ord("G"): _number_step(_FLOAT),
+    ord("U"): _counted_step(None, bytes),
+    ord("C"): _counted_step(None, bytes),
+    ord("B"): _counted_step(_UINT, bytes),
+    0x8E: _counted_step(_UINT64, bytes),
+    0x96: _counted_step(_UINT64, bytes),
+    0x8C: _counted_step(None, _text),
+    ord("X"): _counted_step(_UINT, _text),
+    0x8D: _counted_step(_UINT64, _text),
     ord("]"): lambda reader: reader.stack.append([]),
     ord("a"): _append,
     ord("e"): _appends,

@@ -136,14 +136,14 @@ def _fetch_all(remote: RemoteFiles, files: list[RemoteFile], place: Path) -> Non
 
 
 def _fetch(
-    remote: RemoteFiles, file: RemoteFile, target: Path, told: Callable[[int], Any]
+    remote: RemoteFiles, file: RemoteFile, target: Path, on_bytes: Callable[[int], Any]
 ) -> None:
     """Fetch what ``target`` lacks of ``file``."""
     target.parent.mkdir(parents=True, exist_ok=True)
     path = remote.path(file.name)
     with target.open("ab") as stream:
         begin = stream.tell()
-        told(begin)
+        on_bytes(begin)
         while begin < file.size:
             end = min(begin + PIECE, file.size)
             try:
@@ -157,6 +157,6 @@ def _fetch(
                 )
             stream.write(content)
             begin = end
-            told(len(content))
+            on_bytes(len(content))
         stream.flush()
         os.fsync(stream.fileno())

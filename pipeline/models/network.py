@@ -44,7 +44,7 @@ class Network(nn.Module):
         """Width of ``field`` at one of ``layers``; None where it does not exist."""
         return self.widths.get(field) if layer in self.layers else None
 
-    def memory_of(self, edges: Edges, n_atoms: int) -> int:
+    def estimate_memory(self, edges: Edges, n_atoms: int) -> int:
         """Bytes that one structure adds to the peak of a pass without gradients.
 
         0 where the number of atoms alone limits batches.

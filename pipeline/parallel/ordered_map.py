@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from pipeline.errors import WorkersError
-from pipeline.logs import Warned, collect_warnings, log_again
+from pipeline.logs import LoggedWarning, collect_warnings, log_again
 from pipeline.parallel.local_cluster import local_workers
 
 Item = TypeVar("Item")
@@ -193,7 +193,7 @@ class _OrderedQueue(Generic[Item, Result]):
 
 def _call(
     function: Callable[[Item], Result], item: Item
-) -> tuple[Result, list[Warned]]:
+) -> tuple[Result, list[LoggedWarning]]:
     """Result of ``function`` in a worker, and what it warned of."""
     with collect_warnings() as warnings:
         return function(item), warnings

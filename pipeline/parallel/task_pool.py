@@ -133,7 +133,7 @@ def run_tasks(
     """
     run = _TaskRun(pool, task, items, on_tick)
     try:
-        while (ended := run.next_ended()) is not None:
+        while (ended := run.wait_for_next()) is not None:
             one, future = ended
             item = one.item
             try:
@@ -145,13 +145,13 @@ def run_tasks(
             except Exception as error:
                 if awaited(error) and one.waited() < longest_wait:
                     on_retry(item, error)
-                    run.wait(one, delay)
+                    run.requeue(one, delay)
                 elif transient(error) and one.tries < retries:
                     on_retry(item, error)
-                    run.again(one, delay)
+                    run.retry(one, delay)
                 elif isinstance(error, TaskLost) and not one.alone:
                     on_retry(item, error)
-                    run.at_last(one)
+                    run.retry_last_alone(one)
                 elif transient(error) or isinstance(error, PipelineError):
                     yield TaskResult(item, None, error, one.tries + 1)
                 else:
@@ -182,7 +182,7 @@ class _TaskRun(Generic[Item, Result]):
         self._last: deque[_Try[Item]] = deque()
         self._ended: queue.SimpleQueue[int] = queue.SimpleQueue()
 
-    def next_ended(self) -> tuple[_Try[Item], Any] | None:
+    def wait_for_next(self) -> tuple[_Try[Item], Any] | None:
         """The next try that ends and its future; None when all have."""
         while True:
             self._fill()
@@ -200,17 +200,17 @@ class _TaskRun(Generic[Item, Result]):
         self._flying[number] = one, future
         future.add_done_callback(lambda _: self._ended.put(number))
 
-    def again(self, one: _Try[Item], delay: float) -> None:
+    def retry(self, one: _Try[Item], delay: float) -> None:
         """Try once more after ``delay`` seconds, or four times as long as before."""
         self._after(one, delay * 4**one.tries)
         one.tries += 1
 
-    def wait(self, one: _Try[Item], delay: float) -> None:
+    def requeue(self, one: _Try[Item], delay: float) -> None:
         """Ask once more, after pauses that grow to half a minute."""
         self._after(one, min(delay * 2**one.waits, _LONGEST_PAUSE_S))
         one.waits += 1
 
-    def at_last(self, one: _Try[Item]) -> None:
+    def retry_last_alone(self, one: _Try[Item]) -> None:
         """Try once more when everything else has ended, alone."""
         one.tries += 1
         one.alone = True

@@ -47,7 +47,7 @@ class ArrayReader(ABC):
         """Bytes to copy ``pieces`` into."""
         return np.empty(pieces.total * self._row_bytes, np.uint8)
 
-    def shaped(self, content: Bytes) -> npt.NDArray[Any]:
+    def to_rows(self, content: Bytes) -> npt.NDArray[Any]:
         """(rows, *shape) array in which those bytes are the rows."""
         return content.view(self.info.dtype).reshape(-1, *self.info.shape)
 
@@ -63,7 +63,7 @@ class ArrayReader(ABC):
         block, chunk = divmod(number, self.layout.n_chunks)
         first = number * self.layout.inner_rows
         last = first + self.layout.inner_rows
-        ids = self._split.samples_at(self.info.level, first, last)
+        ids = self._split.find_samples(self.info.level, first, last)
         names = name_samples(ids, self._split.name)
         return self._damage(block, f"has a damaged inner chunk {chunk} ({names})")
 
@@ -124,7 +124,7 @@ class MappedArray(ArrayReader):
         fault = self.layout.size_fault(len(shard))
         if fault is not None:
             raise self._lost(block, fault)
-        if self.layout.index_of(shard) is None:
+        if self.layout.extract_index(shard) is None:
             raise self._lost(block, "has a damaged shard index")
         return shard
 

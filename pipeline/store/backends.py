@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import DamagedStoreError, StoreError
-from pipeline.files.remote import RemoteFiles, in_groups, is_url
+from pipeline.files.remote import RemoteFiles, is_url, split_groups
 from pipeline.store.memory_map import map_file
 from pipeline.store.shard import Bytes
 
@@ -169,7 +169,7 @@ class RemoteBackend(StorageBackend):
         remote = self._remote
         paths = {remote.path(name): name for name in names}
         found: dict[str, object] = {}
-        for group in in_groups(list(paths)):
+        for group in split_groups(list(paths)):
             found |= remote.ask(remote.system.cat, group, on_error="return")
         # What failed for another reason than being absent is asked for again.
         contents = {}
@@ -194,7 +194,7 @@ class RemoteBackend(StorageBackend):
         """Bytes of every span, many requested at once."""
         remote, path = self._remote, self._remote.path(name)
         contents: list[bytes] = []
-        for group in in_groups(spans):
+        for group in split_groups(spans):
             contents += remote.ask(
                 remote.system.cat_ranges,
                 [path] * len(group),

@@ -28,14 +28,14 @@ class Calibration:
     """An encoding and, for compact, the level of compression to store it with."""
 
     encoding: Quantization
-    effort: int | None = None
+    clevel: int | None = None
 
 
 def known_calibration(info: ArrayInfo | None) -> Calibration | None:
     """Calibration that an existing array has; None where it has none."""
     if info is None or info.encoding is None:
         return None
-    return Calibration(info.encoding, info.effort)
+    return Calibration(info.encoding, info.clevel)
 
 
 def calibrate(

@@ -14,7 +14,7 @@ import xxhash
 
 from pipeline.errors import DamagedStoreError
 from pipeline.store.backends import StorageBackend
-from pipeline.store.foreign import Alteration, alteration
+from pipeline.store.foreign import Alteration, find_alteration
 from pipeline.store.index import DIGESTS, METADATA, XXH3, SplitFiles, SplitIndex
 from pipeline.store.messages import name_blocks
 from pipeline.store.metadata import damaged_file_error, read_checked
@@ -54,7 +54,7 @@ def read_record(split: SplitIndex, block: int) -> Record | None:
     return record if record.any() else None
 
 
-def missing_shards(split: SplitIndex, block: int) -> list[str]:
+def find_missing_shards(split: SplitIndex, block: int) -> list[str]:
     """Arrays whose shard of ``block`` is absent or cannot have its size."""
     missing = []
     for path in split.arrays:
@@ -64,7 +64,7 @@ def missing_shards(split: SplitIndex, block: int) -> list[str]:
     return missing
 
 
-def mismatching_shards(split: SplitIndex, block: int, record: Record) -> list[str]:
+def find_mismatching_shards(split: SplitIndex, block: int, record: Record) -> list[str]:
     """Arrays whose shard of ``block`` has other bytes than its commit record says."""
     wrong = []
     for path, expected in zip(split.arrays, record.tolist(), strict=True):
@@ -79,9 +79,9 @@ def mismatching_shards(split: SplitIndex, block: int, record: Record) -> list[st
 def is_committed(split: SplitIndex, block: int, verify: bool = False) -> bool:
     """Whether a block is done: recorded, shards there and, if asked, of these bytes."""
     record = read_record(split, block)
-    if record is None or missing_shards(split, block):
+    if record is None or find_missing_shards(split, block):
         return False
-    return not (verify and mismatching_shards(split, block, record))
+    return not (verify and find_mismatching_shards(split, block, record))
 
 
 def unsealed_message(place: StorageBackend, splits: Iterable[SplitIndex]) -> str:
@@ -95,7 +95,7 @@ def unsealed_message(place: StorageBackend, splits: Iterable[SplitIndex]) -> str
     return f"{place} {what}; continue it with `kd-cache build SPEC`."
 
 
-def protected_files(splits: Iterable[SplitFiles]) -> list[str]:
+def list_protected_files(splits: Iterable[SplitFiles]) -> list[str]:
     """Sorted names of the files that the digests cover: all but shards and theirs."""
     files = {METADATA, f"{DIGESTS}/{METADATA}"}
     for split in splits:
@@ -144,7 +144,7 @@ def _alteration(
         content = place.read(name) if place.mappable else contents[name]
     except (FileNotFoundError, KeyError):
         return None
-    return alteration(content, lambda candidate: _hash(candidate) == known)
+    return find_alteration(content, lambda candidate: _hash(candidate) == known)
 
 
 def check_metadata(place: StorageBackend) -> dict[str, bytes]:

@@ -196,7 +196,7 @@ def _check_related(
             what = f"plans edge arrays without a usable {field.path!r}"
             raise damaged_file_error(place, file, what)
     for info in arrays.values():
-        missing = [c for c in info.companions if c not in arrays]
+        missing = [c for c in info.scale_arrays if c not in arrays]
         if missing:
             raise damaged_file_error(
                 place, file, f"plans {info.path!r} without {missing[0]!r}"
@@ -216,7 +216,11 @@ def _read_array_info(
         dtype = np.dtype(document["data_type"]).newbyteorder("<")
         trailing = tuple(shape[1:])
         info = ArrayInfo(
-            entry.path, entry.level, dtype, trailing, effort=_effort(inner["codecs"])
+            entry.path,
+            entry.level,
+            dtype,
+            trailing,
+            clevel=_read_clevel(inner["codecs"]),
         )
         layout = info.layout(rows)
         sound = (
@@ -226,7 +230,10 @@ def _read_array_info(
             and codec["name"] == "sharding_indexed"
             and inner["index_location"] == "end"
             and (entry.profile is None or dtype == DTYPES[entry.profile])
-            and (not isinstance(layout, CompressedLayout) or _is_packed(inner, layout))
+            and (
+                not isinstance(layout, CompressedLayout)
+                or _is_compressed(inner, layout)
+            )
         )
     except (TypeError, KeyError, ValueError):
         sound = False
@@ -236,13 +243,13 @@ def _read_array_info(
         )
     if entry.profile is None:
         return info
-    encoding = _read_encoding(place, split, entry, trailing)
+    encoding = _read_quantization(place, split, entry, trailing)
     return ArrayInfo(
-        entry.path, entry.level, dtype, trailing, encoding, effort=info.effort
+        entry.path, entry.level, dtype, trailing, encoding, clevel=info.clevel
     )
 
 
-def _effort(codecs: list[dict[str, Any]]) -> int | None:
+def _read_clevel(codecs: list[dict[str, Any]]) -> int | None:
     """Level of compression that inner codecs have; None for raw ones."""
     names = [codec["name"] for codec in codecs]
     if names == ["bytes", "crc32c"]:
@@ -252,7 +259,7 @@ def _effort(codecs: list[dict[str, Any]]) -> int | None:
     return int(codecs[2]["configuration"]["clevel"])
 
 
-def _is_packed(inner: dict[str, Any], layout: CompressedLayout) -> bool:
+def _is_compressed(inner: dict[str, Any], layout: CompressedLayout) -> bool:
     transpose, _, compressor, _ = (codec["configuration"] for codec in _full(inner))
     return (
         transpose["order"] == list(layout.transposed)
@@ -266,7 +273,7 @@ def _full(inner: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"configuration": {}, **codec} for codec in inner["codecs"]]
 
 
-def _read_encoding(
+def _read_quantization(
     place: StorageBackend, split: str, entry: _ArrayEntry, trailing: tuple[int, ...]
 ) -> Quantization:
     channels = trailing[-1]
@@ -278,7 +285,7 @@ def _read_encoding(
         for name in entry.tables
     }
     try:
-        return Quantization(cast(Profile, entry.profile), **tables)
+        return Quantization.from_params(cast(Profile, entry.profile), tables)
     except TypeError:
         what = f"lacks parameters of {entry.path!r}"
         raise damaged_file_error(place, f"{split}/{METADATA}", what) from None

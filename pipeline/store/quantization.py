@@ -23,6 +23,8 @@ Profile = Literal["q8", "compact"]
 
 DTYPES: dict[str, str] = {"q8": "int8", "compact": "int16"}
 TABLES = ("channel_scale", "mean", "rotation", "zero")
+# Names that stores have for fields of `Quantization`.
+_FIELDS = {"zero": "zero_point"}
 # Arrays beside an encoded one: scales of rows (q8), squared error and size by sample.
 SCALE, ERROR = "_scale", "_error"
 _MAX_HALF = float(np.finfo(np.float16).max)
@@ -37,16 +39,30 @@ class Quantization:
     """Meaning of the integers of one array.
 
     ``channel_scale`` (C,) and ``mean`` (C,) float32; ``rotation`` (C, C) float32 is
-    orthogonal; ``zero`` (C,) float32 is the integer that stands for the mean. Vectors
-    (3, C) have no mean, so that an encoding of a rotated structure decodes to rotated
-    vectors, up to the error.
+    orthogonal; ``zero_point`` (C,) float32 is the integer that stands for the mean.
+    Vectors (3, C) have no mean, so that an encoding of a rotated structure decodes to
+    rotated vectors, up to the error.
     """
 
     profile: Profile
     channel_scale: Floats
     mean: Floats
     rotation: Floats | None = None
-    zero: Floats | None = None
+    zero_point: Floats | None = None
+
+    @classmethod
+    def from_params(
+        cls, profile: Profile, params: Mapping[str, Floats]
+    ) -> "Quantization":
+        """Make a quantization of ``params`` by their names in a store.
+
+        Raises
+        ------
+        TypeError
+            A parameter is missing.
+        """
+        fields: dict[str, Any] = {_FIELDS.get(n, n): v for n, v in params.items()}
+        return cls(profile, **fields)
 
     @property
     def has_row_scales(self) -> bool:
@@ -54,9 +70,9 @@ class Quantization:
         return self.profile == "q8"
 
     @property
-    def tables(self) -> dict[str, Floats]:
+    def params(self) -> dict[str, Floats]:
         """Parameters by name, those in use."""
-        values = {name: getattr(self, name) for name in TABLES}
+        values = {name: getattr(self, _FIELDS.get(name, name)) for name in TABLES}
         return {name: value for name, value in values.items() if value is not None}
 
     @cached_property
@@ -66,15 +82,15 @@ class Quantization:
         Float32 without a rotation. With one float64, and ``weights`` (C, C), see
         `_exact_weights`, in place of scales and rotation.
         """
-        tables: dict[str, npt.NDArray[Any]] = dict(self.tables)
+        params: dict[str, npt.NDArray[Any]] = dict(self.params)
         if self.rotation is None:
-            return tables
+            return params
         largest = -float(np.iinfo(DTYPES[self.profile]).min)
-        if self.zero is not None:
-            largest += float(np.abs(self.zero).max())
+        if self.zero_point is not None:
+            largest += float(np.abs(self.zero_point).max())
         found: dict[str, npt.NDArray[Any]] = {
-            name: table.astype(np.float64)
-            for name, table in tables.items()
+            name: values.astype(np.float64)
+            for name, values in params.items()
             if name in ("mean", "zero")
         }
         found["weights"] = _exact_weights(self.channel_scale, self.rotation, largest)
@@ -96,8 +112,8 @@ class Quantization:
             # the number of threads, would decide about integers.
             scaled = _product(scaled.astype(np.float64), self.rotation.T)
         scaled /= self.channel_scale
-        if self.zero is not None:
-            scaled += self.zero
+        if self.zero_point is not None:
+            scaled += self.zero_point
         if self.profile == "compact":
             return _integers(scaled, np.dtype(np.int16)), None
         scale = _row_scale(scaled)
@@ -114,15 +130,15 @@ class Quantization:
         The bits of a row do not depend on the other rows, nor on the processor.
         """
         if self.rotation is None:
-            return self._decoded(integers, scale)
+            return self._decode_rows(integers, scale)
         decoded = np.empty(integers.shape, np.float32)
         for first in range(0, len(integers), PIECE_ROWS):
             piece = slice(first, first + PIECE_ROWS)
             rows = None if scale is None else scale[piece]
-            decoded[piece] = self._decoded(integers[piece], rows)
+            decoded[piece] = self._decode_rows(integers[piece], rows)
         return decoded
 
-    def _decoded(
+    def _decode_rows(
         self, integers: npt.NDArray[Any], scale: npt.NDArray[np.float16] | None
     ) -> npt.NDArray[Any]:
         dtype = self.decoder["mean"].dtype

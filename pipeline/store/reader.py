@@ -68,13 +68,13 @@ class FeatureStore:
         """
         place = open_backend(path)
         try:
-            return cls._opened(place, allow_unsealed, cache_bytes)
+            return cls._from_backend(place, allow_unsealed, cache_bytes)
         except DamagedStoreError:
             # While files were read, add-field may have put its store in this place.
-            return cls._opened(place, allow_unsealed, cache_bytes)
+            return cls._from_backend(place, allow_unsealed, cache_bytes)
 
     @classmethod
-    def _opened(
+    def _from_backend(
         cls, place: StorageBackend, allow_unsealed: bool, cache_bytes: int
     ) -> "FeatureStore":
         root = read_root(place)
@@ -170,11 +170,11 @@ class SplitReader:
 
     def bytes_stored(self, path: str) -> int:
         """Bytes that the samples take of an array and of what belongs to it."""
-        paths = (path, *self._info(path).companions)
-        return sum(self._bytes_of(self.index.arrays[one]) for one in paths)
+        paths = (path, *self._info(path).scale_arrays)
+        return sum(self._count_bytes(self.index.arrays[one]) for one in paths)
 
-    def _bytes_of(self, info: ArrayInfo) -> int:
-        if info.effort is None:
+    def _count_bytes(self, info: ArrayInfo) -> int:
+        if info.clevel is None:
             _, rows = self.index.spans(info.level, slice(None))
             return int(rows.sum()) * info.row_bytes
         index, blocks = self.index, range(self.n_blocks)
@@ -186,7 +186,7 @@ class SplitReader:
         blocks = range(self.n_blocks)
         return [block for block in blocks if not is_committed(self.index, block)]
 
-    def window_blocks(self, paths: Sequence[str]) -> int | None:
+    def max_shuffle_blocks(self, paths: Sequence[str]) -> int | None:
         """Blocks whose chunks of these arrays fit into memory together, at least 1.
 
         Reading samples out of more blocks at a time would decode or fetch chunks again
@@ -270,7 +270,7 @@ class SplitReader:
 
         Scales of the rows of q8 arrays are an array beside, ``path + "_scale"``.
         """
-        chosen = self._checked_positions(positions)
+        chosen = self._check_positions(positions)
         infos = [self._info(path) for path in paths]
         # All views first, then all copies: copying megabytes empties the processor's
         # caches, after which interpreted code is slow.
@@ -291,7 +291,7 @@ class SplitReader:
             if source:
                 np.concatenate(source, out=target)
         return {
-            path: reader.shaped(copy)
+            path: reader.to_rows(copy)
             for path, (reader, _), copy in zip(paths, readers, copies, strict=True)
         }
 
@@ -309,11 +309,11 @@ class SplitReader:
         scales = [
             path + SCALE
             for path in paths
-            if path + SCALE in self._info(path).companions
+            if path + SCALE in self._info(path).scale_arrays
         ]
         return [*paths, *scales]
 
-    def _checked_positions(self, positions: npt.ArrayLike) -> IntArray:
+    def _check_positions(self, positions: npt.ArrayLike) -> IntArray:
         chosen = np.asarray(positions, np.int64).reshape(-1)
         # Negative numbers are huge when read as unsigned.
         if len(chosen) and chosen.view(np.uint64).max() >= len(self):

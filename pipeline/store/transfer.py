@@ -33,7 +33,7 @@ from pipeline.store.index import METADATA, ROOT_KEY, SplitIndex
 from pipeline.store.ledger import (
     DIGEST_FILE,
     is_committed,
-    protected_files,
+    list_protected_files,
     read_record,
     shard_damage,
     shard_hash,
@@ -178,7 +178,7 @@ class _Copy:
         self._fingerprint = store.fingerprint
         self._splits = splits
         records = {s.record_name(b) for s in splits for b in range(s.n_blocks)}
-        protected = protected_files(split.files for split in splits)
+        protected = list_protected_files(split.files for split in splits)
         self._small = [n for n in protected if n not in records and n != METADATA]
 
     def is_done(self) -> bool:

@@ -84,7 +84,7 @@ def verify_store(
     except DamagedStoreError as error:
         return [Problem("", str(error))]
     problems = list(_metadata_problems(place, root[ROOT_KEY]["complete"]))
-    splits = [_opened(place, name) for name in root[SPLITS_KEY]]
+    splits = [_open_split(place, name) for name in root[SPLITS_KEY]]
     tally = Tally(count, sum(split.n_blocks for split, _ in splits if split))
     with processes(workers) as run:
         for split, faults in splits:
@@ -136,7 +136,7 @@ def _alteration_problems(
         yield Problem(name, message, cleaned=altered.cleaned)
 
 
-def _opened(
+def _open_split(
     place: StorageBackend, name: str
 ) -> tuple[SplitIndex | None, list[Problem]]:
     """A split whose blocks can be checked, or what is wrong with it."""
@@ -235,13 +235,13 @@ def _check_shard(
     faults = []
     if shard_hash(shard, split.hashing) != expected:
         faults.append("does not match its commit record")
-    index = layout.index_of(shard)
+    index = layout.extract_index(shard)
     if index is None:
         return [*faults, "has a damaged shard index"], None
     rows, broken = layout.decode(shard, index)
     for chunk in broken:
         first = block * layout.rows + chunk * layout.inner_rows
-        ids = split.samples_at(info.level, first, first + layout.inner_rows)
+        ids = split.find_samples(info.level, first, first + layout.inner_rows)
         samples = name_samples(ids, split.name)
         faults.append(f"has a damaged inner chunk {chunk} ({samples})")
     if not broken:
@@ -263,5 +263,5 @@ def _value_faults(
     if bad.any():
         first = int(bad.reshape(valid, -1).any(axis=1).argmax())
         row = block * split.rows(info.level) + first
-        ids = split.samples_at(info.level, row, row + 1)
+        ids = split.find_samples(info.level, row, row + 1)
         yield f"has NaN or infinite values ({name_samples(ids, split.name)})"

@@ -39,7 +39,7 @@ from pipeline.store.ledger import (
     encode_digests,
     encode_record,
     is_committed,
-    protected_files,
+    list_protected_files,
     shard_hash,
     unsealed_message,
 )
@@ -247,7 +247,7 @@ class StoreWriter:
                 self._write_seal()
 
     def _write_seal(self) -> None:
-        files = protected_files(split.files for split in self.splits.values())
+        files = list_protected_files(split.files for split in self.splits.values())
         root = self._root_bytes(complete=True)
 
         def content_of(name: str) -> bytes:

@@ -85,7 +85,7 @@ class BuiltinPotential(Potential):
         self._weights = weights
         self._scale_file_sha256 = None if scale_file is None else sha256_of(scale_file)
         model = loaded.model.eval().requires_grad_(False)
-        self.offers = _available_fields(model)
+        self.available_fields = _available_fields(model)
         self.graph_rule = model.graph_rule
         trained = trained_elements(loaded.normalizer, loaded.provenance)
         self.elements = usable_elements(
@@ -98,7 +98,7 @@ class BuiltinPotential(Potential):
         # With two scales, forces are not the gradient of the energy in eV.
         scaled_alike = self.normalizer.energy_std == self.normalizer.force_std
         direct = model.hyperparameters.get("direct_forces", False)
-        self.claims = Guarantees(
+        self.guarantees = Guarantees(
             # Which edges a limit keeps when they come in pairs depends on the order.
             permutation=not model.graph_rule.symmetric,
             gradient_forces=scaled_alike and not direct,
@@ -122,9 +122,9 @@ class BuiltinPotential(Potential):
         self.loaded.model.to(device)
         self._device = device
 
-    def memory_of(self, graph: SampleGraph) -> int:
+    def estimate_memory(self, graph: SampleGraph) -> int:
         """Return the network's own estimate of its memory in bytes."""
-        return self.loaded.model.memory_of(graph.edges, len(graph.structure))
+        return self.loaded.model.estimate_memory(graph.edges, len(graph.structure))
 
     def forward(
         self,
@@ -153,10 +153,10 @@ class BuiltinPotential(Potential):
 
 def _available_fields(model: Network) -> dict[str, FieldInfo]:
     """Fields with their widths at the default layer and at all others."""
-    offers = {"per_atom_energy": FieldInfo("per_atom_energy", 0)}
+    available_fields = {"per_atom_energy": FieldInfo("per_atom_energy", 0)}
     for name in CACHEABLE_FIELDS:
         layers = {layer: model.layer_width(name, layer) for layer in model.layers}
         present = {layer: width for layer, width in layers.items() if width}
         if name in model.widths or present:
-            offers[name] = FieldInfo(name, model.widths.get(name), present)
-    return offers
+            available_fields[name] = FieldInfo(name, model.widths.get(name), present)
+    return available_fields

@@ -84,16 +84,16 @@ def check_potential(subject: Subject) -> Iterator[tuple[str, float]]:
     ContractError
         The first check that fails.
     """
-    claims = asdict(subject.potential.claims)
+    guarantees = asdict(subject.potential.guarantees)
     for name, check in CHECKS.items():
-        if claims.get(name, True):
+        if guarantees.get(name, True):
             yield name, check(subject)
 
 
 def check_declaration(subject: Subject) -> float:
     """What the potential says of itself is complete, known and JSON-able."""
     potential = subject.potential
-    for name, offer in potential.offers.items():
+    for name, offer in potential.available_fields.items():
         if name not in CACHEABLE_FIELDS or offer.name != name:
             raise ContractError(f"offers[{name!r}] is no field of a store.")
     if not potential.graph_rule.cutoff > 0:
@@ -122,7 +122,7 @@ def check_shapes(subject: Subject) -> float:
     for key, values in subject.outputs().items():
         name, _, layer = key.partition("@")
         field = FIELDS[name]
-        offer = subject.potential.offers.get(name)
+        offer = subject.potential.available_fields.get(name)
         width = 0 if offer is None else offer.layers[layer] if layer else offer.width
         shape = (rows[field.level], *(width if n is None else n for n in field.shape))
         if values.shape != shape:
@@ -263,12 +263,18 @@ def _list_requests(
     potential: Potential,
 ) -> list[tuple[tuple[str, ...], dict[str, str]]]:
     """Fields and layers of every forward pass that is needed to see them all."""
-    offers = potential.offers
-    default = tuple(name for name, offer in offers.items() if offer.width is not None)
-    names = dict.fromkeys(layer for offer in offers.values() for layer in offer.layers)
+    available_fields = potential.available_fields
+    default = tuple(
+        name for name, offer in available_fields.items() if offer.width is not None
+    )
+    names = dict.fromkeys(
+        layer for offer in available_fields.values() for layer in offer.layers
+    )
     askings: list[tuple[tuple[str, ...], dict[str, str]]] = [(default, {})]
     for layer in names:
-        fields = tuple(name for name, offer in offers.items() if layer in offer.layers)
+        fields = tuple(
+            name for name, offer in available_fields.items() if layer in offer.layers
+        )
         askings.append((fields, dict.fromkeys(fields, layer)))
     return askings
 

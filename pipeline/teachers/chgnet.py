@@ -87,7 +87,7 @@ class ChgNet(Potential):
         atoms, bonds = self.model.atom_conv_layers, self.model.bond_conv_layers
         self._atom_blocks = {f"block{k}": m for k, m in enumerate(atoms, 1)}
         self._bond_blocks = {f"block{k}": m for k, m in enumerate(bonds, 1)}
-        self.offers = self._offers()
+        self.available_fields = self._list_fields()
         converter = self.model.graph_converter
         self._short = float(converter.bond_graph_cutoff)
         # Without a limit; bonds need both of their directions.
@@ -98,7 +98,7 @@ class ChgNet(Potential):
         self.provenance = {"package": f"chgnet {version('chgnet')}", "file": file}
         self._device = torch.device("cpu")
 
-    def _offers(self) -> dict[str, FieldInfo]:
+    def _list_fields(self) -> dict[str, FieldInfo]:
         wide = self.model.atom_fea_dim
         bond = self.model.bond_fea_dim
         blocks = dict.fromkeys(self._bond_blocks, bond)
@@ -127,7 +127,7 @@ class ChgNet(Potential):
         bonds = _Bonds(graph.structure, graph.edges, self._short)
         return replace(graph, extra=bonds)
 
-    def memory_of(self, graph: SampleGraph) -> int:
+    def estimate_memory(self, graph: SampleGraph) -> int:
         """Bytes of the states of edges and angles in a pass with gradients."""
         angles = len(graph.extra.angles)
         return _BYTES_PER_EDGE * len(graph.edges) + _BYTES_PER_ANGLE * angles

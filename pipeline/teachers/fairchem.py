@@ -76,7 +76,7 @@ class Fairchem(Potential):
         self._options = {k: options[k] for k in ("task", "charge", "spin")}
         self._sha256 = sha256_of(path)
         backbone = unit.model.module.backbone
-        self.offers = _available_fields(
+        self.available_fields = _available_fields(
             backbone, len(_energy_blocks(unit.model.module)) == 1
         )
         self.graph_rule = NeighborSpec(
@@ -85,9 +85,9 @@ class Fairchem(Potential):
         self.elements = range(1, int(backbone.max_num_elements))
         self.normalizer = _normalizer(unit.dataset_to_tasks[options["task"]])
         # Its convolutions are made for rotations only; mirrored, vectors differ.
-        self.claims = Guarantees(
+        self.guarantees = Guarantees(
             reflections=False,
-            sum_of_atoms="per_atom_energy" in self.offers,
+            sum_of_atoms="per_atom_energy" in self.available_fields,
             gradient_forces=not backbone.regress_config.direct_forces,
         )
         self.provenance = {
@@ -178,10 +178,10 @@ def _available_fields(backbone: Any, energies: bool) -> dict[str, FieldInfo]:
     width = int(backbone.sphere_channels)
     layers = {f"block{k}": width for k in range(1, len(backbone.blocks) + 1)}
     names = ["node_features", "vector_features"][: 1 + (backbone.lmax > 0)]
-    offers = {name: FieldInfo(name, width, layers) for name in names}
+    available_fields = {name: FieldInfo(name, width, layers) for name in names}
     if energies:
-        offers["per_atom_energy"] = FieldInfo("per_atom_energy", 0)
-    return offers
+        available_fields["per_atom_energy"] = FieldInfo("per_atom_energy", 0)
+    return available_fields
 
 
 def _normalizer(tasks: Sequence[Any]) -> Normalizer:

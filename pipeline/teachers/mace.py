@@ -94,11 +94,13 @@ class Mace(Potential):
             name: {layer: one for layer, one in channels.items() if one.count}
             for name, channels in found.items()
         }
-        self.offers = {"per_atom_energy": FieldInfo("per_atom_energy", 0)}
+        self.available_fields = {"per_atom_energy": FieldInfo("per_atom_energy", 0)}
         for name, channels in self._channels.items():
             layers = {layer: one.count for layer, one in channels.items()}
             if layers:
-                self.offers[name] = FieldInfo(name, list(layers.values())[-1], layers)
+                self.available_fields[name] = FieldInfo(
+                    name, list(layers.values())[-1], layers
+                )
         self.graph_rule = NeighborSpec(
             float(model.r_max), max_neighbors=2**31, symmetric=False
         )

@@ -102,18 +102,18 @@ def check_sample(sample: Sample, elements: Container[int], rule: NeighborSpec) -
 class Potential(ABC):
     """A frozen network in evaluation mode that names its outputs; eV and Å.
 
-    ``offers`` says by field name what it can give beside energies and forces,
+    ``available_fields`` says by field name what it can give beside energies and forces,
     ``graph_rule`` how its edges are found (its ``cutoff`` in Å), ``elements`` the
     atomic numbers it knows, ``normalizer`` the scale of its energies and forces (what
     students work in), ``precisions`` the matrix precisions it can run with and
     ``provenance`` (JSON-able) where it comes from.
     """
 
-    offers: Mapping[str, FieldInfo]
+    available_fields: Mapping[str, FieldInfo]
     graph_rule: NeighborSpec
     elements: Container[int]
     normalizer: Normalizer = Normalizer()
-    claims: Guarantees = Guarantees()
+    guarantees: Guarantees = Guarantees()
     precisions: tuple[Precision, ...] = PLAIN_PRECISIONS
     provenance: Mapping[str, Any] = {}
 
@@ -160,6 +160,6 @@ class Potential(ABC):
         edges = sample_edges(sample.sample_id, structure, self.graph_rule)
         return SampleGraph(structure, edges)
 
-    def memory_of(self, graph: SampleGraph) -> int:
+    def estimate_memory(self, graph: SampleGraph) -> int:
         """Bytes that one graph adds to the peak of a pass; 0 where atoms limit it."""
         return 0

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -64,9 +64,13 @@ class TeacherRunner:
     @property
     def widths(self) -> dict[str, int]:
         """Width of every field this teacher can give; 0 for fields without channels."""
-        offers = self.potential.offers
-        default = {n: o.width for n, o in offers.items() if o.width is not None}
-        chosen = {n: offers[n].layers[layer] for n, layer in self.layers.items()}
+        available_fields = self.potential.available_fields
+        default = {
+            n: o.width for n, o in available_fields.items() if o.width is not None
+        }
+        chosen = {
+            n: available_fields[n].layers[layer] for n, layer in self.layers.items()
+        }
         return default | chosen
 
     def check_fields(self, names: Sequence[str]) -> None:
@@ -80,15 +84,17 @@ class TeacherRunner:
 
     def _elsewhere(self, name: str) -> str:
         """Say at which layers a field exists that the default layer lacks."""
-        layers = self._layers_of(name)
+        layers = self._list_layers(name)
         return f", and {name} with layer: {' | '.join(layers)}" if layers else ""
 
-    def _layers_of(self, name: str) -> tuple[str, ...]:
-        return tuple(self.potential.offers.get(name, FieldInfo(name, None)).layers)
+    def _list_layers(self, name: str) -> tuple[str, ...]:
+        return tuple(
+            self.potential.available_fields.get(name, FieldInfo(name, None)).layers
+        )
 
     def _check_layers(self) -> None:
         for name, layer in self.layers.items():
-            offered = self._layers_of(name)
+            offered = self._list_layers(name)
             if layer not in offered:
                 raise SpecError(
                     f"features.{name}.layer is {layer!r}; teacher {self.spec.model!r} "
@@ -117,7 +123,7 @@ class TeacherRunner:
             "layers": dict(self.layers),
             "batch_atoms": self.spec.batch_atoms,
             "batch_gib": self.spec.batch_gib,
-            "graph_rule": asdict(self.potential.graph_rule),
+            "graph_rule": self.potential.graph_rule.to_dict(),
             "normalizer": self.potential.normalizer.to_dict(),
         }
 
@@ -187,7 +193,7 @@ class TeacherRunner:
             # Potentials may make their graphs in another way than ours.
             check_sample(sample, self.potential.elements, self.potential.graph_rule)
             graph = self.potential.graph(sample)
-            need = self.potential.memory_of(graph)
+            need = self.potential.estimate_memory(graph)
             many = atoms + len(graph.structure) > self.spec.batch_atoms
             if group and (many or size + need > self.spec.batch_gib * 2**30):
                 yield group

@@ -44,7 +44,7 @@ def load(spec: TeacherSpec) -> "SevenNet":
     from sevenn.util import load_checkpoint
 
     options = check_options(spec, OPTIONS)
-    path = Path(spec.checkpoint or _shipped(options["pretrained"]))
+    path = Path(spec.checkpoint or _find_shipped(options["pretrained"]))
     # Their loader unpickles anything, so nothing but numbers may be in the file.
     refuse_code(path, NUMPY_ARRAYS)
     checkpoint = load_checkpoint(path)
@@ -54,7 +54,7 @@ def load(spec: TeacherSpec) -> "SevenNet":
     return SevenNet(model, normalizer, modal, sha256_of(path), path.name)
 
 
-def _shipped(name: str) -> Path:
+def _find_shipped(name: str) -> Path:
     """Return the file of weights called ``name`` in the package; downloads nothing."""
     from sevenn import _const
 
@@ -127,13 +127,13 @@ class SevenNet(Potential):
         irreps = {n: str(gate.gate.irreps_out) for n, gate in self._gates.items()}
         self._invariants = {n: invariants(text) for n, text in irreps.items()}
         self._vectors = {n: v for n, t in irreps.items() if (v := vectors(t)).count}
-        self.offers = _available_fields(self._invariants, self._vectors)
+        self.available_fields = _available_fields(self._invariants, self._vectors)
         self.graph_rule = NeighborSpec(
             float(self.model.cutoff), max_neighbors=2**31, symmetric=False
         )
         self.elements = set(self.model.type_map)
         has_parity = any("o" in text for text in irreps.values())
-        self.claims = Guarantees(reflections=has_parity)
+        self.guarantees = Guarantees(reflections=has_parity)
         self.provenance = {"package": f"sevenn {version('sevenn')}", "file": file}
         self._device = torch.device("cpu")
 
@@ -153,7 +153,7 @@ class SevenNet(Potential):
         towards_source = structure_edge_vectors(graph.structure, graph.edges)
         return replace(graph, extra=towards_source.astype(np.float32))
 
-    def memory_of(self, graph: SampleGraph) -> int:
+    def estimate_memory(self, graph: SampleGraph) -> int:
         """Bytes of the messages and filters of all convolutions, measured on CPUs."""
         sizes = [
             module.convolution.weight_numel
@@ -228,9 +228,9 @@ class SevenNet(Potential):
 def _available_fields(
     invariants: Mapping[str, Channels], vectors: Mapping[str, Channels]
 ) -> dict[str, FieldInfo]:
-    offers = {"per_atom_energy": FieldInfo("per_atom_energy", 0)}
+    available_fields = {"per_atom_energy": FieldInfo("per_atom_energy", 0)}
     for name, channels in (("node_features", invariants), ("vector_features", vectors)):
         layers = {layer: one.count for layer, one in channels.items()}
         if layers:
-            offers[name] = FieldInfo(name, list(layers.values())[-1], layers)
-    return offers
+            available_fields[name] = FieldInfo(name, list(layers.values())[-1], layers)
+    return available_fields

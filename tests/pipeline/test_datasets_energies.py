@@ -11,7 +11,7 @@ import yaml
 
 from pipeline.build.build import make_build_plan
 from pipeline.datasets import open_dataset
-from pipeline.datasets.label_statistics import differing_kinds
+from pipeline.datasets.label_statistics import find_differing_kinds
 from pipeline.errors import DataError, SpecError
 from pipeline.spec.cache_spec import CacheSpec, load_spec, read_reference_energies
 from pipeline.structure import Sample
@@ -170,7 +170,7 @@ def test_small_energies_are_of_any_kind(tmp_path: Path) -> None:
     """Adsorption energies may differ by any factor, not by electronvolts per atom."""
     first = _dataset(tmp_path / "a.extxyz", _water(3, -1.0))
     second = _dataset(tmp_path / "b.extxyz", _water(3, 0.001))
-    assert differing_kinds(list(first), list(second)) is None
+    assert find_differing_kinds(list(first), list(second)) is None
 
 
 def _samples(folder: Path, names: list[str], every: int) -> list[Sample]:
@@ -192,16 +192,16 @@ def test_real_totals_and_adsorption_energies_are_told_apart() -> None:
         for system in systems
         for sample in system
     ]
-    found = differing_kinds(totals, adsorption)
+    found = find_differing_kinds(totals, adsorption)
     assert found is not None
     assert found[0] < -2 < abs(found[1])
-    assert differing_kinds(adsorption, totals) == (found[1], found[0])
+    assert find_differing_kinds(adsorption, totals) == (found[1], found[0])
     halves = [part for system in systems for part in system[::2]]
-    assert differing_kinds(totals, halves) is None
-    assert differing_kinds(adsorption, adsorption[::2]) is None
+    assert find_differing_kinds(totals, halves) is None
+    assert find_differing_kinds(adsorption, adsorption[::2]) is None
     for first in range(len(systems)):
         for second in range(first):
-            assert differing_kinds(systems[first], systems[second]) is None
+            assert find_differing_kinds(systems[first], systems[second]) is None
 
 
 def test_real_sets_of_one_kind_are_never_told_apart() -> None:
@@ -220,8 +220,8 @@ def test_real_sets_of_one_kind_are_never_told_apart() -> None:
     for group in (molecules, solids):
         for first in group:
             for second in group:
-                assert differing_kinds(first, second) is None
+                assert find_differing_kinds(first, second) is None
     for first in molecules:
         assert all(np.isfinite(s.energy) for s in first)
         shifted = [replace(s, energy=s.energy + 600 * len(s.structure)) for s in first]
-        assert differing_kinds(first, shifted) is not None
+        assert find_differing_kinds(first, shifted) is not None

@@ -189,9 +189,9 @@ def test_processes_list_and_scan_as_one_does(
 
 
 def _assert_alike(found: Scan, wanted: Scan) -> None:
-    assert found.content == wanted.content
+    assert found.content_sha256 == wanted.content_sha256
     assert found.labels == wanted.labels
-    for name in ("checksums", "hashes", "n_edges"):
+    for name in ("structure_hashes", "sample_hashes", "n_edges"):
         assert np.array_equal(getattr(found, name), getattr(wanted, name)), name
 
 
@@ -199,12 +199,12 @@ def test_every_part_of_a_sample_has_a_say_in_its_hash(
     collisions: Callable[..., Path], tmp_path: Path
 ) -> None:
     path = collisions(12)
-    hashes = scan_dataset(open_dataset("extxyz", str(path)), "none").hashes
+    hashes = scan_dataset(open_dataset("extxyz", str(path)), "none").sample_hashes
     assert len(set(hashes.tolist())) == 12
     text = path.read_text()
     energy = text.split("energy=")[1].split()[0]
     path.write_text(text.replace(f"energy={energy}", "energy=-1.5", 1))
-    changed = scan_dataset(open_dataset("extxyz", str(path)), "none").hashes
+    changed = scan_dataset(open_dataset("extxyz", str(path)), "none").sample_hashes
     assert (changed != hashes).tolist() == [True] + [False] * 11
 
 
@@ -296,7 +296,7 @@ def test_a_damaged_sidecar_is_made_anew(
     data = _write_aselmdb(tmp_path / "data", slabs(20))
     spec = load_spec(_spec(tmp_path, "aselmdb", data))
     build_store(spec, filling=FillOptions(blocks=(7, 8)))
-    kept = tmp_path / "s.zarr.index" / file
+    kept = tmp_path / "s.zarr.scan-cache" / file
     sound = kept.read_bytes()
     if damage is None:
         content = bytearray(sound)
@@ -403,7 +403,7 @@ class _given:
 def test_content_of_a_dataset_has_the_digest_that_it_always_had() -> None:
     """Else no store that is there could be continued."""
     path = str(DEMO / "collisions_val.extxyz.xz")
-    found = scan_dataset(open_dataset("extxyz", path, limit=60), "none").content
+    found = scan_dataset(open_dataset("extxyz", path, limit=60), "none").content_sha256
     assert found == "c62b80cb445ef4ada802e9a59d65903f8f46013e5096700255f3b754f7c30eb5"
 
 
@@ -421,5 +421,5 @@ def test_a_store_of_labels_has_a_sidecar_that_may_be_removed(tmp_path: Path) -> 
     data = _write_lmdb(tmp_path / "data", slabs(20))
     path = _spec(tmp_path, "oc20_lmdb", data)
     store = build(path)
-    shutil.rmtree(tmp_path / "s.zarr.index")
+    shutil.rmtree(tmp_path / "s.zarr.scan-cache")
     assert build(path).fingerprint == store.fingerprint

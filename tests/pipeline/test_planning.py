@@ -66,7 +66,7 @@ def test_every_sample_is_read_once(dataset: Dataset) -> None:
     assert recorded.read == list(range(30))
     assert len(hashed) == 30
     structures = [dataset[i].structure for i in range(30)]
-    assert found.checksums.tolist() == [s.checksum for s in structures]
+    assert found.structure_hashes.tolist() == [s.checksum for s in structures]
     assert found.n_edges is not None
     assert found.n_edges.tolist() == [_count(s) for s in structures]
     assert len(set(found.n_edges.tolist())) > 3
@@ -83,7 +83,7 @@ def test_content_is_all_ids_structures_and_labels_in_order(dataset: Dataset) -> 
         parts += [np.float64(sample.energy).tobytes(), sample.forces.tobytes()]
     expected = hashlib.sha256(b"".join(parts)).hexdigest()
     found = scan_dataset(dataset, "none")
-    assert found.content == expected
+    assert found.content_sha256 == expected
     assert found.n_edges is None
 
 

@@ -38,7 +38,7 @@ def read_all(store: FeatureStore):
 
 def stored_paths(split: SplitReader) -> list[str]:
     return [
-        one for path, info in split.arrays.items() for one in (path, *info.companions)
+        one for path, info in split.arrays.items() for one in (path, *info.scale_arrays)
     ]
 
 
@@ -236,11 +236,11 @@ def test_rows_are_traced_to_their_samples(victim: Path):
         owners.update({row: str(name) for row in range(int(start), int(start + n))})
     for row in range(index.n_blocks * index.rows_per_block):
         expected = [owners[row]] if row in owners else []
-        assert index.samples_at("node", row, row + 1) == expected
+        assert index.find_samples("node", row, row + 1) == expected
     named = [str(name) for name in index.sample_ids]
     for name, row in zip(named, index.sample_row.tolist(), strict=True):
-        assert index.samples_at("sample", row, row + 1) == [name]
-    assert index.samples_at("node", 0, 10**9) == named
+        assert index.find_samples("sample", row, row + 1) == [name]
+    assert index.find_samples("node", 0, 10**9) == named
 
 
 def test_a_writer_clears_the_locks_that_a_killed_seal_left(victim: Path):

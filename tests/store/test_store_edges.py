@@ -241,7 +241,7 @@ def test_edge_rows_are_traced_to_their_samples(bonds: Path):
         owners.update({row: name for row in range(start, start + n)})
     for row in range(index.n_blocks * index.rows("edge")):
         expected = [owners[row]] if row in owners else []
-        assert index.samples_at("edge", row, row + 1) == expected
+        assert index.find_samples("edge", row, row + 1) == expected
 
 
 @pytest.fixture

@@ -135,8 +135,8 @@ def test_integers_pack_nearly_to_their_entropy():
     for channel in integers.T:
         _, counts = np.unique(channel, return_counts=True)
         bits -= (counts * np.log2(counts / len(channel))).sum()
-    assert found.effort is not None
-    layout = CompressedLayout(2048, integers.dtype, (64,), found.effort)
+    assert found.clevel is not None
+    layout = CompressedLayout(2048, integers.dtype, (64,), found.clevel)
     assert bits / 8 < len(layout.encode(integers)) < 1.1 * bits / 8
 
 
@@ -226,7 +226,7 @@ def test_bits_of_a_row_do_not_depend_on_other_rows(profile, rotated):
         np.testing.assert_array_equal(
             encoding.decode(integers[rows], some), whole[rows]
         )
-    tables = {name: table.astype(np.float64) for name, table in encoding.tables.items()}
+    tables = {name: table.astype(np.float64) for name, table in encoding.params.items()}
     expected = decoded_in_plain_python(integers, scales, tables)
     np.testing.assert_allclose(whole, expected, rtol=1e-6, atol=1e-6 * expected.std())
 
@@ -329,11 +329,11 @@ def test_chunks_are_kept_up_to_a_limit(coded, monkeypatch):
     once = len(decoded)
     roomy.read(everyone[::-1], [path])
     assert len(decoded) == once
-    assert roomy.window_blocks([path]) >= roomy.n_blocks
-    assert roomy.window_blocks(["features/node_features"]) is None
+    assert roomy.max_shuffle_blocks([path]) >= roomy.n_blocks
+    assert roomy.max_shuffle_blocks(["features/node_features"]) is None
     # Room for one block: every pass over all of them decodes everything again.
     tight = FeatureStore.open(coded, cache_bytes=2048 * 24).splits["coded"]
-    assert tight.window_blocks([path]) == 1
+    assert tight.max_shuffle_blocks([path]) == 1
     decoded.clear()
     for _ in range(2):
         for block in range(tight.n_blocks):

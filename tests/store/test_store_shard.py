@@ -39,13 +39,13 @@ def test_bytes_equal_those_of_zarr_python(tmp_path: Path, dtype, rows, shape):
     check_decoding(layout, shard, values)
 
 
-@pytest.mark.parametrize("effort", [1, 5])
+@pytest.mark.parametrize("clevel", [1, 5])
 @pytest.mark.parametrize(("rows", "shape"), [(2048, (5,)), (1024, (3, 4)), (300, (7,))])
 def test_zarr_python_reads_packed_shards_and_we_read_its(
-    tmp_path: Path, effort, rows, shape
+    tmp_path: Path, clevel, rows, shape
 ):
     values = np.random.default_rng(1).normal(0, 9, (rows, *shape)).astype(np.int16)
-    layout = CompressedLayout(rows, values.dtype, shape, effort)
+    layout = CompressedLayout(rows, values.dtype, shape, clevel)
     array = zarr.create_array(
         tmp_path / "a",
         shape=values.shape,
@@ -57,7 +57,7 @@ def test_zarr_python_reads_packed_shards_and_we_read_its(
         compressors=[
             BloscCodec(
                 cname="zstd",
-                clevel=effort,
+                clevel=clevel,
                 shuffle="shuffle",
                 typesize=2,
                 blocksize=16384,
@@ -75,7 +75,7 @@ def test_zarr_python_reads_packed_shards_and_we_read_its(
 
 
 def check_decoding(layout: ShardLayout, shard: bytes, values: np.ndarray) -> None:
-    index = layout.index_of(as_bytes(shard))
+    index = layout.extract_index(as_bytes(shard))
     assert index is not None
     decoded, damaged = layout.decode(as_bytes(shard), index)
     assert damaged == []
@@ -100,12 +100,12 @@ def test_every_flipped_byte_is_found_where_it_is(layout: ShardLayout):
     rng = np.random.default_rng(2)
     values = rng.integers(0, 90, (layout.rows, *layout.shape)).astype(layout.dtype)
     intact = as_bytes(layout.encode(values))
-    index = layout.index_of(intact)
+    index = layout.extract_index(intact)
     assert index is not None
     for place in range(0, len(intact), 7):
         shard = intact.copy()
         shard[place] ^= 1 << (place % 8)
-        found = layout.index_of(shard)
+        found = layout.extract_index(shard)
         if place >= index[-1, 1]:
             assert found is None
             continue

@@ -63,8 +63,8 @@ class Altered(Potential):
     def __init__(self, inner: Potential, change: Callable[..., Any] | None) -> None:
         self.inner = inner
         self.change = change
-        self.offers = {
-            **inner.offers,
+        self.available_fields = {
+            **inner.available_fields,
             "vector_features": FieldInfo("vector_features", 1),
             "edge_features": FieldInfo("edge_features", 1),
         }
@@ -72,7 +72,7 @@ class Altered(Potential):
         self.elements = inner.elements
         # Written over: tests that alter it do so on the instance.
         self.normalizer = replace(inner.normalizer, force_std=3.0)
-        self.claims = Guarantees()
+        self.guarantees = Guarantees()
         self.provenance = {}
         self.calls = 0
 
@@ -89,7 +89,7 @@ class Altered(Potential):
         fields: Sequence[str],
         layers: Mapping[str, str],
     ) -> Values:
-        known = [name for name in fields if name in self.inner.offers]
+        known = [name for name in fields if name in self.inner.available_fields]
         values = dict(self.inner.forward(graphs, known, layers))
         scale = self.inner.normalizer.energy_std / self.inner.normalizer.force_std
         values["teacher_forces"] = values["teacher_forces"] * scale
@@ -237,7 +237,7 @@ def test_what_is_not_claimed_is_not_checked(
     claim: str, change: Callable[..., Any], folder: Path
 ) -> None:
     subject = _subject(folder, change)
-    subject.potential.claims = replace(Guarantees(), **{claim: False})
+    subject.potential.guarantees = replace(Guarantees(), **{claim: False})
     assert _kept(subject).keys() == set(CHECKS) - {claim}
 
 
@@ -279,7 +279,7 @@ def test_edges_out_of_order_are_noticed(
 
 
 def _unknown_field(potential: Altered) -> None:
-    potential.offers = {"charges": FieldInfo("charges", 1)}
+    potential.available_fields = {"charges": FieldInfo("charges", 1)}
 
 
 def _no_cutoff(potential: Altered) -> None:

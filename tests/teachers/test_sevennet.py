@@ -164,7 +164,7 @@ def test_memory_estimate_bounds_the_passes() -> None:
     """A budget of one and a half structures makes passes of one."""
     potential = load_potential(TeacherSpec(model="sevennet"))
     samples = made_samples()
-    need = max(potential.memory_of(potential.graph(sample)) for sample in samples)
+    need = max(potential.estimate_memory(potential.graph(sample)) for sample in samples)
     assert need > 10_000 * len(potential.graph(samples[2]).edges)
     spec = TeacherSpec(model="sevennet", batch_gib=1.5 * need / 2**30)
     passes: list[int] = []

@@ -131,14 +131,14 @@ class GemNetOCOptions:
     @property
     def graph_rule(self) -> NeighborSpec:
         """Main graph with the side graphs ``ae``, ``quad`` and ``aa`` in use."""
-        sides = []
+        extra_graphs = []
         if self.atom_edge_interaction or self.edge_atom_interaction:
-            sides.append(ExtraGraph("ae", *self.atom_edge_graph))
+            extra_graphs.append(ExtraGraph("ae", *self.atom_edge_graph))
         if self.quad_interaction:
             tags = tuple(self.qint_tags)
-            sides.append(ExtraGraph("quad", *self.quad_graph, tags))
+            extra_graphs.append(ExtraGraph("quad", *self.quad_graph, tags))
         if self.atom_interaction:
-            sides.append(ExtraGraph("aa", *self.base_graph))
+            extra_graphs.append(ExtraGraph("aa", *self.base_graph))
         return NeighborSpec(
             self.cutoff,
             self.max_neighbors,
@@ -146,7 +146,7 @@ class GemNetOCOptions:
             periodic=self.use_pbc,
             strict=self.enforce_max_neighbors_strictly,
             base=self.base_graph if self.has_base_graph else None,
-            sides=tuple(sides),
+            extra_graphs=tuple(extra_graphs),
         )
 
     @property
