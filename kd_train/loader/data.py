@@ -101,7 +101,7 @@ class CachedSamples:
             self._add_teacher_edges(data, positions, values, edges)
         return data
 
-    def window_blocks(self, wished: int) -> int:
+    def max_shuffle_blocks(self, wished: int) -> int:
         """Blocks to shuffle samples among: as wished, or what fits into memory.
 
         Chunks that have to be decoded or fetched would otherwise be so many times.

@@ -171,7 +171,6 @@ def test_features_arrive_under_their_identity(
     [
         NeighborSpec(3.5, 12, symmetric=True),
         NeighborSpec(5.0, 3, symmetric=True),
-        NeighborSpec(5.0, 12, symmetric=True, periodic=False),
     ],
 )
 def test_the_first_sample_with_other_edges_is_named(
