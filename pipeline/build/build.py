@@ -193,7 +193,8 @@ def build_store(
     path = Path(spec.store.path)
     if filling.part is not None and is_free(path):
         raise StoreError(
-            f"{path} is not planned yet; run `kd-cache plan SPEC` once before the parts"
+            f"{path} is not planned yet; run `kd-cache plan SPEC` once before you "
+            "build parts"
         )
     # Workers of a cluster choose for themselves; they may have what is missing here.
     device = filling.device if filling.scheduler is None else None
@@ -247,8 +248,9 @@ def create_or_match(job: BuildPlan, path: Path) -> None:
     wanted = job.attributes["fingerprint"]
     if found != wanted:
         raise StoreError(
-            f"{path} was planned for another spec (its fingerprint is {found[:12]}…, "
-            f"this spec's {wanted[:12]}…); where the spec gained a field or a split, "
-            "run `kd-cache add-field SPEC`, else remove the store or set store.path."
+            f"{path} was planned for another spec (its fingerprint is "
+            f"{found[:12]}…, this spec's {wanted[:12]}…); if the spec has a new "
+            "field or split, run `kd-cache add-field SPEC`, else remove the store "
+            "or set store.path."
         )
     job.source.save_scans(job.scans)

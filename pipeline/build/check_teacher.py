@@ -29,7 +29,7 @@ def try_teacher(
         A sample holds an element or periodicity that the teacher does not know.
     """
     if spec.teacher is None:
-        raise SpecError("The spec has no teacher: section, so there is none to check.")
+        raise SpecError("The spec has no teacher: section; add one to check a teacher.")
     potential = load_potential(spec.teacher)
     potential.to(device)
     samples = _spread(spec, count)

@@ -160,8 +160,10 @@ def _advice(split: str, label: str, gap: Gap, whole: bool) -> str:
     alike = [n for n in gap.names if any(s in n.lower() for s in _STEMS[label])]
     if alike:
         named = ", ".join(repr(name) for name in alike)
-        return f"it has {named}, so set {keys} to the name that is meant"
-    nothing = f"it has no name like {label}, so set {keys} if the label has another one"
+        return f"it has {named}, so set {keys} to the right name"
+    nothing = (
+        f"it has no name like {label}, so set {keys} if the label has another name"
+    )
     return f"{nothing}, or splits.{split}.labels: none" if whole else nothing
 
 
@@ -181,8 +183,8 @@ def warn_shared(
             named = ", ".join(repr(ids[second][int(i)]) for i in shared[:_NAMED])
             more = ", …" if len(shared) > _NAMED else ""
             log.warning(
-                "splits.%s: %d of %d samples have structures that splits.%s has as "
-                "well (%s%s); a student that trains on one of the two splits looks "
-                "better on the other than it is",
+                "splits.%s: %d of %d samples have structures that splits.%s also "
+                "has (%s%s); if a student trains on one of the two splits, its "
+                "results on the other split are too good",
                 *(second, len(shared), len(checksums[second]), first, named, more),
             )

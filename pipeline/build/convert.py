@@ -59,7 +59,9 @@ class Conversion:
         for name in self.fields:
             if name not in CHANNEL_FIELDS.values():
                 known = ", ".join(CHANNEL_FIELDS.values())
-                raise SpecError(f"--field {name!r} is no feature; choose of {known}.")
+                raise SpecError(
+                    f"--field {name!r} is not a feature; choose from {known}."
+                )
         chosen = {
             path
             for path, name in CHANNEL_FIELDS.items()
@@ -108,7 +110,7 @@ def convert_store(
     if not any(chosen.values()):
         raise SpecError(
             f"{source} has no field to store as {conversion.feature.profile}; "
-            "`kd-cache info` tells what it has."
+            "`kd-cache info` lists its fields."
         )
     fingerprint = _fingerprint(store, conversion, chosen)
     with disk_full_as_error(out):

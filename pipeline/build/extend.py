@@ -130,8 +130,8 @@ def _additions(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     for name, split in old["splits"].items():
         if name not in new["splits"]:
             raise SpecError(
-                f"The store has a split {name!r} that the spec lacks; add-field adds "
-                "what a spec gained and removes nothing, so put it back."
+                f"The store has a split {name!r} that the spec lacks; add-field "
+                "removes nothing, so put the split back into the spec."
             )
         for key, value in split.items():
             _require_equal(f"splits.{name}: {key}", value, new["splits"][name][key])
@@ -160,9 +160,9 @@ def _require_same_teacher(
 def _require_equal(what: str, old: object, new: object) -> None:
     if old != new:
         raise SpecError(
-            f"{what} is {_short(old)} in the store and {_short(new)} by the spec; "
-            "add-field changes nothing that is there, so set it back or build another "
-            "store."
+            f"{what} is {_short(old)} in the store and {_short(new)} in the spec; "
+            "add-field changes no stored data, so restore the old value or build "
+            "another store."
         )
 
 

@@ -135,8 +135,9 @@ def _record(progress: BuildStatus, block: Block, filled: BlockResult) -> None:
         progress.smaller_passes += 1
         if progress.smaller_passes == 1:
             log.warning(
-                "%s: %s; its last bits may differ for that, and a lower "
-                "teacher.batch_atoms or teacher.batch_gib spares new stores the loss",
+                "%s: %s; the last bits of the block may differ, and a lower "
+                "teacher.batch_atoms or teacher.batch_gib prevents this in new "
+                "stores",
                 block,
                 note,
             )
@@ -155,7 +156,7 @@ def _record_failure(
 
 def _record_retry(progress: BuildStatus, block: Block, error: Exception) -> None:
     progress.retries += 1
-    log.info("%s is tried again: %s", block, _reason(error))
+    log.info("retrying %s: %s", block, _reason(error))
 
 
 def _reason(error: Exception | None) -> str:
@@ -169,8 +170,8 @@ def _failure(
     more = len(failed) - len(named)
     text = (
         f"{len(failed)} of {tried} blocks of {path} could not be written: "
-        f"{', '.join(named)}{f' and {more} more, see {path}.log' if more else ''}; set "
-        "that right and give the same command again, it goes on where it stopped."
+        f"{', '.join(named)}{f' and {more} more, see {path}.log' if more else ''}; "
+        "correct the cause and repeat the command to continue."
     )
     data = any(isinstance(error, DataError) for error in failed.values())
     return DataError(text) if data else StoreError(text)

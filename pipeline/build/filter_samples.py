@@ -181,8 +181,8 @@ def find_bad_samples(
         return []
     if len(found) == len(dataset):
         raise DataError(
-            f"splits.{demands.split}: none of its {len(found)} samples can be used, "
-            f"the first because: {found[0][1]}"
+            f"splits.{demands.split}: none of its {len(found)} samples can be used; "
+            f"the reason of the first: {found[0][1]}"
         )
     warn_of_bad_samples(demands.split, found, len(dataset))
     return found
@@ -197,8 +197,8 @@ def warn_of_bad_samples(
     # Without the advice, which has been followed.
     reason = found[0][1].split("; ")[0].rstrip(".")
     log.warning(
-        "splits.%s: %d of %d samples are left out: %s%s; the first because: %s; the "
-        "store names all of them",
+        "splits.%s: %d of %d samples are skipped: %s%s; the reason of the first: "
+        "%s; the store lists all of them",
         *(split, len(found), total, named, more, reason),
     )
 

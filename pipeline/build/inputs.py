@@ -274,7 +274,7 @@ def _check_unchanged(
         planned = int(index.checksums[position]), str(index.sample_ids[position])
         if differs or planned != (sample.structure.checksum, sample.sample_id):
             raise DataError(
-                f"splits.{index.name}: sample {planned[1]!r} is not what it was when "
+                f"splits.{index.name}: sample {planned[1]!r} has changed since "
                 f"{index.place} was planned; restore the dataset or choose another "
                 "store.path."
             )

@@ -34,7 +34,7 @@ def label_splits(
         The spec has no teacher.
     """
     if spec.teacher is None:
-        raise SpecError("The spec has no teacher: section, so there are no labels.")
+        raise SpecError("The spec has no teacher: section; add one to compute labels.")
     teacher = TeacherRunner.load(spec.teacher, device)
     files = []
     for name, split in spec.splits.items():

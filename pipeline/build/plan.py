@@ -111,9 +111,9 @@ def warn_undetermined(
     if found:
         log.warning(
             "%s: the compositions of the samples do not determine the reference "
-            "energies of %s, so energies of other compositions will mean nothing; add "
-            "samples of others, such as isolated atoms, or name a file in "
-            "splits.NAME.reference_energies",
+            "energies of %s, so energies of other compositions will be "
+            "meaningless; add samples of other compositions, such as isolated "
+            "atoms, or name a file in splits.NAME.reference_energies",
             ", ".join(f"splits.{name}" for name in found),
             list_symbols([z for elements in found.values() for z in elements]),
         )
@@ -135,9 +135,9 @@ def _log_edge_size(plan: SplitPlan, rows_per_block: int) -> None:
     )
     block = rows_per_block * row / 1e9
     log.warning(
-        "splits.%s: edge arrays will take %.3g GB, %.3g GB in each of %d blocks, which "
-        "must fit into memory; edge_to_node_features are smaller by the number of "
-        "neighbours, and store.rows_per_block makes blocks smaller",
+        "splits.%s: edge arrays will take %.3g GB, %.3g GB in each of %d blocks, "
+        "and a block must fit into memory; store edge_to_node_features instead, or "
+        "lower store.rows_per_block",
         plan.name,
         block * plan.blocks.n_blocks,
         block,

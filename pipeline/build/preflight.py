@@ -98,7 +98,7 @@ def preview(
         found["precision_error"] = errors
         text = ", ".join(_format_error(name, error) for name, error in errors.items())
         log.warning(
-            "teacher.precision: %s changes, over %d samples of splits.%s: %s",
+            "teacher.precision: %s changes results on %d samples of splits.%s: %s",
             teacher.spec.precision,
             len(samples),
             split,
@@ -137,17 +137,17 @@ def likely_cause(split: str, found: ForceMatch) -> str | None:
     unit = _likely_unit(split, found)
     if found.cosine <= -LEAST_COSINE:
         text = (
-            "the labels point the other way, so they may be gradients; name them with "
-            f"splits.{split}.gradient_key"
+            "the labels have the opposite direction, so they may be gradients; "
+            f"name them with splits.{split}.gradient_key"
         )
         return text if unit is None else f"{text}, and {unit}"
     if found.cosine < LEAST_COSINE:
         if found.labels < _RELAXED:
             return None
         return (
-            "they are not alike, so the labels may be of other atoms or of another "
-            f"order, or the teacher of other systems; check splits.{split}.forces_key "
-            "and the teacher"
+            "they differ, so the labels may belong to other atoms or be in another "
+            "order, or the teacher may not fit these systems; check "
+            f"splits.{split}.forces_key and the teacher"
         )
     if 1 / LARGEST_RATIO <= found.ratio <= LARGEST_RATIO:
         return None
@@ -176,9 +176,9 @@ def _factor(unit: str) -> str:
 def _report_forces(split: str, found: ForceMatch) -> None:
     cause = likely_cause(split, found)
     text = (
-        f"splits.{split}: forces of the labels and of the teacher on {found.samples} "
-        f"samples have the cosine {found.cosine:.2f} and the RMS ratio "
-        f"{found.ratio:.3g}"
+        f"splits.{split}: the forces of labels and teacher have cosine "
+        f"{found.cosine:.2f} and RMS ratio {found.ratio:.3g} on {found.samples} "
+        "samples"
     )
     if cause is None:
         log.info("%s", text)
@@ -199,9 +199,10 @@ def _energy_difference(
     difference = float(np.median(per_atom))
     if difference > KIND_DIFFERENCE:
         log.warning(
-            "splits.%s: the teacher's energies are %.3g eV per atom away from the "
-            "labels, so they may be of different kinds (total, adsorption, ...); "
-            "students will use units of the labels, and vanilla losses make no sense",
+            "splits.%s: the teacher's energies differ from the labels by %.3g eV "
+            "per atom, so they may be of different kinds (total, adsorption, ...); "
+            "students will use the labels' kind of energy, and vanilla losses make "
+            "no sense",
             split,
             difference,
         )

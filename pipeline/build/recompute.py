@@ -46,9 +46,9 @@ class Difference:
 
     def __str__(self) -> str:
         return (
-            f"Sample {self.sample_id!r} of split {self.split!r}: {self.field} is not "
-            f"what the teacher gives (relative squared difference {self.value:.2g}, "
-            f"allowed {self.allowed:.2g})."
+            f"Sample {self.sample_id!r} of split {self.split!r}: {self.field} "
+            "differs from the teacher's result (relative squared difference "
+            f"{self.value:.2g}, allowed {self.allowed:.2g})."
         )
 
 
@@ -91,15 +91,13 @@ def _load_teacher(
 ) -> TeacherRunner:
     known = store.attributes["teacher"]
     if known is None:
-        raise SpecError(
-            f"{store.path} was made without a teacher; leave --teacher out."
-        )
+        raise SpecError(f"{store.path} was built without a teacher; remove --teacher.")
     document = {"teacher": dict(store.attributes["provenance"]["spec"]["teacher"])}
     apply_overrides(document, overrides)
     spec = validate(TeacherSpec, document["teacher"], f"{store.path}: teacher")
     if spec.checkpoint is not None and not Path(spec.checkpoint).exists():
         raise SpecError(
-            f"teacher.checkpoint: {spec.checkpoint} does not exist; say where it is "
+            f"teacher.checkpoint: {spec.checkpoint} does not exist; set its path "
             "with --set teacher.checkpoint=PATH."
         )
     teacher = TeacherRunner.load(spec, device, known["layers"])
@@ -107,8 +105,8 @@ def _load_teacher(
     for key in sorted(known.keys() - _NO_IDENTITY):
         if identity.get(key) != known[key]:
             raise SpecError(
-                f"The teacher's {key} is {identity.get(key)!r} and {known[key]!r} in "
-                f"{store.path}; give the teacher that the store was made with."
+                f"The teacher's {key} is {identity.get(key)!r} and {known[key]!r} "
+                f"in {store.path}; use the teacher that built the store."
             )
     return teacher
 

@@ -134,7 +134,7 @@ class ScanCache:
             for orphan in self.folder.glob("*.partial"):
                 orphan.unlink()
             write_atomically(self._file(name), buffer.getbuffer())
-        log.info("%s: %.1f MB kept", self._file(name), buffer.tell() / 1e6)
+        log.info("%s: %.1f MB cached", self._file(name), buffer.tell() / 1e6)
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{name}.npz"

@@ -145,7 +145,7 @@ def _translate_error(error: RuntimeError | MemoryError) -> Exception:
     first = str(error).splitlines()[0] if str(error) else type(error).__name__
     if is_out_of_memory(error):
         return StoreError(
-            f"There is too little memory for a block ({first}); use fewer workers, or "
+            f"The memory is too small for a block ({first}); use fewer workers, or "
             "a smaller store.rows_per_block for a new store"
         )
     if is_device_failure(error):
@@ -173,7 +173,7 @@ def run_block_in_worker(
         except DeviceError as error:
             if _is_restarted():
                 # The process cannot use its device any more; a fresh one can.
-                _warn_of_restart(path, f"{block}: {error}; its worker starts anew")
+                _warn_of_restart(path, f"{block}: {error}; the worker restarts")
                 os._exit(1)
             raise
 

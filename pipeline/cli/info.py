@@ -23,7 +23,7 @@ def render_description(description: dict[str, Any]) -> str:
         f"{description['path']}  (format {description['format_version']}, {state})",
         f"fingerprint  {description['fingerprint']}",
         *_teacher_lines(description["teacher"]),
-        "codec        bytes+crc32c where nothing else is said",
+        "codec        bytes+crc32c (default)",
     ]
     for split, found in description["preview"].items():
         errors = found.get("precision_error", {})
@@ -51,7 +51,7 @@ def checked_lines(description: Mapping[str, Any]) -> list[str]:
     if description["contents"]:
         lines = contents_table(description["contents"], left_out)
     else:
-        lines = [f"{n} samples of split {s} were left out" for s, n in left_out.items()]
+        lines = [f"{n} samples of split {s} were skipped" for s, n in left_out.items()]
     for split, found in description["preview"].items():
         forces = found.get("forces")
         if forces is not None:
@@ -89,7 +89,7 @@ def _split_lines(name: str, split: dict[str, Any]) -> list[str]:
             f"  {path:32} {shape:16} {field['dtype']:8} {size:10.1f} B/sample{text}"
         )
     total = sum(field["bytes_per_sample"] for field in split["fields"].values())
-    return [*lines, f"  {'':58}{total:10.1f} B/sample together"]
+    return [*lines, f"  {'':58}{total:10.1f} B/sample in total"]
 
 
 def field_table(description: dict[str, Any]) -> str:
@@ -116,8 +116,8 @@ def _format_labels(split: dict[str, Any]) -> str:
     if known is None:
         return ""
     if not any(known.values()):
-        return "; no labels of the source"
-    return f"; energies of {known['energy']} and forces of {known['forces']} samples"
+        return "; the source has no labels"
+    return f"; {known['energy']} samples have energies, {known['forces']} have forces"
 
 
 def contents_table(

@@ -15,7 +15,7 @@ from pipeline.parallel.ordered_map import Count
 from pipeline.parallel.signals import Stopped, stop_on_signals
 
 _MOMENT_S = 2.0
-_GOES_ON = "the same command goes on where it stopped"
+_GOES_ON = "repeat the command to continue"
 
 
 @contextmanager

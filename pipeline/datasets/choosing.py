@@ -33,10 +33,10 @@ def select_matching(
     """
     for column, (key, _) in enumerate(where):
         if all(row[column] is ABSENT for row in rows):
-            raise DataError(f"{path}: no frame has the key {key!r} that where: names.")
+            raise DataError(f"{path}: no frame has the key {key!r} of where:.")
     chosen = [number for number, row in enumerate(rows) if meets(row, where)]
     if not chosen:
-        raise DataError(f"{path}: where: chooses no frame; {_values(where, rows)}.")
+        raise DataError(f"{path}: where: selects no frame; {_values(where, rows)}.")
     return chosen
 
 

@@ -68,8 +68,8 @@ def warn_of_constraints(path: str, lost: Iterable[tuple[str, ...]]) -> None:
         names.update(sample)
     if count:
         log.warning(
-            "%s: %d of %d samples have constraints that are not kept, since a store "
-            "only knows atoms held on all axes: %s",
+            "%s: %d of %d samples have constraints that are not stored, because a "
+            "store has only atoms fixed on all axes: %s",
             path,
             count,
             total,

@@ -46,8 +46,9 @@ def reconcile_units(path: Path, stated: Units, split: Units, source: str) -> Uni
     for part, factor in factors.items():
         if abs(getattr(chosen, part) / factor - 1) > 1e-6:
             raise DataError(
-                f"{path}: the unit of {part} is {getattr(stated, part)!r} by {source}, "
-                "but another one by the split's units:; remove one of the two."
+                f"{path}: the unit of {part} is {getattr(stated, part)!r} by "
+                f"{source}, but the split's units: has another unit; remove one of "
+                "the two."
             )
     log.info(
         "%s: by %s, %s",

@@ -256,8 +256,8 @@ def _open_file(path: Path) -> _Opened:
         import h5py
     except ImportError:
         raise DataError(
-            f"{path} takes h5py to read, which is not installed; "
-            "pip install 'kd-train[hdf5]'."
+            f"{path} needs the package h5py, which is not installed; pip install "
+            "'kd-train[hdf5]'."
         ) from None
     try:
         file = h5py.File(path, "r", locking=False)

@@ -160,7 +160,7 @@ def _open_environment(path: Path) -> lmdb.Environment:
         environment.close()
         raise DataError(
             f"{path} is cut off: it has {size} bytes, but its header announces "
-            f"{needed}; fetch it again, or if it is complete, write it anew with "
+            f"{needed}; fetch it again, or if it is complete, rewrite it with "
             "mdb_dump and mdb_load."
         )
     return environment

@@ -165,8 +165,8 @@ class Oc20RawDataset(RecordDataset):
     def _advise(self, packed: int) -> None:
         if packed > UNPACKED_BYTES:
             log.warning(
-                "%s holds %.1f GB of packed text, which is unpacked again and again as "
-                "samples are read in random order; unpack its files first",
+                "%s holds %.1f GB of compressed text, which reads in random order "
+                "decompress many times; decompress its files first",
                 self.path,
                 packed / 1e9,
             )
@@ -206,12 +206,12 @@ def _subtracts(chunks: list[Chunk], energy: Energy | None) -> bool:
     bare = [c for c in chunks if c.lines is None and c.reference is None]
     if bare and (energy == "adsorption" or len(bare) < len(chunks)):
         first = bare[0]
-        lack = "has no .txt file with reference energies beside it"
+        lack = "has no .txt file with reference energies next to it"
         if first.systems is not None:
             lack = f"has no reference energy in {first.systems.name}"
         raise DataError(
-            f"{first.frames} {lack}, so that its adsorption energies are unknown; "
-            "fetch it or set energy: total."
+            f"{first.frames} {lack}, so its adsorption energies are unknown; fetch "
+            "the file or set energy: total."
         )
     return not bare
 

@@ -50,7 +50,7 @@ def _references(systems: Path, _changed: int, _size: int) -> dict[str, float]:
             wrong += 1
     if wrong:
         log.warning(
-            "%s: %d of %d lines are not system,energy and are not used",
+            "%s: %d of %d lines are not system,energy and are ignored",
             systems,
             wrong,
             len(found) + wrong,

@@ -97,9 +97,7 @@ def _packer(raw: bytes) -> str | None:
 
 
 def _stranger(path: Path, kind: str, remedy: str) -> DataError:
-    return DataError(
-        f"{path} looks like {kind}, and no frames can be read from it; {remedy}."
-    )
+    return DataError(f"{path} looks like {kind}, which kd-cache cannot read; {remedy}.")
 
 
 def _damaged_error(path: Path, error: Exception) -> DataError:

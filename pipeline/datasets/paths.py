@@ -59,8 +59,8 @@ def refuse_twins(paths: Iterable[Path], endings: Sequence[str] = PACKED) -> None
             name = name.removesuffix(ending)
         if (other := seen.setdefault(name, path)) is not path:
             raise DataError(
-                f"{other} and {path} are the same file twice, so its samples would "
-                "count twice; name or keep one of them."
+                f"{other} and {path} are the same file, so its samples would count "
+                "twice; remove one of the two."
             )
 
 

@@ -35,8 +35,8 @@ def disk_full_as_error(store: Path) -> Iterator[None]:
         if not is_full(error):
             raise
         raise StoreError(
-            f"There is no space left on the disk of {store} ({error.strerror}); make "
-            "room and give the same command again, it goes on where it stopped."
+            f"There is no space left on the disk of {store} ({error.strerror}); "
+            "free some space and repeat the command to continue."
         ) from error
 
 

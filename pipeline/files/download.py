@@ -152,8 +152,9 @@ def _fetch(
                 raise DataError(f"{remote.url}/{file.name} is gone.") from None
             if len(content) != end - begin:
                 raise DataError(
-                    f"{remote.url}: the server sends {len(content)} bytes where "
-                    f"{end - begin} were asked for; use one that serves byte ranges."
+                    f"{remote.url}: the server sends {len(content)} bytes instead "
+                    f"of the requested {end - begin}; use a server that supports "
+                    "byte ranges."
                 )
             stream.write(content)
             begin = end

@@ -27,13 +27,13 @@ def refuse_credentials(url: str, key: str) -> None:
     parts = urlsplit(url)
     if "@" in parts.netloc:
         raise SpecError(
-            f"{key} has credentials in its URL, which stores would keep; leave them "
-            "to the environment or to fsspec's configuration files."
+            f"{key} has credentials in its URL, and a store would keep them; put "
+            "them into the environment or fsspec's configuration files."
         )
     if parts.query:
         raise SpecError(
-            f"{key} has a query ('?…') in its URL, which stores would keep, signatures "
-            "included; leave it away, or fetch the file first."
+            f"{key} has a query ('?…') in its URL, and a store would keep it; "
+            "remove the query or fetch the file first."
         )
 
 
@@ -49,8 +49,9 @@ class RemoteFiles:
             self.system, root = url_to_fs(self.url, **_options(self.url))
         except (ImportError, ValueError) as reason:
             raise error(
-                f"{url} cannot be opened ({reason}); `pip install 'kd-train[remote]'` "
-                "brings http and s3, fsspec names the packages of other protocols."
+                f"{url} cannot be opened ({reason}); `pip install "
+                "'kd-train[remote]'` installs http and s3, and fsspec names the "
+                "packages of other protocols."
             ) from None
         self.root = root.rstrip("/")
 

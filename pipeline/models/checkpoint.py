@@ -148,7 +148,7 @@ def _header(text: str, path: Path) -> dict[str, Any]:
         header = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
-            f"{path} does not say which model it holds; it was not written by kd-train."
+            f"{path} does not name its model; it was not written by kd-train."
         ) from error
     if not isinstance(header, dict) or any(
         not isinstance(header.get(key), kind) for key, kind in _ENTRIES.items()

@@ -53,7 +53,7 @@ def assemble(contents: ModelContents, path: Path) -> Network:
                 f"needs {tuple(expected[name].shape)}."
             )
         if value.is_complex() or value.is_meta or value.layout is not torch.strided:
-            raise CheckpointError(f"{name} in {path} is no dense array of numbers.")
+            raise CheckpointError(f"{name} in {path} is not a dense array of numbers.")
         if not torch.isfinite(value).all():
             raise CheckpointError(
                 f"{name} in {path} holds numbers that are not finite."
@@ -84,6 +84,6 @@ def _refuse_other_names(
     ]
     if parts:
         raise CheckpointError(
-            f"{path} {' and '.join(parts)}; it is incomplete, or its configuration is "
-            "that of another model."
+            f"{path} {' and '.join(parts)}; it is incomplete, or its configuration "
+            "belongs to another model."
         )

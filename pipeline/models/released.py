@@ -77,8 +77,8 @@ def _state_dict(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
         isinstance(value, Tensor) for value in state.values()
     ):
         raise CheckpointError(
-            f"{path} has no state_dict of tensors, so it is no OCP or fairchem-core "
-            "1.x checkpoint."
+            f"{path} has no state_dict of tensors, so it is not an OCP or "
+            "fairchem-core 1.x checkpoint."
         )
     plain = unwrap_tensors({str(key): value for key, value in state.items()}, path)
     return {_plain_name(key): value for key, value in plain.items()}
@@ -105,8 +105,8 @@ def _model_and_attributes(
         name = attributes.pop("name", None)
     if not isinstance(name, str) or name not in MODELS:
         raise CheckpointError(
-            f"{path} is a checkpoint of the model {name!r}; known are "
-            f"{', '.join(MODELS)}."
+            f"{path} is a checkpoint of the unknown model {name!r} (known: "
+            f"{', '.join(MODELS)})."
         )
     return name, attributes
 

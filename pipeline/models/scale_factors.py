@@ -73,9 +73,9 @@ def merge_scale_factors(
             merged[name] = next(iter(fitted.values()))
     if missing:
         raise CheckpointError(
-            f"{path} lacks {len(missing)} scale factors, such as {missing[0]}, "
-            "without which its numbers are wrong; name the file that holds them "
-            "in the option teacher.scale_file."
+            f"{path} lacks {len(missing)} scale factors, such as {missing[0]}, and "
+            "its results would be wrong; name their file in the option "
+            "teacher.scale_file."
         )
     return merged
 
@@ -86,6 +86,6 @@ def _refuse_conflict(name: str, fitted: Mapping[str, float], path: Path) -> None
     if not math.isclose(low, high, rel_tol=_TOLERANCE):
         values = ", ".join(f"{value} in {origin}" for origin, value in fitted.items())
         raise CheckpointError(
-            f"Scale factor {name} of {path} has different values: {values}; leave out "
-            "the option teacher.scale_file or name the file that belongs to this model."
+            f"Scale factor {name} of {path} has different values: {values}; remove "
+            "the option teacher.scale_file or name the file of this model."
         )

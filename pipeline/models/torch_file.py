@@ -71,7 +71,7 @@ def unwrap_tensors(tensors: Mapping[str, Any], path: Path) -> dict[str, Any]:
         name = strip_wrappers(key)
         if name in plain:
             raise CheckpointError(
-                f"{path} holds {name} twice, once more as {key}; keep one of the two."
+                f"{path} holds {name} twice, also as {key}; remove one of the two."
             )
         plain[name] = value
     return plain

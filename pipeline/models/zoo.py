@@ -197,7 +197,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
 def build_model(name: str, hyperparameters: Mapping[str, Any]) -> Network:
     """Freshly initialised model ``name``; keys left out take the model's defaults."""
     if name not in MODELS:
-        raise SpecError(f"No model is called {name!r}; known are {', '.join(MODELS)}.")
+        raise SpecError(f"There is no model {name!r} (known: {', '.join(MODELS)}).")
     kind = MODELS[name]
     for key, value in hyperparameters.items():
         _check(name, key, value, kind.options)

@@ -50,7 +50,8 @@ def run_halving_on_oom(
     free_cached_memory()
     middle = len(items) // 2
     log.info(
-        "a pass over %d samples does not fit into memory (%s) and is done in two",
+        "a forward pass over %d samples does not fit into memory (%s); it is split "
+        "into two",
         len(items),
         reason,
     )

@@ -183,8 +183,8 @@ class _OrderedQueue(Generic[Item, Result]):
                 self._client.wait_for_workers(1, timeout=_PATIENCE_S)
             except TimeoutError:
                 raise WorkersError(
-                    f"No worker process could be started in {_PATIENCE_S:.0f} seconds; "
-                    "give the same command again with fewer --workers."
+                    f"No worker process could be started in {_PATIENCE_S:.0f} "
+                    "seconds; repeat the command with fewer --workers."
                 ) from None
             with suppress(OSError):  # the process that it was sent to died
                 return self._client.scatter(self._function, broadcast=True, hash=False)
@@ -214,7 +214,6 @@ def _is_lost(future: Any) -> bool:
 
 def _repeated_deaths() -> WorkersError:
     return WorkersError(
-        f"Worker processes died {_LOSSES + 1} times at the same piece of work, most "
-        "likely killed since memory was full; give the same command again with fewer "
-        "--workers"
+        f"Worker processes died {_LOSSES + 1} times at the same piece of work, "
+        "probably because memory was full; repeat the command with fewer --workers"
     )

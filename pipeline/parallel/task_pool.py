@@ -338,9 +338,8 @@ class DaskPool:
             raise self._gone()
         if not self.workers and time.monotonic() - self._seen > self._patience:
             raise WorkersError(
-                f"No Dask worker has been there for {self._patience:.0f} seconds; "
-                "start workers and give the same command again, it goes on where it "
-                "stopped."
+                f"No Dask worker has been connected for {self._patience:.0f} "
+                "seconds; start workers and repeat the command to continue."
             )
 
     def abandon(self, futures: Iterable[Any]) -> None:
@@ -360,8 +359,8 @@ class DaskPool:
     def _gone(self) -> WorkersError:
         address = getattr(self._client.scheduler, "address", "its address")
         return WorkersError(
-            f"The Dask scheduler at {address} is gone; start it again and give the "
-            "same command, what is done stays done."
+            f"The Dask scheduler at {address} is gone; restart the scheduler and "
+            "repeat the command to continue."
         )
 
 

@@ -35,109 +35,159 @@ class TeacherSpec(ClosedModel):
     """Which network is run, and how."""
 
     model: str = Key(
-        description="gemnet_oc | painn | schnet | sevennet | chgnet | mace | fairchem "
-        "| the name of an installed plug-in"
+        description="Name of the teacher: gemnet_oc | painn | schnet | "
+        "sevennet | chgnet | mace | fairchem | an installed "
+        "plug-in."
     )
     checkpoint: str | None = Key(
         None,
-        description="file of weights: OCP/fairchem-1.x .pt or our .safetensors, or the "
-        "plug-in's own; without, the weights that ship in the plug-in's package",
+        description="File of weights: OCP/fairchem-1.x .pt, our .safetensors, "
+        "or the format of the plug-in (default: the weights in the "
+        "plug-in's package).",
     )
     options: dict[str, Any] = Key(
-        default_factory=dict, description="what a plug-in takes, docs/teachers.md"
+        default_factory=dict,
+        description="Options of the plug-in, listed in docs/teachers.md "
+        "(default: none).",
     )
-    source: str | None = Key(None, description="where the checkpoint is published")
+    source: str | None = Key(
+        None,
+        description="Address at which the checkpoint is published (default: none).",
+    )
     scale_file: str | None = Key(
-        None, description="only for checkpoints without scale factors"
+        None,
+        description="File of scale factors, for checkpoints without them "
+        "(default: none).",
     )
     precision: Literal["float32", "tf32", "bfloat16"] = Key(
-        "float32", description="of matrix products; the error is measured and stored"
+        "float32",
+        description="Precision of matrix products. kd-cache measures and "
+        "stores its error.",
     )
     weights: Literal["ema", "raw"] = Key(
-        "ema", description="moving average where the file has one, or the last step's"
+        "ema",
+        description="Weights to load: ema, the moving average if the file has "
+        "one, or raw, the last step.",
     )
-    batch_atoms: int = Key(2048, ge=1, description="atoms in one forward pass at most")
+    batch_atoms: int = Key(
+        2048, ge=1, description="Maximum number of atoms in one forward pass."
+    )
     batch_gib: float = Key(
-        4.0, gt=0, description="memory of one forward pass at most, by an estimate"
+        4.0, gt=0, description="Maximum estimated memory of one forward pass, in GiB."
     )
 
 
 class RattleSpec(ClosedModel):
     """Copies of structures whose free atoms are displaced at random."""
 
-    copies: int = Key(ge=1, description="of every sample; the original is left out")
-    sigma: float = Key(
-        ge=1e-3, lt=1, description="standard deviation along each axis, in Å"
+    copies: int = Key(
+        ge=1,
+        description="Number of copies of every sample. The original sample is not "
+        "stored.",
     )
-    seed: int = Key(0, ge=0, description="of the displacements")
+    sigma: float = Key(
+        ge=1e-3,
+        lt=1,
+        description="Standard deviation of the displacements along each axis, in Å.",
+    )
+    seed: int = Key(0, ge=0, description="Random seed of the displacements.")
 
 
 class SplitSpec(ClosedModel):
     """One dataset, stored as one group."""
 
-    format: Format = Key(description=f"{' | '.join(FORMATS)}; text also packed")
+    format: Format = Key(
+        description=f"Format of the files: {' | '.join(FORMATS)}. Text files may be "
+        "compressed."
+    )
     path: str | list[str] = Key(
-        description="file or folder, relative to the spec or absolute; its URL; a glob "
-        "(* ? [); or a list of these"
+        description="File, folder, URL or glob (* ? [), or a list of these. "
+        "Relative paths start at the folder of the spec."
     )
-    source: str | None = Key(None, description="where the data are published")
+    source: str | None = Key(
+        None, description="Address at which the data are published (default: none)."
+    )
     features: bool = Key(
-        True, description="false: structures, labels, teacher energy and forces only"
+        True,
+        description="Whether features are stored. If false, the split has "
+        "structures, labels, teacher energy and teacher forces.",
     )
-    offset: int = Key(0, ge=0, description="samples passed over at the start")
-    limit: int | None = Key(None, ge=1, description="at most so many samples")
-    every: int = Key(1, ge=1, description="1 = all, n = each n-th sample")
+    offset: int = Key(0, ge=0, description="Number of samples to skip at the start.")
+    limit: int | None = Key(
+        None, ge=1, description="Maximum number of samples (default: all)."
+    )
+    every: int = Key(
+        1,
+        ge=1,
+        description="Step between samples: 1 reads all samples, n reads every n-th "
+        "sample.",
+    )
     energy: Literal["adsorption", "total"] | None = Key(
-        None, description="of oc20_raw; default: adsorption where .txt files lie beside"
+        None,
+        description="Kind of energy of oc20_raw (default: adsorption if the "
+        "folder has .txt files of reference energies).",
     )
     energy_key: str | None = Key(
-        None, description="name of the energy in the files; default: energy"
+        None, description="Name of the energy in the files (default: energy)."
     )
     forces_key: str | None = Key(
-        None, description="name of the forces in the files; default: forces"
+        None, description="Name of the forces in the files (default: forces)."
     )
     gradient_key: str | None = Key(
-        None, description="in place of forces_key: a gradient; forces are its negative"
+        None,
+        description="Name of the energy gradient in the files, instead of "
+        "forces_key. Forces are the negative gradient (default: "
+        "none).",
     )
     units: UnitsSpec = Key(
-        default_factory=UnitsSpec, description="of the files; {energy, length, forces}"
+        default_factory=UnitsSpec,
+        description="Units of the files: {energy, length, forces}.",
     )
     where: dict[str, Scalar | list[Scalar]] = Key(
         default_factory=dict,
-        description="only frames with these values: {key: value or [values]}",
+        description="Values that a frame must have to be read: {key: value or "
+        "[values]} (default: all frames).",
     )
     reference_energies: str = Key(
         PER_ELEMENT,
-        description="per_element (least squares) | none | FILE, a JSON or YAML map "
-        "from element to eV; kept beside the labels",
+        description="Reference energies of the elements: per_element (least "
+        "squares) | none | FILE, a JSON or YAML map from element "
+        "to eV. They are stored next to the labels.",
     )
     compare_energies: bool = Key(
-        True, description="false: may have another kind of energy than other splits"
+        True,
+        description="Whether the energies must be of the same kind as in the "
+        "other splits.",
     )
     on_bad_sample: Literal["fail", "skip"] = Key(
         "fail",
-        description="skip: leave out samples that cannot be read, have unknown "
-        "elements, no neighbours or atoms too close; the store names them",
+        description="Action for samples that cannot be read, have unknown "
+        "elements, no neighbours or atoms too close: fail, or skip "
+        "the sample and record its name in the store.",
     )
     min_pair_distance: float | None = Key(
         MIN_PAIR_DISTANCE,
         ge=0,
         lt=1,
-        description="atoms closer than this share of the sum of their covalent radii "
-        "make a bad sample; 0 or null: none do",
+        description="Minimum distance of two atoms, as a share of the sum of "
+        "their covalent radii. Samples with closer atoms are bad "
+        "samples; 0 or null switches the check off.",
     )
     labels: Literal["all", "none"] | None = Key(
         None,
-        description="none: those of the source are left out, only the teacher labels "
-        "the samples; default: all, but none where samples are rattled",
+        description="Labels of the source to store: all | none. With none, the "
+        "teacher alone labels the samples (default: all, or none "
+        "for rattled samples).",
     )
     pbc: Literal["none"] | None = Key(
         None,
-        description="none: structures are molecules, whatever periodic flags the files "
-        "have, say of a box around them; default: as the files have them",
+        description="Periodicity: none makes every structure a molecule and "
+        "ignores the periodic flags of the files (default: the "
+        "flags of the files).",
     )
     rattle: RattleSpec | None = Key(
-        None, description="displaced copies instead of the samples themselves"
+        None,
+        description="Displaced copies to store instead of the samples (default: none).",
     )
 
     @field_validator("path", mode="before")
@@ -185,21 +235,24 @@ class FeatureSpec(ClosedModel):
 
     profile: Literal["faithful", "q8", "compact"] = Key(
         "faithful",
-        description="faithful: as computed, in dtype | q8: int8 and a scale for every "
-        "atom, a quarter of float32 | compact: compressed to the stated error",
+        description="Storage of the field: faithful, as computed, in dtype | "
+        "q8, int8 and a scale for every atom, a quarter of float32 "
+        "| compact, compressed to the given error.",
     )
     error: float | None = Key(
         None,
         gt=0,
         lt=1,
-        description=f"of compact: squared error relative to the variance; default: "
-        f"{COMPACT_ERROR:g}",
+        description="Maximum squared error of compact, relative to the "
+        f"variance (default: {COMPACT_ERROR:g}).",
     )
     layer: str | None = Key(
-        None, description="of the teacher; default: the one the paper distils from"
+        None,
+        description="Layer of the teacher (default: the layer that the paper "
+        "distils from).",
     )
     dtype: Literal["float16", "float32"] | None = Key(
-        None, description="of faithful; default: the field's own"
+        None, description="Number type of faithful (default: the type of the field)."
     )
 
     @property
@@ -215,7 +268,7 @@ class StoreSpec(ClosedModel):
 
     path: str
     rows_per_block: int = Key(131072, ge=1024, multiple_of=1024)
-    seed: int = Key(0, ge=0, description="of the permutation of samples")
+    seed: int = Key(0, ge=0, description="Random seed of the permutation of samples.")
 
 
 class CacheSpec(ClosedModel):
@@ -343,8 +396,8 @@ def _resolve_split(split: SplitSpec, folder: Path, key: str) -> SplitSpec:
         file = expand_path(references, folder, f"{key}.reference_energies")
         if not file.is_file():
             raise SpecError(
-                f"{key}.reference_energies is {references!r}, which is neither "
-                f"{PER_ELEMENT} nor {NO_REFERENCES} nor a file ({file})."
+                f"{key}.reference_energies is {references!r}; it is not "
+                f"{PER_ELEMENT}, {NO_REFERENCES} or a file ({file})."
             )
         read_reference_energies(file)
         changes["reference_energies"] = str(file)
@@ -354,25 +407,25 @@ def _resolve_split(split: SplitSpec, folder: Path, key: str) -> SplitSpec:
 def _check_profile(name: str, feature: FeatureSpec) -> None:
     if feature.profile != "faithful" and feature.dtype is not None:
         raise SpecError(
-            f"features.{name}: dtype is for profile faithful, {feature.profile} has "
-            "integers of its own; remove one of the two."
+            f"features.{name}: dtype is for profile faithful, but {feature.profile} "
+            "stores integers; remove dtype or profile."
         )
     if feature.profile != "compact" and feature.error is not None:
         raise SpecError(
-            f"features.{name}.error is for profile compact; {feature.profile} has the "
-            "error that it has, so remove it."
+            f"features.{name}.error is for profile compact, not for "
+            f"{feature.profile}; remove it."
         )
     if feature.profile != "faithful" and None not in FIELDS[name].shape:
         raise SpecError(
             f"features.{name}: profile {feature.profile} is for features with "
-            "channels; store this field as faithful."
+            "channels; set profile: faithful."
         )
 
 
 def _check_reading(split: SplitSpec, key: str) -> None:
     if split.forces_key is not None and split.gradient_key is not None:
         raise SpecError(
-            f"{key} has forces_key and gradient_key; remove the one that is not meant."
+            f"{key} has forces_key and gradient_key; remove one of the two keys."
         )
 
 
@@ -384,26 +437,28 @@ def _check_choices(spec: CacheSpec) -> None:
         _check_profile(name, spec.features[name])
     if spec.features and spec.teacher is None:
         raise SpecError(
-            "The spec asks for features but names no teacher; add a teacher: section "
-            "or remove features:."
+            "The spec has features: but no teacher: section; add the section or "
+            "remove features:."
         )
     for name, split in spec.splits.items():
         if not name.isidentifier():
-            raise SpecError(f"splits: {name!r} must be letters, digits and '_' only.")
+            raise SpecError(
+                f"splits: the name {name!r} must have only letters, digits and '_'."
+            )
         _check_reading(split, f"splits.{name}")
         if split.energy is not None and split.format != "oc20_raw":
             raise SpecError(
-                f"splits.{name}.energy can be chosen for oc20_raw only; {split.format} "
-                "has the energies that its files have."
+                f"splits.{name}.energy is for format oc20_raw, not for "
+                f"{split.format}; remove it."
             )
         if split.rattle is not None and split.labels == "all":
             raise SpecError(
                 f"splits.{name}: labels of the source are wrong for rattled copies; "
-                f"remove splits.{name}.labels, and keep the labelled samples in a "
-                "split of their own."
+                f"remove splits.{name}.labels and store the labelled samples in "
+                "another split."
             )
         if not split.labelled and spec.teacher is None:
             raise SpecError(
-                f"splits.{name} has neither labels of its source nor a teacher; add a "
-                "teacher: section, or remove its labels: none and rattle:."
+                f"splits.{name} has neither labels of its source nor a teacher; add "
+                "a teacher: section, or remove labels: none and rattle:."
             )

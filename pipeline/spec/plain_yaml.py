@@ -59,7 +59,7 @@ class PlainLoader(yaml.SafeLoader):
             if name in first:
                 raise RepeatedKey(
                     problem=f"the key {key.value!r} is in lines {first[name]} and "
-                    f"{line}; keep one of them",
+                    f"{line}; remove one of the two",
                     problem_mark=key.start_mark,
                 )
             first[name] = line
@@ -92,7 +92,7 @@ def _number(kind: Callable[[str], Any]) -> Callable[[PlainLoader, ScalarNode], A
         try:
             return kind(re.sub(r"^([-+]?)\.(inf|nan)$", r"\1\2", text))
         except (ValueError, KeyError):
-            what = f"{node.value:.40} is no number that can be read"
+            what = f"{node.value:.40} is not a readable number"
             raise yaml.constructor.ConstructorError(
                 None, None, what, node.start_mark
             ) from None

@@ -24,12 +24,15 @@ def read_reference_energies(path: Path) -> dict[int, float]:
     for element, energy in read(path).items():
         number = _atomic_number(element)
         if number is None:
-            raise SpecError(f"{path}: {element!r} is not an element; give its symbol.")
+            raise SpecError(f"{path}: {element!r} is not an element; write its symbol.")
         if number in energies:
-            raise SpecError(f"{path}: {element!r} has two names here; keep one.")
+            raise SpecError(
+                f"{path}: {element!r} is in the file twice; remove one of the two."
+            )
         if type(energy) not in (int, float) or not math.isfinite(energy):
             raise SpecError(
-                f"{path}: {element!r} needs a number in eV, not {energy!r}."
+                f"{path}: {element!r} has the energy {energy!r}, which is not a "
+                "number in eV."
             )
         energies[number] = float(energy)
     return energies

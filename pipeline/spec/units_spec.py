@@ -10,12 +10,16 @@ from pipeline.spec.yaml_model import ClosedModel
 class UnitsSpec(ClosedModel):
     """Units of a file; names as eV, meV, Hartree, Ry, kcal/mol, kJ/mol; Å, nm, Bohr."""
 
-    energy: str | None = Key(None, description="default: eV, or what the file states")
+    energy: str | None = Key(
+        None, description="Unit of energies (default: the unit in the file, or eV)."
+    )
     length: str | None = Key(
-        None, description="of positions and cell; default: Å, or what the file states"
+        None,
+        description="Unit of positions and cell (default: the unit in the file, or Å).",
     )
     forces: str | None = Key(
-        None, description="such as Hartree/Bohr; default: energy / length"
+        None,
+        description="Unit of forces, such as Hartree/Bohr (default: energy / length).",
     )
 
     @field_validator("energy", "length", "forces")

@@ -62,7 +62,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         reason = " ".join(str(error).split())
         raise SpecError(f"{path} is not valid YAML: {reason}.") from None
     if not isinstance(loaded, dict):
-        raise SpecError(f"{path} must hold a mapping of keys, found {loaded!r:.60}.")
+        raise SpecError(f"{path} must be a mapping of keys, but it is {loaded!r:.60}.")
     return loaded
 
 
@@ -73,7 +73,7 @@ def read_json_map(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise SpecError(f"{path} cannot be read as JSON ({error}).") from None
     if not isinstance(loaded, dict):
-        raise SpecError(f"{path} must hold a mapping of keys, found {loaded!r:.60}.")
+        raise SpecError(f"{path} must be a mapping of keys, but it is {loaded!r:.60}.")
     return loaded
 
 
@@ -90,15 +90,17 @@ def apply_overrides(document: dict[str, Any], overrides: Iterable[str]) -> None:
                 target[key] = {}
             target = target[key]
             if not isinstance(target, dict):
-                raise SpecError(f"--set {override!r}: {key!r} holds no keys.")
+                raise SpecError(
+                    f"--set {override!r}: {key!r} is not a mapping of keys."
+                )
         try:
             target[last] = parse_value(text)
         except RepeatedKey as error:
             raise SpecError(f"--set {override!r}: {error.problem}.") from None
         except yaml.YAMLError:
             raise SpecError(
-                f"--set {override!r}: the value is not YAML; put text that begins with "
-                "a bracket or a quotation mark in quotes of its own."
+                f"--set {override!r}: the value is not valid YAML; put text that "
+                "begins with a bracket or a quotation mark in quotes."
             ) from None
 
 
@@ -123,7 +125,7 @@ def validate(model: type[Document], data: Mapping[str, Any], where: str) -> Docu
         )
     message = error["msg"].removeprefix("Value error, ").rstrip(".")
     if error["type"] == "string_type" and isinstance(error["input"], int | float):
-        message = "text is wanted, so put the value in quotes"
+        message = "the value must be text, so put it in quotes"
     found = "" if isinstance(error["input"], dict) else f", found {error['input']!r}"
     raise SpecError(f"{where}: {place}: {message}{found}.")
 
@@ -150,7 +152,8 @@ def expand_path(text: str, folder: Path, key: str) -> Path:
         return (folder / path.expanduser()).resolve()
     except RuntimeError:
         raise SpecError(
-            f"{key} is {text!r}, but there is no such home folder; give the whole path."
+            f"{key} is {text!r}, but this home folder does not exist; write the full "
+            "path."
         ) from None
 
 
@@ -161,7 +164,7 @@ def expand_text(text: str, key: str) -> str:
         name = match.group(1) or match.group(2)
         if name not in os.environ:
             raise SpecError(
-                f"{key} is {text!r} but the environment variable {name} is not set; "
+                f"{key} is {text!r}, but the environment variable {name} is not set; "
                 f"export {name}=... or override the key with --set {key}=PATH."
             )
         return os.environ[name]
@@ -187,9 +190,9 @@ def _check_numbers(annotation: Any, value: Any) -> None:
 
 def _check_number(value: Any) -> None:
     if isinstance(value, bool | str):
-        raise ValueError("a plain decimal number is wanted")
+        raise ValueError("the value must be a plain decimal number")
     if isinstance(value, int) and abs(value) > _LARGEST:
-        raise ValueError(f"the number is too large, {_LARGEST} is the largest")
+        raise ValueError(f"the number is too large (maximum: {_LARGEST})")
 
 
 def _alternatives(annotation: Any) -> tuple[Any, ...]:

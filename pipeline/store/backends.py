@@ -144,7 +144,7 @@ class ZipBackend(MappedBackend):
             )
         header = self._archive[member.header_offset :][:_LOCAL_HEADER]
         if len(header) < _LOCAL_HEADER:
-            raise DamagedStoreError(f"{self.label(name)} lies outside the archive.")
+            raise DamagedStoreError(f"{self.label(name)} is outside the archive.")
         name_bytes, extra_bytes = header[26:30].view("<u2").tolist()
         begin = member.header_offset + _LOCAL_HEADER + name_bytes + extra_bytes
         return self._archive[begin : begin + member.file_size]
@@ -205,8 +205,9 @@ class RemoteBackend(StorageBackend):
         for (begin, end), content in zip(spans, contents, strict=True):
             if len(content) > end - begin:
                 raise StoreError(
-                    f"{self.label(name)}: the server sends {len(content)} bytes where "
-                    f"{end - begin} were asked for; use one that serves byte ranges."
+                    f"{self.label(name)}: the server sends {len(content)} bytes "
+                    f"instead of the requested {end - begin}; use a server that "
+                    "supports byte ranges."
                 )
         return [np.frombuffer(content, np.uint8) for content in contents]
 
@@ -223,13 +224,11 @@ class RemoteBackend(StorageBackend):
             remote.ask(remote.system.pipe_file, remote.path(name), content)
         except NotImplementedError:
             raise StoreError(
-                f"{self.url} cannot be written to over its protocol; use s3, gs or "
-                "another that takes files."
+                f"{self.url} has a protocol without writing; use s3, gs or another "
+                "protocol that can write files."
             ) from None
         except PermissionError as error:
-            raise StoreError(
-                f"{self.url} refuses to be written to ({error})."
-            ) from None
+            raise StoreError(f"{self.url} cannot be written ({error}).") from None
 
 
 class CachedBackend(StorageBackend):

@@ -59,7 +59,7 @@ def create_store(
         if not is_free(path):
             raise StoreError(
                 f"{path} exists already; continue it with `kd-cache build SPEC` or "
-                "choose another place."
+                "choose another path."
             )
         _build_and_rename(path, splits, attributes)
 
@@ -285,10 +285,14 @@ def _check_root(splits: Sequence[SplitPlan], attributes: dict[str, Any]) -> None
         raise SpecError("A store needs at least one split; add one under `splits:`.")
     repeated = [n for n, times in Counter(s.name for s in splits).items() if times > 1]
     if repeated:
-        raise SpecError(f"Split {repeated[0]!r} is planned twice; rename one of them.")
+        raise SpecError(
+            f"Split {repeated[0]!r} is planned twice; rename one of the two."
+        )
     clash = sorted({"format_version", "complete"} & attributes.keys())
     if clash:
-        raise SpecError(f"Attribute {clash[0]!r} is set by the store itself; drop it.")
+        raise SpecError(
+            f"Attribute {clash[0]!r} is set by the store itself; remove it."
+        )
     try:
         json.dumps(attributes, allow_nan=False)
     except (TypeError, ValueError) as error:

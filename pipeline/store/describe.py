@@ -106,21 +106,21 @@ def _advice(store: FeatureStore) -> list[str]:
         window = split.max_shuffle_blocks(features)
         if window is not None:
             lines.append(
-                f"split {name}: chunks are decoded as they are read; samples are "
-                f"shuffled within {min(window, split.n_blocks)} of {split.n_blocks} "
-                "blocks at a time, and `kd-cache hydrate` makes a copy that is read "
-                "many times faster"
+                f"split {name}: every read decodes chunks; samples are shuffled "
+                f"within {min(window, split.n_blocks)} of {split.n_blocks} blocks "
+                "at a time, and `kd-cache hydrate` makes a copy that reads many "
+                "times faster"
             )
         elif size > _memory():
             lines.append(
                 f"split {name}: {size / 1e9:.0f} GB of features do not fit into the "
-                f"{_memory() / 1e9:.0f} GB of memory here, so every epoch reads the "
-                "disk; keep the store on a local one, or store q8, half the size"
+                f"{_memory() / 1e9:.0f} GB of memory, so every epoch reads the "
+                "disk; keep the store on a local disk, or store q8, half the size"
             )
         else:
             lines.append(
-                f"split {name}: {size / 1e6:.1f} MB of features fit into memory; they "
-                "are read where they lie, in any order"
+                f"split {name}: {size / 1e6:.1f} MB of features fit into memory; "
+                "they are read from the store, in any order"
             )
     return lines
 

@@ -49,7 +49,7 @@ def find_alteration(
             return Alteration("has attributes of another program", None)
         if b"\r\n" in content:
             return Alteration("has Windows line ends", plain)
-        return Alteration("was written anew with other spaces", plain)
+        return Alteration("was rewritten with other spaces", plain)
     return None
 
 

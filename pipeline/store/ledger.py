@@ -166,11 +166,11 @@ def check_metadata(place: StorageBackend) -> dict[str, bytes]:
     contents = place.fetch(list(digests))
     for name, altered in find_changed_files(place, digests, contents).items():
         if altered is None:
-            raise damaged_file_error(place, name, "is not what was sealed")
+            raise damaged_file_error(place, name, "differs from the sealed store")
         if altered.cleaned is not None:
             log.warning(
-                "%s %s, which changes nothing that is read here; `kd-cache verify %s "
-                "--repair` removes it",
+                "%s %s, which changes no data; `kd-cache verify %s --repair` "
+                "removes the change",
                 place.label(name),
                 altered.what,
                 place,
@@ -184,7 +184,7 @@ def shard_damage(
     """Error for a shard, which the teacher can make again."""
     return DamagedStoreError(
         f"{place.label(name)} {what}; run `kd-cache verify {place} --repair`, then "
-        f"`kd-cache build SPEC` writes block {block} again."
+        f"`kd-cache build SPEC` to write block {block} again."
     )
 
 

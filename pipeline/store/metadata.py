@@ -52,8 +52,8 @@ def read_root(place: StorageBackend) -> dict[str, Any]:
     """Attributes of the root group, checked to be those of a readable feature store."""
     if place.size(METADATA) is None:
         raise StoreError(
-            f"{place} is not a feature store, it has no {METADATA}; make one with "
-            "`kd-cache build SPEC`."
+            f"{place} is not a feature store: it has no {METADATA}; build a store "
+            "with `kd-cache build SPEC`."
         )
     attributes = read_attributes(place, METADATA)
     header = attributes.get(ROOT_KEY)
@@ -65,8 +65,8 @@ def read_root(place: StorageBackend) -> dict[str, Any]:
     version = header.get("format_version")
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise StoreError(
-            f"{place} has format version {version} and this program reads up to "
-            f"{FORMAT_VERSION}; update kd-train or build the store again."
+            f"{place} has format version {version}, but this program reads versions "
+            f"up to {FORMAT_VERSION}; update kd-train or build the store again."
         )
     names = attributes.get(SPLITS_KEY)
     known = isinstance(version, int) and version >= 1
@@ -303,7 +303,7 @@ def _read_table(
         raise damaged_file_error(place, name, f"does not hold {shape} values")
     values = np.frombuffer(raw, "<f4").reshape(shape)
     if not np.isfinite(values).all():
-        raise damaged_file_error(place, name, "holds values that are no numbers")
+        raise damaged_file_error(place, name, "holds values that are not numbers")
     return values
 
 

@@ -148,8 +148,9 @@ def _check_edges(split: SplitPlan) -> None:
     edges = split.blocks.edges
     if edges is None or not identity <= planned:
         raise SpecError(
-            f"Split {split.name!r} needs edge counts and the arrays {EDGE_INDEX!r} and "
-            f"{CELL_OFFSETS!r} beside its other edge arrays; plan them together."
+            f"Split {split.name!r} needs edge counts and the arrays {EDGE_INDEX!r} "
+            f"and {CELL_OFFSETS!r} next to its other edge arrays; plan them "
+            "together."
         )
     if len(edges.n_edges) != split.blocks.n_samples or edges.n_edges.min() < 0:
         raise DataError(
@@ -160,8 +161,8 @@ def _check_edges(split: SplitPlan) -> None:
     if split.blocks.n_atoms[largest] > MAX_ATOMS:
         raise DataError(
             f"Sample {split.sample_ids[largest]!r} of split {split.name!r} has "
-            f"{split.blocks.n_atoms[largest]} atoms and edges can be stored for up to "
-            f"{MAX_ATOMS}; leave it out or do not ask for edge_features."
+            f"{split.blocks.n_atoms[largest]} atoms, but edges can be stored for up "
+            f"to {MAX_ATOMS} atoms; remove the sample or edge_features."
         )
 
 
@@ -177,7 +178,7 @@ def _check_arrays(split: SplitPlan) -> None:
         if not usable or reserved or paths.count(array.path) > 1:
             raise SpecError(
                 f"Array path {array.path!r} of split {split.name!r} is repeated, "
-                "reserved or no valid name; choose another."
+                "reserved or not a valid name; choose another path."
             )
         supported = (
             np.dtype(array.dtype).kind in "fiu" and min(array.shape, default=1) > 0

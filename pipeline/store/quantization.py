@@ -208,7 +208,7 @@ def _integers(values: npt.NDArray[Any], dtype: np.dtype[Any]) -> npt.NDArray[Any
     np.rint(values, out=values)
     largest = _largest(values)
     if largest > limit:
-        raise OverflowError(f"{largest:.3g} steps from the mean, {limit} fit")
+        raise OverflowError(f"{largest:.3g} steps from the mean, maximum {limit}")
     return values.astype(dtype)
 
 
@@ -222,7 +222,9 @@ def _row_scale(scaled: npt.NDArray[Any]) -> npt.NDArray[np.float16]:
         np.maximum(rows.max(axis=1, initial=0), -rows.min(axis=1, initial=0)) / 127
     )
     if largest.max(initial=0) > _MAX_HALF:
-        raise OverflowError(f"a row scale of {largest.max():.3g}, {_MAX_HALF:g} fits")
+        raise OverflowError(
+            f"a row scale of {largest.max():.3g}, maximum {_MAX_HALF:g}"
+        )
     half = largest.astype(np.float16)
     # Rounded up, so that no value of the row exceeds 127 steps.
     return np.where(

@@ -139,8 +139,8 @@ class SplitReader:
         """(n,) edges of every sample, in a split that has edge-level arrays."""
         if self.index.edges is None:
             raise StoreError(
-                f"Split {self.name!r} of {self.index.place} has no edges; ask for "
-                "edge_features in the spec and build the store again."
+                f"Split {self.name!r} of {self.index.place} has no edges; add "
+                "edge_features to the spec and build the store again."
             )
         return self.index.edges.n_edges
 

@@ -20,7 +20,9 @@ def discard_damaged(path: Path | str, problems: Sequence[Problem]) -> str:
         The store is no folder, so nothing in it can be changed.
     """
     if not Path(path).is_dir():
-        raise StoreError(f"{path} is no folder on this machine; repair the original.")
+        raise StoreError(
+            f"{path} is not a folder on this machine; repair the original."
+        )
     blocks = {
         (problem.split, problem.block)
         for problem in problems
@@ -31,9 +33,9 @@ def discard_damaged(path: Path | str, problems: Sequence[Problem]) -> str:
         assert problem.cleaned is not None
         write_atomically(Path(path) / problem.file, problem.cleaned)
     if len(cleaned) == len(problems):
-        return f"{len(cleaned)} metadata file(s) cleaned; nothing else is to be done."
+        return f"{len(cleaned)} metadata file(s) cleaned; the store needs no more work."
     if not blocks:
-        return "No single block is to blame; build the store again from its spec."
+        return "The damage is not in a block; build the store again from its spec."
     writer = StoreWriter(path)
     for split, block in sorted(blocks):
         writer.discard_block(split, block)

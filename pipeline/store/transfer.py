@@ -262,7 +262,7 @@ class _Copy:
 
     def _refuse(self, what: str) -> None:
         raise StoreError(
-            f"{self._target.place} holds {what}; choose another place or remove it."
+            f"{self._target.place} holds {what}; choose another path or remove it."
         )
 
 

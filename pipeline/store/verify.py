@@ -117,7 +117,7 @@ def _metadata_problems(place: StorageBackend, sealed: bool) -> Iterator[Problem]
     changed = find_changed_files(place, digests, place.fetch(list(digests)))
     for name, altered in changed.items():
         split, _, rest = name.partition("/")
-        what = "is not what was sealed"
+        what = "differs from the sealed store"
         if altered is not None:
             yield from _alteration_problems(place, name, altered)
         elif rest.startswith("index/commit/c/"):

@@ -167,8 +167,8 @@ class StoreWriter:
         if arrays.keys() != index.fields.keys() - taken:
             wrong = sorted(arrays.keys() ^ (index.fields.keys() - taken))
             raise StoreError(
-                f"Block {block} of split {split!r} needs exactly the planned arrays; "
-                f"missing or unplanned: {', '.join(wrong)}."
+                f"Block {block} of split {split!r} must have exactly the planned "
+                f"arrays; missing or unplanned: {', '.join(wrong)}."
             )
         rows: dict[str, npt.NDArray[Any]] = {}
         for path, given in arrays.items():
@@ -337,8 +337,8 @@ def _check_edges(
 ) -> None:
     for what, sample in edge_faults(index, block, rows[EDGE_INDEX], rows[CELL_OFFSETS]):
         raise StoreError(
-            f"Sample {sample!r} of split {index.name!r} {what}; the teacher must give "
-            "every sample the edges that were counted when the store was planned."
+            f"Sample {sample!r} of split {index.name!r} {what}; the teacher must "
+            "return the same edges as at planning."
         )
 
 

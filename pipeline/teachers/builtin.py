@@ -45,8 +45,8 @@ def load(spec: TeacherSpec) -> "BuiltinPotential":
         )
     if not loaded.model.hyperparameters["regress_forces"]:
         raise CheckpointError(
-            f"{spec.checkpoint} holds a model without forces, which every store "
-            "keeps; choose a teacher that predicts them."
+            f"{spec.checkpoint} holds a model without forces; choose a teacher that "
+            "predicts forces."
         )
     return BuiltinPotential(loaded, spec.weights, scale_file, any_element)
 

@@ -53,9 +53,7 @@ class Subject:
             for name in (*PREDICTION_FIELDS, *fields):
                 key = f"{name}@{layers[name]}" if name in layers else name
                 if name not in values:
-                    raise ContractError(
-                        f"The potential was asked for {key}: no answer."
-                    )
+                    raise ContractError(f"The potential returned no {key}.")
                 found[key] = values[name].detach().cpu().double().numpy()
         return found
 
@@ -95,7 +93,7 @@ def check_declaration(subject: Subject) -> float:
     potential = subject.potential
     for name, offer in potential.available_fields.items():
         if name not in CACHEABLE_FIELDS or offer.name != name:
-            raise ContractError(f"offers[{name!r}] is no field of a store.")
+            raise ContractError(f"offers[{name!r}] is not a field of a store.")
     if not potential.graph_rule.cutoff > 0:
         raise ContractError("graph_rule.cutoff must be positive.")
     for title, part in (

@@ -49,8 +49,8 @@ def _loader(name: str) -> Callable[[TeacherSpec], Potential]:
     found = _entry_points()
     if name not in found:
         raise SpecError(
-            f"teacher.model: no teacher is called {name!r}"
-            f"{nearest(name, teacher_names())}."
+            "teacher.model: there is no teacher "
+            f"{name!r}{nearest(name, teacher_names())}."
         )
     loader: Callable[[TeacherSpec], Potential] = found[name].load()
     return loader

@@ -215,8 +215,8 @@ class TeacherRunner:
             sample = named[0][0]
             raise DataError(
                 f"Sample {sample.sample_id!r} of {len(sample.structure)} atoms does "
-                f"not fit into the memory of {self.device} alone; use a device with "
-                "more, or leave it out."
+                f"not fit into the memory of {self.device}; use a device with more "
+                "memory, or remove the sample."
             ) from None
 
     def _predict_group(

@@ -42,8 +42,8 @@ def require_trust(spec: TeacherSpec) -> None:
     """Raise SpecError unless the spec's owner says that its file may run code."""
     if spec.options.get("trust_pickle") is not True:
         raise SpecError(
-            f"teacher.checkpoint: {spec.model} files are whole pickled objects, which "
-            "can run code when loaded; if you trust where this one comes from, set "
+            f"teacher.checkpoint: {spec.model} files are pickled objects, which can "
+            "run code when loaded; if you trust the source of this file, set "
             "teacher.options.trust_pickle=true."
         )
 
@@ -57,7 +57,9 @@ def check_options(spec: TeacherSpec, known: Mapping[str, Any]) -> dict[str, Any]
         An option is unknown, or a key is set that only our own models have.
     """
     if spec.scale_file is not None:
-        raise SpecError(f"teacher.scale_file: {spec.model} takes none.")
+        raise SpecError(
+            f"teacher.scale_file: {spec.model} has no scale factors; remove the key."
+        )
     unknown = sorted(spec.options.keys() - known.keys())
     if unknown:
         raise SpecError(

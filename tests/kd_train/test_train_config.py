@@ -86,7 +86,11 @@ REFUSED: list[tuple[Any, tuple[str, ...], list[str]]] = [
     ({"optimizer": {"learning_rate": 1}}, (), ["'optimizer.learning_rate'", "lr"]),
     ({"steps": 0}, (), ["steps", "greater"]),
     ({"steps": True}, (), ["steps", "number is wanted, found True"]),
-    ({"loss": {"force_weight": True}}, (), ["loss.force_weight", "number is wanted"]),
+    (
+        {"loss": {"force_weight": True}},
+        (),
+        ["loss.force_weight", "must be a plain decimal number"],
+    ),
     ({}, ("loss.force_weight=on",), ["loss.force_weight", "found 'on'"]),
     ({}, ("schedule.milestones=[1, true]",), ["schedule.milestones", "number"]),
     ({}, ("steps=010",), ["steps", "'010'"]),
@@ -115,9 +119,13 @@ REFUSED: list[tuple[Any, tuple[str, ...], list[str]]] = [
     (None, ("steps",), ["--set", "'steps'", "key.subkey=value"]),
     (None, ("=3",), ["--set", "'=3'"]),
     (None, ("steps.more=3",), ["steps"]),
-    (None, ("strategy=n2n", "strategy.x=1"), ["'strategy'", "holds no keys"]),
-    (None, ("steps=[1,",), ["--set", "not YAML"]),
-    (None, ("seed=!!python/object/apply:os.getpid []",), ["seed", "number is wanted"]),
+    (None, ("strategy=n2n", "strategy.x=1"), ["'strategy'", "is not a mapping"]),
+    (None, ("steps=[1,",), ["--set", "not valid YAML"]),
+    (
+        None,
+        ("seed=!!python/object/apply:os.getpid []",),
+        ["seed", "must be a plain decimal number"],
+    ),
     ([1, 2], (), ["mapping", "[1, 2]"]),
 ]
 

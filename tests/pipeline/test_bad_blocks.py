@@ -65,7 +65,7 @@ def test_skipped_samples_leave_the_store_of_all_others(
     mixed = [*sound[:3], ALONE, *sound[3:30], HEAVY, *sound[30:]]
     spec = _spec(tmp_path, mixed, teacher_file, on_bad_sample="skip")
     said = run_command(main, ["build", spec, "--device", "cpu"])
-    assert "2 of 42 samples are left out: 'alone', 'heavy'" in said.stderr
+    assert "2 of 42 samples are skipped: 'alone', 'heavy'" in said.stderr
     found = FeatureStore.open(tmp_path / "42.zarr")
     assert found.fingerprint == whole.fingerprint
     assert shards(found.path) == shards(whole.path)

@@ -92,7 +92,7 @@ def test_labels_under_other_names_are_named_with_the_key(tmp_path: Path) -> None
     spec = _spec(tmp_path, train=[alone, *rest])
     expected = [
         f"splits.train: 3 of 4 samples have no {label}, the first is 'w0'; it has "
-        f"'REF_{label}', so set {keys} to the name that is meant"
+        f"'REF_{label}', so set {keys} to the right name"
         for label, keys in (
             ("energy", "splits.train.energy_key"),
             ("forces", "splits.train.forces_key or splits.train.gradient_key"),
@@ -137,7 +137,7 @@ def test_a_key_that_no_sample_has_is_refused(tmp_path: Path) -> None:
     assert refusal(main, ["plan", spec]) == (
         "splits.train: no sample has the energy under 'DFT_energy', which "
         "splits.train.energy_key names; of the first, 'w': it has 'REF_energy', so set "
-        "splits.train.energy_key to the name that is meant."
+        "splits.train.energy_key to the right name."
     )
 
 
@@ -170,10 +170,10 @@ def test_structures_in_two_splits_are_counted_and_named(tmp_path: Path) -> None:
     told = _warnings(run_command(main, ["plan", spec, "--device", "cpu"]).stderr)
     assert len(told) == 2
     assert told[0].startswith(
-        "splits.b: 3 of 5 samples have structures that splits.a has as well ('copy', "
+        "splits.b: 3 of 5 samples have structures that splits.a also has ('copy', "
     )
     assert told[1].startswith(
-        "splits.c: 1 of 1 samples have structures that splits.b has as well"
+        "splits.c: 1 of 1 samples have structures that splits.b also has"
     )
 
 
@@ -208,7 +208,7 @@ def test_atoms_too_close_are_a_bad_sample(
     skip = ["--set", "splits.train.on_bad_sample=skip"]
     spec = _spec(tmp_path, train=frames)
     left = run_command(main, ["build", spec, "--device", "cpu", *skip])
-    assert "1 of 3 samples are left out: 'bad'" in _warnings(left.stderr)[0]
+    assert "1 of 3 samples are skipped: 'bad'" in _warnings(left.stderr)[0]
     assert left.stdout.splitlines()[1].split() == ["train", *"222", "none", *"HO1"]
     for allowed in ("0", "null"):
         more = ["--set", f"splits.train.min_pair_distance={allowed}"]
@@ -249,7 +249,7 @@ def test_numbers_that_are_not_finite_are_found_at_planning(
     skip = ["--set", "splits.train.on_bad_sample=skip"]
     said = run_command(main, ["build", spec, "--device", "cpu", *skip])
     assert said.exit_code == 0, said.output
-    assert "1 of 4 samples are left out: 'bad'" in _warnings(said.stderr)[0]
+    assert "1 of 4 samples are skipped: 'bad'" in _warnings(said.stderr)[0]
     assert said.stdout.splitlines()[1].split() == ["train", *"333", "none", *"HO1"]
 
 
@@ -351,4 +351,4 @@ def test_planning_prints_how_forces_agree(
     said = run_command(main, ["plan", spec, "--device", "cpu"])
     pattern = r"labels against the teacher's, 8 samples of train: cosine -?0\.\d\d, RMS"
     assert re.search(pattern, said.stdout)
-    assert any("they are not alike" in line for line in _warnings(said.stderr))
+    assert any("they differ" in line for line in _warnings(said.stderr))

@@ -68,21 +68,21 @@ def test_nobelium_is_an_element(tmp_path: Path) -> None:
         ("e.json", '{"Hx": 1}', "'Hx' is not an element"),
         ("e.json", '{"0": 1}', "'0' is not an element"),
         ("e.json", '{"119": 1}', "'119' is not an element"),
-        ("e.json", '{"H": "1"}', "'H' needs a number"),
-        ("e.json", '{"H": true}', "'H' needs a number"),
-        ("e.json", '{"H": NaN}', "'H' needs a number"),
-        ("e.json", "[1, 2]", "must hold a map"),
+        ("e.json", '{"H": "1"}', "'H' has the energy"),
+        ("e.json", '{"H": true}', "'H' has the energy"),
+        ("e.json", '{"H": NaN}', "'H' has the energy"),
+        ("e.json", "[1, 2]", "must be a map"),
         ("e.json", "{", "cannot be read as JSON"),
         ("e.json", '{"a":' * 100_000, "cannot be read as JSON"),
         ("e.yaml", "Nu: 1.0", "'Nu' is not an element"),
         ("e.yaml", "H: 1.0\nC: 2.0\nH: 3.0", "key 'H' is in lines 1 and 3"),
-        ("e.yaml", "H: 1.0\n1: 2.0", "1 has two names here"),
-        ("e.yaml", "H: on", "'H' needs a number"),
-        ("e.yaml", "H: 010", "'H' needs a number"),
+        ("e.yaml", "H: 1.0\n1: 2.0", "1 is in the file twice"),
+        ("e.yaml", "H: on", "'H' has the energy"),
+        ("e.yaml", "H: 010", "'H' has the energy"),
         ("e.json", '{"H": 1, "H": 2}', "the key 'H' is there twice"),
         ("e.yaml", "-1: 1.0", "-1 is not an element"),
-        ("e.yaml", "H: [1]", "'H' needs a number"),
-        ("e.yaml", "H: .inf", "'H' needs a number"),
+        ("e.yaml", "H: [1]", "'H' has the energy"),
+        ("e.yaml", "H: .inf", "'H' has the energy"),
         ("e.yaml", "H: !!python/object/apply:os.getcwd []", "not valid YAML"),
     ],
 )
@@ -131,7 +131,7 @@ def test_choices_of_a_split_are_checked(tmp_path: Path) -> None:
         _spec(tmp_path, train=split | {"reference_energies": "per_elemnt"})
     with pytest.raises(SpecError, match=r"train\.reference_energies is '\.'"):
         _spec(tmp_path, train=split | {"reference_energies": "."})
-    with pytest.raises(SpecError, match=r"train\.energy can be chosen for oc20_raw"):
+    with pytest.raises(SpecError, match=r"train\.energy is for format oc20_raw"):
         _spec(tmp_path, train=split | {"energy": "total"})
     with pytest.raises(SpecError, match="'relative'"):
         _spec(tmp_path, train=split | {"format": "oc20_raw", "energy": "relative"})

@@ -305,7 +305,7 @@ def test_asking_the_teacher_again(
     moved = tmp_path / "moved.safetensors"
     Path(document["teacher"]["checkpoint"])
     said = refusal(main, [*verify, "--set", f"teacher.checkpoint={moved}"])
-    assert "does not exist; say where it is with --set" in said
+    assert "does not exist; set its path with --set" in said
     other = save_teacher(moved, seed=4)
     said = refusal(main, [*verify, "--set", f"teacher.checkpoint={other}"])
     assert "The teacher's checkpoint_sha256 is" in said
@@ -321,7 +321,7 @@ def test_asking_the_teacher_again(
     monkeypatch.setattr(TeacherRunner, "load", changed)
     done = run_command(main, verify)
     assert done.exit_code == 1
-    assert "node_features is not what the teacher gives" in done.stderr
+    assert "node_features differs from the teacher's result" in done.stderr
     assert "Sample '" in done.stderr
 
 

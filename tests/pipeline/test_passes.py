@@ -331,7 +331,7 @@ def test_a_label_that_changes_unseen_is_refused_when_its_block_is_filled(
     write(1.75)
     assert data.stat().st_size == size
     name = f"{made[4].sid}_{made[4].fid}"
-    with pytest.raises(DataError, match=f"sample '{name}' is not what it was"):
+    with pytest.raises(DataError, match=f"sample '{name}' has changed since"):
         build_store(spec)
     write(1.25)
     assert build_store(spec)

@@ -135,7 +135,7 @@ def test_a_dataset_that_changes_after_planning_is_refused(tmp_path: Path) -> Non
         if planned[p] in (4, 5)
     )
     source = BuildInputs.open(spec)
-    words = f"splits.train: sample '{moved}' is not what it was when .* was planned"
+    words = f"splits.train: sample '{moved}' has changed since .* was planned"
     with pytest.raises(DataError, match=words):
         source.fill_block(writer, "train", 0)
     assert writer.pending_blocks("train") == [0]

@@ -233,7 +233,7 @@ def test_conversions_that_make_no_sense(
     small = small_store.path
     for arguments, words in [
         (["hydrate", small, out, "--dtype", "float32"], "has no field to store as"),
-        (["compact", small, out, "--field", "energy"], "'energy' is no feature"),
+        (["compact", small, out, "--field", "energy"], "'energy' is not a feature"),
         (["compact", small, out, "--error", "3"], "--error 3 must lie between 0 and"),
         (["compact", small, out, "--profile", "q8", "--error", "0.1"], "for profile"),
         (["compact", tmp_path / "none", out], "is not a feature store"),

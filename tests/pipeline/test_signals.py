@@ -37,14 +37,14 @@ def _held(pipe: Path) -> int:
 @pytest.mark.parametrize(
     ("command", "number", "words"),
     [
-        ("build", signal.SIGTERM, "goes on where it stopped."),
+        ("build", signal.SIGTERM, "repeat the command to continue."),
         ("plan", signal.SIGINT, "planned whole or not at all"),
-        ("add-field", signal.SIGINT, "goes on where it stopped."),
+        ("add-field", signal.SIGINT, "repeat the command to continue."),
         ("seal", signal.SIGTERM, "the store is not sealed"),
         ("verify", signal.SIGINT, "the check is not finished"),
-        ("compact", signal.SIGTERM, "goes on where it stopped."),
-        ("hydrate", signal.SIGINT, "goes on where it stopped."),
-        ("push", signal.SIGINT, "goes on where it stopped."),
+        ("compact", signal.SIGTERM, "repeat the command to continue."),
+        ("hydrate", signal.SIGINT, "repeat the command to continue."),
+        ("push", signal.SIGINT, "repeat the command to continue."),
     ],
 )
 def test_every_long_command_ends_with_one_sentence(

@@ -165,9 +165,9 @@ def test_wrong_specs_are_refused_in_one_line(
         ("a: !!python/object/apply:os.getcwd []", "not valid YAML"),
         ("a: !thing 3", "not valid YAML"),
         ("", "mapping"),
-        ("a: !!int abc", "not valid YAML.*'abc'|abc is no number"),
+        ("a: !!int abc", "not valid YAML.*'abc'|abc is not a readable number"),
         ("a: " + 6000 * "[", "not valid YAML"),
-        ("a: " + 6000 * "9", "not valid YAML.*no number"),
+        ("a: " + 6000 * "9", "not valid YAML.*not a readable number"),
     ],
 )
 def test_files_that_are_no_plain_mapping(text: str, words: str, tmp_path: Path) -> None:
@@ -264,7 +264,7 @@ def test_a_key_twice_is_refused(text: str, words: str, tmp_path: Path) -> None:
     """A17: the last one no longer wins."""
     path = tmp_path / "spec.yaml"
     path.write_text(text)
-    with pytest.raises(SpecError, match=f"^{path}: the {words}; keep one of them"):
+    with pytest.raises(SpecError, match=f"^{path}: the {words}; remove one of the two"):
         read_yaml(path)
 
 
@@ -277,13 +277,25 @@ def test_merged_keys_may_be_replaced(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("splits.train.limit=true", "limit.*number is wanted, found True"),
-        ("splits.train.limit=010", "limit.*number is wanted, found '010'"),
-        ("splits.train.every=1:30", "every.*number is wanted, found '1:30'"),
-        ("splits.train.offset='3'", "offset.*number is wanted, found '3'"),
+        (
+            "splits.train.limit=true",
+            "limit.*must be a plain decimal number, found True",
+        ),
+        (
+            "splits.train.limit=010",
+            "limit.*must be a plain decimal number, found '010'",
+        ),
+        (
+            "splits.train.every=1:30",
+            "every.*must be a plain decimal number, found '1:30'",
+        ),
+        (
+            "splits.train.offset='3'",
+            "offset.*must be a plain decimal number, found '3'",
+        ),
         ("store.seed=10000000000000000000000", "store.seed.*too large"),
-        ("store.path=12", "store.path: text is wanted, so put the value in quotes"),
-        ("splits.train.path=~nobody_here/x", "splits.train.path.*no such home"),
+        ("store.path=12", "store.path: the value must be text, so put it in quotes"),
+        ("splits.train.path=~nobody_here/x", "splits.train.path.*this home folder"),
     ],
 )
 def test_what_is_no_number_is_refused(folder: Path, override: str, words: str) -> None:

@@ -306,7 +306,7 @@ def test_info_counts_the_samples_with_labels(
     bare, _, train = [line for line in lines if "blocks; " in line]
     assert train.startswith("split train: 12 samples, ")
     assert train.endswith("; energies of 12 and forces of 12 samples")
-    assert bare.endswith("; no labels of the source")
+    assert bare.endswith("; the source has no labels")
 
 
 def test_info_counts_samples_with_energies_only(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def _with_windows_ends(file: Path) -> None:
         ("train/zarr.json", "holds consolidated metadata"),
         ("zarr.json", "has Windows line ends"),
         ("train/structures/positions/zarr.json", "has Windows line ends"),
-        ("zarr.json", "was written anew with other spaces"),
+        ("zarr.json", "was rewritten with other spaces"),
     ],
 )
 def test_altered_files_are_read_named_and_cleaned(
@@ -92,6 +92,6 @@ def test_changed_meaning_is_damage(copy: Path, key: str) -> None:
     new = text.replace('"\\u00c5"', '"nm"') if key == "unit" else text + "x"
     assert new != text
     file.write_text(new)
-    with pytest.raises(DamagedStoreError, match="is not what was sealed"):
+    with pytest.raises(DamagedStoreError, match="differs from the sealed store"):
         FeatureStore.open(copy)
-    assert any("is not what was sealed" in str(p) for p in verify_store(copy))
+    assert any("differs from the sealed store" in str(p) for p in verify_store(copy))

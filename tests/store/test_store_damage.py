@@ -137,7 +137,7 @@ def test_only_samples_of_the_damaged_chunk_are_lost(victim: Path, store: Feature
     assert f"{file} has a damaged inner chunk 1 (samples {first}, " in message
     assert f"and {len(lost) - 5} more of split 'train'" in message
     assert f"`kd-cache verify {victim} --repair`" in message
-    assert "`kd-cache build SPEC` writes block 1 again" in message
+    assert "`kd-cache build SPEC` to write block 1 again" in message
     (*_, problem) = verify_store(victim)
     assert (problem.split, problem.block) == ("train", 1)
     assert "damaged inner chunk 1" in problem.message

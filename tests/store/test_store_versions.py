@@ -83,7 +83,9 @@ def test_a_version_to_come_is_refused_by_its_number(fossil: Path, tmp_path: Path
     document = json.loads((later / "zarr.json").read_text())
     document["attributes"]["kd_cache"]["format_version"] = FORMAT_VERSION + 1
     (later / "zarr.json").write_text(json.dumps(document))
-    words = f"format version {FORMAT_VERSION + 1} and this program reads up to"
+    words = (
+        f"format version {FORMAT_VERSION + 1}, but this program reads versions up to"
+    )
     for opener in (FeatureStore.open, verify_store, StoreWriter):
         with pytest.raises(StoreError, match=words):
             opener(later)

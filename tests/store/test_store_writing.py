@@ -375,7 +375,7 @@ def test_a_kill_while_rewriting_leaves_the_block_pending(planned: Path, monkeypa
         (
             {"arrays": (ArrayPlan("a//b", "node", (), "int8"),)},
             SpecError,
-            "'a//b' .* no valid name",
+            "'a//b' .* not a valid name",
         ),
         (
             {"arrays": (ArrayPlan("a", "bond", (), "int8"),)},  # type: ignore[arg-type]
@@ -410,7 +410,7 @@ def test_impossible_roots_are_refused(tmp_path: Path):
 
 def test_only_feature_stores_are_opened(tmp_path: Path, planned: Path):
     with pytest.raises(
-        StoreError, match=r"is not a feature store, it has no zarr\.json"
+        StoreError, match=r"is not a feature store: it has no zarr\.json"
     ):
         FeatureStore.open(tmp_path / "nothing")
     root = planned / "zarr.json"

@@ -91,8 +91,8 @@ class GemNetOCOptions:
         for key, cutoff in used.items():
             if cutoff > largest:
                 raise SpecError(
-                    f"gemnet_oc.{key} is {cutoff} Å, more than {whole} = {largest} Å, "
-                    "the graph it is cut out of."
+                    f"gemnet_oc.{key} is {cutoff} Å, more than {whole} = {largest} "
+                    "Å, the cutoff of the graph that contains it."
                 )
 
     @property
