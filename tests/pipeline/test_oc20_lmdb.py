@@ -10,10 +10,10 @@ import lmdb
 import numpy as np
 import pytest
 import torch
-from pipeline.spec.units import Units
 
 from pipeline.datasets import ReadOptions, open_dataset, warn_of_missing_labels
 from pipeline.errors import DataError
+from pipeline.spec.units import Units
 from pipeline.structure import Sample
 from tests.pipeline.oc20_files import (
     Slab,
