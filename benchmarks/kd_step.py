@@ -22,7 +22,7 @@ from kd_train.config.train_config import load_config
 from kd_train.loader.choose_split import stored_widths
 from kd_train.loader.data import CachedSamples
 from kd_train.strategies import REGISTRY
-from kd_train.trainer.trainer import Run
+from kd_train.trainer.trainer import Trainer
 from pipeline.models.checkpoint import load_checkpoint
 from pipeline.store.reader import FeatureStore
 
@@ -65,12 +65,12 @@ def main(
             for field in REGISTRY[part].fields
         )
     ]
-    runs: dict[str, Run] = {}
+    runs: dict[str, Trainer] = {}
     for name in strategies:
         config = load_config(
             None, {**flags, "strategy": name, "val_split": "train"}, ()
         )
-        runs[name] = Run(config, opened, Path("unused"), torch.device("cpu"))
+        runs[name] = Trainer(config, opened, Path("unused"), torch.device("cpu"))
     network = live = None
     if teacher is not None:
         network = load_checkpoint(teacher).model

@@ -31,8 +31,8 @@ from torch_geometric.data import Data
 from kd_train.config.train_config import load_config
 from kd_train.loader.data import CachedSamples
 from kd_train.loader.prefetch import moved
-from kd_train.loader.sampler import BatchRule, Positions, training_batches
-from kd_train.trainer.trainer import Run
+from kd_train.loader.sampler import Positions, SamplerConfig, training_batches
+from kd_train.trainer.trainer import Trainer
 from pipeline.files.atomic import write_atomically
 from pipeline.models.checkpoint import LoadedModel, load_checkpoint
 from pipeline.parallel.device_choice import choose_device
@@ -56,7 +56,7 @@ METRICS = {
 class Contender:
     """A run with its batches, the seconds it has used, and what came of them."""
 
-    run: Run
+    run: Trainer
     make: Callable[[Positions], Data]
     draws: Iterator[Positions]
     steps: list[float] = field(default_factory=list)  # seconds of each
@@ -111,7 +111,7 @@ def teacher_fields(
     return {n: known[n] if n in known else getattr(output, n) for n in names}
 
 
-def live_batches(run: Run, teacher: LoadedModel) -> Callable[[Positions], Data]:
+def live_batches(run: Trainer, teacher: LoadedModel) -> Callable[[Positions], Data]:
     """Batches of ``run`` whose features come from ``teacher`` and not from the store.
 
     The student's half needs structures and labels only; the teacher has its own edges.
@@ -152,11 +152,11 @@ def require_equal(
     click.echo(f"loss of the first batch: {before:.6g} cached, {after:.6g} live")
 
 
-def draws(run: Run) -> Iterator[Positions]:
+def draws(run: Trainer) -> Iterator[Positions]:
     """Positions of the batches of ``run``, without end; the same for one seed."""
     split, config = run.train_samples.split, run.config
     blocks = [split.block_positions(block) for block in range(split.n_blocks)]
-    rule = BatchRule(
+    rule = SamplerConfig(
         config.seed, config.batch_size, config.batch_atoms, config.buffer_blocks
     )
     for draw in training_batches(blocks, split.n_atoms, rule):
@@ -179,7 +179,7 @@ def contenders(
     for name in (BASELINE, CACHED, LIVE):
         chosen = flags | {"strategy": "none" if name == BASELINE else strategy}
         resolved = load_config(config, chosen, settings)
-        runs[name] = Run(resolved, store, Path("unused"), device)
+        runs[name] = Trainer(resolved, store, Path("unused"), device)
         runs[name].modules.train()
     found = {}
     for name, run in runs.items():
@@ -187,7 +187,7 @@ def contenders(
             make = live_batches(run, teacher)
         else:
 
-            def make(positions: Positions, run: Run = run) -> Data:
+            def make(positions: Positions, run: Trainer = run) -> Data:
                 return run.on_device(run.train_samples.batch(positions))
 
         found[name] = Contender(run, make, draws(run))

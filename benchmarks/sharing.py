@@ -27,8 +27,8 @@ import torch
 
 from kd_train.config.train_config import load_config
 from kd_train.loader.prefetch import prefetch
-from kd_train.loader.sampler import BatchRule, training_batches
-from kd_train.trainer.trainer import Run
+from kd_train.loader.sampler import SamplerConfig, training_batches
+from kd_train.trainer.trainer import Trainer
 from pipeline.parallel.device_choice import choose_device
 from pipeline.store.reader import FeatureStore
 
@@ -50,11 +50,11 @@ def worker(
     for seed in seeds:
         flags = {"student.preset": student, "strategy": strategy, "seed": seed}
         chosen = load_config(config, flags, [f"steps={steps + WARMUP}"])
-        runs.append(Run(chosen, opened, Path("unused"), place))
+        runs.append(Trainer(chosen, opened, Path("unused"), place))
     first = runs[0]
     samples, split = first.train_samples, first.train_samples.split
     blocks = [split.block_positions(block) for block in range(split.n_blocks)]
-    rule = BatchRule(seeds[0], first.config.batch_size, first.config.batch_atoms)
+    rule = SamplerConfig(seeds[0], first.config.batch_size, first.config.batch_atoms)
     draws = itertools.islice(
         training_batches(blocks, split.n_atoms, rule), steps + WARMUP
     )

@@ -21,8 +21,8 @@ import numpy.typing as npt
 import torch
 
 from kd_train.config.train_config import load_config
-from kd_train.loader.sampler import BatchRule, epoch_batches
-from kd_train.trainer.trainer import Run
+from kd_train.loader.sampler import SamplerConfig, epoch_batches
+from kd_train.trainer.trainer import Trainer
 from pipeline.store.layout import storage_order
 from pipeline.store.reader import FeatureStore
 
@@ -49,7 +49,7 @@ def batches(count: int, block: int, buffer: int) -> Iterator[Ints]:
     starts = range(0, count, block)
     blocks = [range(start, min(start + block, count)) for start in starts]
     ones = np.ones(count, np.int64)
-    rule = BatchRule(0, BATCH_SIZE, buffer_blocks=buffer)
+    rule = SamplerConfig(0, BATCH_SIZE, buffer_blocks=buffer)
     for epoch in range(EPOCHS):
         yield from epoch_batches(blocks, ones, rule, epoch, 0)
 
@@ -119,7 +119,7 @@ def train(
         chosen = load_config(config, flags, ())
         folder = out / f"buffer{buffer}-s{seed}"
         folder.mkdir(parents=True, exist_ok=True)
-        run = Run(chosen, opened, folder, torch.device("cpu"))
+        run = Trainer(chosen, opened, folder, torch.device("cpu"))
         run.train(resume=False)
         curves[name].append(run.rows)
         last = {key: run.rows[-1][key] for key in ("val_energy_mae", "val_forces_mae")}

@@ -233,7 +233,7 @@ def epoch(folder: Path, workers: int) -> Measured:
     those of one block: the small store lies in the processor's cache as a whole, and so
     does one block of the large one.
     """
-    from kd_train.loader.sampler import BatchRule, epoch_batches
+    from kd_train.loader.sampler import SamplerConfig, epoch_batches
     from pipeline.store.reader import FeatureStore
 
     split = FeatureStore.open(folder / "store.zarr").splits["train"]
@@ -247,7 +247,7 @@ def epoch(folder: Path, workers: int) -> Measured:
         "epoch, in one block's window": 1,
     }
     for number, (name, window) in enumerate(names.items()):
-        rule = BatchRule(0, BATCH, buffer_blocks=window)
+        rule = SamplerConfig(0, BATCH, buffer_blocks=window)
         batches = epoch_batches(blocks, split.n_atoms, rule, number, 0)
         found |= clock.lap("order of an epoch")
         for positions in batches:
@@ -262,7 +262,7 @@ def batches(folder: Path, workers: int) -> Measured:
     Chunks are checked before: 20 000 samples touch those of many more.
     """
     from kd_train.loader.data import CachedSamples
-    from kd_train.loader.sampler import BatchRule, epoch_batches
+    from kd_train.loader.sampler import SamplerConfig, epoch_batches
     from pipeline.graphs.neighbors import GraphRule
     from pipeline.store.reader import FeatureStore
 
@@ -273,7 +273,7 @@ def batches(folder: Path, workers: int) -> Measured:
         split.read_stored(split.block_positions(block), paths)
     samples = CachedSamples(split, rule, (1, 8), ("node_features", "vector_features"))
     blocks = [split.block_positions(block) for block in range(split.n_blocks)]
-    drawn = epoch_batches(blocks, split.n_atoms, BatchRule(0, BATCH), 0, 0)
+    drawn = epoch_batches(blocks, split.n_atoms, SamplerConfig(0, BATCH), 0, 0)
     count = min(len(drawn), 20_000 // BATCH)
     clock = Clock()
     for positions in drawn[:count]:

@@ -79,12 +79,12 @@ class World:
             for part, count in zip(received, counts.tolist(), strict=True)
         ]
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Go on when all processes have come here."""
         # A barrier of the library's own would have to choose a device.
-        self.texts("here")
+        self.gather_text("here")
 
-    def texts(self, text: str) -> list[str]:
+    def gather_text(self, text: str) -> list[str]:
         """``text`` of every process, in order of rank."""
         if self.size == 1:
             return [text]
@@ -101,7 +101,7 @@ class World:
         PipelineError
             It is not; names ``what`` differs.
         """
-        found = self.texts(text)
+        found = self.gather_text(text)
         for rank, other in enumerate(found):
             if other != found[0]:
                 raise PipelineError(
@@ -113,13 +113,13 @@ class World:
 ALONE = World()
 
 
-def in_turns(parts: Sequence[Sequence[Item]]) -> list[Item]:
+def interleave(parts: Sequence[Sequence[Item]]) -> list[Item]:
     """Undo ``items[rank::size]``: the first item of every part, then the second, ..."""
     longest = max(len(part) for part in parts)
     return [part[n] for n in range(longest) for part in parts if n < len(part)]
 
 
-def world_of(environment: Mapping[str, str]) -> World:
+def read_world(environment: Mapping[str, str]) -> World:
     """The process that a launcher's variables describe.
 
     ``WORLD_SIZE``, ``RANK`` and ``LOCAL_RANK``, as ``torchrun`` sets them; without the
@@ -192,7 +192,7 @@ def _on_gpus(name: str | None) -> bool:
 
 
 @contextmanager
-def joined(world: World, device: str | None) -> Iterator[None]:
+def process_group(world: World, device: str | None) -> Iterator[None]:
     """Let the processes talk to each other inside; the first error ends all of them.
 
     The process that fails first speaks: its error is raised. The others, which may be
@@ -218,7 +218,7 @@ def joined(world: World, device: str | None) -> Iterator[None]:
         raise
     # Before the first process, which may keep the keys, can be gone.
     watch.stop()
-    world.wait()
+    world.barrier()
     atexit.register(_leave, 0)
 
 

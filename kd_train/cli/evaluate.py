@@ -15,7 +15,7 @@ from pipeline.parallel.device_choice import choose_device
 from pipeline.spec.formats import FORMATS
 
 if TYPE_CHECKING:
-    from kd_train.loader.concat import Split
+    from kd_train.loader.split import Split
     from pipeline.datasets import Dataset, ReadOptions
 
 log = logging.getLogger("kd_train")
@@ -94,11 +94,11 @@ def eval_main(
     from kd_train.evaluation.load_student import known_elements, load_student
     from kd_train.evaluation.results_table import Scorecard, write_throughput
     from kd_train.evaluation.score import (
-        batches_of,
-        dataset_part,
-        pool_of,
+        dataset_eval_set,
+        make_eval_batches,
         score,
-        store_part,
+        store_eval_set,
+        throughput_pool,
     )
     from kd_train.evaluation.throughput import measure
 
@@ -119,18 +119,25 @@ def eval_main(
     if format is None and _is_store(data):
         _refuse_reading(reading)
         about, splits_chosen = _store_splits(data, splits, selection)
-        parts = [store_part(s, student, elements, limit, every) for s in splits_chosen]
+        eval_sets = [
+            store_eval_set(s, student, elements, limit, every) for s in splits_chosen
+        ]
     else:
         chosen = {"format": format, "energy": energy} | reading
         about, dataset = _dataset(data, splits, chosen, selection)
-        parts = [dataset_part(Path(data).name, dataset, student, elements)]
+        eval_sets = [dataset_eval_set(Path(data).name, dataset, student, elements)]
     scores = [
-        score(student, part, batches_of(part, batch_size, batch_atoms), place)
-        for part in parts
+        score(
+            student,
+            eval_set,
+            make_eval_batches(eval_set, batch_size, batch_atoms),
+            place,
+        )
+        for eval_set in eval_sets
     ]
     rate = None
     if throughput:
-        rate = measure(student, pool_of(parts[0]), place, MEASURED_SECONDS)
+        rate = measure(student, throughput_pool(eval_sets[0]), place, MEASURED_SECONDS)
     card = Scorecard(student, run, about, scores, rate)
     for warning in card.warnings:
         log.warning("%s", warning)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import click
 
 from kd_train.config.train_config import STRATEGIES, TrainConfig, load_config
-from kd_train.distributed import World, joined, process_device, world_of
+from kd_train.distributed import World, process_device, process_group, read_world
 from pipeline.console import one_sentence_errors
 from pipeline.errors import SpecError
 from pipeline.files.atomic import held
@@ -82,10 +82,10 @@ def main(
         "seed": seed,
         "steps": steps,
     }
-    world = world_of(os.environ)
+    world = read_world(os.environ)
     if not world.is_first:
         leave_to_others()
-    with joined(world, device):
+    with process_group(world, device):
         chosen = load_config(config, flags, overrides)
         if stage is not None:
             from pipeline.store.transfer import staged_store
@@ -110,7 +110,7 @@ def _train(
     import torch
 
     from kd_train.trainer.setup import with_student
-    from kd_train.trainer.trainer import Run
+    from kd_train.trainer.trainer import Trainer
     from pipeline.store.reader import FeatureStore
 
     if threads is not None:
@@ -118,13 +118,13 @@ def _train(
     place = choose_device(process_device(world, device))
     store = FeatureStore.open(cache)
     chosen = with_student(config, store)
-    folder = out or Path("runs") / world.texts(_name(chosen))[0]
+    folder = out or Path("runs") / world.gather_text(_name(chosen))[0]
     # One process holds the folder, for all that train together.
     with held(folder) if world.is_first else nullcontext():
         started = (folder / "last.pt").exists()
         if started and not going_on.always and not going_on.if_started:
             raise SpecError(f"{folder} holds a run; add --resume or change --out.")
-        run = Run(chosen, store, folder, place, world)
+        run = Trainer(chosen, store, folder, place, world)
         if world.is_first:
             log_to_file(folder / "train.log")
         resume = going_on.always or (going_on.if_started and started)

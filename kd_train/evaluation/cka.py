@@ -17,10 +17,10 @@ from torch_geometric.data import Data
 
 from kd_train.evaluation.load_student import known_elements
 from kd_train.loader.choose_split import choose_split
-from kd_train.loader.concat import Split
 from kd_train.loader.data import CachedSamples
 from kd_train.loader.prefetch import moved, pinned, prefetch
 from kd_train.loader.sampler import Positions, ordered_within
+from kd_train.loader.split import Split
 from pipeline.errors import SpecError
 from pipeline.fields import FIELDS
 from pipeline.models.checkpoint import load_checkpoint

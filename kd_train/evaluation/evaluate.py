@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from kd_train.config.train_config import LossConfig
-from kd_train.distributed import ALONE, World, in_turns
+from kd_train.distributed import ALONE, World, interleave
 from kd_train.evaluation.metrics import METRICS, MetricSums
-from kd_train.loader.concat import Split
 from kd_train.loader.prefetch import moved
 from kd_train.loader.sampler import ordered_batches
+from kd_train.loader.split import Split
 from kd_train.strategies.losses import OutputError, joint_mean, reference_labels
 from pipeline.fields import FIELDS
 from pipeline.models.normalizer import Normalizer
@@ -91,7 +91,7 @@ def _together(
     parts = world.gathered(rows)
     sums = MetricSums()
     total = torch.zeros(4, dtype=torch.float64)
-    for row in in_turns([list(part) for part in parts]):
+    for row in interleave([list(part) for part in parts]):
         total = total + row[2:6]
         sums.add_row(row[6:])
     loss = float(joint_mean(part_weights, total[:2], total[2:]))
@@ -102,7 +102,7 @@ def _together(
             list(torch.split(value, part[:, column].long().tolist()))
             for value, part in zip(world.gathered(values), parts, strict=True)
         ]
-        predictions[name] = torch.cat([values[:0], *in_turns(pieces)]).numpy()
+        predictions[name] = torch.cat([values[:0], *interleave(pieces)]).numpy()
     known = bool(total[2:].any())
     return Evaluation(sums.result(), loss if known else float("nan"), predictions)
 

@@ -18,12 +18,12 @@ from kd_train.config.train_config import LossConfig
 from kd_train.evaluation.evaluate import evaluate, teacher_metrics
 from kd_train.evaluation.load_student import silence, undetermined_elements, untrained
 from kd_train.evaluation.throughput import POOL, structures_of
-from kd_train.loader.concat import Split
 from kd_train.loader.data import CachedSamples
 from kd_train.loader.datafiles import DatasetSamples
 from kd_train.loader.prefetch import pinned, prefetch
 from kd_train.loader.sampler import Positions, ordered_batches, ordered_within
-from kd_train.loader.subset import SelectedSplit
+from kd_train.loader.split import Split
+from kd_train.loader.subset import SubsetSplit
 from pipeline.datasets import Dataset
 from pipeline.datasets.label_statistics import KIND_DIFFERENCE
 from pipeline.errors import SpecError
@@ -46,8 +46,8 @@ class Samples(Protocol):
 
 
 @dataclass(frozen=True)
-class Part:
-    """What gets one row: samples with their (n,) ids and atom counts.
+class EvalSet:
+    """A row of the results: samples with their (n,) ids and atom counts.
 
     ``split`` is set where they are those of a store.
     """
@@ -61,7 +61,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Score:
-    """Metrics of one part, and its predictions in eV and eV/Å with ``sample_ids``.
+    """Metrics and predictions (eV, eV/Å, with ``sample_ids``) of one evaluation set.
 
     ``energy_offset`` is the median of |ΔE| per atom in eV, NaN without labels;
     ``unknown`` are elements that the student's training data lacked, ``doubts`` further
@@ -78,7 +78,7 @@ class Score:
 
     @property
     def warnings(self) -> list[str]:
-        """What makes the numbers of this part doubtful, a sentence each."""
+        """What makes the numbers of this set doubtful, a sentence each."""
         found = []
         if self.unknown:
             symbols = ", ".join(chemical_symbols[z] for z in self.unknown)
@@ -99,41 +99,45 @@ class Score:
         return [*found, *(f"{self.name}: {doubt}." for doubt in self.doubts)]
 
 
-def store_part(
+def store_eval_set(
     split: Split,
     student: LoadedModel,
     elements: Container[int],
     limit: int | None,
     every: int,
-) -> Part:
+) -> EvalSet:
     """Each ``every``-th sample of a split, at most ``limit``, in storage order.
 
     Others than these ``elements`` are refused.
     """
     if limit is not None or every > 1:
-        split = SelectedSplit(split, np.arange(len(split))[::every][:limit])
+        split = SubsetSplit(split, np.arange(len(split))[::every][:limit])
     samples = CachedSamples(split, student.model.graph_rule, elements)
-    return Part(split.name, samples, split.sample_ids, split.n_atoms, split)
+    return EvalSet(split.name, samples, split.sample_ids, split.n_atoms, split)
 
 
-def dataset_part(
+def dataset_eval_set(
     name: str, dataset: Dataset, student: LoadedModel, elements: Container[int]
-) -> Part:
+) -> EvalSet:
     """All samples of an opened dataset, under ``name``; of these ``elements`` only."""
     samples = DatasetSamples(dataset, student.model.graph_rule, elements)
-    return Part(name, samples, np.array(dataset.sample_ids, np.str_), dataset.n_atoms)
+    return EvalSet(
+        name, samples, np.array(dataset.sample_ids, np.str_), dataset.n_atoms
+    )
 
 
-def batches_of(part: Part, batch_size: int | None, batch_atoms: int) -> list[Positions]:
+def make_eval_batches(
+    eval_set: EvalSet, batch_size: int | None, batch_atoms: int
+) -> list[Positions]:
     """All positions in order, in groups by samples or else by atoms."""
     if batch_size is not None:
-        return ordered_batches(len(part.samples), batch_size)
-    return ordered_within(part.n_atoms, batch_atoms)
+        return ordered_batches(len(eval_set.samples), batch_size)
+    return ordered_within(eval_set.n_atoms, batch_atoms)
 
 
 def score(
     student: LoadedModel,
-    part: Part,
+    eval_set: EvalSet,
     batches: list[Positions],
     device: torch.device,
     loader_threads: int = 2,
@@ -151,28 +155,28 @@ def score(
     met = _Met()
 
     def noted(positions: Positions) -> Data:
-        batch = part.samples.batch(positions)
+        batch = eval_set.samples.batch(positions)
         met.add(batch, student)
         return batch
 
     load = pinned(noted, device)
     with closing(prefetch(load, batches, threads=loader_threads)) as stream:
-        told = tqdm(stream, part.name, len(batches), unit="batch", disable=None)
+        told = tqdm(stream, eval_set.name, len(batches), unit="batch", disable=None)
         try:
             result = evaluate(
                 student.model, told, student.normalizer, LossConfig(), device
             )
         except torch.OutOfMemoryError:
             raise SpecError(
-                f"A batch of {part.name} does not fit into the memory of {device}; "
+                f"A batch of {eval_set.name} does not fit into the memory of {device}; "
                 "lower --batch-atoms or --batch-size."
             ) from None
     found = result.predictions
     return Score(
-        part.name,
+        eval_set.name,
         result.metrics,
-        None if part.split is None else teacher_metrics(part.split),
-        {"sample_ids": np.array(part.sample_ids.tolist()), **found},
+        None if eval_set.split is None else teacher_metrics(eval_set.split),
+        {"sample_ids": np.array(eval_set.sample_ids.tolist()), **found},
         _energy_offset(found),
         tuple(untrained(student, met.elements)),
         tuple(met.doubts(student)),
@@ -180,7 +184,7 @@ def score(
 
 
 class _Met:
-    """What passed by in the batches of a part; threads may add at the same time."""
+    """What passed by in the batches of a set; threads may add at the same time."""
 
     def __init__(self) -> None:
         self.elements: set[int] = set()
@@ -213,10 +217,12 @@ class _Met:
         return [text for text in found if text is not None]
 
 
-def pool_of(part: Part) -> list[Structure]:
-    """At most POOL structures, evenly over the part, for measuring throughput."""
-    step = -(-len(part.samples) // POOL)
-    return structures_of(part.samples.batch(np.arange(0, len(part.samples), step)))
+def throughput_pool(eval_set: EvalSet) -> list[Structure]:
+    """At most POOL structures, evenly over the set, for measuring throughput."""
+    step = -(-len(eval_set.samples) // POOL)
+    return structures_of(
+        eval_set.samples.batch(np.arange(0, len(eval_set.samples), step))
+    )
 
 
 def mean_over(rows: Iterable[Mapping[str, float] | None]) -> dict[str, float] | None:

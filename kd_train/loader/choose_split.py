@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
-from kd_train.loader.concat import JoinedSplit, Split
+from kd_train.loader.concat import ConcatSplit
 from kd_train.loader.data import read_paths
+from kd_train.loader.split import Split
 from pipeline.errors import SpecError
 from pipeline.fields import FIELDS
 from pipeline.store.reader import FeatureStore
@@ -25,7 +26,7 @@ def choose_split(store: FeatureStore, choice: str, fields: Sequence[str] = ()) -
     if len(names) == 1:
         return store.splits[choice]
     parts = [store.splits[name] for name in names]
-    return JoinedSplit(parts, tuple(read_paths(fields).values()))
+    return ConcatSplit(parts, tuple(read_paths(fields).values()))
 
 
 def stored_widths(split: Split) -> dict[str, int]:

@@ -10,8 +10,8 @@ import numpy.typing as npt
 import torch
 from torch_geometric.data import Data
 
-from kd_train.loader.concat import Split
 from kd_train.loader.sampler import Positions
+from kd_train.loader.split import Split
 from pipeline.fields import (
     EDGE_IDENTITY_FIELDS,
     FIELDS,

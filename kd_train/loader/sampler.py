@@ -22,7 +22,7 @@ Counts = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class BatchRule:
+class SamplerConfig:
     """How epochs are shuffled and cut; ``batch_atoms`` replaces ``batch_size``."""
 
     seed: int
@@ -33,7 +33,7 @@ class BatchRule:
 
 
 @dataclass(frozen=True, eq=False)
-class Draw:
+class BatchIndex:
     """The batch with number ``offset`` in its epoch, as storage positions."""
 
     epoch: int
@@ -44,11 +44,11 @@ class Draw:
 def training_batches(
     blocks: Sequence[range],
     n_atoms: Counts,
-    rule: BatchRule,
+    config: SamplerConfig,
     *,
     rank: int = 0,
     start: tuple[int, int] = (0, 0),
-) -> Iterator[Draw]:
+) -> Iterator[BatchIndex]:
     """Batches of ``rank`` without end, from batch ``start[1]`` of epoch ``start[0]``.
 
     What comes does not depend on where it starts: a run resumed at the place after its
@@ -57,14 +57,18 @@ def training_batches(
     """
     first, offset = start
     for epoch in itertools.count(first):
-        batches = epoch_batches(blocks, n_atoms, rule, epoch, rank)
+        batches = epoch_batches(blocks, n_atoms, config, epoch, rank)
         for number in range(offset, len(batches)):
-            yield Draw(epoch, number, batches[number])
+            yield BatchIndex(epoch, number, batches[number])
         offset = 0
 
 
 def epoch_batches(
-    blocks: Sequence[range], n_atoms: Counts, rule: BatchRule, epoch: int, rank: int
+    blocks: Sequence[range],
+    n_atoms: Counts,
+    config: SamplerConfig,
+    epoch: int,
+    rank: int,
 ) -> list[Positions]:
     """Batches of ``rank`` in ``epoch``, equally many on every rank and none empty.
 
@@ -79,39 +83,39 @@ def epoch_batches(
         There are more ranks than samples, or almost every batch would hold one sample
         and not all ranks have equally many.
     """
-    parts = epoch_parts(blocks, rule, epoch)
+    parts = epoch_parts(blocks, config, epoch)
     sizes = [sum(len(piece) for piece in part) for part in parts]
-    if rule.batch_atoms is None:
-        number = min(-(-max(sizes) // rule.batch_size), min(sizes))
-        return np.array_split(rank_order(parts[rank], rule, epoch, rank), number)
-    orders = [rank_order(part, rule, epoch, r) for r, part in enumerate(parts)]
-    number = max(fewest_batches(n_atoms[order], rule.batch_atoms) for order in orders)
+    if config.batch_atoms is None:
+        number = min(-(-max(sizes) // config.batch_size), min(sizes))
+        return np.array_split(rank_order(parts[rank], config, epoch, rank), number)
+    orders = [rank_order(part, config, epoch, r) for r, part in enumerate(parts)]
+    number = max(fewest_batches(n_atoms[order], config.batch_atoms) for order in orders)
     if number > min(sizes):
         raise SpecError(
-            f"With batch_atoms = {rule.batch_atoms} one process needs {number} batches "
-            f"and another has only {min(sizes)} samples; raise batch_atoms or start "
-            "another number of processes."
+            f"With batch_atoms = {config.batch_atoms} one process needs {number} "
+            f"batches and another has only {min(sizes)} samples; raise batch_atoms "
+            "or start another number of processes."
         )
     mine = orders[rank]
-    bounds = even_bounds(n_atoms[mine], number, rule.batch_atoms)
+    bounds = even_bounds(n_atoms[mine], number, config.batch_atoms)
     return [mine[begin:end] for begin, end in itertools.pairwise(bounds)]
 
 
 def epoch_parts(
-    blocks: Sequence[range], rule: BatchRule, epoch: int
+    blocks: Sequence[range], config: SamplerConfig, epoch: int
 ) -> list[list[Positions]]:
     """For every rank the pieces of blocks that it owns, in order of the epoch.
 
     Parts differ by one sample at most; their pieces are whole blocks but for the first
     and the last, and samples inside a block are permuted before it is cut.
     """
-    total, world = sum(len(block) for block in blocks), rule.world_size
+    total, world = sum(len(block) for block in blocks), config.world_size
     if total < world:
         raise SpecError(
             f"The training split has {total} samples, too few for {world} processes; "
             "start fewer."
         )
-    generator = np.random.default_rng((rule.seed, epoch))
+    generator = np.random.default_rng((config.seed, epoch))
     chosen = [blocks[number] for number in generator.permutation(len(blocks))]
     sequence = np.concatenate(
         [generator.permutation(np.arange(b.start, b.stop)) for b in chosen]
@@ -126,7 +130,7 @@ def epoch_parts(
 
 
 def rank_order(
-    pieces: Sequence[Positions], rule: BatchRule, epoch: int, rank: int
+    pieces: Sequence[Positions], config: SamplerConfig, epoch: int, rank: int
 ) -> Positions:
     """The samples of a rank's part, shuffled within ``buffer_blocks`` pieces at a time.
 
@@ -134,12 +138,12 @@ def rank_order(
     block is a fair sample of the split (docs/benchmarks.md has measurements).
     """
     # Seeds are padded with zeros, so (seed, epoch, 0) would repeat (seed, epoch).
-    generator = np.random.default_rng((rule.seed, epoch, 1 + rank))
+    generator = np.random.default_rng((config.seed, epoch, 1 + rank))
     windows = [
         generator.permutation(
-            np.concatenate(pieces[first : first + rule.buffer_blocks])
+            np.concatenate(pieces[first : first + config.buffer_blocks])
         )
-        for first in range(0, len(pieces), rule.buffer_blocks)
+        for first in range(0, len(pieces), config.buffer_blocks)
     ]
     return np.concatenate(windows)
 
@@ -196,7 +200,7 @@ def check_budget(
         )
 
 
-def grouped(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+def group_items(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     """``items`` in order, ``size`` at a time; a rest that is smaller comes last."""
     source = iter(items)
     while group := list(itertools.islice(source, size)):

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from kd_train.loader.concat import Arrays, Indices, Split
+from kd_train.loader.split import Arrays, Indices, Split
 from pipeline.store.quantization import Encoding
 from pipeline.store.reader import ArrayInfo
 
 
-class SelectedSplit:
+class SubsetSplit:
     """The samples of ``split`` at ``positions``, in that order and as one block."""
 
     def __init__(self, split: Split, positions: Indices) -> None:

@@ -42,7 +42,7 @@ _DPI = 160
 
 
 @dataclass(frozen=True)
-class Look:
+class RowStyle:
     """Colour (as ``#rrggbb``) and line style of a row.
 
     ``strategy_color`` is the same for all rows of a strategy: for panels of one row.
@@ -53,8 +53,8 @@ class Look:
     strategy_color: str
 
 
-def looks(cohorts: Sequence[Cohort]) -> dict[str, Look]:
-    """Looks by label of a row, the same in all figures of a report.
+def row_styles(cohorts: Sequence[Cohort]) -> dict[str, RowStyle]:
+    """Return the style of every row by its label, the same in all figures.
 
     A strategy has a colour, grey for plain students; rows of one strategy differ in
     line style and get paler.
@@ -70,12 +70,12 @@ def looks(cohorts: Sequence[Cohort]) -> dict[str, Look]:
         color = colors.get(strategy, _GREY)
         for i, label in enumerate(labels):
             share = _PALEST * i / max(len(labels) - 1, 1)
-            shade, line = mixed(color, "#ffffff", share), _LINES[i % len(_LINES)]
-            found[label] = Look(shade, line, color)
+            shade, line = mix_colors(color, "#ffffff", share), _LINES[i % len(_LINES)]
+            found[label] = RowStyle(shade, line, color)
     return found
 
 
-def mixed(first: str, second: str, share: float) -> str:
+def mix_colors(first: str, second: str, share: float) -> str:
     """Colour ``#rrggbb`` between two, ``share`` of the way to the second."""
     pairs = [(int(first[i : i + 2], 16), int(second[i : i + 2], 16)) for i in (1, 3, 5)]
     return "#" + "".join(f"{round(a + share * (b - a)):02x}" for a, b in pairs)
@@ -109,7 +109,7 @@ def style() -> Any:
     return matplotlib.rc_context(_STYLE)
 
 
-def files_of(figure: Any, stem: str) -> dict[str, bytes]:
+def render_files(figure: Any, stem: str) -> dict[str, bytes]:
     """``figure`` as ``stem.png`` for pages and ``stem.pdf`` for papers."""
     files = {}
     for kind, metadata in (("png", {}), ("pdf", {"CreationDate": None})):

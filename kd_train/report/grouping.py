@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kd_train.config.train_config import STRATEGIES
-from kd_train.report.runs import FinishedRun, Metrics, number
+from kd_train.report.runs import FinishedRun, Metrics, format_number
 
 # Settings that may differ between a run and its baseline beside those of distillation,
 # the last of which changes no number.
@@ -92,8 +92,8 @@ def make_cohorts(runs: Sequence[FinishedRun]) -> list[Cohort]:
 
 def row_settings(run: FinishedRun) -> tuple[str, str, dict[str, Any]]:
     """Student, strategy and settings by the words of a label: equal within a row."""
-    told = _lambdas(run) | _choices(run)
-    return run.summary.student, run.summary.strategy, told
+    labels = _lambdas(run) | _choices(run)
+    return run.summary.student, run.summary.strategy, labels
 
 
 def _cohort(student: str, members: list[FinishedRun]) -> Cohort:
@@ -103,10 +103,10 @@ def _cohort(student: str, members: list[FinishedRun]) -> Cohort:
         weights.setdefault(run.summary.strategy, []).append(_lambdas(run))
     rows: dict[tuple[Any, ...], list[FinishedRun]] = {}
     for run in sorted(members, key=lambda run: run.summary.seed):
-        told = _differing(_lambdas(run), weights[run.summary.strategy])
-        told |= _differing(_choices(run), choices)
-        order = tuple(_sortable(value) for value in told.values())
-        key = (_rank(run.summary.strategy), order, _words(told))
+        labels = _select_differing(_lambdas(run), weights[run.summary.strategy])
+        labels |= _select_differing(_choices(run), choices)
+        order = tuple(_sortable(value) for value in labels.values())
+        key = (_rank(run.summary.strategy), order, _words(labels))
         rows.setdefault(key, []).append(run)
     variants = [
         Variant(rows[key][0].summary.strategy, key[2], tuple(rows[key]))
@@ -145,13 +145,15 @@ def _schedule(settings: dict[str, Any]) -> str | None:
         for key in ("kind", "start", "end", "first_step", "steps")
     )
     if kind == "constant":
-        return None if start == 1 else f"×{number(start)}"
-    since = f" from step {number(first)}" if first else ""
-    length = "" if steps is None else f" within {number(steps)}"
-    return f"{kind} {number(start)}→{number(end)}{since}{length}"
+        return None if start == 1 else f"×{format_number(start)}"
+    since = f" from step {format_number(first)}" if first else ""
+    length = "" if steps is None else f" within {format_number(steps)}"
+    return f"{kind} {format_number(start)}→{format_number(end)}{since}{length}"
 
 
-def _differing(own: dict[str, Any], all_runs: list[dict[str, Any]]) -> dict[str, Any]:
+def _select_differing(
+    own: dict[str, Any], all_runs: list[dict[str, Any]]
+) -> dict[str, Any]:
     """The ``own`` settings that another run has otherwise."""
     return {
         key: value
@@ -160,8 +162,8 @@ def _differing(own: dict[str, Any], all_runs: list[dict[str, Any]]) -> dict[str,
     }
 
 
-def _words(told: dict[str, Any]) -> str:
-    parts = [f"{key}{number(v)}" for key, v in told.items() if v is not None]
+def _words(labels: dict[str, Any]) -> str:
+    parts = [f"{key}{format_number(v)}" for key, v in labels.items() if v is not None]
     return " ".join(parts)
 
 
@@ -185,5 +187,5 @@ def _bound(run: FinishedRun) -> dict[str, Any]:
 def _rank(strategy: str) -> tuple[int, int, str]:
     """Single strategies in their documented order, then the joined ones."""
     parts = strategy.split("+")
-    place = STRATEGIES.index(parts[0]) if parts[0] in STRATEGIES else len(STRATEGIES)
-    return len(parts), place, strategy
+    rank = STRATEGIES.index(parts[0]) if parts[0] in STRATEGIES else len(STRATEGIES)
+    return len(parts), rank, strategy

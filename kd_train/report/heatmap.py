@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import ConfigDict
 
 from kd_train.evaluation.cka import Similarity
-from kd_train.report.figures import files_of, new_figure, style
+from kd_train.report.figures import new_figure, render_files, style
 from pipeline.errors import SpecError
 from pipeline.files.atomic import write_atomically
 from pipeline.spec.yaml_model import ClosedModel, validate
@@ -99,7 +99,7 @@ def heatmap_files(found: Similarity) -> dict[str, bytes]:
         if max(rows, columns) <= _MOST_NUMBERS:
             _write_numbers(axes, found)
         figure.colorbar(image, ax=axes, label="linear CKA", aspect=25)
-        return files_of(figure, "cka")
+        return render_files(figure, "cka")
 
 
 def _write_numbers(axes: Any, found: Similarity) -> None:

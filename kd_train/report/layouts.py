@@ -37,11 +37,11 @@ def text_table(table: Table) -> str:
     for column in COLUMNS:
         unit = f"[{column.unit}]" if column.unit else ""
         values = [row.values[column.name] for row in rows]
-        columns.append([column.title, unit, *_aligned(values, column.decimals)])
+        columns.append([column.title, unit, *_align(values, column.decimals)])
         if table.has_gaps:
             gaps = [row.gaps[column.name] if row.gaps else None for row in rows]
-            columns.append(["gap closed", "[%]", *_aligned(gaps, 1)])
-    columns = [_padded(texts, left=i == 0) for i, texts in enumerate(columns)]
+            columns.append(["gap closed", "[%]", *_align(gaps, 1)])
+    columns = [_pad(texts, left=i == 0) for i, texts in enumerate(columns)]
     lines = ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
     rule = "-" * max(map(len, lines))
     body = iter(lines[2:])
@@ -86,7 +86,7 @@ def latex_table(table: Table) -> str:
         *_latex_head(table.has_gaps),
     ]
     for group in table.groups:
-        title = latex_escaped(group.title)
+        title = escape_latex(group.title)
         lines += ["\\midrule", f"\\multicolumn{{{width}}}{{l}}{{{title}}} \\\\"]
         lines += [_latex_row(_latex_cells(row, table.has_gaps)) for row in group.rows]
     lines += ["\\bottomrule", "\\end{tabular}"]
@@ -95,12 +95,12 @@ def latex_table(table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
-def latex_escaped(text: str) -> str:
+def escape_latex(text: str) -> str:
     """``text`` so that LaTeX prints it as it is."""
     return "".join(_LATEX.get(character, character) for character in text)
 
 
-def joined(spread: Spread, decimals: int) -> str:
+def format_mean_sd(spread: Spread, decimals: int) -> str:
     """Mean ± deviation, or what there is of them."""
     return " ± ".join(part for part in spread.parts(decimals) if part)
 
@@ -109,9 +109,9 @@ def _latex_head(has_gaps: bool) -> Iterator[str]:
     """Two header lines: names of metrics, then units."""
     titles, units = ["", "seeds"], ["", ""]
     for column in COLUMNS:
-        titles.append(latex_escaped(column.title))
+        titles.append(escape_latex(column.title))
         # Brackets at the start of a line would be an argument of the break before.
-        units.append(f"{{[{latex_escaped(column.unit)}]}}" if column.unit else "")
+        units.append(f"{{[{escape_latex(column.unit)}]}}" if column.unit else "")
         if has_gaps:
             titles.append("gap")
             units.append("{[\\%]}")
@@ -120,10 +120,10 @@ def _latex_head(has_gaps: bool) -> Iterator[str]:
 
 
 def _latex_cells(row: Row, has_gaps: bool) -> Iterator[str]:
-    yield r"\quad " + latex_escaped(row.label)
+    yield r"\quad " + escape_latex(row.label)
     yield _seeds(row)
     for column in COLUMNS:
-        text = _latex_number(joined(row.values[column.name], column.decimals))
+        text = _latex_number(format_mean_sd(row.values[column.name], column.decimals))
         yield rf"\textbf{{{text}}}" if column.name in row.best else text
         if has_gaps:
             yield _latex_number(gap_text(row, column))
@@ -131,19 +131,19 @@ def _latex_cells(row: Row, has_gaps: bool) -> Iterator[str]:
 
 def _latex_number(text: str) -> str:
     """Number with a minus sign instead of a hyphen."""
-    return latex_escaped(text.replace("-", "−"))
+    return escape_latex(text.replace("-", "−"))
 
 
 def gap_text(row: Row, column: Column) -> str:
     """Gap closed in percent; empty where a gap has no sense."""
-    return joined(row.gaps[column.name], 1) if row.gaps else ""
+    return format_mean_sd(row.gaps[column.name], 1) if row.gaps else ""
 
 
 def _latex_row(cells: Iterable[str]) -> str:
     return " & ".join(cells) + r" \\"
 
 
-def _aligned(spreads: Sequence[Spread | None], decimals: int) -> list[str]:
+def _align(spreads: Sequence[Spread | None], decimals: int) -> list[str]:
     """Texts of one width with the signs ± below each other; None gives blanks."""
     parts = [("", "") if s is None else s.parts(decimals) for s in spreads]
     means = max(len(mean) for mean, _ in parts)
@@ -153,7 +153,7 @@ def _aligned(spreads: Sequence[Spread | None], decimals: int) -> list[str]:
     return [f"{m:>{means}}{t:<{width}}" for (m, _), t in zip(parts, tails, strict=True)]
 
 
-def _padded(texts: list[str], *, left: bool) -> list[str]:
+def _pad(texts: list[str], *, left: bool) -> list[str]:
     width = max(map(len, texts))
     return [text.ljust(width) if left else text.rjust(width) for text in texts]
 

@@ -8,8 +8,8 @@ from html import escape
 from importlib.metadata import PackageNotFoundError, version
 
 from kd_train.report.grouping import Cohort
-from kd_train.report.layouts import gap_text, joined
-from kd_train.report.runs import FinishedRun, LeftOut
+from kd_train.report.layouts import format_mean_sd, gap_text
+from kd_train.report.runs import FinishedRun, SkippedRun
 from kd_train.report.summary import training_command
 from kd_train.report.tables import COLUMNS, MISSING, TEACHER, Row, Table
 
@@ -51,31 +51,31 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Report:
+class PageContent:
     """All that the page shows."""
 
     table: Table
     cohorts: Sequence[Cohort]
-    missing: Sequence[LeftOut]
-    apart: Sequence[LeftOut]
-    findings: Sequence[str]
+    missing: Sequence[SkippedRun]
+    incomparable: Sequence[SkippedRun]
+    sentences: Sequence[str]
     figures: Sequence[Figure]
     command: str
 
 
-def page(report: Report) -> str:
+def page(report: PageContent) -> str:
     """The page: summary, table, figures, runs left out, provenance."""
     sections = [
-        _section("Summary", "".join(f"<p>{escape(s)}</p>\n" for s in report.findings)),
+        _section("Summary", "".join(f"<p>{escape(s)}</p>\n" for s in report.sentences)),
         _section("Gap closed", _results(report.table)),
         *(_section(one.title, _figure(one)) for one in report.figures),
     ]
     for title, runs in (
         (WITHOUT_RESULTS, report.missing),
-        (NOT_COMPARABLE, report.apart),
+        (NOT_COMPARABLE, report.incomparable),
     ):
         if runs:
-            sections.append(_section(title, _left_out(runs)))
+            sections.append(_section(title, _skipped_table(runs)))
     sections.append(_section("Provenance", _provenance(report)))
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -127,7 +127,7 @@ def _html_row(row: Row, has_gaps: bool) -> str:
     """One row; the best of a student on a metric is bold."""
     cells = [f"<td>{escape(row.label)}</td><td>{row.seeds or ''}</td>"]
     for column in COLUMNS:
-        text = joined(row.values[column.name], column.decimals)
+        text = format_mean_sd(row.values[column.name], column.decimals)
         if column.name in row.best:
             text = f"<b>{text}</b>"
         cells.append(f"<td>{text}</td>")
@@ -137,24 +137,24 @@ def _html_row(row: Row, has_gaps: bool) -> str:
     return f"<tr{kind}>{''.join(cells)}</tr>\n"
 
 
-def _left_out(runs: Sequence[LeftOut]) -> str:
+def _skipped_table(runs: Sequence[SkippedRun]) -> str:
     rows = [_cells(("folder", "run", "state"), "th")]
     rows += [
-        f"<tr><td>{escape(str(one.folder))}</td><td>{escape(one.what)}</td>"
+        f"<tr><td>{escape(str(one.folder))}</td><td>{escape(one.description)}</td>"
         f'<td class="reason">{escape(one.state)}</td></tr>\n'
         for one in runs
     ]
     return f'<div class="wide"><table class="list">{"".join(rows)}</table></div>\n'
 
 
-def _provenance(report: Report) -> str:
+def _provenance(report: PageContent) -> str:
     runs = [run for cohort in report.cohorts for run in cohort.runs]
     parts = []
     if runs:
         fingerprint = escape(runs[0].summary.fingerprint)
         parts.append(f"<p>Store fingerprint <code>{fingerprint}</code></p>\n")
     parts.append(f"<p>Report made by {escape(_versions())}.</p>\n")
-    trained = dict.fromkeys(_words_of(run.header.versions) for run in runs)
+    trained = dict.fromkeys(_format_versions(run.header.versions) for run in runs)
     parts += [f"<p>Trained by {escape(one)}.</p>\n" for one in trained if one]
     if runs:
         parts.append(f'<div class="wide">{_run_table(report.cohorts)}</div>\n')
@@ -189,10 +189,10 @@ def _versions() -> str:
             found[package] = version(package)
         except PackageNotFoundError:
             found[package] = "(not installed as a package)"
-    return _words_of({**found, "Python": platform.python_version()})
+    return _format_versions({**found, "Python": platform.python_version()})
 
 
-def _words_of(versions: dict[str, str]) -> str:
+def _format_versions(versions: dict[str, str]) -> str:
     return ", ".join(f"{name} {number}" for name, number in versions.items())
 
 

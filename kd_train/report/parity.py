@@ -8,11 +8,11 @@ import numpy.typing as npt
 
 from kd_train.report.figures import (
     GRID,
-    Look,
-    files_of,
-    looks,
-    mixed,
+    RowStyle,
+    mix_colors,
     new_figure,
+    render_files,
+    row_styles,
     style,
 )
 from kd_train.report.grouping import Cohort, Variant
@@ -29,7 +29,7 @@ def parity_files(cohorts: Sequence[Cohort]) -> dict[str, bytes]:
     Energies are shown as errors, because a spread of hundreds of eV between
     compositions would hide errors of meV. The run of the lowest seed is drawn.
     """
-    chosen = looks(cohorts)
+    chosen = row_styles(cohorts)
     lines = [len(range(0, len(cohort.variants), _COLUMNS)) for cohort in cohorts]
     n_columns = min(max(len(cohort.variants) for cohort in cohorts), _COLUMNS)
     with style():
@@ -40,10 +40,10 @@ def parity_files(cohorts: Sequence[Cohort]) -> dict[str, bytes]:
         for cohort, count in zip(cohorts, lines, strict=True):
             panels, grid = grid[: 2 * count], grid[2 * count :]
             _parity_rows(panels, cohort, chosen)
-        return files_of(figure, "parity")
+        return render_files(figure, "parity")
 
 
-def _parity_rows(grid: Array, cohort: Cohort, chosen: dict[str, Look]) -> None:
+def _parity_rows(grid: Array, cohort: Cohort, chosen: dict[str, RowStyle]) -> None:
     """Fill the panels of one student, all energies and all forces on one scale."""
     data = {v.label: v.runs[0].predictions() for v in cohort.variants}
     energy_limit = _limit(
@@ -86,20 +86,20 @@ def _describe(
 
 def _energy_panel(axes: Any, found: dict[str, Array], limit: float, color: str) -> None:
     """Errors in meV; triangles at the edge stand for errors beyond ``limit``."""
-    place = found["energy_label"] / found["n_atoms"]
+    per_atom = found["energy_label"] / found["n_atoms"]
     error = 1e3 * _energy_error(found)
-    known = np.isfinite(place) & np.isfinite(error)
-    place, error = place[known], error[known]
+    known = np.isfinite(per_atom) & np.isfinite(error)
+    per_atom, error = per_atom[known], error[known]
     inside = np.abs(error) <= limit
     axes.axhline(0, color="black", linewidth=0.7)
     # Thousands of points at full strength would be one blob, as vectors a huge file.
     alpha = float(np.clip(150 / max(len(error), 1), 0.12, 0.7))
     points = {"color": color, "linewidths": 0, "alpha": alpha, "rasterized": True}
-    axes.scatter(place[inside], error[inside], s=9, **points)
+    axes.scatter(per_atom[inside], error[inside], s=9, **points)
     for sign, marker in ((1, "^"), (-1, "v")):
         beyond = ~inside & (np.sign(error) == sign)
         edge = np.full(int(beyond.sum()), 0.97 * sign * limit)
-        axes.scatter(place[beyond], edge, s=14, marker=marker, **points)
+        axes.scatter(per_atom[beyond], edge, s=14, marker=marker, **points)
     axes.set_ylim(-limit, limit)
     axes.grid(**GRID)
 
@@ -125,7 +125,7 @@ def _force_panel(axes: Any, found: dict[str, Array], limit: float, color: str) -
             mincnt=1,
             norm=LogNorm(),
             cmap=LinearSegmentedColormap.from_list(
-                "tint", [mixed(color, "#ffffff", 0.7), color]
+                "tint", [mix_colors(color, "#ffffff", 0.7), color]
             ),
             linewidths=0.1,
         )

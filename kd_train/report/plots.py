@@ -7,9 +7,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kd_train.report.figures import GRID, Look, files_of, looks, new_figure, style
+from kd_train.report.figures import (
+    GRID,
+    RowStyle,
+    new_figure,
+    render_files,
+    row_styles,
+    style,
+)
 from kd_train.report.grouping import Cohort, Variant
-from kd_train.report.runs import FinishedRun, Throughput
+from kd_train.report.runs import FinishedRun, ThroughputRecord
 from kd_train.report.tables import COLUMNS, TEACHER, Column, Spread
 
 _ERRORS = (COLUMNS[1], COLUMNS[0])  # forces first: they tell more of a potential
@@ -28,7 +35,7 @@ def curves_files(cohorts: Sequence[Cohort]) -> dict[str, bytes]:
     A line per row of the table with the standard deviation over seeds around it, two
     rows of panels per student; the teacher is a dashed line.
     """
-    chosen = looks(cohorts)
+    chosen = row_styles(cohorts)
     with style():
         figure = new_figure(8.2, 4.7 * len(cohorts) + 0.1)
         grid = figure.subplots(
@@ -36,7 +43,7 @@ def curves_files(cohorts: Sequence[Cohort]) -> dict[str, bytes]:
         )
         for i, cohort in enumerate(cohorts):
             _curve_panels(grid[2 * i : 2 * i + 2], cohort, chosen)
-        return files_of(figure, "curves")
+        return render_files(figure, "curves")
 
 
 def mean_curve(runs: Sequence[FinishedRun], column: str) -> Array:
@@ -56,7 +63,7 @@ def mean_curve(runs: Sequence[FinishedRun], column: str) -> Array:
     return np.column_stack([steps, means, spread]) if steps else np.empty((0, 4))
 
 
-def _curve_panels(grid: Any, cohort: Cohort, chosen: dict[str, Look]) -> None:
+def _curve_panels(grid: Any, cohort: Cohort, chosen: dict[str, RowStyle]) -> None:
     """Two rows, forces and energies, by two columns, steps and time."""
     longest = max(
         (run.curve(f"val_{_ERRORS[0].name}")[-1, 1] for run in cohort.runs), default=0.0
@@ -83,15 +90,15 @@ def _curve_panels(grid: Any, cohort: Cohort, chosen: dict[str, Look]) -> None:
 
 
 def _curve(
-    axes: Any, place: Array, curve: Array, label: str, chosen: dict[str, Look]
+    axes: Any, x: Array, curve: Array, label: str, chosen: dict[str, RowStyle]
 ) -> None:
-    look, (_, _, mean, spread) = chosen[label], curve.T
+    row_style, (_, _, mean, spread) = chosen[label], curve.T
     few = np.isfinite(mean).sum() < 3
     axes.plot(
-        place,
+        x,
         mean,
-        color=look.color,
-        linestyle=look.line,
+        color=row_style.color,
+        linestyle=row_style.line,
         marker="o" if few else None,
         markersize=3.5,
         linewidth=1.3,
@@ -101,7 +108,7 @@ def _curve(
         # A band that reaches zero would have no lower edge on a logarithmic axis.
         low = np.maximum(mean - spread, 0.2 * mean)
         axes.fill_between(
-            place, low, mean + spread, color=look.color, alpha=0.15, linewidth=0
+            x, low, mean + spread, color=row_style.color, alpha=0.15, linewidth=0
         )
 
 
@@ -143,12 +150,12 @@ class Point:
 
     student: str
     variant: Variant
-    measured: tuple[Throughput, ...]
+    measured: tuple[ThroughputRecord, ...]
 
     @property
-    def place(self) -> str:
+    def machine(self) -> str:
         """Device and threads of the measurement."""
-        return self.measured[0].place
+        return self.measured[0].machine
 
     def rate(self, kind: str) -> float:
         """Mean samples per second over the runs that were measured."""
@@ -167,13 +174,13 @@ def throughput_points(cohorts: Sequence[Cohort]) -> list[Point]:
     points = []
     for cohort in cohorts:
         for variant in cohort.variants:
-            places: dict[str, list[Throughput]] = {}
+            machines: dict[str, list[ThroughputRecord]] = {}
             for run in variant.runs:
                 if (found := run.throughput()) is not None:
-                    places.setdefault(found.place, []).append(found)
+                    machines.setdefault(found.machine, []).append(found)
             points += [
                 Point(cohort.student, variant, tuple(found))
-                for found in places.values()
+                for found in machines.values()
             ]
     return points
 
@@ -190,7 +197,7 @@ def throughput_caption(points: Sequence[Point]) -> str:
     )
     several = _machines(points)
     if several is None:
-        return f"{text}Measured on {measured[0].place}."
+        return f"{text}Measured on {measured[0].machine}."
     return (
         f"{text}Measured on different machines ({several}): compare speeds within one "
         "kind of marker only."
@@ -199,10 +206,12 @@ def throughput_caption(points: Sequence[Point]) -> str:
 
 def _machines(points: Sequence[Point]) -> str | None:
     """Which marker stands for which machine; None where there is only one."""
-    places = dict.fromkeys(point.place for point in points)
+    machines = dict.fromkeys(point.machine for point in points)
     names = ("circles", "squares", "triangles", "diamonds", "tips", "stars")
-    told = [f"{names[i % len(names)]}: {place}" for i, place in enumerate(places)]
-    return "; ".join(told) if len(told) > 1 else None
+    sentences = [
+        f"{names[i % len(names)]}: {machine}" for i, machine in enumerate(machines)
+    ]
+    return "; ".join(sentences) if len(sentences) > 1 else None
 
 
 def throughput_files(cohorts: Sequence[Cohort]) -> dict[str, bytes]:
@@ -210,7 +219,7 @@ def throughput_files(cohorts: Sequence[Cohort]) -> dict[str, bytes]:
     points = throughput_points(cohorts)
     if not points:
         return {}
-    chosen = looks(cohorts)
+    chosen = row_styles(cohorts)
     with style():
         figure = new_figure(8.2, 5.0)
         grid = figure.subplots(2, 2, sharey="row", sharex="col")
@@ -226,7 +235,7 @@ def throughput_files(cohorts: Sequence[Cohort]) -> dict[str, bytes]:
         _throughput_legend(grid[0, 1], grid[0, 0])
         if (several := _machines(points)) is not None:
             figure.suptitle(f"different machines: {several}", fontsize=7)
-        return files_of(figure, "throughput")
+        return render_files(figure, "throughput")
 
 
 def _throughput_panel(
@@ -234,22 +243,22 @@ def _throughput_panel(
     points: Sequence[Point],
     kind: str,
     metric: Column,
-    chosen: dict[str, Look],
+    chosen: dict[str, RowStyle],
 ) -> None:
-    places = list(dict.fromkeys(point.place for point in points))
+    machines = list(dict.fromkeys(point.machine for point in points))
     named: set[str] = set()
     for point in points:
-        error, look = point.error(metric), chosen[point.variant.label]
+        error, row_style = point.error(metric), chosen[point.variant.label]
         if not np.isfinite(error.mean):
             continue
         axes.errorbar(
             point.rate(kind),
             error.mean,
             yerr=error.deviation if np.isfinite(error.deviation) else None,
-            color=look.color,
-            marker=_MARKERS[places.index(point.place) % len(_MARKERS)],
+            color=row_style.color,
+            marker=_MARKERS[machines.index(point.machine) % len(_MARKERS)],
             # Plain students are open, so that they stand out from distilled ones.
-            markerfacecolor="white" if point.variant.is_plain else look.color,
+            markerfacecolor="white" if point.variant.is_plain else row_style.color,
             markersize=5.5,
             elinewidth=0.9,
             linestyle="none",

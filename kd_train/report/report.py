@@ -7,7 +7,13 @@ from kd_train.report.comparable import comparable
 from kd_train.report.grouping import Cohort, make_cohorts
 from kd_train.report.heatmap import read_similarity
 from kd_train.report.layouts import csv_table, latex_table, text_table
-from kd_train.report.page import NOT_COMPARABLE, WITHOUT_RESULTS, Figure, Report, page
+from kd_train.report.page import (
+    NOT_COMPARABLE,
+    WITHOUT_RESULTS,
+    Figure,
+    PageContent,
+    page,
+)
 from kd_train.report.parity import parity_files
 from kd_train.report.plots import (
     curves_files,
@@ -15,8 +21,8 @@ from kd_train.report.plots import (
     throughput_files,
     throughput_points,
 )
-from kd_train.report.runs import LeftOut, read_runs
-from kd_train.report.summary import findings, report_command
+from kd_train.report.runs import SkippedRun, read_runs
+from kd_train.report.summary import report_command, summarize
 from kd_train.report.tables import make_table
 from pipeline.files.atomic import held, write_atomically
 
@@ -61,18 +67,20 @@ def write_report(
         matplotlib is not installed.
     """
     finished, missing = read_runs(runs, partial=partial)
-    finished, misfits = comparable(finished)
-    if misfits and not partial:
-        raise misfits[0].refusal()
-    apart = [misfit.listed() for misfit in misfits]
+    finished, mismatches = comparable(finished)
+    if mismatches and not partial:
+        raise mismatches[0].as_error()
+    incomparable = [mismatch.as_skipped() for mismatch in mismatches]
     cohorts = make_cohorts(finished)
     table = make_table(cohorts)
-    text = _text(cohorts, text_table(table), missing, apart)
+    text = _text(cohorts, text_table(table), missing, incomparable)
     files = _figure_files(cohorts)
     command = report_command(runs, out, partial=partial, cka=cka)
-    told = findings(table, cohorts, missing, apart)
-    shown = [*_shown(files, cohorts), *map(_similarity, cka)]
-    content = page(Report(table, cohorts, missing, apart, told, shown, command))
+    sentences = summarize(table, cohorts, missing, incomparable)
+    shown = [*_page_figures(files, cohorts), *map(_similarity, cka)]
+    content = page(
+        PageContent(table, cohorts, missing, incomparable, sentences, shown, command)
+    )
     files |= {
         "table.txt": text.encode(),
         "table.csv": csv_table(table).encode(),
@@ -92,15 +100,15 @@ def write_report(
 def _text(
     cohorts: Sequence[Cohort],
     table: str,
-    missing: Sequence[LeftOut],
-    apart: Sequence[LeftOut],
+    missing: Sequence[SkippedRun],
+    incomparable: Sequence[SkippedRun],
 ) -> str:
     """Store, table, and what became of the other runs."""
     parts = []
     if cohorts:
         parts.append(f"Store {cohorts[0].runs[0].summary.fingerprint[:12]}\n")
     parts.append(table)
-    for title, runs in ((WITHOUT_RESULTS, missing), (NOT_COMPARABLE, apart)):
+    for title, runs in ((WITHOUT_RESULTS, missing), (NOT_COMPARABLE, incomparable)):
         if runs:
             lines = "".join(f"  {one.folder}: {one.state}\n" for one in runs)
             parts.append(f"{title}:\n{lines}")
@@ -113,7 +121,7 @@ def _figure_files(cohorts: Sequence[Cohort]) -> dict[str, bytes]:
     return curves_files(cohorts) | throughput_files(cohorts) | parity_files(cohorts)
 
 
-def _shown(files: dict[str, bytes], cohorts: Sequence[Cohort]) -> list[Figure]:
+def _page_figures(files: dict[str, bytes], cohorts: Sequence[Cohort]) -> list[Figure]:
     """Figures of the page with their captions."""
     figures = []
     for stem, (title, caption) in _FIGURES.items():

@@ -89,7 +89,7 @@ class BatchSizes(_Open):
         return f"{total} {'samples' if atoms is None else 'atoms'}"
 
 
-class Throughput(_Open):
+class ThroughputRecord(_Open):
     """What ``throughput.json`` says: samples per second of inference, and on what.
 
     ``samples_per_second_with_graphs`` includes making the graphs. ``mean_atoms`` is
@@ -105,7 +105,7 @@ class Throughput(_Open):
     device_name: str | None = None
 
     @property
-    def place(self) -> str:
+    def machine(self) -> str:
         """Device and threads in words."""
         name = self.device_name or self.device
         if self.threads is None:
@@ -135,7 +135,7 @@ class FinishedRun:
     @cached_property
     def settings(self) -> dict[str, Any]:
         """Configuration with dotted keys; defaults where the run knew no such key."""
-        return flat_defaults() | flattened(self.header.config)
+        return flat_defaults() | flatten_settings(self.header.config)
 
     @property
     def strategies(self) -> tuple[str, ...]:
@@ -146,7 +146,9 @@ class FinishedRun:
     def weights(self) -> str:
         """Distillation weights in force, such as ``n2n=100``; empty for a baseline."""
         known = {name: self.settings.get(f"distill.{name}") for name in self.strategies}
-        return ", ".join(f"{name}={number(value)}" for name, value in known.items())
+        return ", ".join(
+            f"{name}={format_number(value)}" for name, value in known.items()
+        )
 
     def curve(self, column: str) -> npt.NDArray[np.float64]:
         """Step, seconds and ``column`` at every validation, shape (V, 3)."""
@@ -179,7 +181,7 @@ class FinishedRun:
             found[name] = rows.reshape(-1)
         return found
 
-    def throughput(self) -> Throughput | None:
+    def throughput(self) -> ThroughputRecord | None:
         """What ``kd-eval --throughput`` measured of the exported student, if it did."""
         path = self.folder / "throughput.json"
         if not path.exists():
@@ -188,27 +190,27 @@ class FinishedRun:
             ["kd-eval", str(self.folder), "--data", "STORE", "--throughput"]
         )
         again = f"measure it anew with `{command}` (STORE is the store)"
-        return _json_document(Throughput, path, again)
+        return _json_document(ThroughputRecord, path, again)
 
     def _damaged(self, name: str) -> SpecError:
         return SpecError(
             f"{self.folder / name} is missing or damaged; write it anew with "
-            f"{_resuming(self.folder)}."
+            f"{_resume_hint(self.folder)}."
         )
 
 
 @dataclass(frozen=True)
-class LeftOut:
+class SkippedRun:
     """A run that is not in the table: what it was to be, and why it is not there."""
 
     folder: Path
-    what: str
+    description: str
     state: str
 
 
 def read_runs(
     folders: Sequence[Path], *, partial: bool = False
-) -> tuple[list[FinishedRun], list[LeftOut]]:
+) -> tuple[list[FinishedRun], list[SkippedRun]]:
     """Finished runs in ``folders``; with ``partial`` also what became of the others.
 
     Raises
@@ -225,7 +227,7 @@ def read_runs(
         except SpecError as error:
             if not partial:
                 raise
-            others.append(_left_out(folder, str(error)))
+            others.append(_skipped_run(folder, str(error)))
     return finished, others
 
 
@@ -233,22 +235,22 @@ def read_run(folder: Path) -> FinishedRun:
     """The run in ``folder``; refuses one that is unfinished, failed or damaged."""
     path = folder / "metrics.json"
     if not path.exists():
-        raise SpecError(_why_unfinished(folder))
-    again = f"write it anew with {_resuming(folder)}"
+        raise SpecError(_describe_unfinished(folder))
+    again = f"write it anew with {_resume_hint(folder)}"
     summary = _json_document(Summary, path, again)
     config = folder / "config.yaml"
     header = validate(Header, read_yaml(config), str(config))
-    settings = flat_defaults() | flattened(header.config)
+    settings = flat_defaults() | flatten_settings(header.config)
     sizes = validate(BatchSizes, settings, str(config))
     return FinishedRun(folder, summary, header, sizes.together(header.processes))
 
 
 def flat_defaults() -> dict[str, Any]:
     """The default configuration with dotted keys."""
-    return flattened(TrainConfig().model_dump(mode="json"))
+    return flatten_settings(TrainConfig().model_dump(mode="json"))
 
 
-def number(value: object) -> str:
+def format_number(value: object) -> str:
     """``value`` for a label: shortest form of a number that loses no digit."""
     if not isinstance(value, int | float):
         return str(value)
@@ -256,18 +258,18 @@ def number(value: object) -> str:
     return short if float(short) == value else repr(value)
 
 
-def _why_unfinished(folder: Path) -> str:
+def _describe_unfinished(folder: Path) -> str:
     failure = folder / "failure.json"
     if not (folder / "config.yaml").exists() and not failure.exists():
         return f"{folder} is not a run folder: it has no config.yaml."
     state = "failed" if failure.exists() else "is not finished (it has no metrics.json)"
     return (
-        f"{folder} {state}; continue it with {_resuming(folder)}, or add --partial to "
-        "list it in the report."
+        f"{folder} {state}; continue it with {_resume_hint(folder)}, or add "
+        "--partial to list it in the report."
     )
 
 
-def _resuming(folder: Path) -> str:
+def _resume_hint(folder: Path) -> str:
     """How to go on with a run, in words; its settings must be those of before."""
     command = ["kd-train", "--cache", "STORE", "--out", str(folder), "--resume"]
     return (
@@ -276,23 +278,23 @@ def _resuming(folder: Path) -> str:
     )
 
 
-def _left_out(folder: Path, error: str) -> LeftOut:
+def _skipped_run(folder: Path, error: str) -> SkippedRun:
     """What a report says of a folder that :func:`read_run` refused with ``error``."""
     try:
         config = read_yaml(folder / "config.yaml").get("config", {})
         names = config["student"]["preset"], config["strategy"], config["seed"]
-        what = "{}, {}, seed {}".format(*names)
+        description = "{}, {}, seed {}".format(*names)
     except (SpecError, KeyError, TypeError, AttributeError):
-        what = ""
+        description = ""
     if (folder / "metrics.json").exists():
-        return LeftOut(folder, what, f"damaged: {error}")
+        return SkippedRun(folder, description, f"damaged: {error}")
     if (folder / "failure.json").exists():
-        return LeftOut(folder, what, _failure(folder / "failure.json"))
+        return SkippedRun(folder, description, _failure(folder / "failure.json"))
     if not (folder / "config.yaml").exists():
-        return LeftOut(folder, what, "not started")
+        return SkippedRun(folder, description, "not started")
     step = _last_step(folder / "metrics.csv")
-    place = "before its first validation" if step is None else f"at step {step}"
-    return LeftOut(folder, what, f"unfinished {place}")
+    moment = "before its first validation" if step is None else f"at step {step}"
+    return SkippedRun(folder, description, f"unfinished {moment}")
 
 
 def _failure(path: Path) -> str:
@@ -303,8 +305,8 @@ def _failure(path: Path) -> str:
     reason = " ".join(found.error.split())
     if len(reason) > _LONGEST_REASON:
         reason = reason[: _LONGEST_REASON - 1] + "…"
-    place = "" if found.step is None else f" at step {found.step}"
-    return f"failed{place}: {reason}"
+    moment = "" if found.step is None else f" at step {found.step}"
+    return f"failed{moment}: {reason}"
 
 
 def _last_step(path: Path) -> int | None:
@@ -330,12 +332,14 @@ def _json_document(model: type[_Document], path: Path, remedy: str) -> _Document
     return validate(model, document, str(path))
 
 
-def flattened(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten_settings(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """``settings`` with dotted keys in place of sections."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         name = f"{prefix}{key}"
         flat |= (
-            flattened(value, f"{name}.") if isinstance(value, dict) else {name: value}
+            flatten_settings(value, f"{name}.")
+            if isinstance(value, dict)
+            else {name: value}
         )
     return flat

@@ -8,8 +8,13 @@ from typing import Any
 from kd_train.config.recipe import with_recipe
 from kd_train.config.train_config import STRATEGIES, TrainConfig
 from kd_train.report.grouping import Cohort
-from kd_train.report.layouts import gap_text, joined
-from kd_train.report.runs import FinishedRun, LeftOut, flat_defaults, flattened
+from kd_train.report.layouts import format_mean_sd, gap_text
+from kd_train.report.runs import (
+    FinishedRun,
+    SkippedRun,
+    flat_defaults,
+    flatten_settings,
+)
 from kd_train.report.tables import COLUMNS, Column, Row, Table
 from pipeline.errors import SpecError
 from pipeline.spec.plain_yaml import yaml_text
@@ -23,11 +28,11 @@ _FLAGS = {
 }
 
 
-def findings(
+def summarize(
     table: Table,
     cohorts: Sequence[Cohort],
-    missing: Sequence[LeftOut],
-    apart: Sequence[LeftOut],
+    missing: Sequence[SkippedRun],
+    incomparable: Sequence[SkippedRun],
 ) -> list[str]:
     """What was compared, and which row is best for every student."""
     runs = [run for cohort in cohorts for run in cohort.runs]
@@ -45,14 +50,14 @@ def findings(
     ]
     if missing:
         sentences.append(f"{_count(len(missing), 'run')} without results: see below.")
-    if apart:
-        told = _count(len(apart), "finished run")
-        sentences.append(f"{told} not comparable with the others: see below.")
+    if incomparable:
+        count = _count(len(incomparable), "finished run")
+        sentences.append(f"{count} not comparable with the others: see below.")
     for cohort in cohorts:
         rows = [row for row in table.rows if row.student == cohort.student]
         if any(row.gaps is not None for row in rows):
-            told = "; ".join(_best(rows, column) for column in COLUMNS[:2])
-            sentences.append(f"{cohort.student}: {told}.")
+            best = "; ".join(_best(rows, column) for column in COLUMNS[:2])
+            sentences.append(f"{cohort.student}: {best}.")
     return sentences
 
 
@@ -66,7 +71,7 @@ def training_command(run: FinishedRun) -> str:
     if run.header.processes > 1:
         count = str(run.header.processes)
         words = ["torchrun", "--nproc-per-node", count, "-m", "kd_train", *words[1:]]
-    settings, left_out = _filled(run)
+    settings, left_out = _split_settings(run)
     for key, flag in _FLAGS.items():
         words += [flag, str(settings[key])]
     for key, value in settings.items():
@@ -75,13 +80,13 @@ def training_command(run: FinishedRun) -> str:
     return shlex.join([*words, "--out", str(run.folder)])
 
 
-def _filled(run: FinishedRun) -> tuple[dict[str, Any], dict[str, Any]]:
+def _split_settings(run: FinishedRun) -> tuple[dict[str, Any], dict[str, Any]]:
     """Settings of ``run`` with its recipe, and those that come about by themselves."""
     defaults, name = flat_defaults(), run.settings["recipe"]
     bare = {"student": {"preset": run.settings["student.preset"]}, "recipe": name}
     try:
         asked = validate(TrainConfig, bare, str(run.folder))
-        recipe = flattened(with_recipe(asked, None).model_dump(mode="json"))
+        recipe = flatten_settings(with_recipe(asked, None).model_dump(mode="json"))
     except SpecError:  # of a version that knew other recipes or students
         name, recipe = "none", defaults
     if name in ("auto", "none"):  # from before there were recipes
@@ -113,7 +118,8 @@ def _best(rows: Sequence[Row], column: Column) -> str:
     if not named:
         return f"{column.title} is the same for all rows or missing"
     row = named[0]
-    value = f"{joined(row.values[column.name], column.decimals)} {column.unit}".strip()
+    mean = format_mean_sd(row.values[column.name], column.decimals)
+    value = f"{mean} {column.unit}".strip()
     if row.gaps is None:
         return f"no row beats the plain student in {column.title} ({value})"
     gap = gap_text(row, column)

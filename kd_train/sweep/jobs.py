@@ -28,7 +28,7 @@ _NO_GPU = (
 _PROGRAM = "from kd_train.cli.train import main; main()"
 
 
-class Outcome(ClosedModel):
+class JobResult(ClosedModel):
     """How a run ended; ``step`` is that of its last checkpoint, None before any."""
 
     state: Literal["done", "failed"]
@@ -42,10 +42,10 @@ def outcome_path(sweep: Sweep, name: str) -> Path:
     return sweep.folder(name) / "outcome.json"
 
 
-def read_outcome(sweep: Sweep, name: str) -> Outcome | None:
+def read_outcome(sweep: Sweep, name: str) -> JobResult | None:
     """How run ``name`` ended; None while it has not, or where the file is damaged."""
     try:
-        return Outcome.model_validate_json(outcome_path(sweep, name).read_bytes())
+        return JobResult.model_validate_json(outcome_path(sweep, name).read_bytes())
     except (OSError, ValueError):
         return None
 
@@ -59,7 +59,7 @@ def saved_step(folder: Path) -> int | None:
         return None
 
 
-def run_job(sweep: Sweep, name: str, attempt: int = 1) -> Outcome:
+def run_job(sweep: Sweep, name: str, attempt: int = 1) -> JobResult:
     """Train run ``name`` to its end, from its last checkpoint, and record the outcome.
 
     A failure is an outcome and no error. Only one process trains a run: a second waits,
@@ -77,7 +77,7 @@ def run_job(sweep: Sweep, name: str, attempt: int = 1) -> Outcome:
         error = _trained(_command(sweep, settings, folder), log, sweep, lock.fileno())
         if error is not None:
             error = error.removeprefix(f"{folder}: ")
-        outcome = Outcome(
+        outcome = JobResult(
             state="done" if error is None else "failed",
             error=error,
             step=saved_step(folder),
@@ -177,7 +177,7 @@ def _last_words(log: Path, begin: int, code: int) -> str:
     return f"kd-train ended with exit code {code}: {last}"
 
 
-def record(sweep: Sweep, name: str, outcome: Outcome) -> None:
+def record(sweep: Sweep, name: str, outcome: JobResult) -> None:
     """Write the outcome, and beside it ``failure.json`` where there is a failure."""
     failure = sweep.folder(name) / "failure.json"
     if outcome.state == "failed":

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from kd_train.report.report import write_report
-from kd_train.sweep.jobs import Outcome, read_outcome, saved_step
+from kd_train.sweep.jobs import JobResult, read_outcome, saved_step
 from kd_train.sweep.plan import Plan
 from pipeline.files.atomic import write_atomically
 
@@ -61,7 +61,7 @@ def states(chosen: Plan) -> str:
     return "".join(f"{name:{width}}  {state}\n" for name, state in lines.items())
 
 
-def _counts(chosen: Plan, outcomes: Iterable[Outcome | None]) -> str:
+def _counts(chosen: Plan, outcomes: Iterable[JobResult | None]) -> str:
     states = ["waiting" if outcome is None else outcome.state for outcome in outcomes]
     states += ["skipped"] * len(chosen.skipped)
     parts = [

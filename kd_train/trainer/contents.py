@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kd_train.loader.concat import Split
+from kd_train.loader.split import Split
 from pipeline.datasets.label_statistics import free_directions
 from pipeline.errors import SpecError
 from pipeline.fields import FIELDS

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from kd_train.config.train_config import TrainConfig
-from kd_train.trainer.progress import Progress
+from kd_train.trainer.progress import TrainingState
 from pipeline.errors import SpecError
 
 
 def before_extension(
-    saved: Mapping[str, Any], config: TrainConfig, progress: Progress, folder: Path
+    saved: Mapping[str, Any], config: TrainConfig, progress: TrainingState, folder: Path
 ) -> dict[str, Any]:
     """Header ``saved`` of the run in ``folder``, with the steps of ``config``.
 

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from kd_train.config.train_config import TrainConfig
-from kd_train.loader.concat import Split, shared_structures
+from kd_train.loader.concat import shared_structures
+from kd_train.loader.split import Split
 from pipeline.errors import SpecError
 from pipeline.fields import FIELDS, PREDICTION_FIELDS
 

@@ -9,7 +9,7 @@ _LARGER_IS_BETTER = ("forces_cos", "efwt")
 
 
 @dataclass
-class Progress:
+class TrainingState:
     """Saved in every checkpoint.
 
     The next batch is number ``offset`` of ``epoch``, in the order of ``world_size``

@@ -11,7 +11,7 @@ import numpy as np
 from kd_train.config.train_config import TrainConfig
 from kd_train.evaluation.evaluate import teacher_metrics
 from kd_train.evaluation.metrics import without_nan
-from kd_train.trainer.progress import Progress
+from kd_train.trainer.progress import TrainingState
 from kd_train.trainer.setup import Learner
 from kd_train.trainer.validate import Validator
 from pipeline.files.atomic import write_atomically
@@ -24,7 +24,7 @@ _STUDENT = "student.safetensors"
 _METRICS, _PREDICTIONS = "metrics.json", "predictions.npz"
 
 
-def export_student(
+def save_student(
     folder: Path, learner: Learner, student: Network, provenance: dict[str, Any]
 ) -> None:
     """Write the plain ``student``, without adapters."""
@@ -38,7 +38,7 @@ def write_results(
     folder: Path,
     config: TrainConfig,
     store: FeatureStore,
-    progress: Progress,
+    progress: TrainingState,
     validators: Sequence[Validator],
 ) -> dict[str, Any]:
     """Evaluate the exported student; returns what ``metrics.json`` says.

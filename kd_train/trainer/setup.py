@@ -15,8 +15,8 @@ from torch_geometric.data import Data
 from kd_train.config.recipe import with_recipe
 from kd_train.config.train_config import LossConfig, TrainConfig
 from kd_train.loader.choose_split import choose_split, stored_widths
-from kd_train.loader.concat import Split
 from kd_train.loader.data import CachedSamples
+from kd_train.loader.split import Split
 from kd_train.strategies import REGISTRY, Strategy
 from kd_train.strategies.base import Setting
 from kd_train.strategies.losses import (

@@ -24,10 +24,10 @@ from kd_train.loader.choose_split import choose_split
 from kd_train.loader.data import CachedSamples, decoded
 from kd_train.loader.prefetch import moved, pinned, prefetch
 from kd_train.loader.sampler import (
-    BatchRule,
-    Draw,
+    BatchIndex,
+    SamplerConfig,
     check_budget,
-    grouped,
+    group_items,
     training_batches,
 )
 from kd_train.strategies.losses import Term
@@ -37,7 +37,7 @@ from kd_train.trainer.labels import warn_of_training_samples
 from kd_train.trainer.numerics import compile_student, determinism, training_numerics
 from kd_train.trainer.objective import Objective
 from kd_train.trainer.optimizer import make_optimizer
-from kd_train.trainer.progress import Progress
+from kd_train.trainer.progress import TrainingState
 from kd_train.trainer.records import (
     Window,
     progress_bar,
@@ -45,7 +45,7 @@ from kd_train.trainer.records import (
     short,
     write_rows,
 )
-from kd_train.trainer.results import drop_results, export_student, write_results
+from kd_train.trainer.results import drop_results, save_student, write_results
 from kd_train.trainer.schedule import learning_rate
 from kd_train.trainer.setup import Learner, make_learner, resolved, weights_digest
 from kd_train.trainer.validate import Validator
@@ -59,7 +59,7 @@ from pipeline.store.reader import FeatureStore
 log = logging.getLogger("kd_train")
 
 
-class Run:
+class Trainer:
     """One training run: builds everything, then trains, validates and saves.
 
     In each process of ``world``; the first one writes the folder.
@@ -106,7 +106,7 @@ class Run:
         if config.batch_atoms is not None:
             split = self.train_samples.split
             check_budget(split.n_atoms, split.sample_ids, config.batch_atoms)
-        self.progress = Progress(world_size=world.size)
+        self.progress = TrainingState(world_size=world.size)
         self.rows: list[dict[str, Any]] = []
         self.extended_from: list[int] = []
         self._parallel = self._synchronised()
@@ -146,7 +146,7 @@ class Run:
         stream = closing(self._training_stream())
         shown = self.world.is_first
         with progress_bar(config, progress.step, shown) as bar, stream as batches:
-            for drawn in grouped(batches, config.accumulate):
+            for drawn in group_items(batches, config.accumulate):
                 losses = self.step(*(self.on_device(batch) for _, batch in drawn))
                 window.add(losses, sum(batch.num_graphs for _, batch in drawn))
                 last = drawn[-1][0]
@@ -269,18 +269,18 @@ class Run:
         units = self.learner.normalizer
         return Validator(self.config, samples, units, self.device, self.world)
 
-    def _training_stream(self) -> Generator[tuple[Draw, Data], None, None]:
+    def _training_stream(self) -> Generator[tuple[BatchIndex, Data], None, None]:
         """Batches from where the run stands to its last step, made ahead."""
         config, progress = self.config, self.progress
         split = self.train_samples.split
-        rule = BatchRule(
+        rule = SamplerConfig(
             config.seed,
             config.batch_size,
             config.batch_atoms,
             self.train_samples.window_blocks(config.buffer_blocks),
             progress.world_size,
         )
-        draws = training_batches(
+        indices = training_batches(
             [split.block_positions(block) for block in range(split.n_blocks)],
             split.n_atoms,
             rule,
@@ -291,7 +291,7 @@ class Run:
         left = config.accumulate * (config.steps - progress.step)
         return prefetch(
             lambda draw: (draw, load(draw.positions)),
-            itertools.islice(draws, left),
+            itertools.islice(indices, left),
             threads=config.loader_threads,
         )
 
@@ -321,7 +321,7 @@ class Run:
             return
         log.info("%s", ", ".join(f"{k} {short(v)}" for k, v in row.items()))
         if best or config.export == "last":
-            export_student(
+            save_student(
                 self.folder, self.learner, self.averaged_student, self._provenance()
             )
         write_rows(self.folder / "metrics.csv", self.rows)
@@ -329,7 +329,7 @@ class Run:
 
     def _finish(self) -> dict[str, Any]:
         """Evaluate the exported student and write the run's results."""
-        self.world.wait()
+        self.world.barrier()
         return write_results(
             self.folder, self.config, self.store, self.progress, self.testers
         )
@@ -367,7 +367,7 @@ class Run:
 
     def _restore(self, extend: bool) -> None:
         state = read_checkpoint(self.folder / "last.pt")
-        progress, saved = Progress(**state["progress"]), state["header"]
+        progress, saved = TrainingState(**state["progress"]), state["header"]
         if extend:
             saved = before_extension(saved, self.config, progress, self.folder)
         require_same_run(saved, self.header(), self.folder)

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from kd_train.config.train_config import TrainConfig
-from kd_train.distributed import joined, world_of
-from kd_train.trainer.trainer import Run
+from kd_train.distributed import process_group, read_world
+from kd_train.trainer.trainer import Trainer
 from pipeline.store.reader import FeatureStore
 from tests.stores import train_config
 
@@ -39,10 +39,10 @@ def main() -> None:
     """One step of every configuration; a file of values and gradients for each."""
     torch.set_num_threads(1)
     store, folder = FeatureStore.open(sys.argv[1]), Path(sys.argv[2])
-    world = world_of(os.environ)
-    with joined(world, "cpu"):
+    world = read_world(os.environ)
+    with process_group(world, "cpu"):
         for name, config in CONFIGS.items():
-            run = Run(config, store, folder, torch.device("cpu"), world)
+            run = Trainer(config, store, folder, torch.device("cpu"), world)
             samples = run.train_samples
             parts = [run.on_device(samples.batch(p)) for p in PARTS[world.rank]]
             state = {

@@ -11,19 +11,19 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from kd_train.cli.train import main
-from kd_train.trainer.trainer import Run
+from kd_train.trainer.trainer import Trainer
 
 
 def die_after(steps: int) -> None:
     """Let runs end this process, as ``kill -9`` does, when they have so many steps."""
-    step = Run.step
+    step = Trainer.step
 
-    def stepping(run: Run, *batches: Data) -> dict[str, Tensor]:
+    def stepping(run: Trainer, *batches: Data) -> dict[str, Tensor]:
         if run.progress.step == steps:
             os.kill(os.getpid(), signal.SIGKILL)
         return step(run, *batches)
 
-    Run.step = stepping  # type: ignore[method-assign]
+    Trainer.step = stepping  # type: ignore[method-assign]
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import torch
 from torch_geometric.data import Data
 
 from kd_train.config.train_config import TrainConfig
-from kd_train.trainer.trainer import Run
+from kd_train.trainer.trainer import Trainer
 from pipeline.datasets import open_dataset
 from pipeline.fields import PREDICTION_FIELDS
 from pipeline.store.reader import FeatureStore
@@ -50,7 +50,7 @@ def assert_trains_alike(
 ) -> None:
     """Every loss of every step is the same from the cache and with ``teacher``."""
     cached_run, live_run = (
-        Run(config, store, folder / name, torch.device("cpu"))
+        Trainer(config, store, folder / name, torch.device("cpu"))
         for name in ("cached", "live")
     )
     split = store.splits["train"]

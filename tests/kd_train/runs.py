@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from kd_train.config.train_config import TrainConfig
-from kd_train.trainer.trainer import Run
+from kd_train.trainer.trainer import Trainer
 from pipeline.store.reader import FeatureStore
 from tests.stores import train_config
 
@@ -16,9 +16,9 @@ TIMINGS = ("seconds", "samples_per_second")
 
 def make_run(
     store: FeatureStore, folder: Path, config: TrainConfig | None = None
-) -> Run:
+) -> Trainer:
     """A run on the CPU that has not begun; distilling unless ``config`` says more."""
-    return Run(config or distilling(), store, folder, torch.device("cpu"))
+    return Trainer(config or distilling(), store, folder, torch.device("cpu"))
 
 
 def distilling(**changes: Any) -> TrainConfig:

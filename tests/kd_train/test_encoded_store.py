@@ -9,7 +9,7 @@ import torch
 from torch_geometric.data import Data
 
 from kd_train.cli.train import main
-from kd_train.loader.concat import JoinedSplit
+from kd_train.loader.concat import ConcatSplit
 from kd_train.loader.data import CachedSamples, decoded
 from pipeline.graphs.neighbors import GraphRule
 from pipeline.store.quantization import DTYPES, Encoding
@@ -81,7 +81,7 @@ def test_joined_splits_decode_each_by_its_own(coded: FeatureStore) -> None:
     parts = [coded.splits["train"], coded.splits["val"]]
     scales = [part.encoding(PATHS["node_features"]).channel_scale for part in parts]
     assert not np.array_equal(*scales)
-    joined = JoinedSplit(parts, list(PATHS.values()))
+    joined = ConcatSplit(parts, list(PATHS.values()))
     samples = samples_of(joined)
     positions = np.array([3, len(parts[0]) + 5, 0, len(parts[0])])
     found = decoded(
@@ -122,7 +122,7 @@ def test_shuffling_stays_within_what_is_kept_decoded(coded: FeatureStore) -> Non
     tight = FeatureStore.open(coded.path, cache_bytes=2 * block).splits["train"]
     assert samples_of(tight).window_blocks(16) == 2
     assert samples_of(tight).window_blocks(1) == 1
-    both = JoinedSplit([coded.splits["val"], tight], list(PATHS.values()))
+    both = ConcatSplit([coded.splits["val"], tight], list(PATHS.values()))
     assert samples_of(both).window_blocks(16) == 2
 
 

@@ -15,7 +15,7 @@ from kd_train.evaluation.load_student import load_student
 from kd_train.evaluation.throughput import _has_levelled_off, structures_of
 from kd_train.loader.data import CachedSamples
 from kd_train.loader.datafiles import DatasetSamples, guessed_format
-from kd_train.loader.subset import SelectedSplit
+from kd_train.loader.subset import SubsetSplit
 from pipeline.datasets import open_dataset
 from pipeline.errors import SpecError
 from pipeline.models.checkpoint import save_model
@@ -182,7 +182,7 @@ def test_limits_choose_the_same_samples_for_student_and_teacher(
 def test_a_selection_reads_what_the_split_has_there(small_store: FeatureStore) -> None:
     split = small_store.splits["train"]
     chosen = np.array([7, 2, 90])
-    some = SelectedSplit(split, chosen)
+    some = SubsetSplit(split, chosen)
     path = "structures/positions"
     for read in ("read", "read_stored"):
         found = getattr(some, read)([2, 0], [path])[path]

@@ -11,7 +11,7 @@ from ase.build import fcc111
 
 from kd_train.config.train_config import TrainConfig
 from kd_train.trainer.setup import resolved
-from kd_train.trainer.trainer import Run
+from kd_train.trainer.trainer import Trainer
 from pipeline.errors import DataError
 from pipeline.models.gemnet.fitting import Scale
 from pipeline.models.zoo import PRESETS
@@ -101,7 +101,7 @@ def test_student_with_another_graph_cannot_match_edges(
     config = train_config("gemnet-oc-demo", strategy="e2e")
     config.student.hyperparameters["cutoff"] = 4.0
     config.student.hyperparameters["cutoff_aint"] = 5.0
-    run = Run(config, store, tmp_path / "run", torch.device("cpu"))
+    run = Trainer(config, store, tmp_path / "run", torch.device("cpu"))
     with pytest.raises(DataError, match="edge by edge.*their graphs"):
         run.step(run.on_device(run.train_samples.batch(np.arange(8))))
 
@@ -111,7 +111,7 @@ def test_fresh_student_fits_its_scale_factors_alike_for_every_strategy(
 ) -> None:
     def factors(strategy: str) -> list[float]:
         config = train_config("gemnet-oc-demo", strategy=strategy)
-        run = Run(config, store, tmp_path / strategy, torch.device("cpu"))
+        run = Trainer(config, store, tmp_path / strategy, torch.device("cpu"))
         modules = run.learner.student.modules()
         return [float(m.scale_factor) for m in modules if isinstance(m, Scale)]
 

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kd_train.loader.choose_split import choose_split
-from kd_train.loader.concat import JoinedSplit, Split
+from kd_train.loader.concat import ConcatSplit
 from kd_train.loader.data import CachedSamples, read_paths
+from kd_train.loader.split import Split
 from kd_train.trainer.setup import store_normalizer
 from pipeline.errors import SpecError, StoreError
 from pipeline.graphs.neighbors import GraphRule
@@ -167,8 +168,8 @@ def test_splits_of_another_width_are_both_named(
     parts = [store.splits["train"], small_store.splits["val"]]
     wanted = ["features/node_features"]
     with pytest.raises(SpecError, match=r"'train' and 'val'.*\(12,\).*\(16,\)"):
-        JoinedSplit(parts, wanted)
-    assert wanted[0] not in JoinedSplit(parts, ["labels/energy"]).arrays
+        ConcatSplit(parts, wanted)
+    assert wanted[0] not in ConcatSplit(parts, ["labels/energy"]).arrays
 
 
 def test_a_sample_in_two_splits_is_named(store: FeatureStore) -> None:

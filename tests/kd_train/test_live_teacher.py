@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from kd_train.trainer.trainer import Run
+from kd_train.trainer.trainer import Trainer
 from pipeline.fields import PREDICTION_FIELDS
 from pipeline.spec.cache_spec import TeacherSpec
 from pipeline.store.reader import FeatureStore
@@ -63,7 +63,7 @@ def test_comparison_would_notice_swapped_samples(
 ) -> None:
     """The tolerance above is far below what wrong features would change."""
     config = train_config(strategy="n2n+v2v+vanilla1+vanilla2")
-    run = Run(config, small_store, tmp_path, torch.device("cpu"))
+    run = Trainer(config, small_store, tmp_path, torch.device("cpu"))
     split = small_store.splits["train"]
     batch = run.on_device(run.train_samples.batch(np.arange(8)))
     ids = [str(name) for name in split.sample_ids[:8]]

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kd_train.loader.sampler import (
-    BatchRule,
-    Draw,
+    BatchIndex,
+    SamplerConfig,
     check_budget,
     epoch_batches,
     epoch_parts,
@@ -39,7 +39,7 @@ def _atoms(count: int, seed: int = 0, most: int = 40) -> np.ndarray:
 
 
 def _all_ranks(
-    sizes: Sequence[int], atoms: np.ndarray, rule: BatchRule, epoch: int
+    sizes: Sequence[int], atoms: np.ndarray, rule: SamplerConfig, epoch: int
 ) -> list[list[np.ndarray]]:
     ranks = range(rule.world_size)
     return [epoch_batches(_blocks(sizes), atoms, rule, epoch, rank) for rank in ranks]
@@ -57,7 +57,7 @@ def test_an_epoch_by_samples(
 ) -> None:
     count = sum(sizes)
     world = min(world, count)
-    rule = BatchRule(3, batch_size, None, buffer, world)
+    rule = SamplerConfig(3, batch_size, None, buffer, world)
     ranks = _all_ranks(sizes, _atoms(count), rule, epoch)
     _assert_every_sample_once(ranks, count)
     per_rank = [sum(map(len, batches)) for batches in ranks]
@@ -83,7 +83,7 @@ def test_an_epoch_by_atoms(
     atoms = _atoms(count, seed=count)
     # Two samples always fit, so no part can need a batch for each of its samples.
     budget = 80 + spare
-    rule = BatchRule(3, 1, budget, buffer, world)
+    rule = SamplerConfig(3, 1, budget, buffer, world)
     try:
         ranks = _all_ranks(sizes, atoms, rule, epoch)
     except SpecError:
@@ -164,14 +164,14 @@ def test_cuts_that_equal_shares_would_miss() -> None:
 
 
 def test_more_processes_than_samples_are_refused() -> None:
-    rule = BatchRule(0, 4, world_size=4)
+    rule = SamplerConfig(0, 4, world_size=4)
     with pytest.raises(SpecError, match="3 samples, too few for 4 processes"):
         epoch_batches([range(3)], np.ones(3, np.int64), rule, 0, 0)
 
 
 def test_steps_that_cannot_be_equal_are_refused() -> None:
     """Three samples, one a step, on two processes."""
-    rule = BatchRule(0, 4, batch_atoms=7, world_size=2)
+    rule = SamplerConfig(0, 4, batch_atoms=7, world_size=2)
     with pytest.raises(SpecError, match=r"batch_atoms = 7.*2 batches.*1 samples"):
         epoch_batches([range(3)], np.full(3, 7), rule, 0, 0)
 
@@ -187,7 +187,7 @@ def test_a_sample_above_the_budget_is_named() -> None:
 @pytest.mark.parametrize("world", [1, 3])
 def test_order_follows_from_seed_epoch_and_world(world: int, atoms: int | None) -> None:
     def order(seed: int, epoch: int, world: int = world) -> list[list[int]]:
-        rule = BatchRule(seed, 16, atoms, 8, world)
+        rule = SamplerConfig(seed, 16, atoms, 8, world)
         ranks = _all_ranks([20] * 40, _atoms(800), rule, epoch)
         return [np.concatenate(batches).tolist() for batches in ranks]
 
@@ -202,7 +202,7 @@ def test_order_follows_from_seed_epoch_and_world(world: int, atoms: int | None) 
 
 def test_ranks_own_whole_blocks_except_at_the_cuts() -> None:
     sizes = [7, 30, 12, 25, 9, 18, 22, 14, 5, 16, 11, 28]
-    blocks, rule = _blocks(sizes), BatchRule(1, 4, world_size=4)
+    blocks, rule = _blocks(sizes), SamplerConfig(1, 4, world_size=4)
     owner = np.repeat(np.arange(len(sizes)), sizes)
     parts = epoch_parts(blocks, rule, epoch=2)
     owned = [set(owner[np.concatenate(part)].tolist()) for part in parts]
@@ -216,7 +216,7 @@ def test_ranks_own_whole_blocks_except_at_the_cuts() -> None:
 
 
 def test_a_block_that_is_cut_is_permuted_first() -> None:
-    rule = BatchRule(1, 4, world_size=2)
+    rule = SamplerConfig(1, 4, world_size=2)
     halves = [np.concatenate(p) for p in epoch_parts([range(1000)], rule, 0)]
     assert [len(half) for half in halves] == [500, 500]
     # Of a fair half of 0..999 the mean is 499.5 with a deviation of 9.1.
@@ -225,7 +225,7 @@ def test_a_block_that_is_cut_is_permuted_first() -> None:
 
 def test_samples_of_a_block_are_spread_over_the_window() -> None:
     """Neither blocks nor samples keep their neighbours of the store."""
-    rule = BatchRule(1, 16, buffer_blocks=10)
+    rule = SamplerConfig(1, 16, buffer_blocks=10)
     (batches,) = _all_ranks([20] * 40, _atoms(800), rule, 0)
     order = np.concatenate(batches)
     windows = [set((order[i : i + 200] // 20).tolist()) for i in range(0, 800, 200)]
@@ -235,15 +235,15 @@ def test_samples_of_a_block_are_spread_over_the_window() -> None:
 
 
 MODES = [
-    pytest.param(BatchRule(4, 9, world_size=2), id="samples"),
-    pytest.param(BatchRule(4, 9, 130, 2, 2), id="atoms"),
-    pytest.param(BatchRule(4, 9, 130, 3, 1), id="atoms, one process"),
+    pytest.param(SamplerConfig(4, 9, world_size=2), id="samples"),
+    pytest.param(SamplerConfig(4, 9, 130, 2, 2), id="atoms"),
+    pytest.param(SamplerConfig(4, 9, 130, 3, 1), id="atoms, one process"),
 ]
 
 
 def _draws(
-    rule: BatchRule, rank: int, start: tuple[int, int], count: int
-) -> list[Draw]:
+    rule: SamplerConfig, rank: int, start: tuple[int, int], count: int
+) -> list[BatchIndex]:
     sizes = [11, 23, 7, 18, 4, 30, 16]
     stream = training_batches(
         _blocks(sizes), _atoms(sum(sizes)), rule, rank=rank, start=start
@@ -252,7 +252,9 @@ def _draws(
 
 
 @pytest.mark.parametrize("rule", MODES)
-def test_resuming_after_any_step_goes_on_as_if_uninterrupted(rule: BatchRule) -> None:
+def test_resuming_after_any_step_goes_on_as_if_uninterrupted(
+    rule: SamplerConfig,
+) -> None:
     for rank in range(rule.world_size):
         whole = _draws(rule, rank, (0, 0), 60)
         last = next(n for n, draw in enumerate(whole) if draw.epoch == 2)
@@ -268,7 +270,7 @@ def test_resuming_after_any_step_goes_on_as_if_uninterrupted(rule: BatchRule) ->
 
 def test_epochs_may_have_different_numbers_of_batches() -> None:
     """Else the test above would not show that places are right."""
-    draws = _draws(BatchRule(4, 9, 130, 3, 1), 0, (0, 0), 300)
+    draws = _draws(SamplerConfig(4, 9, 130, 3, 1), 0, (0, 0), 300)
     lengths = {
         sum(draw.epoch == epoch for draw in draws) for epoch in range(draws[-1].epoch)
     }
@@ -276,7 +278,7 @@ def test_epochs_may_have_different_numbers_of_batches() -> None:
 
 
 def test_epochs_follow_each_other_without_repeats() -> None:
-    draws = _draws(BatchRule(2, 10), 0, (0, 0), 33)
+    draws = _draws(SamplerConfig(2, 10), 0, (0, 0), 33)
     for epoch in range(3):
         batches = [draw.positions for draw in draws if draw.epoch == epoch]
         _assert_every_sample_once([batches], 109)
@@ -291,12 +293,12 @@ def test_ordered_batches_keep_the_order() -> None:
     assert [batch.tolist() for batch in within] == [[0, 1, 2], [3], [4, 5]]
 
 
-def _variance_ratio(labels: np.ndarray, rule: BatchRule, block: int) -> float:
+def _variance_ratio(labels: np.ndarray, rule: SamplerConfig, block: int) -> float:
     """Variance of the means of batches ÷ that with one window over all blocks."""
     blocks = _blocks([block] * (len(labels) // block))
-    everything = BatchRule(rule.seed, rule.batch_size, buffer_blocks=len(blocks))
+    everything = SamplerConfig(rule.seed, rule.batch_size, buffer_blocks=len(blocks))
 
-    def variance(rule: BatchRule) -> float:
+    def variance(rule: SamplerConfig) -> float:
         batches = [
             batch
             for epoch in range(8)
@@ -320,12 +322,12 @@ def test_block_shuffle_of_the_stores_order_is_a_full_shuffle(
     buffer: int, trajectories: np.ndarray
 ) -> None:
     stored = trajectories[storage_order(len(trajectories), 0)]
-    rule = BatchRule(0, 25, buffer_blocks=buffer)
+    rule = SamplerConfig(0, 25, buffer_blocks=buffer)
     # 6 400 batches: their variance is known to 1.8 %.
     assert _variance_ratio(stored, rule, 100) == pytest.approx(1, abs=0.1)
 
 
 def test_block_shuffle_of_the_natural_order_is_not(trajectories: np.ndarray) -> None:
     """Batches from two systems: what the test above would see if order were natural."""
-    rule = BatchRule(0, 25, buffer_blocks=1)
+    rule = SamplerConfig(0, 25, buffer_blocks=1)
     assert _variance_ratio(trajectories, rule, 100) > 5

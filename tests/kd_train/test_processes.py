@@ -13,13 +13,13 @@ import yaml
 from kd_train.cli.train import main
 from kd_train.distributed import (
     World,
-    in_turns,
-    joined,
+    interleave,
     process_device,
-    world_of,
+    process_group,
+    read_world,
 )
 from kd_train.evaluation.evaluate import evaluate
-from kd_train.loader.sampler import BatchRule, epoch_parts, ordered_batches
+from kd_train.loader.sampler import SamplerConfig, epoch_parts, ordered_batches
 from kd_train.trainer.checkpoint import read_checkpoint
 from pipeline.errors import PipelineError, SpecError
 from pipeline.models.checkpoint import load_checkpoint
@@ -207,7 +207,7 @@ def test_error_of_one_process_ends_all_with_its_sentence(
     shutil.copytree(labels_store.path, store)
     split = labels_store.splits["train"]
     blocks = [split.block_positions(number) for number in range(split.n_blocks)]
-    parts = epoch_parts(blocks, BatchRule(0, 8, world_size=2), 0)
+    parts = epoch_parts(blocks, SamplerConfig(0, 8, world_size=2), 0)
     mine, others = (
         {int(p) for piece in parts[rank] for p in piece}
         for rank in (failing, 1 - failing)
@@ -245,13 +245,13 @@ def test_variables_that_fit_no_process_are_named(
     variables: dict[str, str], words: str
 ) -> None:
     with pytest.raises(SpecError, match=words):
-        world_of(variables)
+        read_world(variables)
 
 
 def test_one_process_needs_no_variable() -> None:
-    assert world_of({}) == world_of({"WORLD_SIZE": "1"}) == World()
+    assert read_world({}) == read_world({"WORLD_SIZE": "1"}) == World()
     four = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1"}
-    assert world_of(four) == World(3, 4, 1)
+    assert read_world(four) == World(3, 4, 1)
 
 
 def test_a_process_that_cannot_reach_the_others_says_so(
@@ -260,7 +260,7 @@ def test_a_process_that_cannot_reach_the_others_says_so(
     monkeypatch.delenv("MASTER_ADDR", raising=False)
     with (
         pytest.raises(PipelineError, match="Process 0 of 2 .*MASTER_ADDR"),
-        joined(World(0, 2, 0), "cpu"),
+        process_group(World(0, 2, 0), "cpu"),
     ):
         pass
 
@@ -283,4 +283,4 @@ def test_every_process_gets_the_gpu_of_its_local_rank(
 def test_turns_undo_the_sharing_out() -> None:
     for count in range(8):
         items = list(range(count))
-        assert in_turns([items[rank::3] for rank in range(3)]) == items
+        assert interleave([items[rank::3] for rank in range(3)]) == items

@@ -22,13 +22,13 @@ from kd_train.cli.train import report_main
 from kd_train.config.recipe import with_recipe
 from kd_train.config.train_config import TrainConfig, load_config
 from kd_train.report import figures
-from kd_train.report.figures import looks
+from kd_train.report.figures import row_styles
 from kd_train.report.grouping import make_cohorts
 from kd_train.report.parity import parity_files
 from kd_train.report.plots import mean_curve, throughput_caption, throughput_points
 from kd_train.report.report import write_report
 from kd_train.report.runs import read_run, read_runs
-from kd_train.report.summary import findings, training_command
+from kd_train.report.summary import summarize, training_command
 from kd_train.report.tables import make_table
 from pipeline.errors import PipelineError, SpecError
 from tests.kd_train.folders import (
@@ -166,7 +166,7 @@ def test_summary_names_the_best_row_of_every_metric(three_seeds, tmp_path):
     worse = make_run(tmp_path, "v2v", 0, (400.0, 60.0, 0.4, 0.5), student="schnet")
     plain = make_run(tmp_path, "none", 0, (300.0, 60.0, 0.5, 1.0), student="schnet")
     cohorts = make_cohorts(read_runs([*three_seeds, plain, worse])[0])
-    assert findings(make_table(cohorts), cohorts, [], []) == [
+    assert summarize(make_table(cohorts), cohorts, [], []) == [
         "8 finished runs of 2 students with 3 seeds on one store, validated on split "
         "val.",
         "painn-small: energy MAE is best with n2n (141.7 ± 52.0 meV, 75.0 ± 25.0 % of "
@@ -346,7 +346,7 @@ def test_machines_are_not_mixed_silently(tmp_path):
     write_throughput(runs[1], 300.0)
     write_throughput(runs[2], 9000.0, "cuda", None, device_name="NVIDIA H100")
     points = throughput_points(make_cohorts([read_run(run) for run in runs]))
-    assert [(point.place, point.rate("samples_per_second")) for point in points] == [
+    assert [(point.machine, point.rate("samples_per_second")) for point in points] == [
         ("cpu, 2 threads", 200.0),
         ("NVIDIA H100", 9000.0),
     ]
@@ -369,7 +369,7 @@ def test_many_rows_keep_distinct_looks_and_a_sensible_size(tmp_path):
         config = {"distill": {"v2v": 10.0**i}}
         runs.append(make_run(tmp_path, "v2v", 0, HALF, config=config, name=f"v{i}"))
     cohorts = make_cohorts(read_runs(runs)[0])
-    found = looks(cohorts)
+    found = row_styles(cohorts)
     assert len(set(found.values())) == len(found) == 7
     with Image.open(io.BytesIO(parity_files(cohorts)["parity.png"])) as image:
         assert image.width < 1.3 * image.height < 2 * image.width

@@ -11,10 +11,10 @@ from torch import Tensor
 from torch_geometric.data import Data
 
 from kd_train.config.train_config import TrainConfig
-from kd_train.loader.sampler import BatchRule, epoch_batches
+from kd_train.loader.sampler import SamplerConfig, epoch_batches
 from kd_train.report.runs import read_run
 from kd_train.trainer.checkpoint import read_checkpoint, save_checkpoint
-from kd_train.trainer.trainer import Run
+from kd_train.trainer.trainer import Trainer
 from pipeline.errors import CheckpointError, SpecError
 from pipeline.spec.yaml_model import read_yaml
 from pipeline.store.reader import FeatureStore
@@ -26,7 +26,7 @@ class _Killed(Exception):
     pass
 
 
-def _interrupt(run: Run, at_step: int, *, extend: bool = False) -> None:
+def _interrupt(run: Trainer, at_step: int, *, extend: bool = False) -> None:
     """Train ``run`` until step ``at_step`` begins, then stop as a kill would."""
     step = run.step
 
@@ -215,7 +215,7 @@ def test_resume_refuses_another_number_of_processes(
         make_run(small_store, tmp_path, distilling(eval_every=5)).train(resume=True)
 
 
-def _seen(run: Run, *, resume: bool, stop: int | None = None) -> list[list[int]]:
+def _seen(run: Trainer, *, resume: bool, stop: int | None = None) -> list[list[int]]:
     """A coordinate of every atom, for every step that ``run`` takes."""
     step, seen = run.step, []
 
@@ -263,7 +263,7 @@ def _epoch_lengths(store: FeatureStore, config: TrainConfig) -> list[int]:
     """Batches of the first epochs of ``config`` on the split ``train``."""
     split = store.splits["train"]
     blocks = [split.block_positions(block) for block in range(split.n_blocks)]
-    rule = BatchRule(
+    rule = SamplerConfig(
         config.seed, config.batch_size, config.batch_atoms, config.buffer_blocks
     )
     return [

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from kd_train.evaluation.evaluate import Evaluation
-from kd_train.trainer.progress import Progress, is_better
-from kd_train.trainer.trainer import Run
+from kd_train.trainer.progress import TrainingState, is_better
+from kd_train.trainer.trainer import Trainer
 from pipeline.models.checkpoint import load_checkpoint
 from pipeline.store.reader import FeatureStore
 from tests.kd_train.runs import make_run, metric_rows
@@ -38,7 +38,7 @@ def test_better_depends_on_the_metric_and_nan_never_is(
 
 
 def test_weights_are_kept_while_no_validation_has_a_number() -> None:
-    progress = Progress()
+    progress = TrainingState()
     assert [progress.note(NAN, "loss") for _ in range(2)] == [True, True]
     assert progress.note(3.0, "loss")
     assert not progress.note(NAN, "loss")
@@ -48,7 +48,7 @@ def test_weights_are_kept_while_no_validation_has_a_number() -> None:
     assert (progress.best, progress.since_best) == (2.0, 0)
 
 
-def _scripted(run: Run, values: list[float], metric: str) -> None:
+def _scripted(run: Trainer, values: list[float], metric: str) -> None:
     """Let validations of ``run`` have these ``values``, one after the other."""
     validator, left = run.validator, iter(values)
     evaluate = type(validator).__call__

@@ -14,7 +14,7 @@ from kd_train.sweep import gpus
 from kd_train.sweep.gpus import free_gpu
 from kd_train.sweep.grid import load_sweep
 from kd_train.sweep.jobs import (
-    Outcome,
+    JobResult,
     read_outcome,
     record,
     run_job,
@@ -98,11 +98,11 @@ def test_a_failure_is_kept_beside_the_run_until_it_is_overcome(tmp_path: Path) -
     path.write_text("{store: s, out: o, students: [schnet], strategies: [none]}")
     sweep, name = load_sweep(path), "schnet-none-s0"
     failure = sweep.folder(name) / "failure.json"
-    failed = Outcome(state="failed", error="It broke.", step=3, attempt=2)
+    failed = JobResult(state="failed", error="It broke.", step=3, attempt=2)
     record(sweep, name, failed)
     assert read_outcome(sweep, name) == failed
     assert json.loads(failure.read_text()) == {"error": "It broke.", "step": 3}
-    record(sweep, name, Outcome(state="done"))
+    record(sweep, name, JobResult(state="done"))
     assert not failure.exists()
     (sweep.folder(name) / "outcome.json").write_text("torn")
     assert read_outcome(sweep, name) is None

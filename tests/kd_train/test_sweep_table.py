@@ -10,8 +10,8 @@ import yaml
 
 from kd_train.sweep.cli import main
 from kd_train.sweep.grid import load_sweep
-from kd_train.sweep.jobs import Outcome, record
-from kd_train.trainer.trainer import Run
+from kd_train.sweep.jobs import JobResult, record
+from kd_train.trainer.trainer import Trainer
 from pipeline.store.reader import FeatureStore
 from tests.commands import run_command
 from tests.stores import STUDENTS
@@ -48,9 +48,9 @@ def file(small_store: FeatureStore, tmp_path_factory: pytest.TempPathFactory) ->
     sweep = load_sweep(path)
     for name in map(_name, TRAINED):
         config, folder = sweep.run(name).config, sweep.folder(name)
-        Run(config, small_store, folder, torch.device("cpu")).train(resume=False)
-        record(sweep, name, Outcome(state="done", step=3))
-    record(sweep, _name(FAILED), Outcome(state="failed", error="It broke.", step=2))
+        Trainer(config, small_store, folder, torch.device("cpu")).train(resume=False)
+        record(sweep, name, JobResult(state="done", step=3))
+    record(sweep, _name(FAILED), JobResult(state="failed", error="It broke.", step=2))
     return path
 
 
@@ -83,9 +83,9 @@ def test_results_of_other_settings_are_not_in_the_table(file: Path, said: str) -
     """A finished run whose settings were changed has failed, though it has results."""
     sweep, name = load_sweep(file), _name(TRAINED[2])
     assert "Refused" not in said
-    record(sweep, name, Outcome(state="failed", error="It was started otherwise."))
+    record(sweep, name, JobResult(state="failed", error="It was started otherwise."))
     later = run_command(main, ["report", file]).stdout
-    record(sweep, name, Outcome(state="done", step=3))
+    record(sweep, name, JobResult(state="done", step=3))
     assert f"Refused:\n  {name}: It was started otherwise.\n" in later
     assert len((file.parent / "out/report/table.csv").read_text().splitlines()) == 6
 

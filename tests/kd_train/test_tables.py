@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kd_train.report.grouping import make_cohorts
-from kd_train.report.layouts import csv_table, latex_escaped, latex_table, text_table
+from kd_train.report.layouts import csv_table, escape_latex, latex_table, text_table
 from kd_train.report.runs import read_runs
 from kd_train.report.tables import Spread, make_table
 from tests.kd_train.folders import HALF, NAMES, PLAIN, TEACHER, make_run
@@ -451,7 +451,7 @@ def test_no_runs_are_a_sentence():
     table = make_table([])
     assert text_table(table) == "No run is finished.\n"
     assert csv_table(table).count("\n") == 1
-    assert latex_escaped("a_b") == r"a\_b"
+    assert escape_latex("a_b") == r"a\_b"
 
 
 def test_spread_of_known_values():

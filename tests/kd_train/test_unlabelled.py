@@ -12,7 +12,7 @@ from ase.data import chemical_symbols
 from kd_train.sweep.cli import main as sweep_main
 from kd_train.trainer.labels import has_labels
 from kd_train.trainer.setup import store_normalizer
-from kd_train.trainer.trainer import Run
+from kd_train.trainer.trainer import Trainer
 from pipeline.build.label import label_splits
 from pipeline.datasets import open_dataset
 from pipeline.errors import SpecError
@@ -65,11 +65,11 @@ def store(tmp_path_factory: pytest.TempPathFactory, teacher_file: Path) -> Featu
     return build(write_spec(folder / "s.yaml", document))
 
 
-def _run(store: FeatureStore, folder: Path, split: str, **changes: Any) -> Run:
+def _run(store: FeatureStore, folder: Path, split: str, **changes: Any) -> Trainer:
     return make_run(store, folder, train_config(train_split=split, **changes))
 
 
-def _gradients(run: Run, positions: list[int]) -> tuple[float, list[torch.Tensor]]:
+def _gradients(run: Trainer, positions: list[int]) -> tuple[float, list[torch.Tensor]]:
     """Loss of a batch, and the gradient of every parameter."""
     run.modules.zero_grad()
     loss = run.losses(run.on_device(run.train_samples.batch(np.array(positions))))
@@ -247,7 +247,7 @@ def test_metrics_that_are_never_a_number_cannot_be_gone_by(
 ) -> None:
     """What is refused is what the validation gives as NaN."""
 
-    def run(**changes: Any) -> Run:
+    def run(**changes: Any) -> Trainer:
         wish = {"best_by": metric} | changes
         return _run(store, tmp_path, "train", val_split=split, **wish)
 

@@ -10,7 +10,7 @@ from ase.data import chemical_symbols
 
 from kd_train.cli.train import main
 from kd_train.sweep.cli import main as sweep_main
-from kd_train.trainer.trainer import Run
+from kd_train.trainer.trainer import Trainer
 from kd_train.trainer.untrained import known_labels
 from pipeline.datasets import open_dataset
 from pipeline.errors import SpecError
@@ -85,7 +85,7 @@ def plain_store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
 
 def _run(
     store: FeatureStore, folder: Path, split: str, student: str = PAINN, **changes: Any
-) -> Run:
+) -> Trainer:
     settings = {"train_split": split, "val_split": "full", "steps": 2} | changes
     return make_run(store, folder, train_config(student, **settings))
 

@@ -177,7 +177,7 @@ def test_continuing_counts_no_edges_again(
 
 def _run(store: FeatureStore, folder: Path, student: str, **sizes: Any) -> Any:
     from kd_train.config.train_config import TrainConfig
-    from kd_train.trainer.trainer import Run
+    from kd_train.trainer.trainer import Trainer
 
     document = {
         "student": {"preset": student, "hyperparameters": sizes},
@@ -187,7 +187,7 @@ def _run(store: FeatureStore, folder: Path, student: str, **sizes: Any) -> Any:
         "eval_every": 3,
     }
     config = TrainConfig.model_validate(document)
-    return Run(config, store, folder, torch.device("cpu"))
+    return Trainer(config, store, folder, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import yaml
 
 from kd_train.sweep.grid import load_sweep
 from kd_train.sweep.jobs import read_outcome, run_job
-from kd_train.trainer.trainer import Run
+from kd_train.trainer.trainer import Trainer
 from pipeline.files.atomic import sha256_of
 from pipeline.store.reader import FeatureStore
 from tests.stores import STUDENTS
@@ -132,7 +132,7 @@ def test_killed_and_resumed_runs_are_those_of_an_undisturbed_sweep(
     assert {run.name for run in sweep.runs} == {FAILING, *FINE}
     for name in FINE:
         config = sweep.run(name).config
-        straight = Run(config, small_store, tmp_path / name, torch.device("cpu"))
+        straight = Trainer(config, small_store, tmp_path / name, torch.device("cpu"))
         straight.train(resume=False)
         digests = [
             sha256_of(folder / "student.safetensors")

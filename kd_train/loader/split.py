@@ -1,0 +1,62 @@
+"""Samples of a store by position: what training and evaluation need of a split."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.store.quantization import Encoding
+from pipeline.store.reader import ArrayInfo
+
+Indices = npt.NDArray[np.int64]
+Arrays = dict[str, npt.NDArray[Any]]
+
+
+class Split(Protocol):
+    """Samples by position; ``pipeline.store.reader.SplitReader`` is one."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def name(self) -> str:
+        """Name of the split."""
+
+    @property
+    def sample_ids(self) -> npt.NDArray[Any]:
+        """(n,) ids, of numpy's string dtype."""
+
+    @property
+    def n_atoms(self) -> npt.NDArray[np.int32]:
+        """(n,) atoms of every sample."""
+
+    @property
+    def checksums(self) -> npt.NDArray[np.uint64]:
+        """(n,) hash of every sample's structure."""
+
+    @property
+    def n_edges(self) -> Indices:
+        """(n,) edges of every sample; StoreError where none are stored."""
+
+    @property
+    def arrays(self) -> dict[str, ArrayInfo]:
+        """Dtype, trailing shape and level of every array by its path."""
+
+    @property
+    def n_blocks(self) -> int:
+        """Number of blocks."""
+
+    def block_positions(self, block: int) -> range:
+        """Positions of the samples of ``block``."""
+
+    def encoding(self, path: str) -> Encoding | None:
+        """What the numbers of `read_stored` mean; None for those that are meant."""
+
+    def window_blocks(self, paths: Sequence[str]) -> int | None:
+        """Blocks to read samples of these arrays from at a time; None for any."""
+
+    def read(self, positions: npt.ArrayLike, paths: Sequence[str]) -> Arrays:
+        """Rows of the samples at ``positions``, in that order, as fresh arrays."""
+
+    def read_stored(self, positions: npt.ArrayLike, paths: Sequence[str]) -> Arrays:
+        """The same without decoding; paths may be those of scales of rows too."""
