@@ -30,7 +30,7 @@ from torch_geometric.data import Data
 
 from kd_train.config.train_config import load_config
 from kd_train.loader.data import CachedSamples
-from kd_train.loader.prefetch import moved
+from kd_train.loader.prefetch import move_to_device
 from kd_train.loader.sampler import Positions, SamplerConfig, training_batches
 from kd_train.trainer.trainer import Trainer
 from pipeline.files.atomic import write_atomically
@@ -122,8 +122,8 @@ def live_batches(run: Trainer, teacher: LoadedModel) -> Callable[[Positions], Da
     others = CachedSamples(split, network.graph_rule, network.elements)
 
     def make(positions: Positions) -> Data:
-        batch = moved(own.batch(positions), run.device)
-        graph = moved(others.batch(positions), run.device)
+        batch = move_to_device(own.batch(positions), run.device)
+        graph = move_to_device(others.batch(positions), run.device)
         for name, value in teacher_fields(teacher, graph, run.learner.fields).items():
             batch[name] = value
         return batch

@@ -46,7 +46,7 @@ class World:
         """Whether this process writes files and talks to the user."""
         return self.rank == 0
 
-    def summed(self, values: "Tensor") -> "Tensor":
+    def all_sum(self, values: "Tensor") -> "Tensor":
         """Sum of the processes' ``values``, on each of them, bit for bit the same."""
         if self.size == 1:
             return values
@@ -56,7 +56,7 @@ class World:
         dist.all_reduce(values)
         return values
 
-    def gathered(self, rows: "Tensor") -> "list[Tensor]":
+    def all_gather(self, rows: "Tensor") -> "list[Tensor]":
         """``rows`` (n, ...) of every process, in order of rank; n may differ."""
         if self.size == 1:
             return [rows]
@@ -65,7 +65,7 @@ class World:
 
         counts = torch.zeros(self.size, dtype=torch.int64)
         counts[self.rank] = len(rows)
-        counts = self.summed(counts)
+        counts = self.all_sum(counts)
         if not counts.any():
             return [rows] * self.size
         # As bytes, because not every backend knows every dtype.
@@ -91,7 +91,7 @@ class World:
         import torch
 
         content = torch.tensor(list(text.encode()), dtype=torch.uint8)
-        return [bytes(part.tolist()).decode() for part in self.gathered(content)]
+        return [bytes(part.tolist()).decode() for part in self.all_gather(content)]
 
     def require_equal(self, text: str, what: str) -> None:
         """Refuse to go on unless ``text`` is the same in all processes.

@@ -180,7 +180,7 @@ def _dataset(
     chosen: dict[str, Any],
     selection: dict[str, Any],
 ) -> tuple[dict[str, Any], "Dataset"]:
-    from kd_train.loader.datafiles import guessed_format
+    from kd_train.loader.datafiles import guess_format
     from kd_train.loader.distances import WarnsOfClosePairs
     from pipeline.datasets import open_dataset, warn_of_missing_labels
     from pipeline.datasets.paths import named_paths
@@ -188,7 +188,7 @@ def _dataset(
     if splits:
         raise SpecError("--split chooses splits of a store, and --data is a dataset.")
     energy = chosen["energy"]
-    format = chosen["format"] or guessed_format(named_paths([data])[0])
+    format = chosen["format"] or guess_format(named_paths([data])[0])
     if energy is not None and format != "oc20_raw":
         raise SpecError("--energy is for --format oc20_raw; others have one kind.")
     options = _read_options(chosen)

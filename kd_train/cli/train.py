@@ -109,7 +109,7 @@ def _train(
     """Train as asked for; returns the folder and the metrics in one line."""
     import torch
 
-    from kd_train.trainer.setup import with_student
+    from kd_train.trainer.setup import choose_student
     from kd_train.trainer.trainer import Trainer
     from pipeline.store.reader import FeatureStore
 
@@ -117,7 +117,7 @@ def _train(
         torch.set_num_threads(threads)
     place = choose_device(process_device(world, device))
     store = FeatureStore.open(cache)
-    chosen = with_student(config, store)
+    chosen = choose_student(config, store)
     folder = out or Path("runs") / world.gather_text(_name(chosen))[0]
     # One process holds the folder, for all that train together.
     with held(folder) if world.is_first else nullcontext():

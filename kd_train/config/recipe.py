@@ -35,7 +35,7 @@ def read_recipe(name: str) -> Recipe:
     return validate(Recipe, read_yaml(path), path.name)
 
 
-def with_recipe(
+def apply_recipe(
     config: TrainConfig, teacher: str | None, processes: int = 1
 ) -> TrainConfig:
     """``config`` with the paper's values for everything that was not set.
@@ -58,29 +58,29 @@ def with_recipe(
         was set does not fit to the rest.
     """
     student = config.student.preset
-    name = _chosen(config.recipe, student)
+    name = _choose_recipe(config.recipe, student)
     if name == "none":
-        return _checked(config.model_copy(update={"recipe": name}))
+        return _check(config.model_copy(update={"recipe": name}))
     recipe = read_recipe(name)
     settings: dict[str, Any] = {
         **recipe.students[student],
         "schedule": _schedule(recipe.students[student]["schedule"], config),
         "distill": _weights(recipe, name, teacher, config),
     }
-    chosen = _merged(settings, config.model_dump(exclude_unset=True))
+    chosen = _merge(settings, config.model_dump(exclude_unset=True))
     if "batch_size" not in config.model_fields_set and config.batch_atoms is None:
         whole = settings["batch_size"]
         chosen["batch_size"] = _share(whole, name, processes, config.accumulate)
-    return _checked(validate(TrainConfig, {**chosen, "recipe": name}, f"recipe {name}"))
+    return _check(validate(TrainConfig, {**chosen, "recipe": name}, f"recipe {name}"))
 
 
-def _checked(config: TrainConfig) -> TrainConfig:
+def _check(config: TrainConfig) -> TrainConfig:
     """``config``, with what depends on more than one value checked for all of them."""
     validate(TrainConfig, config.model_dump(), f"configuration, recipe {config.recipe}")
     return config
 
 
-def _chosen(wished: str, student: str) -> str:
+def _choose_recipe(wished: str, student: str) -> str:
     if wished == "none":
         return "none"
     if wished == "auto":
@@ -148,12 +148,12 @@ def _weights(
     return weights
 
 
-def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """``below`` with the keys of ``above`` on top, section by section."""
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)
         if isinstance(old, dict) and isinstance(value, dict):
-            value = _merged(old, value)
+            value = _merge(old, value)
         merged[key] = value
     return merged

@@ -17,8 +17,8 @@ from kd_train.evaluation.load_student import (
     load_student,
     predict,
     reference_energies,
-    silence,
     undetermined_elements,
+    unlisted_elements_warning,
 )
 from pipeline.datasets.samples import Fields, checked_sample
 from pipeline.errors import DataError, SpecError
@@ -82,7 +82,7 @@ class StudentCalculator(Calculator):
         if self.student.model.hyperparameters.get("regress_forces", True):
             self.implemented_properties.append("forces")
         self._told: set[str] = set()
-        self._warn("elements", silence(self.student))
+        self._warn("elements", unlisted_elements_warning(self.student))
 
     def reference_energies(self) -> dict[str, float]:
         """Energies of isolated atoms in eV by symbol, which total energies contain.

@@ -18,7 +18,7 @@ from torch_geometric.data import Data
 from kd_train.evaluation.load_student import known_elements
 from kd_train.loader.choose_split import choose_split
 from kd_train.loader.data import CachedSamples
-from kd_train.loader.prefetch import moved, pinned, prefetch
+from kd_train.loader.prefetch import move_to_device, pin_batches, prefetch
 from kd_train.loader.sampler import Positions, ordered_within
 from kd_train.loader.split import Split
 from pipeline.errors import SpecError
@@ -144,12 +144,12 @@ class ModelSide:
         elements = known_elements(loaded, "--any-element", any_element)
         # Every sample comes once.
         samples = CachedSamples(split, rule, elements, edge_cache_bytes=0)
-        self.load = pinned(samples.batch, device)
+        self.load = pin_batches(samples.batch, device)
         self._device = device
 
     def states(self, batch: Data) -> dict[str, Tensor]:
         """Features (N, C) after every layer of the model."""
-        return self._model.node_states(moved(batch, self._device))
+        return self._model.node_states(move_to_device(batch, self._device))
 
 
 class StoredSide:

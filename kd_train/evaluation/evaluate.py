@@ -13,7 +13,7 @@ from torch_geometric.data import Data
 from kd_train.config.train_config import LossConfig
 from kd_train.distributed import ALONE, World, interleave
 from kd_train.evaluation.metrics import METRICS, MetricSums
-from kd_train.loader.prefetch import moved
+from kd_train.loader.prefetch import move_to_device
 from kd_train.loader.sampler import ordered_batches
 from kd_train.loader.split import Split
 from kd_train.strategies.losses import OutputError, joint_mean, reference_labels
@@ -52,10 +52,10 @@ def evaluate(
     model.eval()
     term = OutputError("l0", reference_labels, normalizer, weights)
     rows = [torch.zeros(0, _WIDTH, dtype=torch.float64)]
-    kept = [_no_results()]
+    predictions = [_no_results()]
     with torch.no_grad():
         for batch in batches:
-            batch = moved(batch, device)
+            batch = move_to_device(batch, device)
             output = model(batch)
             sums = MetricSums()
             results = _results(output, batch, normalizer)
@@ -71,24 +71,26 @@ def evaluate(
             sizes = torch.tensor([batch.num_graphs, batch.num_nodes]).double()
             row = torch.cat([sizes, *(part.cpu() for part in parts), sums.row()])
             rows.append(row[None])
-            kept.append({name: value.cpu() for name, value in results.items()})
+            predictions.append({name: value.cpu() for name, value in results.items()})
     model.train(was_training)
-    joint = {name: torch.cat([part[name] for part in kept]) for name in kept[0]}
-    return _together(torch.cat(rows), joint, term.part_weights, world)
+    joint = {
+        name: torch.cat([part[name] for part in predictions]) for name in predictions[0]
+    }
+    return _gather_results(torch.cat(rows), joint, term.part_weights, world)
 
 
 # Samples, atoms; two totals and two counts of the loss; sums and counts of metrics.
 _WIDTH = 2 + 4 + 2 * len(METRICS)
 
 
-def _together(
+def _gather_results(
     rows: Tensor,
     results: dict[str, Tensor],
     part_weights: tuple[float, ...],
     world: World,
 ) -> Evaluation:
     """Join the batches of all processes; rows (n, W), results in their order."""
-    parts = world.gathered(rows)
+    parts = world.all_gather(rows)
     sums = MetricSums()
     total = torch.zeros(4, dtype=torch.float64)
     for row in interleave([list(part) for part in parts]):
@@ -100,7 +102,7 @@ def _together(
         column = 1 if name in _PER_ATOM else 0
         pieces = [
             list(torch.split(value, part[:, column].long().tolist()))
-            for value, part in zip(world.gathered(values), parts, strict=True)
+            for value, part in zip(world.all_gather(values), parts, strict=True)
         ]
         predictions[name] = torch.cat([values[:0], *interleave(pieces)]).numpy()
     known = bool(total[2:].any())

@@ -113,15 +113,15 @@ def export_student(student: LoadedModel, path: Path) -> dict[str, float]:
             "StudentCalculator or load_student of kd_train."
         )
     buffer = io.BytesIO()
-    program = exported(student)
+    program = export_program(student)
     torch.export.save(program, buffer, extra_files={HEADER: _header(student)})
     content = buffer.getvalue()
-    worst = compared(student, content)
+    worst = compare_program(student, content)
     write_atomically(path, content)
     return worst
 
 
-def exported(student: LoadedModel) -> ExportedProgram:
+def export_program(student: LoadedModel) -> ExportedProgram:
     """The program of ``student``, on the device where it is."""
     # Equal sizes would be taken for one: the numbers of samples, atoms and edges here
     # differ from each other and from the 2 and 3 of other axes.
@@ -136,7 +136,7 @@ def exported(student: LoadedModel) -> ExportedProgram:
     return torch.export.export(recorded, inputs, dynamic_shapes=shapes)
 
 
-def compared(student: LoadedModel, content: bytes) -> dict[str, float]:
+def compare_program(student: LoadedModel, content: bytes) -> dict[str, float]:
     """Largest deviations of the program in ``content`` from ``student``.
 
     Raises

@@ -100,7 +100,9 @@ def known_elements(student: LoadedModel, option: str, any_element: bool) -> Elem
     return usable_elements(student.model.elements, known, option)
 
 
-def untrained(student: LoadedModel, atomic_numbers: Iterable[int]) -> list[int]:
+def untrained_elements(
+    student: LoadedModel, atomic_numbers: Iterable[int]
+) -> list[int]:
     """Elements that the training data of ``student`` lacked, ascending.
 
     None of them where its file does not list those that were there.
@@ -110,7 +112,7 @@ def untrained(student: LoadedModel, atomic_numbers: Iterable[int]) -> list[int]:
     return [] if trained is None else sorted(numbers - trained)
 
 
-def silence(student: LoadedModel) -> str | None:
+def unlisted_elements_warning(student: LoadedModel) -> str | None:
     """What to warn of where a file does not list the elements of its training data."""
     if trained_elements(student.normalizer, student.provenance) is not None:
         return None

@@ -52,7 +52,7 @@ class Scorecard:
         """JSON-able form; None for metrics without labels."""
         throughput = self.throughput
         return {
-            "model": _described(self.student, self.place),
+            "model": _describe(self.student, self.place),
             "data": self.data,
             "splits": {score.name: _numbers(score) for score in self.scores},
             MEAN: {
@@ -75,7 +75,7 @@ class Scorecard:
             rows.append(_row(MEAN, "student", "", self.mean))
             if self.teacher_mean is not None:
                 rows.append(_row("", "teacher", "", self.teacher_mean))
-        lines = [_aligned([_HEADER, _UNITS, *rows])]
+        lines = [_align([_HEADER, _UNITS, *rows])]
         if self.throughput is not None:
             lines.append(f"{self.throughput}.")
         return "\n".join(lines)
@@ -113,7 +113,7 @@ def _write_json(path: Path, document: Mapping[str, Any]) -> None:
     write_atomically(path, text.encode() + b"\n")
 
 
-def _described(student: LoadedModel, place: Path) -> dict[str, Any]:
+def _describe(student: LoadedModel, place: Path) -> dict[str, Any]:
     """Which model it was; of our own runs also what it was trained as."""
     config = student.provenance.get("config")
     trained = {}
@@ -152,7 +152,7 @@ def _cell(value: float, digits: int) -> str:
     return "–" if math.isnan(value) else f"{value:.{digits}f}"
 
 
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
+def _align(rows: Sequence[Sequence[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

@@ -16,11 +16,15 @@ from tqdm import tqdm
 
 from kd_train.config.train_config import LossConfig
 from kd_train.evaluation.evaluate import evaluate, teacher_metrics
-from kd_train.evaluation.load_student import silence, undetermined_elements, untrained
-from kd_train.evaluation.throughput import POOL, structures_of
+from kd_train.evaluation.load_student import (
+    undetermined_elements,
+    unlisted_elements_warning,
+    untrained_elements,
+)
+from kd_train.evaluation.throughput import POOL, unbatch_structures
 from kd_train.loader.data import CachedSamples
 from kd_train.loader.datafiles import DatasetSamples
-from kd_train.loader.prefetch import pinned, prefetch
+from kd_train.loader.prefetch import pin_batches, prefetch
 from kd_train.loader.sampler import Positions, ordered_batches, ordered_within
 from kd_train.loader.split import Split
 from kd_train.loader.subset import SubsetSplit
@@ -152,19 +156,19 @@ def score(
         A sample has no neighbours or an element the model does not know; names it.
     """
     _require_forces(student)
-    met = _Met()
+    seen = _SeenSamples()
 
-    def noted(positions: Positions) -> Data:
+    def load_and_note(positions: Positions) -> Data:
         batch = eval_set.samples.batch(positions)
-        met.add(batch, student)
+        seen.add(batch, student)
         return batch
 
-    load = pinned(noted, device)
+    load = pin_batches(load_and_note, device)
     with closing(prefetch(load, batches, threads=loader_threads)) as stream:
-        told = tqdm(stream, eval_set.name, len(batches), unit="batch", disable=None)
+        progress = tqdm(stream, eval_set.name, len(batches), unit="batch", disable=None)
         try:
             result = evaluate(
-                student.model, told, student.normalizer, LossConfig(), device
+                student.model, progress, student.normalizer, LossConfig(), device
             )
         except torch.OutOfMemoryError:
             raise SpecError(
@@ -178,12 +182,12 @@ def score(
         None if eval_set.split is None else teacher_metrics(eval_set.split),
         {"sample_ids": np.array(eval_set.sample_ids.tolist()), **found},
         _energy_offset(found),
-        tuple(untrained(student, met.elements)),
-        tuple(met.doubts(student)),
+        tuple(untrained_elements(student, seen.elements)),
+        tuple(seen.doubts(student)),
     )
 
 
-class _Met:
+class _SeenSamples:
     """What passed by in the batches of a set; threads may add at the same time."""
 
     def __init__(self) -> None:
@@ -207,7 +211,10 @@ class _Met:
     def doubts(self, student: LoadedModel) -> list[str]:
         """What makes numbers doubtful, each without its full stop."""
         rule = student.model.graph_rule
-        found = [silence(student), limit_warning(rule, self._crowded, self._atoms)]
+        found = [
+            unlisted_elements_warning(student),
+            limit_warning(rule, self._crowded, self._atoms),
+        ]
         if self._arbitrary:
             found.append(
                 "the training compositions did not determine the reference energies of "
@@ -220,7 +227,7 @@ class _Met:
 def throughput_pool(eval_set: EvalSet) -> list[Structure]:
     """At most POOL structures, evenly over the set, for measuring throughput."""
     step = -(-len(eval_set.samples) // POOL)
-    return structures_of(
+    return unbatch_structures(
         eval_set.samples.batch(np.arange(0, len(eval_set.samples), step))
     )
 

@@ -122,7 +122,7 @@ def measure(
     )
 
 
-def structures_of(batch: Data) -> list[Structure]:
+def unbatch_structures(batch: Data) -> list[Structure]:
     """The structures of a collated batch, with its precision."""
     ends = batch.natoms.cumsum(0).tolist()
     starts = [0, *ends[:-1]]
@@ -225,15 +225,15 @@ def _rate(call: Callable[[], object], device: torch.device, seconds: float) -> f
     call()  # allocations and kernels of the first call are not those of the others
     _wait_for(device)
     calls = 1
-    while (spent := _timed(call, calls, device)) < seconds / (2 * _PASSES):
+    while (spent := _time_calls(call, calls, device)) < seconds / (2 * _PASSES):
         calls *= 2
     passes = [spent]
     while len(passes) < _PASSES or sum(passes) < seconds:
-        passes.append(_timed(call, calls, device))
+        passes.append(_time_calls(call, calls, device))
     return calls / statistics.median(passes)
 
 
-def _timed(call: Callable[[], object], calls: int, device: torch.device) -> float:
+def _time_calls(call: Callable[[], object], calls: int, device: torch.device) -> float:
     started = time.perf_counter()
     for _ in range(calls):
         call()

@@ -74,8 +74,8 @@ class CachedSamples:
         """The samples at ``positions`` as one graph, see ``pipeline.graphs.batch``.
 
         Adds ``energy`` (B,) float64 in eV, ``forces`` (N, 3) float32 in eV/Å and every
-        asked field as it is stored, see ``decoded``. With ``edge_features`` (E, C) come
-        their edges ``teacher_edge_index`` (2, E) int64, source first,
+        asked field as it is stored, see ``decode_batch``. With ``edge_features`` (E, C)
+        come their edges ``teacher_edge_index`` (2, E) int64, source first,
         ``teacher_cell_offsets`` (E, 3) int8, and ``edge_mismatch``, the id of the first
         sample whose edges are not those of the model's own graph, empty where all are.
 
@@ -110,7 +110,7 @@ class CachedSamples:
         return wished if limit is None else min(wished, limit)
 
     def tables(self, device: torch.device) -> dict[str, Tables]:
-        """What ``decoded`` needs on ``device`` for the fields stored as integers."""
+        """Return what ``decode_batch`` needs on ``device`` for fields of integers."""
         return {
             name: {n: torch.tensor(v, device=device) for n, v in part.decoder.items()}
             for name, part in self.encodings.items()
@@ -187,7 +187,9 @@ def read_paths(fields: Sequence[str]) -> dict[str, str]:
     return {name: FIELDS[name].path for name in names}
 
 
-def decoded(batch: Data, fields: Sequence[str], tables: Mapping[str, Tables]) -> Data:
+def decode_batch(
+    batch: Data, fields: Sequence[str], tables: Mapping[str, Tables]
+) -> Data:
     """``batch`` with its ``fields`` in the numbers that losses use, as float32.
 
     Halves are converted, integers decoded with the ``tables`` of their field. To be

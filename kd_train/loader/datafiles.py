@@ -57,7 +57,7 @@ class DatasetSamples:
         return data
 
 
-def guessed_format(path: Path) -> str:
+def guess_format(path: Path) -> str:
     """Format of a dataset file by its suffix, or of a folder by its files'.
 
     Raises

@@ -26,7 +26,7 @@ def prefetch(
     ahead: deque[Future[Made]] = deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="prefetch") as pool:
         try:
-            for future in _submitted(pool, make, batches):
+            for future in _submit(pool, make, batches):
                 ahead.append(future)
                 if len(ahead) > depth:
                     yield ahead.popleft().result()
@@ -37,7 +37,7 @@ def prefetch(
                 future.cancel()
 
 
-def _submitted(
+def _submit(
     pool: ThreadPoolExecutor, make: Callable[[Item], Made], batches: Iterable[Item]
 ) -> Iterator[Future[Made]]:
     """One future per batch; where ``batches`` fails, a last one with the error."""
@@ -55,7 +55,7 @@ def _submitted(
         yield pool.submit(make, item)
 
 
-def pinned(
+def pin_batches(
     make: Callable[[Item], Data], device: torch.device
 ) -> Callable[[Item], Data]:
     """``make`` itself, or for a GPU one whose batches lie in page-locked memory.
@@ -67,6 +67,6 @@ def pinned(
     return lambda item: make(item).pin_memory()
 
 
-def moved(batch: Data, device: torch.device) -> Data:
+def move_to_device(batch: Data, device: torch.device) -> Data:
     """``batch`` on ``device``; to a GPU without waiting for the copy."""
     return batch.to(device, non_blocking=device.type == "cuda")

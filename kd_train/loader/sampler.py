@@ -158,7 +158,7 @@ def full_bounds(atoms: Counts, budget: int) -> list[int]:
 
     No other cut of the sequence has fewer. A sample above the budget is alone.
     """
-    reach = _reach(_cumulated(atoms), budget).tolist()
+    reach = _reach(_cumulate(atoms), budget).tolist()
     bounds = [0]
     while bounds[-1] < len(atoms):
         bounds.append(reach[bounds[-1]])
@@ -173,7 +173,7 @@ def even_bounds(atoms: Counts, number: int, budget: int) -> list[int]:
     ``fewest_batches(atoms, budget) <= number <= len(atoms)`` and no sample above the
     budget; then it always succeeds.
     """
-    count, total = len(atoms), _cumulated(atoms)
+    count, total = len(atoms), _cumulate(atoms)
     reach = _reach(total, budget).tolist()
     lowest = _latest_fit(total, number, budget)
     shares = total[-1] * np.arange(1, number) / number
@@ -221,7 +221,7 @@ def ordered_within(n_atoms: Counts, budget: int) -> list[Positions]:
     return [np.arange(begin, end) for begin, end in itertools.pairwise(bounds)]
 
 
-def _cumulated(atoms: Counts) -> Positions:
+def _cumulate(atoms: Counts) -> Positions:
     """(n + 1,) atoms before every sample, and at the end all."""
     return np.concatenate(([0], np.cumsum(atoms, dtype=np.int64)))
 

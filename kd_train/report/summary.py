@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_train.config.recipe import with_recipe
+from kd_train.config.recipe import apply_recipe
 from kd_train.config.train_config import STRATEGIES, TrainConfig
 from kd_train.report.grouping import Cohort
 from kd_train.report.layouts import format_mean_sd, gap_text
@@ -86,7 +86,7 @@ def _split_settings(run: FinishedRun) -> tuple[dict[str, Any], dict[str, Any]]:
     bare = {"student": {"preset": run.settings["student.preset"]}, "recipe": name}
     try:
         asked = validate(TrainConfig, bare, str(run.folder))
-        recipe = flatten_settings(with_recipe(asked, None).model_dump(mode="json"))
+        recipe = flatten_settings(apply_recipe(asked, None).model_dump(mode="json"))
     except SpecError:  # of a version that knew other recipes or students
         name, recipe = "none", defaults
     if name in ("auto", "none"):  # from before there were recipes

@@ -94,7 +94,7 @@ def square_total(difference: Tensor) -> Tensor:
     return difference.square().sum().reshape(1)
 
 
-def number_of(values: Tensor) -> Tensor:
+def count_values(values: Tensor) -> Tensor:
     """(1,) float64 number of entries, where ``values`` are."""
     # Filled on the device, because a copy to a GPU would wait for it.
     return torch.full((1,), values.numel(), dtype=torch.float64, device=values.device)

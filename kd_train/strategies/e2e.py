@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from kd_train.strategies.adapters import linear_adapter
-from kd_train.strategies.base import Setting, Strategy, number_of, square_total
+from kd_train.strategies.base import Setting, Strategy, count_values, square_total
 from pipeline.errors import DataError
 from pipeline.models.output import ModelOutput
 
@@ -38,7 +38,7 @@ class EdgeToEdge(Strategy):
 
     def counts(self, batch: Data) -> Tensor:
         """(1,) E·C."""
-        return number_of(batch.edge_features)
+        return count_values(batch.edge_features)
 
     def totals(self, output: ModelOutput, batch: Data) -> Tensor:
         """(1,) feature error of the batch.

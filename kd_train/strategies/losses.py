@@ -73,7 +73,7 @@ def teacher_labels(batch: Data) -> Labels:
     return _known(batch.teacher_energy, batch.teacher_forces, batch.fixed)
 
 
-def completed_labels(batch: Data, weight: float) -> Labels:
+def complete_labels(batch: Data, weight: float) -> Labels:
     """Labels of the dataset; where one is missing the teacher's, counting ``weight``.
 
     Energies are completed by sample, forces by atom.

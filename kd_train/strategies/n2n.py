@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from kd_train.strategies.adapters import linear_adapter
-from kd_train.strategies.base import Strategy, number_of, square_total
+from kd_train.strategies.base import Strategy, count_values, square_total
 from pipeline.models.output import ModelOutput
 
 
@@ -26,7 +26,7 @@ class NodeToNode(Strategy):
 
     def counts(self, batch: Data) -> Tensor:
         """(1,) N·C."""
-        return number_of(batch[self.fields[0]])
+        return count_values(batch[self.fields[0]])
 
     def totals(self, output: ModelOutput, batch: Data) -> Tensor:
         """(1,) feature error of the batch."""

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 from torch_geometric.data import Data
 
 from kd_train.strategies.adapters import linear_adapter
-from kd_train.strategies.base import Strategy, number_of, square_total
+from kd_train.strategies.base import Strategy, count_values, square_total
 from pipeline.models.output import ModelOutput
 
 
@@ -26,7 +26,7 @@ class VectorToVector(Strategy):
 
     def counts(self, batch: Data) -> Tensor:
         """(1,) N·3·C."""
-        return number_of(batch.vector_features)
+        return count_values(batch.vector_features)
 
     def totals(self, output: ModelOutput, batch: Data) -> Tensor:
         """(1,) feature error of the batch."""

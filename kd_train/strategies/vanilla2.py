@@ -3,7 +3,7 @@
 from torch import Tensor
 from torch_geometric.data import Data
 
-from kd_train.strategies.base import Strategy, number_of
+from kd_train.strategies.base import Strategy, count_values
 from pipeline.models.output import ModelOutput
 
 
@@ -15,7 +15,7 @@ class Vanilla2(Strategy):
 
     def counts(self, batch: Data) -> Tensor:
         """(1,) atoms."""
-        return number_of(batch.per_atom_energy)
+        return count_values(batch.per_atom_energy)
 
     def totals(self, output: ModelOutput, batch: Data) -> Tensor:
         """(1,) per-atom energy error of the batch."""

@@ -19,10 +19,10 @@ def main() -> None:
 @one_sentence_errors
 def list_command(file: Path) -> None:
     """Check the sweep in FILE and show its runs and how far each is."""
-    from kd_train.sweep.plan import plan
-    from kd_train.sweep.table import states
+    from kd_train.sweep.plan import make_plan
+    from kd_train.sweep.table import status_lines
 
-    click.echo(states(plan(file)), nl=False)
+    click.echo(status_lines(make_plan(file)), nl=False)
 
 
 @main.command("run")
@@ -48,7 +48,7 @@ def run_command(file: Path, name: str, attempt: int) -> None:
 @one_sentence_errors
 def report_command(file: Path) -> None:
     """Compare the finished runs of FILE; list those that failed or were left out."""
-    from kd_train.sweep.plan import plan
+    from kd_train.sweep.plan import make_plan
     from kd_train.sweep.table import write_sweep_report
 
-    click.echo(write_sweep_report(plan(file)), nl=False)
+    click.echo(write_sweep_report(make_plan(file)), nl=False)

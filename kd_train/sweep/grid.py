@@ -159,10 +159,10 @@ def load_sweep(path: Path) -> Sweep:
     if "://" not in store:
         store = str(expand_path(store, folder, "store"))
     out = expand_path(config.out, folder, "out")
-    return Sweep(path, config, store, out, expanded(config, shared, str(path)))
+    return Sweep(path, config, store, out, expand_runs(config, shared, str(path)))
 
 
-def expanded(
+def expand_runs(
     config: SweepConfig, shared: Mapping[str, Any], where: str
 ) -> tuple[SweepRun, ...]:
     """All runs: students × strategies × variants × weights × seeds.
@@ -177,9 +177,9 @@ def expanded(
     """
     _check_terms(config, where)
     _check_free(config, where)
-    base = _merged(shared, config.settings)
+    base = _merge(shared, config.settings)
     runs = tuple(
-        _run(config, base, where, student, strategy, variant, weights, seed)
+        _make_run(config, base, where, student, strategy, variant, weights, seed)
         for student, strategy in product(config.students, config.strategies)
         for variant in _variants(config, strategy)
         for weights in _weights(config, strategy)
@@ -189,7 +189,7 @@ def expanded(
     return runs
 
 
-def _run(
+def _make_run(
     config: SweepConfig,
     base: Document,
     where: str,
@@ -202,10 +202,12 @@ def _run(
     changes = {} if variant is None else config.variants[variant]
     chosen: Document = {"student.preset": student, "strategy": strategy, "seed": seed}
     chosen |= {_DISTILL + term: value for term, value in weights}
-    document = _merged(_merged(base, changes), chosen)
+    document = _merge(_merge(base, changes), chosen)
     name = _name(student, strategy, variant, dict(weights), seed)
-    checked = validate(TrainConfig, document, f"{where}, run {name}")
-    return SweepRun(name, student, strategy, weights, seed, variant, document, checked)
+    train_config = validate(TrainConfig, document, f"{where}, run {name}")
+    return SweepRun(
+        name, student, strategy, weights, seed, variant, document, train_config
+    )
 
 
 def _name(
@@ -216,11 +218,11 @@ def _name(
     seed: int,
 ) -> str:
     """Such as ``schnet-n2n=100+vanilla2-balanced-s0``; stable when the grid grows."""
-    parts = [student, _weighted(strategy, weights), variant, f"s{seed}"]
+    parts = [student, _strategy_label(strategy, weights), variant, f"s{seed}"]
     return "-".join(part for part in parts if part is not None)
 
 
-def _weighted(strategy: str, weights: Mapping[str, float]) -> str:
+def _strategy_label(strategy: str, weights: Mapping[str, float]) -> str:
     """``strategy`` with the weights of its terms, such as ``n2n=100+vanilla2``."""
     # The shortest digits that read back as the same number.
     return "+".join(
@@ -245,7 +247,7 @@ def _weights(
         yield tuple(zip(terms, values, strict=True))
 
 
-def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> Document:
+def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> Document:
     """``base`` with ``changes``, whose keys may be dotted; neither is altered."""
     document = dict(base)
     for key, value in changes.items():
@@ -253,9 +255,9 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> Document:
         before = document.get(first)
         below = before if isinstance(before, Mapping) else {}
         if dot:
-            document[first] = _merged(below, {rest: value})
+            document[first] = _merge(below, {rest: value})
         elif isinstance(value, Mapping):
-            document[first] = _merged(below, value)
+            document[first] = _merge(below, value)
         else:
             document[first] = value
     return document

@@ -74,7 +74,9 @@ def run_job(sweep: Sweep, name: str, attempt: int = 1) -> JobResult:
         fcntl.flock(lock, fcntl.LOCK_EX)
         text = yaml_text(run.document)
         write_atomically(settings, text.encode())
-        error = _trained(_command(sweep, settings, folder), log, sweep, lock.fileno())
+        error = _train_once(
+            _command(sweep, settings, folder), log, sweep, lock.fileno()
+        )
         if error is not None:
             error = error.removeprefix(f"{folder}: ")
         outcome = JobResult(
@@ -94,12 +96,12 @@ def _command(sweep: Sweep, settings: Path, folder: Path) -> list[str]:
     return [*command, "--device", sweep.device]
 
 
-def _trained(command: list[str], log: Path, sweep: Sweep, lock: int) -> str | None:
+def _train_once(command: list[str], log: Path, sweep: Sweep, lock: int) -> str | None:
     """Run ``command``, on a GPU of its own where the sweep reserves one."""
     environment = {"OMP_NUM_THREADS": str(sweep.config.threads)}
     if not sweep.config.gpus or sweep.device == "cpu":
         return run_to_its_end(command, log, environment, (lock,))
-    with free_gpu(waiting=partial(_tell_waiting, log)) as gpu:
+    with free_gpu(waiting=partial(_log_waiting, log)) as gpu:
         if gpu is None and sweep.config.device is None:
             return _NO_GPU
         if gpu is None:  # none by the names of NVIDIA's devices, but the user insists
@@ -109,7 +111,7 @@ def _trained(command: list[str], log: Path, sweep: Sweep, lock: int) -> str | No
         return run_to_its_end(command, log, environment, (lock, hold))
 
 
-def _tell_waiting(log: Path, names: Sequence[str]) -> None:
+def _log_waiting(log: Path, names: Sequence[str]) -> None:
     with log.open("a") as stream:
         stream.write(f"waiting: other runs have all GPUs ({', '.join(names)})\n")
 

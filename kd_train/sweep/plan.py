@@ -14,11 +14,11 @@ from kd_train.sweep.grid import Sweep, SweepRun, load_sweep
 from kd_train.trainer.labels import require_predictions
 from kd_train.trainer.setup import (
     has_direct_forces,
-    resolved,
+    required_fields,
+    resolve_config,
     run_normalizer,
-    wanted_fields,
 )
-from kd_train.trainer.untrained import known_labels, require_trained_outputs
+from kd_train.trainer.untrained import count_labels, require_trained_outputs
 from pipeline.errors import SpecError
 from pipeline.models.normalizer import Normalizer
 from pipeline.models.zoo import PRESETS, build_model
@@ -44,7 +44,7 @@ class Plan:
         return json.dumps([self.fingerprint, run.document], sort_keys=True)
 
 
-def plan(path: Path) -> Plan:
+def make_plan(path: Path) -> Plan:
     """Read the sweep file at ``path`` and check every run before any is started.
 
     Raises
@@ -68,7 +68,7 @@ def plan(path: Path) -> Plan:
     configs, skipped = {}, {}
     for run in sweep.runs:
         try:
-            config = checks.resolved(run.config)
+            config = checks.resolve(run.config)
             reason = checks.reason(config)
         except SpecError as error:
             raise SpecError(f"{path}, run {run.name}: {error}") from None
@@ -106,7 +106,7 @@ class _Checks:
         self._networks: dict[str, _Traits] = {}
         self._reasons: dict[tuple[str, ...], str | None] = {}
 
-    def resolved(self, config: TrainConfig) -> TrainConfig:
+    def resolve(self, config: TrainConfig) -> TrainConfig:
         """``config`` as it is trained, with what recipe and store fill in.
 
         Raises
@@ -118,7 +118,7 @@ class _Checks:
         # Seeds share an entry, so that what a recipe warns of is told once for them.
         key = config.model_dump_json(exclude={"seed"}, exclude_unset=True)
         if key not in self._resolved:
-            self._resolved[key] = resolved(config, self.store)
+            self._resolved[key] = resolve_config(config, self.store)
         return self._resolved[key].model_copy(update={"seed": config.seed})
 
     def reason(self, config: TrainConfig) -> str | None:
@@ -162,7 +162,7 @@ class _Checks:
             require_equal(runs, where, "train_split", lambda c: c.train_split)
 
     def _find_reason(self, config: TrainConfig) -> str | None:
-        split = choose_split(self.store, config.train_split, wanted_fields(config))
+        split = choose_split(self.store, config.train_split, required_fields(config))
         for choice in (config.val_split, *(config.test_split or "").split("+")):
             if choice:
                 choose_split(self.store, choice)
@@ -171,7 +171,7 @@ class _Checks:
         teacher = stored_widths(split)
         if config.loss.teacher_labels:
             require_predictions(split)
-        known = known_labels(self.store, config.train_split)
+        known = count_labels(self.store, config.train_split)
         require_trained_outputs(config, known, self._network(config).direct)
         setting = Setting(
             student_name=config.student.preset,

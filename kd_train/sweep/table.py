@@ -41,7 +41,7 @@ def write_sweep_report(chosen: Plan) -> str:
     return text
 
 
-def states(chosen: Plan) -> str:
+def status_lines(chosen: Plan) -> str:
     """One line for every run: its name, and how far it is or why it is left out."""
     sweep, lines = chosen.sweep, {}
     for run in sweep.runs:

@@ -27,7 +27,7 @@ class Jobs:
     attempts: dict[str, int] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> "Jobs":
+    def from_config(cls, config: Mapping[str, Any]) -> "Jobs":
         """Of the workflow's configuration: ``sweep=FILE``, ``retry_failed=true``.
 
         Raises
@@ -38,10 +38,10 @@ class Jobs:
         if not config.get("sweep"):
             return cls()
         # Training's modules take seconds to import; other workflows do without.
-        from kd_train.sweep.plan import plan
+        from kd_train.sweep.plan import make_plan
 
         path = Path(str(config["sweep"])).resolve()
-        chosen = plan(path)
+        chosen = make_plan(path)
         sweep, retry = chosen.sweep, str(config.get("retry_failed", "false")).lower()
         return cls(
             file=str(path),

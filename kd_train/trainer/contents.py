@@ -58,7 +58,7 @@ class Contents:
         ]
 
 
-def examined(
+def check_contents(
     train: Split,
     others: Sequence[tuple[str, Split]],
     rule: GraphRule,
@@ -77,21 +77,21 @@ def examined(
     SpecError
         A structure is periodic, and the student's ``rule`` ignores images.
     """
-    known = contents_of(train)
+    known = read_contents(train)
     _require_periodic_graphs("train_split", train, known, rule)
-    _tell_without_reference(train, known, normalizer)
+    _warn_without_reference(train, known, normalizer)
     for key, split in others:
-        found = contents_of(split)
+        found = read_contents(split)
         _require_periodic_graphs(key, split, found, rule)
-        _tell_new_elements(key, split, found, known)
+        _warn_of_new_elements(key, split, found, known)
     undetermined: list[dict[str, float]] = []
     if fitted is not None:
-        part = known if fitted is train else contents_of(fitted)
+        part = known if fitted is train else read_contents(fitted)
         undetermined = part.undetermined()
     return {"elements": known.elements, "undetermined": undetermined}
 
 
-def contents_of(split: Split) -> Contents:
+def read_contents(split: Split) -> Contents:
     """One pass over atomic numbers, periodic flags and energies of ``split``."""
     found = Contents()
     for ids, numbers, periodic, labelled in _blocks(split):
@@ -102,7 +102,7 @@ def contents_of(split: Split) -> Contents:
                 del known[_NAMED:]
         if found.periodic is None and periodic.any():
             found.periodic = str(ids[int(np.argmax(periodic))])
-        found.span = _spanned(found.span, numbers[labelled])
+        found.span = _extend_span(found.span, numbers[labelled])
     return found
 
 
@@ -128,7 +128,7 @@ def _blocks(
         )
 
 
-def _spanned(span: Floats, counts: Counts) -> Floats:
+def _extend_span(span: Floats, counts: Counts) -> Floats:
     """Orthonormal rows that span ``span`` and the rows of ``counts``."""
     present = np.flatnonzero(counts.any(axis=0) | span.any(axis=0))
     if len(span) == len(present):
@@ -154,7 +154,7 @@ def _require_periodic_graphs(
         )
 
 
-def _tell_new_elements(
+def _warn_of_new_elements(
     key: str, split: Split, found: Contents, known: Contents
 ) -> None:
     """Warn of elements that a split has and that the training split lacks."""
@@ -173,7 +173,7 @@ def _tell_new_elements(
     )
 
 
-def _tell_without_reference(
+def _warn_without_reference(
     train: Split, known: Contents, normalizer: Normalizer
 ) -> None:
     """Warn of elements that lack a reference energy while others have one."""

@@ -36,7 +36,7 @@ class Window:
 
     def means(self, world: World) -> dict[str, float]:
         """Mean of every loss over steps, shares of processes summed: ``train_NAME``."""
-        sums = world.summed(torch.stack(list(self._sums.values()))).tolist()
+        sums = world.all_sum(torch.stack(list(self._sums.values()))).tolist()
         return {
             f"train_{name}": total / self._steps
             for name, total in zip(self._sums, sums, strict=True)
@@ -44,7 +44,7 @@ class Window:
 
     def rate(self, world: World) -> float:
         """Samples per second of all processes since the window was opened."""
-        samples = int(world.summed(torch.tensor(self._samples)))
+        samples = int(world.all_sum(torch.tensor(self._samples)))
         return samples / (time.monotonic() - self._started)
 
 
@@ -97,6 +97,6 @@ def progress_bar(config: TrainConfig, done: int, shown: bool = True) -> "tqdm[An
     )
 
 
-def short(value: object) -> str:
+def format_short(value: object) -> str:
     """``value`` for a log line, numbers to four digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

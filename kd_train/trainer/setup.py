@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch_geometric.data import Data
 
-from kd_train.config.recipe import with_recipe
+from kd_train.config.recipe import apply_recipe
 from kd_train.config.train_config import LossConfig, TrainConfig
 from kd_train.loader.choose_split import choose_split, stored_widths
 from kd_train.loader.data import CachedSamples
@@ -22,17 +22,17 @@ from kd_train.strategies.base import Setting
 from kd_train.strategies.losses import (
     Labels,
     OutputError,
-    completed_labels,
+    complete_labels,
     reference_labels,
 )
-from kd_train.trainer.contents import examined
+from kd_train.trainer.contents import check_contents
 from kd_train.trainer.labels import (
     FIRST_SAMPLES,
     has_labels,
     require_measured,
     require_predictions,
 )
-from kd_train.trainer.untrained import known_labels, require_trained_outputs
+from kd_train.trainer.untrained import count_labels, require_trained_outputs
 from pipeline.datasets.label_statistics import KIND_DIFFERENCE
 from pipeline.errors import SpecError
 from pipeline.fields import FIELDS, PREDICTION_FIELDS
@@ -83,7 +83,7 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
     preset = config.student.preset
     if preset not in PRESETS:
         raise SpecError(f"Unknown student {preset!r}{nearest(preset, PRESETS)}.")
-    fields = wanted_fields(config)
+    fields = required_fields(config)
     split = choose_split(store, config.train_split, fields)
     if config.loss.teacher_labels:
         require_predictions(split)
@@ -102,10 +102,10 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
     )
     strategies = tuple(REGISTRY[s](setting) for s in config.strategies)
     require_measured(config, choose_split(store, config.val_split))
-    known = known_labels(store, config.train_split)
+    known = count_labels(store, config.train_split)
     require_trained_outputs(config, known, has_direct_forces(student))
     tests = config.test_split.split("+") if config.test_split else []
-    training_data = examined(
+    training_data = check_contents(
         split,
         [
             ("val_split", choose_split(store, config.val_split)),
@@ -117,7 +117,7 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
         ],
         student.graph_rule,
         normalizer,
-        _fitted_split(config, store, normalizer),
+        _reference_split(config, store, normalizer),
     )
     if not student.is_fitted:
         student.fit(_fitting_batch(student, split))
@@ -135,7 +135,7 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
     )
 
 
-def _fitted_split(
+def _reference_split(
     config: TrainConfig, store: FeatureStore, normalizer: Normalizer
 ) -> Split | None:
     """The split whose labels gave the reference energies; None where none did."""
@@ -148,7 +148,7 @@ def _fitted_split(
     return None
 
 
-def wanted_fields(config: TrainConfig) -> tuple[str, ...]:
+def required_fields(config: TrainConfig) -> tuple[str, ...]:
     """Store fields that the terms of the loss read, without repetition."""
     names = [field for s in config.strategies for field in REGISTRY[s].fields]
     if config.loss.teacher_labels:
@@ -160,7 +160,7 @@ def supervised_labels(config: LossConfig) -> Callable[[Data], Labels]:
     """Labels that L0 is trained with."""
     if not config.teacher_labels:
         return reference_labels
-    return partial(completed_labels, weight=config.teacher_labels)
+    return partial(complete_labels, weight=config.teacher_labels)
 
 
 def has_direct_forces(student: Network) -> bool:
@@ -178,7 +178,7 @@ def _require_forces(student: Network) -> None:
         )
 
 
-def resolved(
+def resolve_config(
     config: TrainConfig, store: FeatureStore, processes: int = 1
 ) -> TrainConfig:
     """``config`` with the student and the recipe that the store suggests.
@@ -192,16 +192,16 @@ def resolved(
         The store has no such split, or lacks a field of the strategies; the recipe has
         no such student, or its batch cannot be shared by the processes.
     """
-    config = with_student(config, store)
+    config = choose_student(config, store)
     split = choose_split(store, config.train_split)
     stored = stored_widths(split)
     for strategy in config.strategies:
         REGISTRY[strategy].require_fields(stored)
     if "normalizer" not in config.model_fields_set and _has_units(store, config):
         config = config.model_copy(update={"normalizer": "store"})
-    chosen = with_recipe(config, _teacher_model(store), processes)
+    chosen = apply_recipe(config, _teacher_model(store), processes)
     if config.recipe == "auto":
-        _tell_of_recipe(chosen, split)
+        _warn_of_recipe(chosen, split)
     return chosen
 
 
@@ -216,7 +216,7 @@ def _has_units(store: FeatureStore, config: TrainConfig) -> bool:
     return any(store_normalizer(store, config.train_split).element_references)
 
 
-def _tell_of_recipe(config: TrainConfig, split: Split) -> None:
+def _warn_of_recipe(config: TrainConfig, split: Split) -> None:
     """Warn where the recipe that the student's name chose is not of such data."""
     preset, recipe = config.student.preset, config.recipe
     if recipe == "none":
@@ -238,7 +238,7 @@ def _tell_of_recipe(config: TrainConfig, split: Split) -> None:
         )
 
 
-def with_student(config: TrainConfig, store: FeatureStore) -> TrainConfig:
+def choose_student(config: TrainConfig, store: FeatureStore) -> TrainConfig:
     """``config`` with a student: where none is named, the paper's for the store.
 
     PaiNN-big for GemNet-OC as teacher, else PaiNN-small; of the sizes for OC20 where

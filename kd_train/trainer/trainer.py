@@ -21,8 +21,8 @@ from torch_geometric.data import Data
 from kd_train.config.train_config import TrainConfig
 from kd_train.distributed import ALONE, World
 from kd_train.loader.choose_split import choose_split
-from kd_train.loader.data import CachedSamples, decoded
-from kd_train.loader.prefetch import moved, pinned, prefetch
+from kd_train.loader.data import CachedSamples, decode_batch
+from kd_train.loader.prefetch import move_to_device, pin_batches, prefetch
 from kd_train.loader.sampler import (
     BatchIndex,
     SamplerConfig,
@@ -40,14 +40,14 @@ from kd_train.trainer.optimizer import make_optimizer
 from kd_train.trainer.progress import TrainingState
 from kd_train.trainer.records import (
     Window,
+    format_short,
     progress_bar,
     require_same_run,
-    short,
     write_rows,
 )
 from kd_train.trainer.results import drop_results, save_student, write_results
 from kd_train.trainer.schedule import learning_rate
-from kd_train.trainer.setup import Learner, make_learner, resolved, weights_digest
+from kd_train.trainer.setup import Learner, make_learner, resolve_config, weights_digest
 from kd_train.trainer.validate import Validator
 from kd_train.trainer.weighting import Weighting
 from pipeline.errors import PipelineError, SpecError
@@ -73,7 +73,7 @@ class Trainer:
         device: torch.device,
         world: World = ALONE,
     ) -> None:
-        self.config = config = resolved(config, store, world.size)
+        self.config = config = resolve_config(config, store, world.size)
         self.store = store
         self.folder = folder
         self.device = device
@@ -164,7 +164,9 @@ class Trainer:
 
     def on_device(self, batch: Data) -> Data:
         """``batch`` where the student is, its features decoded."""
-        return decoded(moved(batch, self.device), self.learner.fields, self.tables)
+        return decode_batch(
+            move_to_device(batch, self.device), self.learner.fields, self.tables
+        )
 
     def step(self, *batches: Data) -> dict[str, Tensor]:
         """One optimiser step on ``batches`` of all processes, as if they were one.
@@ -185,14 +187,14 @@ class Trainer:
         self.optimizer.step()
         self.average.update_parameters(self.modules)
         if self.weighting.needs_values:
-            joint = self.world.summed(torch.stack(list(values.values())))
+            joint = self.world.all_sum(torch.stack(list(values.values())))
             self.weighting.note(dict(zip(values, joint, strict=True)))
         return values
 
     def _accumulate(self, batches: Sequence[Data]) -> dict[str, Tensor]:
         """Gradients of the joint loss; returns this process's share of its values."""
         counts = torch.stack([self.objective.counts(batch) for batch in batches])
-        counts = self.world.summed(counts.sum(dim=0))
+        counts = self.world.all_sum(counts.sum(dim=0))
         values: dict[str, Tensor] = {}
         for number, batch in enumerate(batches):
             with self._gradients_kept(number < len(batches) - 1):
@@ -287,7 +289,7 @@ class Trainer:
             rank=self.world.rank,
             start=(progress.epoch, progress.offset),
         )
-        load = pinned(self.train_samples.batch, self.device)
+        load = pin_batches(self.train_samples.batch, self.device)
         left = config.accumulate * (config.steps - progress.step)
         return prefetch(
             lambda draw: (draw, load(draw.positions)),
@@ -319,7 +321,7 @@ class Trainer:
         best = progress.note(float(row[f"val_{config.best_by}"]), config.best_by)
         if not self.world.is_first:
             return
-        log.info("%s", ", ".join(f"{k} {short(v)}" for k, v in row.items()))
+        log.info("%s", ", ".join(f"{k} {format_short(v)}" for k, v in row.items()))
         if best or config.export == "last":
             save_student(
                 self.folder, self.learner, self.averaged_student, self._provenance()

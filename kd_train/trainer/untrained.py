@@ -18,8 +18,8 @@ _KEYS = (
 
 
 @dataclass(frozen=True)
-class Known:
-    """Samples of the training split, and how many have a reference energy and forces.
+class LabelCounts:
+    """Number of samples of the training split that have a reference energy and forces.
 
     ``exact`` is False for stores that do not count; a kind that occurs then counts for
     all samples.
@@ -31,16 +31,18 @@ class Known:
     forces: int
     exact: bool = True
 
-    def of(self, output: str) -> int:
+    def count(self, output: str) -> int:
         """Samples that have labels of ``output``."""
         return self.energy if output == "energy" else self.forces
 
 
-def known_labels(store: FeatureStore, choice: str) -> Known:
-    """What the samples of split ``choice``, or of several joined with +, have."""
+def count_labels(store: FeatureStore, choice: str) -> LabelCounts:
+    """Count the labels of split ``choice``, or of several joined with +."""
     counted = store.attributes.get("provenance", {}).get("labelled", {})
-    parts = [_known_of(store, name, counted.get(name)) for name in choice.split("+")]
-    return Known(
+    parts = [
+        _count_in_split(store, name, counted.get(name)) for name in choice.split("+")
+    ]
+    return LabelCounts(
         choice,
         sum(part.samples for part in parts),
         sum(part.energy for part in parts),
@@ -49,16 +51,20 @@ def known_labels(store: FeatureStore, choice: str) -> Known:
     )
 
 
-def _known_of(store: FeatureStore, name: str, counts: dict[str, int] | None) -> Known:
+def _count_in_split(
+    store: FeatureStore, name: str, counts: dict[str, int] | None
+) -> LabelCounts:
     split = store.splits[name]
     size = len(split)
     if counts is not None:
-        return Known(name, size, counts["energy"], counts["forces"])
+        return LabelCounts(name, size, counts["energy"], counts["forces"])
     energies, forces = size * has_energies(split), size * has_forces(split)
-    return Known(name, size, energies, forces, exact=False)
+    return LabelCounts(name, size, energies, forces, exact=False)
 
 
-def require_trained_outputs(config: TrainConfig, known: Known, direct: bool) -> None:
+def require_trained_outputs(
+    config: TrainConfig, counts: LabelCounts, direct: bool
+) -> None:
     """Refuse a run that trains neither output, or not the one that is wished for.
 
     ``direct`` says that the student's forces are no gradient of its energy, so that
@@ -70,14 +76,14 @@ def require_trained_outputs(config: TrainConfig, known: Known, direct: bool) -> 
         Energies or forces of the student would stay untrained although their weight
         is not 0, or a balance refers to an L0 that is always 0.
     """
-    trained = {output: _is_trained(config, known, output) for output in OUTPUTS}
+    trained = {output: _is_trained(config, counts, output) for output in OUTPUTS}
     if not any(trained.values()):
-        raise SpecError(_nothing_trained(config, known))
-    _require_l0(config, known)
+        raise SpecError(_nothing_trained(config, counts))
+    _require_l0(config, counts)
     for output in OUTPUTS:
         if not trained[output]:
-            _tell_of_untrained(config, known, output, direct)
-    _warn_of_gaps(config, known)
+            _check_untrained(config, counts, output, direct)
+    _warn_of_gaps(config, counts)
 
 
 def _terms(config: TrainConfig) -> set[str]:
@@ -90,21 +96,21 @@ def _weight(config: TrainConfig, output: str) -> float:
     return loss.energy_weight if output == "energy" else loss.force_weight
 
 
-def _is_trained(config: TrainConfig, known: Known, output: str) -> bool:
+def _is_trained(config: TrainConfig, counts: LabelCounts, output: str) -> bool:
     terms = _terms(config)
     if output == "energy" and "vanilla2" in terms:
         return True
-    targets = known.of(output) or config.loss.teacher_labels or "vanilla1" in terms
+    targets = counts.count(output) or config.loss.teacher_labels or "vanilla1" in terms
     return bool(targets and _weight(config, output))
 
 
-def _nothing_trained(config: TrainConfig, known: Known) -> str:
-    if not known.energy and not known.forces:
-        cause = f"train_split: {known.name!r} has no reference labels"
+def _nothing_trained(config: TrainConfig, counts: LabelCounts) -> str:
+    if not counts.energy and not counts.forces:
+        cause = f"train_split: {counts.name!r} has no reference labels"
     else:
         cause = (
-            f"train_split: {known.name!r} has {known.energy} energies and "
-            f"{known.forces} forces, and loss.energy_weight and loss.force_weight are "
+            f"train_split: {counts.name!r} has {counts.energy} energies and "
+            f"{counts.forces} forces, and loss.energy_weight and loss.force_weight are "
             f"{config.loss.energy_weight:g} and {config.loss.force_weight:g}"
         )
     remedies = f"{_JOIN}, set loss.teacher_labels=1, add vanilla1 to the strategy, or"
@@ -119,24 +125,24 @@ def _nothing_trained(config: TrainConfig, known: Known) -> str:
     )
 
 
-def _require_l0(config: TrainConfig, known: Known) -> None:
+def _require_l0(config: TrainConfig, counts: LabelCounts) -> None:
     """Refuse to balance terms against an L0 that is always zero."""
     loss = config.loss
-    labels = any(known.of(o) and _weight(config, o) for o in OUTPUTS)
+    labels = any(counts.count(o) and _weight(config, o) for o in OUTPUTS)
     if config.distill.balance and config.strategies:
         if labels or loss.teacher_labels:
             return
         raise SpecError(
             "distill.balance keeps the terms at a fraction of L0, which is always 0 "
-            f"because train_split {known.name!r} has no labels for it; leave "
+            f"because train_split {counts.name!r} has no labels for it; leave "
             "distill.balance out or set loss.teacher_labels=1."
         )
 
 
-def _tell_of_untrained(
-    config: TrainConfig, known: Known, output: str, direct: bool
+def _check_untrained(
+    config: TrainConfig, counts: LabelCounts, output: str, direct: bool
 ) -> None:
-    name, weight = known.name, _weight(config, output)
+    name, weight = counts.name, _weight(config, output)
     plural = {"energy": "energies", "forces": "forces"}[output]
     if not direct:
         if output == "forces":
@@ -173,20 +179,20 @@ def _tell_of_untrained(
     )
 
 
-def _warn_of_gaps(config: TrainConfig, known: Known) -> None:
+def _warn_of_gaps(config: TrainConfig, counts: LabelCounts) -> None:
     """Say how many samples L0 leaves out."""
-    if config.loss.teacher_labels or not known.exact:
+    if config.loss.teacher_labels or not counts.exact:
         return
     gaps = [
-        f"{known.samples - known.of(output)} have no reference {noun}"
+        f"{counts.samples - counts.count(output)} have no reference {noun}"
         for output, noun in (("energy", "energy"), ("forces", "forces"))
-        if 0 < known.of(output) < known.samples and _weight(config, output)
+        if 0 < counts.count(output) < counts.samples and _weight(config, output)
     ]
     if gaps:
         log.warning(
             "train_split: of the %d samples of %r, %s; L0 leaves these out, and "
             "loss.teacher_labels=1 takes the teacher's labels for them",
-            known.samples,
-            known.name,
+            counts.samples,
+            counts.name,
             " and ".join(gaps),
         )

@@ -8,7 +8,7 @@ from kd_train.config.train_config import TrainConfig
 from kd_train.distributed import World
 from kd_train.evaluation.evaluate import Evaluation, evaluate
 from kd_train.loader.data import CachedSamples
-from kd_train.loader.prefetch import pinned, prefetch
+from kd_train.loader.prefetch import pin_batches, prefetch
 from kd_train.loader.sampler import ordered_batches, ordered_within
 from kd_train.trainer.numerics import matmul_precision
 from pipeline.models.network import Network
@@ -43,7 +43,7 @@ class Validator:
         else:
             batches = ordered_within(samples.split.n_atoms, 2 * config.batch_atoms)
         stream = prefetch(
-            pinned(samples.batch, self.device),
+            pin_batches(samples.batch, self.device),
             batches[world.rank :: world.size],
             threads=config.loader_threads,
         )

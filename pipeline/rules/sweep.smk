@@ -11,7 +11,7 @@ from kd_train.sweep.workflow import Jobs
 from pipeline.errors import PipelineError
 
 try:
-    JOBS = Jobs.of(config)
+    JOBS = Jobs.from_config(config)
 except PipelineError as error:
     raise WorkflowError(str(error)) from None
 os.environ["KD_SWEEP"] = JOBS.file

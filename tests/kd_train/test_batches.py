@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from kd_train.loader.data import _EDGE_OVERHEAD, CachedSamples, decoded
+from kd_train.loader.data import _EDGE_OVERHEAD, CachedSamples, decode_batch
 from pipeline.datasets import open_dataset
 from pipeline.errors import DataError
 from pipeline.graphs.neighbors import GraphRule
@@ -105,7 +105,7 @@ def test_half_precision_features_travel_as_stored_and_become_float32(
     samples = CachedSamples(split, RULE, ELEMENTS, tuple(half))
     stored = samples.batch(np.arange(6))
     assert stored.node_features.dtype == torch.float16
-    batch = decoded(stored, tuple(half), samples.tables(torch.device("cpu")))
+    batch = decode_batch(stored, tuple(half), samples.tables(torch.device("cpu")))
     assert stored.node_features.dtype == torch.float16
     assert batch.node_features.dtype == torch.float32
     assert batch.vector_features is stored.vector_features

@@ -15,7 +15,7 @@ from kd_train.cli.evaluate import eval_main
 from kd_train.cli.train import cka_main, main
 from kd_train.config.train_config import TrainConfig
 from kd_train.evaluation.calculator import StudentCalculator
-from kd_train.trainer.contents import contents_of
+from kd_train.trainer.contents import read_contents
 from pipeline.models.checkpoint import load_checkpoint
 from pipeline.store.reader import FeatureStore
 from tests.commands import refusal
@@ -165,7 +165,7 @@ def test_compositions_that_determine_all_leave_nothing_open(tmp_path: Path) -> N
         for k in range(3)
     ]
     store = store_of(tmp_path, train=[*waters(12), *pairs], val=waters(4, name="v"))
-    found = contents_of(store.splits["train"])
+    found = read_contents(store.splits["train"])
     assert found.elements == [1, 8]
     assert found.undetermined() == []
     assert found.samples[8][0].startswith("w")

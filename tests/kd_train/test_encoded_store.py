@@ -10,7 +10,7 @@ from torch_geometric.data import Data
 
 from kd_train.cli.train import main
 from kd_train.loader.concat import ConcatSplit
-from kd_train.loader.data import CachedSamples, decoded
+from kd_train.loader.data import CachedSamples, decode_batch
 from pipeline.graphs.neighbors import GraphRule
 from pipeline.store.quantization import DTYPES, Encoding
 from pipeline.store.reader import FeatureStore
@@ -49,7 +49,7 @@ def test_batches_carry_integers_that_decode_on_the_device(coded: FeatureStore) -
     assert batch.node_features.dtype == torch.int8
     assert batch.node_features_scale.dtype == torch.float16
     assert batch.vector_features.dtype == torch.int16
-    found = decoded(batch, FIELDS, samples.tables(torch.device("cpu")))
+    found = decode_batch(batch, FIELDS, samples.tables(torch.device("cpu")))
     wanted = split.read(positions, list(PATHS.values()))
     for name, path in PATHS.items():
         assert found[name].dtype == torch.float32
@@ -73,7 +73,7 @@ def test_torch_decodes_to_the_bits_of_numpy(profile: Any) -> None:
         batch = Data(v=torch.from_numpy(integers[rows]))
         if scales is not None:
             batch.v_scale = torch.from_numpy(scales[rows])
-        found = decoded(batch, ("v",), tables).v
+        found = decode_batch(batch, ("v",), tables).v
         np.testing.assert_array_equal(found, wanted[rows], strict=True)
 
 
@@ -84,7 +84,7 @@ def test_joined_splits_decode_each_by_its_own(coded: FeatureStore) -> None:
     joined = ConcatSplit(parts, list(PATHS.values()))
     samples = samples_of(joined)
     positions = np.array([3, len(parts[0]) + 5, 0, len(parts[0])])
-    found = decoded(
+    found = decode_batch(
         samples.batch(positions), FIELDS, samples.tables(torch.device("cpu"))
     )
     alone = [

@@ -12,9 +12,9 @@ import torch
 
 from kd_train.cli.evaluate import eval_main
 from kd_train.evaluation.load_student import load_student
-from kd_train.evaluation.throughput import _has_levelled_off, structures_of
+from kd_train.evaluation.throughput import _has_levelled_off, unbatch_structures
 from kd_train.loader.data import CachedSamples
-from kd_train.loader.datafiles import DatasetSamples, guessed_format
+from kd_train.loader.datafiles import DatasetSamples, guess_format
 from kd_train.loader.subset import SubsetSplit
 from pipeline.datasets import open_dataset
 from pipeline.errors import SpecError
@@ -295,7 +295,7 @@ def test_structures_come_back_out_of_a_batch(
     batch = DatasetSamples(dataset, model.graph_rule, model.elements).batch(
         np.arange(3)
     )
-    for k, structure in enumerate(structures_of(batch)):
+    for k, structure in enumerate(unbatch_structures(batch)):
         wanted = dataset[k].structure
         for name in ("atomic_numbers", "pbc", "tags", "fixed"):
             assert np.array_equal(getattr(structure, name), getattr(wanted, name))
@@ -319,7 +319,7 @@ def test_structures_come_back_out_of_a_batch(
 )
 def test_suffixes_tell_formats(tmp_path: Path, name: str, format: str) -> None:
     (tmp_path / name).touch()
-    assert guessed_format(tmp_path / name) == format
+    assert guess_format(tmp_path / name) == format
 
 
 @pytest.mark.parametrize(
@@ -338,12 +338,12 @@ def test_files_of_a_folder_tell_its_format(
 ) -> None:
     for name in names:
         (tmp_path / name).touch()
-    assert guessed_format(tmp_path) == format
+    assert guess_format(tmp_path) == format
     (tmp_path / "b.lmdb").touch()
     (tmp_path / "b.aselmdb").touch()
     if "data.mdb" not in names:
         with pytest.raises(SpecError, match="--format"):
-            guessed_format(tmp_path)
+            guess_format(tmp_path)
 
 
 def test_formats_that_suffixes_do_not_tell(tmp_path: Path) -> None:
@@ -351,7 +351,7 @@ def test_formats_that_suffixes_do_not_tell(tmp_path: Path) -> None:
     (tmp_path / "0.txt.xz").touch()
     for path in (tmp_path, tmp_path / "0.extxyz.xz", tmp_path / "0.txt.xz"):
         with pytest.raises(SpecError, match="--format"):
-            guessed_format(path)
+            guess_format(path)
 
 
 def test_labels_of_other_names_and_units(

@@ -14,7 +14,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from kd_train.cli.evaluate import export_main
-from kd_train.evaluation.export import HEADER, compared, export_student, tensor_inputs
+from kd_train.evaluation.export import (
+    HEADER,
+    compare_program,
+    export_student,
+    tensor_inputs,
+)
 from kd_train.evaluation.load_student import load_student, predict
 from pipeline.errors import CheckpointError
 from pipeline.graphs.batch import collate
@@ -106,7 +111,7 @@ def test_a_program_computes_what_the_model_does(kind: str, tmp_path: Path) -> No
     # Another model is not taken for this one.
     other = replace(student, normalizer=replace(NORMALIZER, energy_mean=-2.0))
     with pytest.raises(CheckpointError, match=r"its energy is up to 0\.5 away"):
-        compared(other, program.read_bytes())
+        compare_program(other, program.read_bytes())
 
 
 def _run_elsewhere(

@@ -10,7 +10,7 @@ import torch
 from ase.build import fcc111
 
 from kd_train.config.train_config import TrainConfig
-from kd_train.trainer.setup import resolved
+from kd_train.trainer.setup import resolve_config
 from kd_train.trainer.trainer import Trainer
 from pipeline.errors import DataError
 from pipeline.models.gemnet.fitting import Scale
@@ -127,10 +127,10 @@ def test_student_of_the_paper_is_taken_where_none_is_named(
     store: FeatureStore, labels_store: FeatureStore
 ) -> None:
     unnamed = TrainConfig()
-    assert resolved(unnamed, store).student.preset == "painn-big"
-    assert resolved(unnamed, labels_store).student.preset == "painn-small"
+    assert resolve_config(unnamed, store).student.preset == "painn-big"
+    assert resolve_config(unnamed, labels_store).student.preset == "painn-small"
     named = train_config("schnet-demo")
-    assert resolved(named, store).student == named.student
+    assert resolve_config(named, store).student == named.student
 
 
 def test_periodic_structures_take_the_sizes_for_oc20(
@@ -145,8 +145,8 @@ def test_periodic_structures_take_the_sizes_for_oc20(
         "store": {"path": str(tmp_path / "s.zarr")},
     }
     store = build(write_spec(tmp_path / "s.yaml", document))
-    assert resolved(TrainConfig(), store).student.preset == "painn-small-oc20"
-    assert resolved(TrainConfig(), labels_store).student.preset == "painn-small"
+    assert resolve_config(TrainConfig(), store).student.preset == "painn-small-oc20"
+    assert resolve_config(TrainConfig(), labels_store).student.preset == "painn-small"
     assert caplog.text == ""
     # The recipe goes by the student; that it is not of such data is told.
     for wrong, other, words in (
@@ -154,12 +154,12 @@ def test_periodic_structures_take_the_sizes_for_oc20(
         ("schnet", store, "recipe coll, but .* 'train' are periodic"),
     ):
         config = TrainConfig.model_validate({"student": {"preset": wrong}})
-        resolved(config, other)
+        resolve_config(config, other)
         assert re.search(words, caplog.text)
         caplog.clear()
-        named = resolved(config, other).recipe
+        named = resolve_config(config, other).recipe
         caplog.clear()
-        resolved(config.model_copy(update={"recipe": named}), other)
+        resolve_config(config.model_copy(update={"recipe": named}), other)
         assert caplog.text == ""
 
 
@@ -170,7 +170,7 @@ def test_sizes_of_the_paper_without_a_recipe_are_told(
     for preset in PRESETS:
         caplog.clear()
         config = TrainConfig.model_validate({"student": {"preset": preset}})
-        resolved(config, labels_store)
+        resolve_config(config, labels_store)
         told[preset] = f"no recipe has the student {preset}" in caplog.text
     assert {preset for preset, is_told in told.items() if is_told} == {
         "gemnet-oc-small",

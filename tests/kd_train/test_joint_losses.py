@@ -13,7 +13,7 @@ from kd_train.config.train_config import LossConfig
 from kd_train.strategies.losses import (
     Labels,
     OutputError,
-    completed_labels,
+    complete_labels,
     reference_labels,
     teacher_labels,
 )
@@ -106,7 +106,7 @@ def test_l0_with_labels_of_the_teacher_equals_loops(weight: float, error: str) -
     )
 
     def labels(batch: Data) -> Labels:
-        return completed_labels(batch, weight) if weight else reference_labels(batch)
+        return complete_labels(batch, weight) if weight else reference_labels(batch)
 
     term = OutputError("l0", labels, teacher_normalizer(), config)
     totals, counts = term.totals(output, batch), term.counts(batch)
@@ -123,7 +123,7 @@ def test_labels_that_neither_has_count_nothing() -> None:
     _, batch = _case()
     batch.teacher_energy[1] = math.nan
     batch.teacher_forces[5, 0] = math.inf
-    labels = completed_labels(batch, 0.5)
+    labels = complete_labels(batch, 0.5)
     assert labels.energy_weight.tolist() == [1.0, 0.0, 0.5]
     assert labels.force_weight.tolist() == [1.0, 1.0, 1.0, 0.5, 0.0, 0.0]
     assert teacher_labels(batch).energy_weight.tolist() == [1.0, 0.0, 1.0]

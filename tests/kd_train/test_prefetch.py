@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch_geometric.data import Data
 
-from kd_train.loader.prefetch import moved, pinned, prefetch
+from kd_train.loader.prefetch import move_to_device, pin_batches, prefetch
 from pipeline.errors import DataError
 
 # A thread that is never ended would hold its test for long.
@@ -128,10 +128,10 @@ def test_on_a_cpu_batches_are_neither_locked_nor_copied() -> None:
     def make(item: int) -> Data:
         return Data(numbers=torch.full((2,), item))
 
-    assert pinned(make, CPU) is make
+    assert pin_batches(make, CPU) is make
     batch = make(3)
     before = batch.numbers.data_ptr()
-    assert moved(batch, CPU).numbers.data_ptr() == before
+    assert move_to_device(batch, CPU).numbers.data_ptr() == before
 
 
 @pytest.mark.gpu
@@ -141,9 +141,9 @@ def test_on_a_gpu_batches_come_from_locked_memory() -> None:
         return Data(numbers=torch.full((1000,), item), name="x")
 
     device = torch.device("cuda")
-    batches = list(prefetch(pinned(make, device), range(30)))
+    batches = list(prefetch(pin_batches(make, device), range(30)))
     assert all(batch.numbers.is_pinned() for batch in batches)
     for item, batch in enumerate(batches):
-        there = moved(batch, device)
+        there = move_to_device(batch, device)
         assert there.numbers.is_cuda
         assert there.numbers.tolist() == [item] * 1000

@@ -11,10 +11,10 @@ import torch
 import yaml
 from torch.optim.lr_scheduler import LinearLR, MultiStepLR
 
-from kd_train.config.recipe import read_recipe, with_recipe
+from kd_train.config.recipe import apply_recipe, read_recipe
 from kd_train.config.train_config import RECIPES, TrainConfig, load_config
 from kd_train.trainer.schedule import learning_rate
-from kd_train.trainer.setup import resolved, run_normalizer
+from kd_train.trainer.setup import resolve_config, run_normalizer
 from pipeline.errors import SpecError
 from pipeline.models.normalizer import Normalizer
 from pipeline.models.zoo import PRESETS
@@ -123,7 +123,7 @@ def test_weights_are_those_of_the_paper(
     pair: tuple[str, str], expected: tuple[float | None, ...]
 ) -> None:
     teacher, student = pair
-    chosen = with_recipe(_config(student=student, strategy="n2n"), teacher)
+    chosen = apply_recipe(_config(student=student, strategy="n2n"), teacher)
     names = ("vanilla1", "vanilla2", "n2n", "e2n", "v2v")
     for name, value in zip(names, expected, strict=True):
         if value is not None:
@@ -134,7 +134,7 @@ def test_weights_are_those_of_the_paper(
 def test_settings_are_those_of_the_paper(
     student: str, expected: dict[str, Any]
 ) -> None:
-    chosen = with_recipe(_config(student=student), None)
+    chosen = apply_recipe(_config(student=student), None)
     found = {key: attrgetter(key)(chosen) for key in expected}
     assert found == expected
 
@@ -155,7 +155,7 @@ def test_every_recipe_is_a_valid_configuration_of_a_known_student() -> None:
         for student in read_recipe(name).students:
             assert student in PRESETS
             for teacher in (None, "gemnet_oc", "painn"):
-                chosen = with_recipe(_config(student=student), teacher)
+                chosen = apply_recipe(_config(student=student), teacher)
                 assert chosen.recipe == name
                 assert chosen.steps > 100_000
 
@@ -165,7 +165,7 @@ def test_what_is_set_beats_the_recipe(tmp_path: Path) -> None:
     document = {"optimizer": {"lr": 0.5}, "distill": {"n2n": 3}, "strategy": "n2n+v2v"}
     path.write_text(yaml.safe_dump(document))
     flags = {"student.preset": "painn-small", "steps": 7}
-    chosen = with_recipe(load_config(path, flags, ["ema_decay=0.5"]), "painn")
+    chosen = apply_recipe(load_config(path, flags, ["ema_decay=0.5"]), "painn")
     assert (chosen.optimizer.lr, chosen.distill.n2n) == (0.5, 3)
     assert (chosen.steps, chosen.ema_decay) == (7, 0.5)
     # The rest of the same sections is the recipe's.
@@ -175,36 +175,36 @@ def test_what_is_set_beats_the_recipe(tmp_path: Path) -> None:
 
 def test_values_equal_to_the_default_are_kept_when_set() -> None:
     default = TrainConfig().optimizer.lr
-    chosen = with_recipe(
+    chosen = apply_recipe(
         _config(student="painn-big-oc20", optimizer={"lr": default}), None
     )
     assert chosen.optimizer.lr == default
-    assert with_recipe(_config(student="painn-big-oc20"), None).optimizer.lr == 1e-4
+    assert apply_recipe(_config(student="painn-big-oc20"), None).optimizer.lr == 1e-4
 
 
 def test_resolving_again_changes_nothing() -> None:
-    once = with_recipe(_config(student="schnet-oc20", strategy="n2n"), "painn")
+    once = apply_recipe(_config(student="schnet-oc20", strategy="n2n"), "painn")
     saved = TrainConfig.model_validate(once.model_dump())
-    assert with_recipe(saved, "gemnet_oc") == once
+    assert apply_recipe(saved, "gemnet_oc") == once
 
 
 def test_a_recipe_can_be_refused_and_chosen() -> None:
-    plain = with_recipe(_config(student="painn-small", recipe="none"), "painn")
+    plain = apply_recipe(_config(student="painn-small", recipe="none"), "painn")
     assert plain.steps == TrainConfig().steps
-    assert with_recipe(_config(student="painn-small-demo"), "painn").recipe == "none"
+    assert apply_recipe(_config(student="painn-small-demo"), "painn").recipe == "none"
     with pytest.raises(SpecError, match=r"no student 'painn-small' \(known: painn-big"):
-        with_recipe(_config(student="painn-small", recipe="oc20"), "painn")
+        apply_recipe(_config(student="painn-small", recipe="oc20"), "painn")
 
 
 def test_a_pair_that_the_paper_lacks_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    chosen = with_recipe(_config(student="painn-small", strategy="n2n"), "sevennet")
+    chosen = apply_recipe(_config(student="painn-small", strategy="n2n"), "sevennet")
     assert chosen.distill.n2n == 100
     assert "no weights for sevennet to painn-small" in caplog.text
     caplog.clear()
-    with_recipe(_config(student="painn-small", strategy="n2n+e2e"), "painn")
+    apply_recipe(_config(student="painn-small", strategy="n2n+e2e"), "painn")
     assert "no weight of e2e for painn-small" in caplog.text
     caplog.clear()
-    with_recipe(_config(student="painn-small", strategy="n2n"), "painn")
+    apply_recipe(_config(student="painn-small", strategy="n2n"), "painn")
     assert caplog.text == ""
 
 
@@ -212,7 +212,7 @@ def test_weights_that_were_set_need_no_warning(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     config = _config(student="painn-small", strategy="n2n", distill={"n2n": 3})
-    assert with_recipe(config, "sevennet").distill.n2n == 3
+    assert apply_recipe(config, "sevennet").distill.n2n == 3
     assert caplog.text == ""
 
 
@@ -230,23 +230,23 @@ def test_a_step_of_all_processes_takes_the_batch_of_the_paper(
     student: str, processes: int, accumulate: int, share: int
 ) -> None:
     config = _config(student=student, accumulate=accumulate)
-    once = with_recipe(config, None, processes)
+    once = apply_recipe(config, None, processes)
     assert once.batch_size == share
-    assert with_recipe(once, None, processes) == once
+    assert apply_recipe(once, None, processes) == once
 
 
 def test_batches_that_the_user_set_are_those_of_a_process() -> None:
     config = _config(student="schnet-oc20", batch_size=50)
-    assert with_recipe(config, None, 3).batch_size == 50
+    assert apply_recipe(config, None, 3).batch_size == 50
     # batch_atoms replaces batch_size, so that there is nothing to share.
     config = _config(student="painn-small", batch_atoms=500)
-    assert with_recipe(config, None, 3).batch_atoms == 500
+    assert apply_recipe(config, None, 3).batch_atoms == 500
 
 
 def test_a_batch_that_cannot_be_shared_is_refused() -> None:
     message = r"'coll' steps on 32 samples.* 3 process.*accumulate=2.*set batch_size"
     with pytest.raises(SpecError, match=message):
-        with_recipe(_config(student="painn-big", accumulate=2), None, 3)
+        apply_recipe(_config(student="painn-big", accumulate=2), None, 3)
 
 
 def _rates(config: TrainConfig, steps: list[int]) -> list[float]:
@@ -254,14 +254,14 @@ def _rates(config: TrainConfig, steps: list[int]) -> list[float]:
 
 
 def test_painn_on_oc20_falls_at_its_milestones() -> None:
-    config = with_recipe(_config(student="painn-big-oc20"), None)
+    config = apply_recipe(_config(student="painn-big-oc20"), None)
     steps = [0, 159_999, 160_000, 319_999, 320_000, 480_000, 640_000, 999_999]
     expected = [1e-4 * 0.45**k for k in (0, 0, 1, 1, 2, 3, 4, 4)]
     assert _rates(config, steps) == pytest.approx(expected)
 
 
 def test_painn_on_coll_decays_as_its_formula() -> None:
-    config = with_recipe(_config(student="painn-small"), None)
+    config = apply_recipe(_config(student="painn-small"), None)
     steps = [0, 3748, 3749, 100_000, 1_874_999]
     expected = [
         1e-3 * min((1 + s) / 3750, 1) * math.pow(0.01, s / 4_000_000) for s in steps
@@ -306,14 +306,14 @@ def test_impossible_schedules_are_refused(
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({"schedule": schedule}))
     with pytest.raises(SpecError, match=message):
-        with_recipe(load_config(path, {}, ()), None)
+        apply_recipe(load_config(path, {}, ()), None)
 
 
 @pytest.mark.parametrize("student", ["painn-big-oc20", "schnet-oc20", "schnet"])
 @pytest.mark.parametrize("kind", ["cosine", "constant", "exponential"])
 def test_another_kind_of_schedule_beats_the_recipe(student: str, kind: str) -> None:
     config = _config(student=student, schedule={"kind": kind})
-    chosen = with_recipe(config, None)
+    chosen = apply_recipe(config, None)
     known = read_recipe(chosen.recipe).students[student]["schedule"]
     assert chosen.schedule.kind == kind
     assert chosen.schedule.milestones == ()
@@ -322,19 +322,19 @@ def test_another_kind_of_schedule_beats_the_recipe(student: str, kind: str) -> N
     # Rates of another kind would be a different fall under the same name.
     expected = known if kind == known["kind"] else dict(TrainConfig().schedule)
     assert chosen.schedule.decay_rate == expected["decay_rate"]
-    assert with_recipe(chosen, None) == chosen
+    assert apply_recipe(chosen, None) == chosen
 
 
 def test_milestones_alone_beat_those_of_the_recipe() -> None:
     config = load_config(
         None, {"student.preset": "painn-big-oc20"}, ["schedule.milestones=[5, 9]"]
     )
-    schedule = with_recipe(config, None).schedule
+    schedule = apply_recipe(config, None).schedule
     assert (schedule.kind, schedule.milestones) == ("milestones", (5, 9))
     assert schedule.decay_rate == 0.45
     config = _config(student="painn-big", schedule={"milestones": (5, 9)})
     with pytest.raises(SpecError, match="belong to kind milestones, and to no other"):
-        with_recipe(config, None)
+        apply_recipe(config, None)
 
 
 def test_coll_has_no_normalisation_unless_the_store_has_units(
@@ -357,12 +357,12 @@ def test_coll_has_no_normalisation_unless_the_store_has_units(
         (small_store, "painn-small", "store"),
         (labels_store, "painn-big", "store"),
     ):
-        chosen = resolved(_config(student=student), store)
+        chosen = resolve_config(_config(student=student), store)
         assert chosen.normalizer == expected
-        assert resolved(chosen, store) == chosen
+        assert resolve_config(chosen, store) == chosen
         run_normalizer(chosen, store)
     set_by_user = _config(student="painn-big", normalizer="store")
-    assert resolved(set_by_user, plain_store).normalizer == "store"
+    assert resolve_config(set_by_user, plain_store).normalizer == "store"
 
 
 def test_labels_as_they_are_need_a_teacher_in_the_same_units(

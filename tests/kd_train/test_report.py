@@ -19,7 +19,7 @@ from PIL import Image
 from kd_train.cli.evaluate import eval_main
 from kd_train.cli.train import main as train_main
 from kd_train.cli.train import report_main
-from kd_train.config.recipe import with_recipe
+from kd_train.config.recipe import apply_recipe
 from kd_train.config.train_config import TrainConfig, load_config
 from kd_train.report import figures
 from kd_train.report.figures import row_styles
@@ -199,7 +199,7 @@ def commanded(words, teacher=None):
     asked = train_main.make_context("kd-train", words[1:]).params
     flags = {key: asked[key] for key in ("strategy", "seed", "steps")}
     flags["student.preset"] = asked["student"]
-    return with_recipe(load_config(None, flags, asked["overrides"]), teacher)
+    return apply_recipe(load_config(None, flags, asked["overrides"]), teacher)
 
 
 ODD = {
@@ -232,7 +232,7 @@ def test_commands_resolve_to_the_same_settings(
     """A command overrules the recipe also where a setting was back at its default."""
     own = changes.get("student", {}) | {"preset": student}
     asked = changes | {"student": own, "strategy": "n2n", "recipe": recipe, "seed": 4}
-    trained = with_recipe(TrainConfig.model_validate(asked), teacher)
+    trained = apply_recipe(TrainConfig.model_validate(asked), teacher)
     settings = trained.model_dump(mode="json")
     run = make_run(tmp_path, "n2n", 4, HALF, student=student, config=settings)
     words = shlex.split(training_command(read_run(run)))

@@ -11,7 +11,7 @@ from ase.data import chemical_symbols
 from kd_train.cli.train import main
 from kd_train.sweep.cli import main as sweep_main
 from kd_train.trainer.trainer import Trainer
-from kd_train.trainer.untrained import known_labels
+from kd_train.trainer.untrained import count_labels
 from pipeline.datasets import open_dataset
 from pipeline.errors import SpecError
 from pipeline.store.reader import FeatureStore
@@ -241,11 +241,11 @@ def test_samples_that_l0_leaves_out_are_counted(
 
 
 def test_stores_that_do_not_count_are_looked_into(store: FeatureStore) -> None:
-    counted = [known_labels(store, name) for name in SPLITS]
+    counted = [count_labels(store, name) for name in SPLITS]
     assert [(k.energy, k.forces) for k in counted] == [(6, 6), (0, 0), (6, 0), (0, 6)]
     labelled = store.attributes["provenance"].pop("labelled")
     try:
-        seen = [known_labels(store, name) for name in SPLITS]
+        seen = [count_labels(store, name) for name in SPLITS]
     finally:
         store.attributes["provenance"]["labelled"] = labelled
     assert [(k.energy, k.forces) for k in seen] == [
