@@ -18,7 +18,7 @@ from pipeline.logs import leave_to_others, log_to_file
 from pipeline.parallel.device_choice import choose_device
 
 
-class _GoingOn(NamedTuple):
+class _ResumeOptions(NamedTuple):
     """Whether a run that is in the folder goes on, and whether with more steps."""
 
     always: bool
@@ -91,8 +91,10 @@ def main(
             from pipeline.store.transfer import staged_store
 
             cache = str(staged_store(cache, stage))
-        going_on = _GoingOn(resume or (extend and not auto_resume), auto_resume, extend)
-        told = _train(chosen, cache, out, world, device, threads, going_on)
+        resuming = _ResumeOptions(
+            resume or (extend and not auto_resume), auto_resume, extend
+        )
+        told = _train(chosen, cache, out, world, device, threads, resuming)
     if world.is_first:
         click.echo(told)
 
@@ -104,7 +106,7 @@ def _train(
     world: World,
     device: str | None,
     threads: int | None,
-    going_on: _GoingOn,
+    resuming: _ResumeOptions,
 ) -> str:
     """Train as asked for; returns the folder and the metrics in one line."""
     import torch
@@ -122,13 +124,13 @@ def _train(
     # One process holds the folder, for all that train together.
     with held(folder) if world.is_first else nullcontext():
         started = (folder / "last.pt").exists()
-        if started and not going_on.always and not going_on.if_started:
+        if started and not resuming.always and not resuming.if_started:
             raise SpecError(f"{folder} holds a run; add --resume or change --out.")
         run = Trainer(chosen, store, folder, place, world)
         if world.is_first:
             log_to_file(folder / "train.log")
-        resume = going_on.always or (going_on.if_started and started)
-        summary = run.train(resume=resume, extend=going_on.longer)
+        resume = resuming.always or (resuming.if_started and started)
+        summary = run.train(resume=resume, extend=resuming.longer)
     metrics = ", ".join(
         f"{k} {v:.4g}" for k, v in summary["metrics"].items() if v is not None
     )

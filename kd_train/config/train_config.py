@@ -19,6 +19,7 @@ from pipeline.spec.yaml_model import (
 
 # Datasets of the paper; a file each in recipes/.
 RECIPES = ("coll", "oc20")
+BASELINE = "none"
 STRATEGIES = ("none", "n2n", "e2n", "e2e", "v2v", "vanilla1", "vanilla2")
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from kd_train.evaluation.load_student import STUDENT_FILE
-from kd_train.evaluation.metrics import without_nan
-from kd_train.evaluation.score import METRICS, Score, mean_over
+from kd_train.evaluation.metrics import METRICS, without_nan
+from kd_train.evaluation.score import Score, mean_over
 from kd_train.evaluation.throughput import Throughput
 from pipeline.files.atomic import write_atomically
 from pipeline.models.checkpoint import LoadedModel

@@ -21,12 +21,13 @@ from kd_train.evaluation.load_student import (
     unlisted_elements_warning,
     untrained_elements,
 )
+from kd_train.evaluation.metrics import METRICS
 from kd_train.evaluation.throughput import POOL, unbatch_structures
 from kd_train.loader.data import CachedSamples
 from kd_train.loader.datafiles import DatasetSamples
 from kd_train.loader.prefetch import pin_batches, prefetch
 from kd_train.loader.sampler import Positions, ordered_batches, ordered_within
-from kd_train.loader.split import Split
+from kd_train.loader.split import Arrays, Split
 from kd_train.loader.subset import SubsetSplit
 from pipeline.datasets import Dataset
 from pipeline.datasets.label_statistics import KIND_DIFFERENCE
@@ -35,9 +36,6 @@ from pipeline.graphs.neighbors import limit_warning
 from pipeline.models.checkpoint import LoadedModel
 from pipeline.models.elements import symbols_of
 from pipeline.structure import Structure
-
-METRICS = ("energy_mae", "forces_mae", "forces_cos", "efwt")
-Arrays = dict[str, npt.NDArray[Any]]
 
 
 class Samples(Protocol):

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from kd_train.config.train_config import BASELINE
 from kd_train.report.grouping import Cohort
-from kd_train.report.runs import BASELINE
 from pipeline.errors import PipelineError
 
 GRID: Any = {"color": "#e6e6e6", "linewidth": 0.6}

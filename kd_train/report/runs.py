@@ -18,11 +18,10 @@ import numpy.typing as npt
 from pydantic import BeforeValidator, ConfigDict
 from pydantic import Field as Key
 
-from kd_train.config.train_config import TrainConfig
+from kd_train.config.train_config import BASELINE, TrainConfig
 from pipeline.errors import SpecError
 from pipeline.spec.yaml_model import ClosedModel, read_yaml, validate
 
-BASELINE = "none"
 _PREDICTIONS = ("energy", "energy_label", "forces", "forces_label", "n_atoms")
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, NotImplementedError)
 _LONGEST_REASON = 300

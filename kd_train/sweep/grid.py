@@ -10,7 +10,7 @@ from typing import Annotated, Any
 from pydantic import Field as Key
 from pydantic import field_validator
 
-from kd_train.config.train_config import STRATEGIES, TrainConfig
+from kd_train.config.train_config import BASELINE, STRATEGIES, TrainConfig
 from pipeline.errors import SpecError
 from pipeline.spec.yaml_model import (
     ClosedModel,
@@ -20,7 +20,6 @@ from pipeline.spec.yaml_model import (
     validate,
 )
 
-BASELINE = "none"
 _VARIANT = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*")
 _DISTILL = "distill."
 

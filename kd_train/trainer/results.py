@@ -10,6 +10,7 @@ import numpy as np
 
 from kd_train.config.train_config import TrainConfig
 from kd_train.evaluation.evaluate import teacher_metrics
+from kd_train.evaluation.load_student import STUDENT_FILE
 from kd_train.evaluation.metrics import without_nan
 from kd_train.trainer.progress import TrainingState
 from kd_train.trainer.setup import Learner
@@ -20,7 +21,6 @@ from pipeline.models.elements import TRAINING_DATA
 from pipeline.models.network import Network
 from pipeline.store.reader import FeatureStore
 
-_STUDENT = "student.safetensors"
 _METRICS, _PREDICTIONS = "metrics.json", "predictions.npz"
 
 
@@ -30,7 +30,7 @@ def save_student(
     """Write the plain ``student``, without adapters."""
     about = {**provenance, TRAINING_DATA: learner.training_data}
     save_model(
-        folder / _STUDENT, learner.model_name, student, learner.normalizer, about
+        folder / STUDENT_FILE, learner.model_name, student, learner.normalizer, about
     )
 
 
@@ -46,7 +46,7 @@ def write_results(
     Metrics are plain means over the splits of ``validators``, as the paper has them.
     All processes evaluate, the first one writes.
     """
-    student = load_checkpoint(folder / _STUDENT).model
+    student = load_checkpoint(folder / STUDENT_FILE).model
     results = [v(student.to(v.device)) for v in validators]
     of_teacher = [teacher_metrics(v.samples.split) for v in validators]
     summary = {

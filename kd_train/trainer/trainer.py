@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing, nullcontext
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
 
@@ -31,8 +30,7 @@ from kd_train.loader.sampler import (
     training_batches,
 )
 from kd_train.strategies.losses import Term
-from kd_train.trainer.checkpoint import read_checkpoint, save_checkpoint
-from kd_train.trainer.extend import before_extension
+from kd_train.trainer.checkpoint import save_checkpoint
 from kd_train.trainer.labels import warn_of_training_samples
 from kd_train.trainer.numerics import compile_student, determinism, training_numerics
 from kd_train.trainer.objective import Objective
@@ -42,18 +40,23 @@ from kd_train.trainer.records import (
     Window,
     format_short,
     progress_bar,
-    require_same_run,
     write_rows,
 )
-from kd_train.trainer.results import drop_results, save_student, write_results
+from kd_train.trainer.results import save_student, write_results
+from kd_train.trainer.run_folder import (
+    CHECKPOINT,
+    Stateful,
+    checkpoint_state,
+    drop_outdated_results,
+    read_saved_run,
+    write_header,
+)
 from kd_train.trainer.schedule import learning_rate
 from kd_train.trainer.setup import Learner, make_learner, resolve_config, weights_digest
 from kd_train.trainer.validate import Validator
 from kd_train.trainer.weighting import Weighting
-from pipeline.errors import PipelineError, SpecError
-from pipeline.files.atomic import write_atomically
+from pipeline.errors import PipelineError
 from pipeline.models.network import Network
-from pipeline.spec.plain_yaml import yaml_text
 from pipeline.store.reader import FeatureStore
 
 log = logging.getLogger("kd_train")
@@ -130,7 +133,7 @@ class Trainer:
             state = f"{self.progress} {weights_digest(self.modules)}"
             self.world.require_equal(state, f"The files in {self.folder}")
         if self.world.is_first:
-            self._write_header()
+            write_header(self.folder, self.header())
         with determinism(self.config.deterministic, self.device):
             if not self.progress.is_done(self.config):
                 self._train()
@@ -327,7 +330,8 @@ class Trainer:
                 self.folder, self.learner, self.averaged_student, self._provenance()
             )
         write_rows(self.folder / "metrics.csv", self.rows)
-        save_checkpoint(self.folder / "last.pt", self._state())
+        state = checkpoint_state(self.header(), progress, self.rows, self._parts)
+        save_checkpoint(self.folder / CHECKPOINT, state)
 
     def _finish(self) -> dict[str, Any]:
         """Evaluate the exported student and write the run's results."""
@@ -351,42 +355,23 @@ class Trainer:
     def _provenance(self) -> dict[str, Any]:
         return {**self.header(), "step": self.progress.step}
 
-    def _write_header(self) -> None:
-        versions = {name: version(name) for name in ("kd-train", "torch")}
-        text = yaml_text({**self.header(), "versions": versions})
-        write_atomically(self.folder / "config.yaml", text.encode())
-
-    def _state(self) -> dict[str, Any]:
+    @property
+    def _parts(self) -> dict[str, Stateful]:
+        """What a checkpoint holds the values of, by its key."""
         return {
-            "header": self.header(),
-            "progress": vars(self.progress),
-            "rows": self.rows,
-            "modules": self.modules.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "weighting": self.weighting.state_dict(),
+            "modules": self.modules,
+            "average": self.average,
+            "optimizer": self.optimizer,
+            "weighting": self.weighting,
         }
 
     def _restore(self, extend: bool) -> None:
-        state = read_checkpoint(self.folder / "last.pt")
-        progress, saved = TrainingState(**state["progress"]), state["header"]
-        if extend:
-            saved = before_extension(saved, self.config, progress, self.folder)
-        require_same_run(saved, self.header(), self.folder)
-        if progress.world_size != self.world.size:
-            raise SpecError(
-                f"{self.folder} was trained by {progress.world_size} processes, now "
-                f"there are {self.world.size}; the order of samples depends "
-                "on it, so resume with as many or use another --out."
-            )
-        self.modules.load_state_dict(state["modules"])
-        self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.weighting.load_state_dict(state["weighting"])
-        self.progress = progress
-        self.rows = state["rows"]
-        self.extended_from = list(saved.get("extended_from", ()))
+        saved = read_saved_run(
+            self.folder, self.config, self.header(), self.world.size, extend=extend
+        )
+        saved.restore(self._parts)
+        self.progress, self.rows = saved.progress, saved.rows
+        self.extended_from = saved.extended_from
         if self.world.is_first:
             log.info("resumed %s at step %d", self.folder, self.progress.step)
-            if saved["config"] != state["header"]["config"]:
-                drop_results(self.folder)
+            drop_outdated_results(self.folder, saved)
