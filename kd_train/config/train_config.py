@@ -228,7 +228,7 @@ def load_config(
     SpecError
         A key is unknown, or a value is of the wrong kind or out of range.
     """
-    document = {} if path is None else read_yaml(path)
+    document = {} if path is None else _read_document(path)
     for dotted, value in flags.items():
         if value is not None:
             *parents, last = dotted.split(".")
@@ -240,3 +240,11 @@ def load_config(
             target[last] = value
     apply_overrides(document, overrides)
     return validate(TrainConfig, document, str(path or "configuration"))
+
+
+def _read_document(path: Path) -> dict[str, Any]:
+    """Read a configuration; that of a run made by an earlier version lies deeper."""
+    document = read_yaml(path)
+    if document.keys() >= {"config", "fingerprint"}:
+        return dict(document["config"])
+    return document

@@ -62,9 +62,9 @@ class Summary(_Open):
 
 
 class Header(_Open):
-    """What ``config.yaml`` says: the configuration, and where training started.
+    """Configuration and provenance of a run, of ``config.yaml`` and ``run.json``.
 
-    ``processes`` trained together; folders of before there could be several do not say.
+    ``processes`` trained together; folders of the first versions lack the key.
     """
 
     config: dict[str, Any]
@@ -237,11 +237,20 @@ def read_run(folder: Path) -> FinishedRun:
         raise SpecError(_describe_unfinished(folder))
     again = f"write it anew with {_resume_hint(folder)}"
     summary = _json_document(Summary, path, again)
-    config = folder / "config.yaml"
-    header = validate(Header, read_yaml(config), str(config))
+    header = _read_header(folder)
     settings = flat_defaults() | flatten_settings(header.config)
-    sizes = validate(BatchSizes, settings, str(config))
+    sizes = validate(BatchSizes, settings, str(folder / "config.yaml"))
     return FinishedRun(folder, summary, header, sizes.together(header.processes))
+
+
+def _read_header(folder: Path) -> Header:
+    """Read ``config.yaml`` and ``run.json``; earlier versions wrote both in one file."""
+    path = folder / "config.yaml"
+    document = read_yaml(path)
+    if "config" in document:
+        return validate(Header, document, str(path))
+    about = _json_map(folder / "run.json", f"start {folder} again")
+    return validate(Header, {**about, "config": document}, str(folder / "run.json"))
 
 
 def flat_defaults() -> dict[str, Any]:
@@ -280,7 +289,8 @@ def _resume_hint(folder: Path) -> str:
 def _skipped_run(folder: Path, error: str) -> SkippedRun:
     """What a report says of a folder that :func:`read_run` refused with ``error``."""
     try:
-        config = read_yaml(folder / "config.yaml").get("config", {})
+        config = read_yaml(folder / "config.yaml")
+        config = config.get("config", config)
         names = config["student"]["preset"], config["strategy"], config["seed"]
         description = "{}, {}, seed {}".format(*names)
     except (SpecError, KeyError, TypeError, AttributeError):
@@ -322,13 +332,17 @@ _Document = TypeVar("_Document", bound=_Open)
 
 
 def _json_document(model: type[_Document], path: Path, remedy: str) -> _Document:
+    return validate(model, _json_map(path, remedy), str(path))
+
+
+def _json_map(path: Path, remedy: str) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
         document = None
     if not isinstance(document, dict):
         raise SpecError(f"{path} is damaged (not a JSON object); {remedy}.")
-    return validate(model, document, str(path))
+    return document
 
 
 def flatten_settings(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

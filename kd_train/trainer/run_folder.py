@@ -1,5 +1,6 @@
 """The folder of a run: its header and its checkpoint, written and read again."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -50,10 +51,15 @@ class SavedRun:
 
 
 def write_header(folder: Path, header: Mapping[str, Any]) -> None:
-    """Write ``config.yaml``: the header and the versions that train."""
-    versions = {name: version(name) for name in ("kd-train", "torch")}
-    text = yaml_text({**header, "versions": versions})
-    write_atomically(folder / "config.yaml", text.encode())
+    """Write ``config.yaml``, which ``--config`` takes, and ``run.json``.
+
+    ``run.json`` has the rest of the header and the versions of the packages that train.
+    """
+    about = {key: value for key, value in header.items() if key != "config"}
+    about["versions"] = {name: version(name) for name in ("kd-train", "torch")}
+    text = json.dumps(about, indent=2, sort_keys=True)
+    write_atomically(folder / "run.json", text.encode() + b"\n")
+    write_atomically(folder / "config.yaml", yaml_text(header["config"]).encode())
 
 
 def checkpoint_state(

@@ -52,11 +52,19 @@ from kd_train.trainer.run_folder import (
     write_header,
 )
 from kd_train.trainer.schedule import learning_rate
-from kd_train.trainer.setup import Learner, make_learner, resolve_config, weights_digest
+from kd_train.trainer.setup import (
+    Learner,
+    choose_student,
+    make_learner,
+    resolve_config,
+    weights_digest,
+)
 from kd_train.trainer.validate import Validator
 from kd_train.trainer.weighting import Weighting
 from pipeline.errors import PipelineError
+from pipeline.files.atomic import held, is_held
 from pipeline.models.network import Network
+from pipeline.parallel.device_choice import choose_device
 from pipeline.store.reader import FeatureStore
 
 log = logging.getLogger("kd_train")
@@ -72,14 +80,15 @@ class Trainer:
         self,
         config: TrainConfig,
         store: FeatureStore,
-        folder: Path,
-        device: torch.device,
+        folder: Path | str,
+        device: torch.device | str | None = None,
         world: World = ALONE,
     ) -> None:
-        self.config = config = resolve_config(config, store, world.size)
+        config = resolve_config(choose_student(config, store), store, world.size)
+        self.config = config
         self.store = store
-        self.folder = folder
-        self.device = device
+        self.folder = Path(folder)
+        self.device = device = choose_device(None if device is None else str(device))
         self.world = world
         self.learner: Learner = make_learner(config, store)
         self.modules = nn.ModuleDict(
@@ -114,19 +123,27 @@ class Trainer:
         self.extended_from: list[int] = []
         self._parallel = self._synchronised()
 
-    def train(self, *, resume: bool, extend: bool = False) -> dict[str, Any]:
+    def train(self, *, resume: bool = False, extend: bool = False) -> dict[str, Any]:
         """Train to the configured step and return the final metrics of the run.
 
-        With ``extend`` a run that is resumed may have had fewer steps.
+        With ``extend`` a run that is resumed may have had fewer steps. This process
+        holds the folder meanwhile.
 
         Raises
         ------
         SpecError
             The run to be resumed had another configuration or store or cannot be
             extended, or an operation of a deterministic run has no deterministic form.
+        BusyError
+            Another process trains in this folder.
         DataError, DamagedStoreError
             A sample cannot be used; names it.
         """
+        free = self.world.is_first and not is_held(self.folder)
+        with held(self.folder) if free else nullcontext():
+            return self._train_or_resume(resume, extend)
+
+    def _train_or_resume(self, resume: bool, extend: bool) -> dict[str, Any]:
         self.world.require_equal(str(resume), f"The files in {self.folder}")
         if resume:
             self._restore(extend)

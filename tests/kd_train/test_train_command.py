@@ -66,7 +66,7 @@ def test_trains_and_resumes(small_store: FeatureStore, tmp_path: Path) -> None:
         "student.safetensors",
         "train.log",
     }
-    config = yaml.safe_load((out / "config.yaml").read_text())["config"]
+    config = yaml.safe_load((out / "config.yaml").read_text())
     assert (config["strategy"], config["seed"], config["steps"]) == ("n2n", 3, 3)
     assert config["student"]["preset"] == STUDENT
     assert "step 2" in (out / "train.log").read_text()
@@ -88,7 +88,7 @@ def test_file_flags_and_overrides_join(
     out = tmp_path / "run"
     done = run_command(main, _arguments(small_store.path, out, "--config", file))
     assert done.exit_code == 0
-    config = yaml.safe_load((out / "config.yaml").read_text())["config"]
+    config = yaml.safe_load((out / "config.yaml").read_text())
     assert config["strategy"] == "vanilla2"
     assert config["ema_decay"] == 0.5
     assert config["steps"] == 3
