@@ -13,9 +13,9 @@ from pathlib import Path
 import click
 import torch
 
-from pipeline.build.build import create_or_match, prepare
+from pipeline.build.build import create_or_match, make_build_plan
 from pipeline.build.fill import fill_blocks
-from pipeline.build.worker import Filling
+from pipeline.build.worker import FillOptions
 from pipeline.spec.cache_spec import load_spec
 from pipeline.store.describe import describe_store
 from pipeline.store.writer import StoreWriter
@@ -48,7 +48,7 @@ def main(spec: Path, overrides: tuple[str, ...], threads: int) -> None:
         store = Path(folder) / "store.zarr"
         chosen = load_spec(spec, (*overrides, f"store.path={store}"))
         begin = time.perf_counter()
-        job = prepare(chosen)
+        job = make_build_plan(chosen)
         create_or_match(job, store)
         planned = time.perf_counter()
         teacher = job.source.teacher
@@ -59,7 +59,7 @@ def main(spec: Path, overrides: tuple[str, ...], threads: int) -> None:
         fill_blocks(
             job.source,
             writer,
-            Filling(),
+            FillOptions(),
             lambda _, samples, left: filled.append(samples),
         )
         writer.seal()

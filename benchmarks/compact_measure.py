@@ -10,7 +10,7 @@ from numcodecs import blosc
 
 from pipeline.fields import FIELDS
 from pipeline.store.calibration import CALIBRATION_ROWS
-from pipeline.store.compressed import PackedLayout
+from pipeline.store.compressed import CompressedLayout
 from pipeline.store.layout import INNER_ROWS
 from pipeline.store.reader import FeatureStore
 
@@ -66,9 +66,9 @@ def samples_of(store: Path, split: str, rows: int) -> Iterator[Sample]:
         )
 
 
-def packed_bits(integers: Integers, effort: int) -> float:
+def packed_bits(integers: Integers, clevel: int) -> float:
     """Bits per number that a shard of ``integers`` takes."""
-    layout = PackedLayout(len(integers), integers.dtype, integers.shape[1:], effort)
+    layout = CompressedLayout(len(integers), integers.dtype, integers.shape[1:], clevel)
     return 8 * len(layout.encode(integers)) / integers.size
 
 
@@ -77,7 +77,7 @@ def blosc_bits(
     *,
     transposed: bool = True,
     shuffle: int = blosc.BITSHUFFLE,
-    effort: int = 5,
+    clevel: int = 5,
     block: int = 0,
     rows: int = INNER_ROWS,
 ) -> float:
@@ -86,7 +86,7 @@ def blosc_bits(
     for chunk in values.reshape(-1, rows, *values.shape[1:]):
         turned = np.moveaxis(chunk, 0, -1) if transposed else chunk
         flat = np.ascontiguousarray(turned).reshape(-1)
-        size += len(blosc.compress(flat, b"zstd", effort, shuffle, block))
+        size += len(blosc.compress(flat, b"zstd", clevel, shuffle, block))
     return 8 * size / values.size
 
 

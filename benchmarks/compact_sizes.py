@@ -69,10 +69,10 @@ def _compact(sample: Sample, stated: float) -> Line:
     encoding = chosen.encoding
     integers, _ = encoding.encode(sample.held)
     error = squared_error(sample.held, encoding.decode(integers, None), encoding.mean)
-    assert chosen.effort is not None
+    assert chosen.clevel is not None
     return (
         f"compact at {stated:g}",
-        packed_bits(integers, chosen.effort),
+        packed_bits(integers, chosen.clevel),
         error,
         "rotated" if encoding.rotation is not None else "as it is",
         entropy_bits(integers),

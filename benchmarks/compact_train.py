@@ -12,7 +12,7 @@ import numpy as np
 from compare import train
 
 from kd_train.loader.data import CachedSamples
-from pipeline.graphs.neighbors import GraphRule
+from pipeline.graphs.neighbors import NeighborSpec
 from pipeline.store.reader import FeatureStore
 
 FIELDS = {
@@ -28,7 +28,7 @@ def loaded_dtype(store: Path, strategy: str) -> str:
     """Dtype in which the loader of students hands over the field of a strategy."""
     split = FeatureStore.open(store).splits["train"]
     field = FIELDS[strategy]
-    rule = GraphRule(cutoff=5.0, max_neighbors=50, symmetric=False)
+    rule = NeighborSpec(cutoff=5.0, max_neighbors=50, symmetric=False)
     samples = CachedSamples(split, rule, range(1, 100), [field])
     return str(samples.batch(np.array([0]))[field].dtype).removeprefix("torch.")
 

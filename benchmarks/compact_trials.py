@@ -36,8 +36,8 @@ class Packed:
     @property
     def bits(self) -> float:
         """Bits per number."""
-        assert self.chosen.effort is not None
-        return packed_bits(self.integers, self.chosen.effort)
+        assert self.chosen.clevel is not None
+        return packed_bits(self.integers, self.chosen.clevel)
 
     @property
     def error(self) -> float:
@@ -97,9 +97,9 @@ def _codecs(ours: Packed) -> Iterator[Trial]:
         yield f"blocks of {block // 1024} KiB", _best(counted, plain, block)
     for rows in (256, 512):
         yield f"{rows} rows", _best(counted, plain, BLOCK_BYTES, rows=rows)
-    for effort in (1, 2, 5, 7):
-        bits = _best(counted, plain, BLOCK_BYTES, efforts=(effort,))
-        yield f"level {effort}", bits
+    for clevel in (1, 2, 5, 7):
+        bits = _best(counted, plain, BLOCK_BYTES, efforts=(clevel,))
+        yield f"level {clevel}", bits
 
 
 def _best(
@@ -110,8 +110,8 @@ def _best(
     efforts: Sequence[int] = (1, EFFORT),
 ) -> float:
     return min(
-        blosc_bits(integers, shuffle=shuffle, effort=effort, block=block, rows=rows)
-        for effort in efforts
+        blosc_bits(integers, shuffle=shuffle, clevel=clevel, block=block, rows=rows)
+        for clevel in efforts
     )
 
 

@@ -28,7 +28,7 @@ from faults_stores import (
 )
 
 from pipeline.build.build import build_store
-from pipeline.build.convert import conversion_of, convert_store
+from pipeline.build.convert import convert_store, make_conversion
 from pipeline.build.extend import extend_store
 from pipeline.errors import StoreError
 from pipeline.store.reader import FeatureStore
@@ -90,7 +90,7 @@ OPERATIONS = {
                 spec_of(materials, work / "faithful.zarr", FAITHFUL)
             ),
             lambda materials, work: convert_store(
-                work / "faithful.zarr", work / _STORE, conversion_of("compact")
+                work / "faithful.zarr", work / _STORE, make_conversion("compact")
             ),
         ),
         Operation(
@@ -99,7 +99,7 @@ OPERATIONS = {
                 spec_of(materials, work / "compact.zarr", MANY)
             ),
             lambda materials, work: convert_store(
-                work / "compact.zarr", work / _STORE, conversion_of("faithful")
+                work / "compact.zarr", work / _STORE, make_conversion("faithful")
             ),
         ),
     )

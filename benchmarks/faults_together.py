@@ -20,9 +20,9 @@ from faults_kills import ALL, FAITHFUL, FEW, MANY, forked, wait
 from faults_stores import contents, differing, make_materials, spec_of
 
 from pipeline.build.build import build_store
-from pipeline.build.convert import conversion_of, convert_store
+from pipeline.build.convert import convert_store, make_conversion
 from pipeline.build.extend import extend_store
-from pipeline.build.worker import Filling
+from pipeline.build.worker import FillOptions
 from pipeline.errors import StoreError
 from pipeline.store.reader import FeatureStore
 
@@ -122,7 +122,7 @@ def two_builds(
 def two_restarts(folder: Path, materials: Path, rounds: int) -> Tally:
     """Two builds of one spec, which an earlier one began."""
     spec = spec_of(materials, folder / "work/s.zarr", MANY)
-    begin = partial(build_store, spec, filling=Filling(blocks=(2, 3)))
+    begin = partial(build_store, spec, filling=FillOptions(blocks=(2, 3)))
     return two_builds(folder, materials, rounds, begin)
 
 
@@ -131,7 +131,7 @@ def two_ranges(folder: Path, materials: Path, rounds: int) -> Tally:
 
     def build(*blocks: int) -> Act:
         spec = spec_of(materials, folder / "work/s.zarr", MANY)
-        return lambda: build_store(spec, filling=Filling(blocks=blocks or None))
+        return lambda: build_store(spec, filling=FillOptions(blocks=blocks or None))
 
     tally = Tally()
     stage = Stage(folder, materials, lambda: None, build())
@@ -169,7 +169,7 @@ def two_conversions(folder: Path, materials: Path, rounds: int) -> Tally:
     source, out = folder / "work/faithful.zarr", folder / "work/s.zarr"
 
     def convert() -> object:
-        return convert_store(source, out, conversion_of("compact"))
+        return convert_store(source, out, make_conversion("compact"))
 
     tally = Tally()
     stage = Stage(

@@ -21,10 +21,10 @@ import click
 import numpy as np
 import torch
 
-from pipeline.build.build import Source
+from pipeline.build.inputs import BuildInputs
 from pipeline.spec.cache_spec import load_spec
 from pipeline.structure import Sample
-from pipeline.teachers.runner import Teacher
+from pipeline.teachers.runner import TeacherRunner
 
 
 def ase_calculator(model: str, device: str) -> Any:
@@ -81,7 +81,7 @@ def main(
     warnings.filterwarnings("ignore")
     torch.set_num_threads(threads)
     chosen = load_spec(spec, overrides)
-    source = Source.open(chosen, device)
+    source = BuildInputs.open(chosen, device)
     teacher = source.teacher
     assert teacher is not None, "the spec needs a teacher"
     split, dataset = next(iter(source.datasets.items()))
@@ -91,7 +91,7 @@ def main(
     passes = {}
     for limit in batches.split(","):
         changed = teacher.spec.model_copy(update={"batch_atoms": int(limit)})
-        passes[limit] = Teacher(teacher.potential, changed, teacher.device)
+        passes[limit] = TeacherRunner(teacher.potential, changed, teacher.device)
     model = teacher.spec.model
     calculator = ase_calculator(model, device)
     atoms = [len(sample.structure) for sample in taken]

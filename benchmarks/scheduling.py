@@ -36,7 +36,7 @@ import dask
 import numpy as np
 import scheduling_stub as stub
 
-from pipeline.build.fill import awaited_in, transient_in
+from pipeline.build.fill import awaited_errors, transient_errors
 from pipeline.parallel.task_pool import DaskPool, run_tasks
 
 _KIB = 1024
@@ -156,8 +156,8 @@ def simulate(
             pool,
             stub.fill,
             range(len(times)),
-            transient=transient_in(pool),
-            awaited=awaited_in(pool),
+            transient=transient_errors(pool),
+            awaited=awaited_errors(pool),
         ):
             ended.append(outcome.item)
             if outcome.error is not None:

@@ -158,14 +158,14 @@ def index_pass(folder: Path, workers: int) -> Measured:
 
 def plan(folder: Path, workers: int) -> Measured:
     """Everything up to an empty store."""
-    from pipeline.build.build import create_or_match, prepare
+    from pipeline.build.build import create_or_match, make_build_plan
 
     spec = _loaded(folder)
     store = Path(spec.store.path)
     for made in (store, store.with_name(store.name + ".index")):
         shutil.rmtree(made, ignore_errors=True)
     clock = Clock()
-    job = prepare(spec, workers=workers)
+    job = make_build_plan(spec, workers=workers)
     found = clock.lap("planning")
     create_or_match(job, store)
     return found | clock.lap("creating the store")
@@ -173,18 +173,18 @@ def plan(folder: Path, workers: int) -> Measured:
 
 def plan_again(folder: Path, workers: int) -> Measured:
     """What each job of an array does before its first block."""
-    from pipeline.build.build import create_or_match, prepare
+    from pipeline.build.build import create_or_match, make_build_plan
 
     spec = _loaded(folder)
     clock = Clock()
-    create_or_match(prepare(spec), Path(spec.store.path))
+    create_or_match(make_build_plan(spec), Path(spec.store.path))
     return clock.lap("planning again")
 
 
 def fill(folder: Path, workers: int) -> Measured:
     """Every block, and the seal."""
     from pipeline.build.build import build_store
-    from pipeline.build.worker import Filling
+    from pipeline.build.worker import FillOptions
 
     spec = _loaded(folder)
     store = Path(spec.store.path)
@@ -195,7 +195,7 @@ def fill(folder: Path, workers: int) -> Measured:
         if not left:
             laps.update(clock.lap("filling"))
 
-    build_store(spec, filling=Filling(workers=workers), report=last)
+    build_store(spec, filling=FillOptions(workers=workers), report=last)
     return {
         **laps,
         **clock.lap("sealing"),
@@ -263,11 +263,11 @@ def batches(folder: Path, workers: int) -> Measured:
     """
     from kd_train.loader.data import CachedSamples
     from kd_train.loader.sampler import SamplerConfig, epoch_batches
-    from pipeline.graphs.neighbors import GraphRule
+    from pipeline.graphs.neighbors import NeighborSpec
     from pipeline.store.reader import FeatureStore
 
     split = FeatureStore.open(folder / "store.zarr").splits["train"]
-    rule = GraphRule(TEACHER["cutoff"], int(TEACHER["max_neighbors"]), True)
+    rule = NeighborSpec(TEACHER["cutoff"], int(TEACHER["max_neighbors"]), True)
     paths = [path for path in split.index.arrays if not path.startswith("teacher/")]
     for block in range(split.n_blocks):
         split.read_stored(split.block_positions(block), paths)

@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from pipeline.errors import PipelineError
-from pipeline.logs import warnings_told
+from pipeline.logs import report_warnings
 
 CHECK_FAILED, BAD_INPUT = 1, 2
 
@@ -22,7 +22,7 @@ def one_sentence_errors(command: Callable[..., None]) -> Callable[..., None]:
     @wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> None:
         try:
-            with warnings_told():
+            with report_warnings():
                 command(*args, **kwargs)
         except PipelineError as error:
             _refuse(str(error))

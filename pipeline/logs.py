@@ -16,7 +16,7 @@ LOGGERS = ("pipeline", "kd_train")
 _LINE = "%(asctime)s %(levelname)s %(message)s"
 
 
-class Warned(NamedTuple):
+class LoggedWarning(NamedTuple):
     """A warning of another process: which logger it came from, and its text."""
 
     logger: str
@@ -99,7 +99,7 @@ def append_warning(path: Path, text: str) -> None:
 
 
 @contextmanager
-def warnings_told() -> Iterator[None]:
+def report_warnings() -> Iterator[None]:
     """Tell warnings on standard error while a command runs, and keep them for a log.
 
     `log_to_file` gives the log its place; warnings from before go there as well.
@@ -122,7 +122,7 @@ def warnings_told() -> Iterator[None]:
 def log_to_file(path: Path, level: int = logging.INFO) -> None:
     """Append what is logged from ``level`` on to the file at ``path``.
 
-    For a command within `warnings_told`. The file is made with the first line.
+    For a command within `report_warnings`. The file is made with the first line.
     """
     for name in LOGGERS:
         logger = logging.getLogger(name)
@@ -132,7 +132,7 @@ def log_to_file(path: Path, level: int = logging.INFO) -> None:
                 handler.name_file(path)
 
 
-def leave_to_others() -> None:
+def propagate_warnings() -> None:
     """Tell nothing in this process, one of several of which another tells the same."""
     for name in LOGGERS:
         logger = logging.getLogger(name)
@@ -145,7 +145,7 @@ class _OfThread(logging.Handler):
 
     def __init__(self) -> None:
         super().__init__(logging.WARNING)
-        self.collected: dict[int, list[Warned]] = {}
+        self.collected: dict[int, list[LoggedWarning]] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
@@ -154,21 +154,21 @@ class _OfThread(logging.Handler):
             # Nobody would hear of it otherwise.
             os.write(2, f"Warning: {text}\n".encode())
         else:
-            own.append(Warned(record.name, text))
+            own.append(LoggedWarning(record.name, text))
 
 
 _collector = _OfThread()
 
 
 @contextmanager
-def collected_warnings() -> Iterator[list[Warned]]:
+def collect_warnings() -> Iterator[list[LoggedWarning]]:
     """Collect the warnings of this thread of a worker process, to be told elsewhere."""
     for name in LOGGERS:
         logger = logging.getLogger(name)
         if not logger.handlers:
             logger.addHandler(_collector)
             logger.propagate = False
-    found: list[Warned] = []
+    found: list[LoggedWarning] = []
     thread = threading.get_ident()
     _collector.collected[thread] = found
     try:
@@ -177,7 +177,7 @@ def collected_warnings() -> Iterator[list[Warned]]:
         del _collector.collected[thread]
 
 
-def tell_again(warnings: Iterable[Warned]) -> None:
+def log_again(warnings: Iterable[LoggedWarning]) -> None:
     """Warn here of what another process warned of."""
     for warned in warnings:
         logging.getLogger(warned.logger).warning("%s", warned.text)

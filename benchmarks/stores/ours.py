@@ -81,7 +81,7 @@ class OurReader:
         self._stored = [
             path
             for field in self._paths
-            for path in (field, *self._split.arrays[field].companions)
+            for path in (field, *self._split.arrays[field].scale_arrays)
             if not path.endswith(ERROR)
         ]
         # Ids were written as the numbers of the dataset's order.

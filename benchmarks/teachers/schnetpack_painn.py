@@ -18,11 +18,11 @@ from torch.nn.functional import linear, silu
 
 from pipeline.errors import SpecError
 from pipeline.files.atomic import sha256_of
-from pipeline.graphs.neighbors import GraphRule
+from pipeline.graphs.neighbors import NeighborSpec
 from pipeline.models.normalizer import NUM_REFERENCES, Normalizer
 from pipeline.spec.cache_spec import TeacherSpec
-from pipeline.teachers.batch import edge_vectors, packed
-from pipeline.teachers.potential import FieldOffer, Graph, Potential
+from pipeline.teachers.batch import collate_graphs, structure_edge_vectors
+from pipeline.teachers.potential import FieldInfo, Potential, SampleGraph
 
 
 def load(spec: TeacherSpec) -> "SchnetpackPainn":
@@ -45,11 +45,11 @@ class SchnetpackPainn(Potential):
             self._weights = {name: file.get_tensor(name) for name in names}
         width = self._about["hidden"]
         self._unit = float(self._about["energy_unit_in_eV"])
-        self.graph_rule = GraphRule(self._about["cutoff"], 10**6, symmetric=False)
-        self.offers = {
-            "node_features": FieldOffer("node_features", width),
-            "vector_features": FieldOffer("vector_features", width),
-            "per_atom_energy": FieldOffer("per_atom_energy", 0),
+        self.graph_rule = NeighborSpec(self._about["cutoff"], 10**6, symmetric=False)
+        self.available_fields = {
+            "node_features": FieldInfo("node_features", width),
+            "vector_features": FieldInfo("vector_features", width),
+            "per_atom_energy": FieldInfo("per_atom_energy", 0),
         }
         # What is left of energies and forces is of the order of 1 eV and 1 eV/Å.
         offset = self._about["energy_per_atom_offset"] * self._unit
@@ -68,11 +68,16 @@ class SchnetpackPainn(Potential):
         self._device = device
 
     def forward(
-        self, graphs: Sequence[Graph], fields: Sequence[str], layers: Mapping[str, str]
+        self,
+        graphs: Sequence[SampleGraph],
+        fields: Sequence[str],
+        layers: Mapping[str, str],
     ) -> Mapping[str, Tensor]:
         """Fields in eV and Å; hidden states are those of the last layer."""
-        batch = packed(graphs, self._device)
-        found = [edge_vectors(graph.structure, graph.edges) for graph in graphs]
+        batch = collate_graphs(graphs, self._device)
+        found = [
+            structure_edge_vectors(graph.structure, graph.edges) for graph in graphs
+        ]
         vectors = torch.from_numpy(np.concatenate(found)).float().to(self._device)
         with torch.enable_grad():
             vectors.requires_grad_(True)

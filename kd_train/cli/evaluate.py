@@ -9,7 +9,7 @@ import click
 
 from pipeline.console import one_sentence_errors
 from pipeline.errors import SpecError
-from pipeline.files.atomic import held
+from pipeline.files.atomic import hold_lock
 from pipeline.logs import log_to_file
 from pipeline.parallel.device_choice import choose_device
 from pipeline.spec.formats import FORMATS
@@ -142,7 +142,7 @@ def eval_main(
     for warning in card.warnings:
         log.warning("%s", warning)
     if out is not None:
-        with held(out):
+        with hold_lock(out):
             card.write(out)
     if rate is not None:
         write_throughput(rate, about, run)
@@ -207,13 +207,13 @@ def _refuse_reading(reading: dict[str, str | None]) -> None:
 
 def _read_options(chosen: dict[str, Any]) -> "ReadOptions":
     from pipeline.datasets import ReadOptions
-    from pipeline.spec.units import Units, units_from
+    from pipeline.spec.units import Units, parse_units
 
     keys = {name: chosen[f"{name}_key"] for name in ("energy", "forces", "gradient")}
     if keys["forces"] is not None and keys["gradient"] is not None:
         raise SpecError("--forces-key and --gradient-key exclude each other.")
     try:
-        units = units_from(chosen["units"]) if chosen["units"] else Units()
+        units = parse_units(chosen["units"]) if chosen["units"] else Units()
     except ValueError as error:
         raise SpecError(f"--units: {error}.") from None
     return ReadOptions(keys["energy"], keys["forces"], keys["gradient"], units)

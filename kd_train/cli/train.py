@@ -13,8 +13,8 @@ from kd_train.config.train_config import STRATEGIES, TrainConfig, load_config
 from kd_train.distributed import World, process_device, process_group, read_world
 from pipeline.console import one_sentence_errors
 from pipeline.errors import SpecError
-from pipeline.files.atomic import held
-from pipeline.logs import leave_to_others, log_to_file
+from pipeline.files.atomic import hold_lock
+from pipeline.logs import log_to_file, propagate_warnings
 from pipeline.parallel.device_choice import choose_device
 
 
@@ -84,13 +84,13 @@ def main(
     }
     world = read_world(os.environ)
     if not world.is_first:
-        leave_to_others()
+        propagate_warnings()
     with process_group(world, device):
         chosen = load_config(config, flags, overrides)
         if stage is not None:
-            from pipeline.store.transfer import staged_store
+            from pipeline.store.transfer import stage_store
 
-            cache = str(staged_store(cache, stage))
+            cache = str(stage_store(cache, stage))
         resuming = _ResumeOptions(
             resume or (extend and not auto_resume), auto_resume, extend
         )
@@ -122,7 +122,7 @@ def _train(
     chosen = choose_student(config, store)
     folder = out or Path("runs") / world.gather_text(_name(chosen))[0]
     # One process holds the folder, for all that train together.
-    with held(folder) if world.is_first else nullcontext():
+    with hold_lock(folder) if world.is_first else nullcontext():
         started = (folder / "last.pt").exists()
         if started and not resuming.always and not resuming.if_started:
             raise SpecError(f"{folder} holds a run; add --resume or change --out.")
@@ -220,5 +220,5 @@ def cka_main(
         batch_atoms=batch_atoms,
         any_element=any_element,
     )
-    with held(out):
+    with hold_lock(out):
         click.echo(write_similarity(found, out), nl=False)

@@ -20,11 +20,11 @@ from kd_train.evaluation.load_student import (
     undetermined_elements,
     unlisted_elements_warning,
 )
-from pipeline.datasets.samples import Fields, checked_sample
+from pipeline.datasets.samples import Fields, make_sample
 from pipeline.errors import DataError, SpecError
 from pipeline.graphs.batch import collate
 from pipeline.graphs.neighbors import Edges, limit_warning, neighbor_edges
-from pipeline.models.elements import check_elements, symbols_of
+from pipeline.models.elements import check_elements, list_symbols
 from pipeline.parallel.device_choice import choose_device
 from pipeline.structure import Structure
 
@@ -136,7 +136,7 @@ class StudentCalculator(Calculator):
             atoms.pbc,
             tags=atoms.arrays.get("tags"),
         )
-        structure = checked_sample("", fields, where).structure
+        structure = make_sample("", fields, where).structure
         check_elements(structure.atomic_numbers, self._elements)
         return structure
 
@@ -157,7 +157,7 @@ class StudentCalculator(Calculator):
             self._warn(
                 "references",
                 f"the training compositions did not determine the reference energies "
-                f"of {symbols_of(arbitrary)}, and {atoms.get_chemical_formula()} is "
+                f"of {list_symbols(arbitrary)}, and {atoms.get_chemical_formula()} is "
                 "no combination of them, so its energy means nothing beside those of "
                 "other compositions",
             )

@@ -34,7 +34,7 @@ from pipeline.datasets.label_statistics import KIND_DIFFERENCE
 from pipeline.errors import SpecError
 from pipeline.graphs.neighbors import limit_warning
 from pipeline.models.checkpoint import LoadedModel
-from pipeline.models.elements import symbols_of
+from pipeline.models.elements import list_symbols
 from pipeline.structure import Structure
 
 
@@ -216,7 +216,7 @@ class _SeenSamples:
         if self._arbitrary:
             found.append(
                 "the training compositions did not determine the reference energies of "
-                f"{symbols_of(sorted(self._arbitrary))}, so energies of compositions "
+                f"{list_symbols(sorted(self._arbitrary))}, so energies of compositions "
                 "that are no combination of them mean nothing"
             )
         return [text for text in found if text is not None]

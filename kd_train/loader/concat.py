@@ -92,9 +92,9 @@ class ConcatSplit:
     def encoding(self, path: str) -> None:
         """None: each split has its own encoding, so this class reads decoded rows."""
 
-    def window_blocks(self, paths: Sequence[str]) -> int | None:
+    def max_shuffle_blocks(self, paths: Sequence[str]) -> int | None:
         """Blocks to read samples of these arrays from at a time; None for any."""
-        limits = [part.window_blocks(paths) for part in self._parts]
+        limits = [part.max_shuffle_blocks(paths) for part in self._parts]
         return min((limit for limit in limits if limit is not None), default=None)
 
     def read_stored(self, positions: npt.ArrayLike, paths: Sequence[str]) -> Arrays:

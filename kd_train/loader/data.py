@@ -19,9 +19,9 @@ from pipeline.fields import (
     STRUCTURE_FIELDS,
 )
 from pipeline.graphs.batch import collate
-from pipeline.graphs.neighbors import Edges, GraphRule, sample_edges
+from pipeline.graphs.neighbors import Edges, NeighborSpec, sample_edges
 from pipeline.models.elements import check_elements
-from pipeline.store.quantization import PIECE_ROWS, SCALE, dequantized
+from pipeline.store.quantization import PIECE_ROWS, SCALE, dequantize
 from pipeline.structure import Structure
 
 EDGE_CACHE_BYTES = 1 << 30
@@ -42,7 +42,7 @@ class CachedSamples:
     def __init__(
         self,
         split: Split,
-        rule: GraphRule,
+        rule: NeighborSpec,
         elements: Container[int],
         fields: Sequence[str] = (),
         edge_cache_bytes: int = EDGE_CACHE_BYTES,
@@ -101,12 +101,12 @@ class CachedSamples:
             self._add_teacher_edges(data, positions, values, edges)
         return data
 
-    def window_blocks(self, wished: int) -> int:
+    def max_shuffle_blocks(self, wished: int) -> int:
         """Blocks to shuffle samples among: as wished, or what fits into memory.
 
         Chunks that have to be decoded or fetched would otherwise be so many times.
         """
-        limit = self.split.window_blocks(tuple(self._paths.values()))
+        limit = self.split.max_shuffle_blocks(tuple(self._paths.values()))
         return wished if limit is None else min(wished, limit)
 
     def tables(self, device: torch.device) -> dict[str, Tables]:
@@ -214,9 +214,9 @@ def _floats(
         scale = scale.to(dtype).reshape(-1, *[1] * (values.ndim - 1))
     # On a CPU large float64 arrays cost more than their numbers.
     if values.device.type != "cpu" or "weights" not in decoder or scale is not None:
-        return dequantized(values.to(dtype), scale, decoder).float()
+        return dequantize(values.to(dtype), scale, decoder).float()
     found = torch.empty(values.shape, dtype=torch.float32)
     pieces = zip(found.split(PIECE_ROWS), values.split(PIECE_ROWS), strict=True)
     for target, piece in pieces:
-        target.copy_(dequantized(piece.to(dtype), None, decoder))
+        target.copy_(dequantize(piece.to(dtype), None, decoder))
     return found

@@ -12,7 +12,7 @@ from pipeline.datasets import Dataset
 from pipeline.datasets.paths import PACKED
 from pipeline.errors import SpecError
 from pipeline.graphs.batch import collate
-from pipeline.graphs.neighbors import GraphRule, sample_edges
+from pipeline.graphs.neighbors import NeighborSpec, sample_edges
 from pipeline.models.elements import check_elements
 from pipeline.spec.formats import BY_SUFFIX, FORMATS
 
@@ -25,7 +25,7 @@ class DatasetSamples:
     """
 
     def __init__(
-        self, dataset: Dataset, rule: GraphRule, elements: Container[int]
+        self, dataset: Dataset, rule: NeighborSpec, elements: Container[int]
     ) -> None:
         self.dataset = dataset
         self.rule = rule

@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.store.quantization import Encoding
+from pipeline.store.quantization import Quantization
 from pipeline.store.reader import ArrayInfo
 
 Indices = npt.NDArray[np.int64]
@@ -49,10 +49,10 @@ class Split(Protocol):
     def block_positions(self, block: int) -> range:
         """Positions of the samples of ``block``."""
 
-    def encoding(self, path: str) -> Encoding | None:
+    def encoding(self, path: str) -> Quantization | None:
         """What the numbers of `read_stored` mean; None for those that are meant."""
 
-    def window_blocks(self, paths: Sequence[str]) -> int | None:
+    def max_shuffle_blocks(self, paths: Sequence[str]) -> int | None:
         """Blocks to read samples of these arrays from at a time; None for any."""
 
     def read(self, positions: npt.ArrayLike, paths: Sequence[str]) -> Arrays:

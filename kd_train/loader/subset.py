@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kd_train.loader.split import Arrays, Indices, Split
-from pipeline.store.quantization import Encoding
+from pipeline.store.quantization import Quantization
 from pipeline.store.reader import ArrayInfo
 
 
@@ -60,13 +60,13 @@ class SubsetSplit:
         """All positions."""
         return range(len(self))
 
-    def encoding(self, path: str) -> Encoding | None:
+    def encoding(self, path: str) -> Quantization | None:
         """What the numbers of `read_stored` mean; None for those that are meant."""
         return self._split.encoding(path)
 
-    def window_blocks(self, paths: Sequence[str]) -> int | None:
+    def max_shuffle_blocks(self, paths: Sequence[str]) -> int | None:
         """Blocks to read samples of these arrays from at a time; None for any."""
-        return self._split.window_blocks(paths)
+        return self._split.max_shuffle_blocks(paths)
 
     def read(self, positions: npt.ArrayLike, paths: Sequence[str]) -> Arrays:
         """Rows of the samples at ``positions``, in that order, as fresh arrays."""

@@ -24,7 +24,7 @@ from kd_train.report.plots import (
 from kd_train.report.runs import SkippedRun, read_runs
 from kd_train.report.summary import report_command, summarize
 from kd_train.report.tables import make_table
-from pipeline.files.atomic import held, write_atomically
+from pipeline.files.atomic import hold_lock, write_atomically
 
 _FIGURES = {
     "curves": (
@@ -87,7 +87,7 @@ def write_report(
         "table.tex": latex_table(table).encode(),
         "report.html": content.encode(),
     }
-    with held(out):
+    with hold_lock(out):
         for name, data in files.items():
             write_atomically(out / name, data)
         # Figures of an earlier report would pass for those of this one.

@@ -12,8 +12,8 @@ from kd_train.loader.split import Split
 from pipeline.datasets.label_statistics import free_directions
 from pipeline.errors import SpecError
 from pipeline.fields import FIELDS
-from pipeline.graphs.neighbors import GraphRule
-from pipeline.models.elements import symbols_of
+from pipeline.graphs.neighbors import NeighborSpec
+from pipeline.models.elements import list_symbols
 from pipeline.models.normalizer import NUM_REFERENCES, Normalizer
 
 log = logging.getLogger("kd_train")
@@ -61,7 +61,7 @@ class Contents:
 def check_contents(
     train: Split,
     others: Sequence[tuple[str, Split]],
-    rule: GraphRule,
+    rule: NeighborSpec,
     normalizer: Normalizer,
     fitted: Split | None,
 ) -> dict[str, Any]:
@@ -142,7 +142,7 @@ def _extend_span(span: Floats, counts: Counts) -> Floats:
 
 
 def _require_periodic_graphs(
-    key: str, split: Split, contents: Contents, rule: GraphRule
+    key: str, split: Split, contents: Contents, rule: NeighborSpec
 ) -> None:
     """Refuse periodic structures for a student that would ignore their images."""
     if contents.periodic is not None and not rule.periodic:
@@ -168,7 +168,7 @@ def _warn_of_new_elements(
         "errors will mean little, so leave such samples out or train on others",
         key,
         split.name,
-        symbols_of(new),
+        list_symbols(new),
         named,
     )
 
@@ -186,6 +186,6 @@ def _warn_without_reference(
             "whole energy of these atoms; put the split that has them first, or name "
             "a file in reference_energies",
             train.name,
-            symbols_of(bare),
+            list_symbols(bare),
             known.samples[bare[0]][0],
         )

@@ -299,7 +299,7 @@ class Trainer:
             config.seed,
             config.batch_size,
             config.batch_atoms,
-            self.train_samples.window_blocks(config.buffer_blocks),
+            self.train_samples.max_shuffle_blocks(config.buffer_blocks),
             progress.world_size,
         )
         indices = training_batches(

@@ -7,26 +7,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.build.contents import check_labels, warn_of_shared
-from pipeline.build.fill import Report, count_blocks, fill_blocks
-from pipeline.build.filter_samples import bad_samples, tell_left_out
-from pipeline.build.inputs import Source
-from pipeline.build.plan import plan_split, store_attributes, tell_undetermined
+from pipeline.build.contents import check_labels, warn_shared
+from pipeline.build.fill import BlockCallback, count_blocks, fill_blocks
+from pipeline.build.filter_samples import find_bad_samples, warn_of_bad_samples
+from pipeline.build.inputs import BuildInputs
+from pipeline.build.plan import plan_split, store_attributes, warn_undetermined
 from pipeline.build.preflight import preview
 from pipeline.build.scan import Scan
-from pipeline.build.status import Progress
-from pipeline.build.worker import Filling
+from pipeline.build.status import BuildStatus
+from pipeline.build.worker import FillOptions
 from pipeline.datasets.label_statistics import check_energy_kinds
 from pipeline.errors import StoreError
-from pipeline.files.atomic import is_free, told_when_full
+from pipeline.files.atomic import disk_full_as_error, is_free
 from pipeline.parallel.device_choice import choose_device
 from pipeline.parallel.ordered_map import (
     Count,
-    Run,
+    OrderedMap,
     Tally,
-    not_counted,
+    ignore_counts,
     processes,
-    worthwhile,
+    useful_workers,
 )
 from pipeline.spec.cache_spec import CacheSpec
 from pipeline.store.reader import FeatureStore
@@ -36,22 +36,22 @@ log = logging.getLogger("pipeline.build.build")
 
 
 @dataclass(frozen=True)
-class Job:
+class BuildPlan:
     """A store to be built: what it is made from, and how it is planned."""
 
-    source: Source
+    source: BuildInputs
     scans: dict[str, Scan]
     plans: dict[str, SplitPlan]
     attributes: dict[str, Any]
 
 
-def prepare(
+def make_build_plan(
     spec: CacheSpec,
     device: str = "cpu",
     before: FeatureStore | None = None,
     workers: int = 0,
-    count: Count = not_counted,
-) -> Job:
+    count: Count = ignore_counts,
+) -> BuildPlan:
     """Load the teacher, read every dataset once, plan every split.
 
     Datasets are read by so many ``workers``, or by this process. Those that a store is
@@ -71,7 +71,9 @@ def prepare(
     new = before is not None or is_free(Path(spec.store.path))
     old = {} if before is None else before.splits
     with processes(workers) as run:
-        source, bad = _screened(Source.open(spec, device, run), run, count)
+        source, bad = _filter_bad_samples(
+            BuildInputs.open(spec, device, run), run, count
+        )
         if new:
             check_energy_kinds(spec.splits, source.datasets)
         tally = Tally(count, sum(map(len, source.datasets.values())))
@@ -79,7 +81,7 @@ def prepare(
             name: source.scan(name, new, run, tally.add) for name in source.datasets
         }
     if new:
-        tell_undetermined(spec.splits, scans)
+        warn_undetermined(spec.splits, scans)
     calibrations = {
         name: source.calibrations(name, old[name].index if name in old else None)
         for name in (source.datasets if new else ())
@@ -104,16 +106,16 @@ def prepare(
             name: preview(name, dataset, source.teacher, source.fields(name))
             for name, dataset in source.datasets.items()
         }
-    return Job(source, scans, plans, attributes)
+    return BuildPlan(source, scans, plans, attributes)
 
 
-def _warn_of_labels(source: Source, scans: Mapping[str, Scan]) -> None:
+def _warn_of_labels(source: BuildInputs, scans: Mapping[str, Scan]) -> None:
     """Warn of labels that are not everywhere, and of structures in two splits."""
     for name, split in source.spec.splits.items():
         if split.labelled:
             check_labels(name, split, scans[name].contents)
-    warn_of_shared(
-        {name: scan.checksums for name, scan in scans.items()},
+    warn_shared(
+        {name: scan.structure_hashes for name, scan in scans.items()},
         {name: dataset.sample_ids for name, dataset in source.datasets.items()},
     )
 
@@ -122,23 +124,23 @@ def plan_store(
     spec: CacheSpec,
     device: str = "cpu",
     workers: int = 0,
-    count: Count = not_counted,
+    count: Count = ignore_counts,
 ) -> Path:
     """Plan the store of ``spec``, or accept the one there; fills nothing.
 
     Datasets are read by so many ``workers``; ``count`` is told how many samples each
     pass has read. Raises as `build_store` does.
     """
-    job = prepare(spec, device, workers=workers, count=count)
+    job = make_build_plan(spec, device, workers=workers, count=count)
     path = Path(spec.store.path)
-    with told_when_full(path):
+    with disk_full_as_error(path):
         create_or_match(job, path)
     return path
 
 
-def _screened(
-    source: Source, run: Run, count: Count
-) -> tuple[Source, dict[str, list[list[str]]]]:
+def _filter_bad_samples(
+    source: BuildInputs, run: OrderedMap, count: Count
+) -> tuple[BuildInputs, dict[str, list[list[str]]]]:
     """``source`` without the samples that its spec lets out; their ids and reasons.
 
     Splits that are planned already keep to what was found then.
@@ -152,10 +154,10 @@ def _screened(
             bad = source.planned[name]
             if bad:
                 total = len(source.datasets[name]) + len(bad)
-                tell_left_out(name, bad, total)
+                warn_of_bad_samples(name, bad, total)
         else:
-            bad = bad_samples(new[name], source.demands(name), run, tally.add)
-            source = source.leaving_out(name, [sample_id for sample_id, _ in bad])
+            bad = find_bad_samples(new[name], source.demands(name), run, tally.add)
+            source = source.drop(name, [sample_id for sample_id, _ in bad])
         if bad:
             found[name] = [list(pair) for pair in bad]
     return source, found
@@ -164,10 +166,10 @@ def _screened(
 def build_store(
     spec: CacheSpec,
     *,
-    filling: Filling | None = None,
-    report: Report = lambda split, samples, blocks_left: None,
-    count: Count = not_counted,
-    progress: Progress | None = None,
+    filling: FillOptions | None = None,
+    report: BlockCallback = lambda split, samples, blocks_left: None,
+    count: Count = ignore_counts,
+    progress: BuildStatus | None = None,
 ) -> bool:
     """Create or continue the store of ``spec``; True once it is sealed.
 
@@ -185,9 +187,9 @@ def build_store(
     WorkersError
         The workers are gone, or do not see what they need.
     """
-    filling = filling or Filling()
-    progress = progress or Progress()
-    count = counted_in(progress, count)
+    filling = filling or FillOptions()
+    progress = progress or BuildStatus()
+    count = count_into(progress, count)
     path = Path(spec.store.path)
     if filling.part is not None and is_free(path):
         raise StoreError(
@@ -196,8 +198,8 @@ def build_store(
     # Workers of a cluster choose for themselves; they may have what is missing here.
     device = filling.device if filling.scheduler is None else None
     place = str(choose_device(device))
-    job = prepare(spec, place, workers=filling.workers, count=count)
-    with told_when_full(path):
+    job = make_build_plan(spec, place, workers=filling.workers, count=count)
+    with disk_full_as_error(path):
         create_or_match(job, path)
         writer = StoreWriter(path)
         if writer.sealed:
@@ -208,31 +210,31 @@ def build_store(
             fill_blocks(job.source, writer, filling, report, progress)
         if filling.part or any(writer.pending_blocks(split) for split in job.plans):
             return False
-        seal_filled(writer, filling.workers, progress, count)
+        check_and_seal(writer, filling.workers, progress, count)
         log.info("%s: sealed", path)
         return True
 
 
-def seal_filled(
-    writer: StoreWriter, workers: int, progress: Progress, count: Count
+def check_and_seal(
+    writer: StoreWriter, workers: int, progress: BuildStatus, count: Count
 ) -> None:
     """Check all blocks and seal the store, by ``workers`` where it has many blocks."""
     progress.state = "sealing"
     blocks = sum(split.n_blocks for split in writer.splits.values())
-    writer.seal(worthwhile(workers, blocks), count)
+    writer.seal(useful_workers(workers, blocks), count)
 
 
-def counted_in(progress: Progress, count: Count) -> Count:
+def count_into(progress: BuildStatus, count: Count) -> Count:
     """``count``, which tells ``progress`` as well."""
 
-    def told(done: int, total: int) -> None:
+    def count_both(done: int, total: int) -> None:
         progress.count(done, total)
         count(done, total)
 
-    return told
+    return count_both
 
 
-def create_or_match(job: Job, path: Path) -> None:
+def create_or_match(job: BuildPlan, path: Path) -> None:
     """Plan the store on disk, or accept the one there if its fingerprint agrees."""
     if is_free(path):
         try:
@@ -249,4 +251,4 @@ def create_or_match(job: Job, path: Path) -> None:
             f"this spec's {wanted[:12]}…); where the spec gained a field or a split, "
             "run `kd-cache add-field SPEC`, else remove the store or set store.path."
         )
-    job.source.keep_scans(job.scans)
+    job.source.save_scans(job.scans)

@@ -8,13 +8,13 @@ from pipeline.datasets import Dataset
 from pipeline.spec.cache_spec import FeatureSpec
 from pipeline.store.calibration import CALIBRATION_ROWS, Calibration, calibrate
 from pipeline.store.quantization import Profile
-from pipeline.teachers.runner import Teacher
+from pipeline.teachers.runner import TeacherRunner
 
 log = logging.getLogger("pipeline.build.calibrate")
 
 
 def calibrate_fields(
-    dataset: Dataset, teacher: Teacher, wanted: dict[str, FeatureSpec]
+    dataset: Dataset, teacher: TeacherRunner, wanted: dict[str, FeatureSpec]
 ) -> dict[str, Calibration]:
     """Calibration by field name of every wanted field that is not stored faithfully.
 

@@ -165,7 +165,7 @@ def _advice(split: str, label: str, gap: Gap, whole: bool) -> str:
     return f"{nothing}, or splits.{split}.labels: none" if whole else nothing
 
 
-def warn_of_shared(
+def warn_shared(
     checksums: Mapping[str, npt.NDArray[np.uint64]], ids: Mapping[str, Sequence[str]]
 ) -> None:
     """Warn of structures that two splits have in common.

@@ -13,8 +13,13 @@ import numpy as np
 from pipeline.build.plan import array_attributes, array_identity, stored_dtype
 from pipeline.errors import SpecError, StoreError
 from pipeline.fields import CHANNEL_FIELDS
-from pipeline.files.atomic import is_free, told_when_full
-from pipeline.parallel.ordered_map import Count, not_counted, processes, worthwhile
+from pipeline.files.atomic import disk_full_as_error, is_free
+from pipeline.parallel.ordered_map import (
+    Count,
+    ignore_counts,
+    processes,
+    useful_workers,
+)
 from pipeline.spec.cache_spec import FeatureSpec
 from pipeline.store.calibration import (
     CALIBRATION_ROWS,
@@ -26,11 +31,11 @@ from pipeline.store.index import METADATA, SplitIndex
 from pipeline.store.layout import BlockPlan
 from pipeline.store.metadata import read_attributes
 from pipeline.store.reader import FeatureStore, SplitReader
-from pipeline.store.reused_shards import Adoption
+from pipeline.store.reused_shards import ReusedShards
 from pipeline.store.writer import ArrayPlan, SplitPlan, StoreWriter, create_store
 
 log = logging.getLogger("pipeline.build.convert")
-Report = Callable[[str, int, int], None]
+BlockCallback = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -76,9 +81,9 @@ def convert_store(
     source: Path | str,
     out: Path,
     conversion: Conversion,
-    report: Report = lambda split, samples, blocks_left: None,
+    report: BlockCallback = lambda split, samples, blocks_left: None,
     workers: int = 0,
-    count: Count = not_counted,
+    count: Count = ignore_counts,
 ) -> None:
     """Write the store at ``source`` to ``out`` as ``conversion`` says, and seal it.
 
@@ -106,7 +111,7 @@ def convert_store(
             "`kd-cache info` tells what it has."
         )
     fingerprint = _fingerprint(store, conversion, chosen)
-    with told_when_full(out):
+    with disk_full_as_error(out):
         if is_free(out):
             plans = [
                 _plan(split, conversion.feature, chosen[name])
@@ -131,7 +136,7 @@ def convert_store(
             for number, (name, samples) in enumerate(done, 1):
                 report(name, samples, len(pending) - number)
         blocks = sum(split.n_blocks for split in writer.splits.values())
-        writer.seal(worthwhile(workers, blocks), count)
+        writer.seal(useful_workers(workers, blocks), count)
 
 
 class _Converter:
@@ -158,10 +163,10 @@ class _Converter:
             if missing:
                 target = self._writer.splits[name]
                 anew = {
-                    path for p in paths for path in (p, *target.fields[p].companions)
+                    path for p in paths for path in (p, *target.fields[p].scale_arrays)
                 }
                 rows = split.read_block(block, list(paths))
-                adopted = Adoption(split.index, target.arrays.keys() - anew)
+                adopted = ReusedShards(split.index, target.arrays.keys() - anew)
                 self._writer.write_block(name, block, rows, adopted)
         return name, len(split.block_positions(block))
 
@@ -180,15 +185,15 @@ def _plan(
         )
         log.info("splits.%s: %s is calibrated on %d rows", split.name, path, len(rows))
     arrays = tuple(
-        _stored_anew(split, path, feature, calibrations.get(path))
+        _read_for_rewrite(split, path, feature, calibrations.get(path))
         if path in paths
-        else _kept(split.index, path)
+        else _keep_array(split.index, path)
         for path in split.arrays
     )
-    return _copied_plan(split.index, arrays)
+    return _copy_plan(split.index, arrays)
 
 
-def _copied_plan(index: SplitIndex, arrays: tuple[ArrayPlan, ...]) -> SplitPlan:
+def _copy_plan(index: SplitIndex, arrays: tuple[ArrayPlan, ...]) -> SplitPlan:
     """Plan of a split with the blocks of ``index`` and other arrays."""
     blocks = BlockPlan(
         order=np.arange(len(index.start)),
@@ -204,7 +209,7 @@ def _copied_plan(index: SplitIndex, arrays: tuple[ArrayPlan, ...]) -> SplitPlan:
     return SplitPlan(index.name, ids, index.checksums, blocks, arrays)
 
 
-def _stored_anew(
+def _read_for_rewrite(
     split: SplitReader, path: str, feature: FeatureSpec, chosen: Calibration | None
 ) -> ArrayPlan:
     info, name = split.arrays[path], CHANNEL_FIELDS[path]
@@ -218,7 +223,7 @@ def _stored_anew(
     )
 
 
-def _kept(index: SplitIndex, path: str) -> ArrayPlan:
+def _keep_array(index: SplitIndex, path: str) -> ArrayPlan:
     info = index.fields[path]
     return ArrayPlan(
         path,
@@ -274,7 +279,7 @@ def _attributes(
     }
 
 
-def conversion_of(
+def make_conversion(
     profile: Literal["faithful", "q8", "compact"],
     *,
     error: float | None = None,

@@ -16,13 +16,19 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from pipeline.build.build import Job, counted_in, create_or_match, prepare, seal_filled
-from pipeline.build.fill import Report, fill_blocks
-from pipeline.build.status import Progress
-from pipeline.build.worker import Filling
+from pipeline.build.build import (
+    BuildPlan,
+    check_and_seal,
+    count_into,
+    create_or_match,
+    make_build_plan,
+)
+from pipeline.build.fill import BlockCallback, fill_blocks
+from pipeline.build.status import BuildStatus
+from pipeline.build.worker import FillOptions
 from pipeline.errors import SpecError, StoreError
-from pipeline.files.atomic import sync_folder, told_when_full
-from pipeline.parallel.ordered_map import Count, not_counted
+from pipeline.files.atomic import disk_full_as_error, sync_folder
+from pipeline.parallel.ordered_map import Count, ignore_counts
 from pipeline.spec.cache_spec import CacheSpec
 from pipeline.spec.yaml_model import as_json
 from pipeline.store.creation import remove_leftovers
@@ -39,10 +45,10 @@ _RENAME_EXCHANGE = 2
 def extend_store(
     spec: CacheSpec,
     *,
-    filling: Filling | None = None,
-    report: Report = lambda split, samples, blocks_left: None,
-    count: Count = not_counted,
-    progress: Progress | None = None,
+    filling: FillOptions | None = None,
+    report: BlockCallback = lambda split, samples, blocks_left: None,
+    count: Count = ignore_counts,
+    progress: BuildStatus | None = None,
 ) -> list[str]:
     """Add to the store of ``spec`` what it lacks; names what was added.
 
@@ -56,33 +62,35 @@ def extend_store(
     StoreError
         There is no finished store, or another process is extending it.
     """
-    filling = replace(filling or Filling(), before=Path(spec.store.path))
-    progress = progress or Progress()
-    count = counted_in(progress, count)
+    filling = replace(filling or FillOptions(), before=Path(spec.store.path))
+    progress = progress or BuildStatus()
+    count = count_into(progress, count)
     path = Path(spec.store.path)
     staging = path.with_name(f".{path.name}.extended")
-    with told_when_full(path), _only_one(path):
+    with disk_full_as_error(path), _lock_store(path):
         _finish_exchange(path, staging)
         before = FeatureStore.open(path)
-        job = prepare(spec, filling.device or "cpu", before, filling.workers, count)
+        job = make_build_plan(
+            spec, filling.device or "cpu", before, filling.workers, count
+        )
         if before.fingerprint == job.attributes["fingerprint"]:
             _remove(staging)
             return []
         added = _additions(before.attributes, as_json(job.attributes))
         log.info("%s: adding %s", path, ", ".join(added))
-        _build_beside(job, staging, filling, report, count, progress)
+        _build_staging(job, staging, filling, report, count, progress)
         _exchange(staging, path)
         _remove(staging)
         return added
 
 
-def _build_beside(
-    job: Job,
+def _build_staging(
+    job: BuildPlan,
     staging: Path,
-    filling: Filling,
-    report: Report,
+    filling: FillOptions,
+    report: BlockCallback,
     count: Count,
-    progress: Progress,
+    progress: BuildStatus,
 ) -> None:
     wanted = job.attributes["fingerprint"]
     if staging.exists() and not _continues(staging, wanted):
@@ -91,7 +99,7 @@ def _build_beside(
     writer = StoreWriter(staging)
     if not writer.sealed:
         fill_blocks(job.source, writer, filling, report, progress)
-        seal_filled(writer, filling.workers, progress, count)
+        check_and_seal(writer, filling.workers, progress, count)
 
 
 def _continues(staging: Path, fingerprint: str) -> bool:
@@ -164,7 +172,7 @@ def _short(value: object) -> str:
 
 
 @contextmanager
-def _only_one(path: Path) -> Iterator[None]:
+def _lock_store(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(path.with_name(f".{path.name}.extending.lock"))
     try:
@@ -186,19 +194,19 @@ def _exchange(new: Path, path: Path) -> None:
     if renameat2 is None or renameat2(
         _AT_FDCWD, names[0], _AT_FDCWD, names[1], _RENAME_EXCHANGE
     ):
-        path.rename(_aside(path))
+        path.rename(_aside_path(path))
         new.rename(path)
-        _aside(path).rename(new)
+        _aside_path(path).rename(new)
     sync_folder(path.parent)
 
 
 def _finish_exchange(path: Path, staging: Path) -> None:
     """Put the old store back where a kill came between the renames of `_exchange`."""
-    aside = _aside(path)
+    aside = _aside_path(path)
     if aside.exists():
         aside.rename(staging if path.exists() else path)
         sync_folder(path.parent)
 
 
-def _aside(path: Path) -> Path:
+def _aside_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.aside")

@@ -8,36 +8,36 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from pipeline.build.inputs import Source
-from pipeline.build.status import Progress
+from pipeline.build.inputs import BuildInputs
+from pipeline.build.status import BuildStatus
 from pipeline.build.worker import (
     Block,
-    BlockFiller,
-    Filled,
-    Filling,
-    fill_in_worker,
-    not_seen,
-    store_seen,
+    BlockResult,
+    BlockWorker,
+    FillOptions,
+    read_fingerprint,
+    run_block_in_worker,
+    store_not_visible,
 )
 from pipeline.errors import BusyError, DataError, DeviceError, StoreError, WorkersError
-from pipeline.logs import tell_again
+from pipeline.logs import log_again
 from pipeline.parallel.device_choice import choose_device
 from pipeline.parallel.devices import free_cached_memory
 from pipeline.parallel.local_cluster import local_workers
 from pipeline.parallel.signals import Stopped
 from pipeline.parallel.task_pool import (
     DaskPool,
-    Outcome,
     Pool,
+    TaskResult,
     ThreadPool,
-    connected,
-    retried,
+    connect,
+    is_transient,
     run_tasks,
 )
 from pipeline.store.writer import StoreWriter
 
 log = logging.getLogger("pipeline.build.fill")
-Report = Callable[[str, int, int], None]
+BlockCallback = Callable[[str, int, int], None]
 # At a Dask worker: one block is at hand when the other ends.
 _QUEUED = 2
 # So many failures end a build that succeeds less often than it fails.
@@ -46,11 +46,11 @@ _NAMED = 3
 
 
 def fill_blocks(
-    source: Source,
+    source: BuildInputs,
     writer: StoreWriter,
-    filling: Filling,
-    report: Report,
-    progress: Progress | None = None,
+    filling: FillOptions,
+    report: BlockCallback,
+    progress: BuildStatus | None = None,
 ) -> None:
     """Fill every pending block, in this process or in workers.
 
@@ -61,7 +61,7 @@ def fill_blocks(
     WorkersError
         The workers are gone, or do not see what they need.
     """
-    progress = progress or Progress()
+    progress = progress or BuildStatus()
     wanted = filling.chosen({n: index.n_blocks for n, index in writer.splits.items()})
     chosen = [Block(name, number) for name, among in wanted.items() for number in among]
     pending = [
@@ -74,15 +74,15 @@ def fill_blocks(
     if not pending:
         return
     failed: dict[Block, Exception] = {}
-    with _workplace(source, writer, filling) as (pool, task):
+    with _open_pool(source, writer, filling) as (pool, task):
         for outcome in run_tasks(
             pool,
             task,
             pending,
             retries=filling.retries,
-            transient=transient_in(pool),
-            awaited=awaited_in(pool),
-            on_retry=partial(_tell_retry, progress),
+            transient=transient_errors(pool),
+            awaited=awaited_errors(pool),
+            on_retry=partial(_record_retry, progress),
             on_tick=lambda: _count_workers(progress, pool),
         ):
             _count_workers(progress, pool)
@@ -101,7 +101,7 @@ def fill_blocks(
 
 
 def count_blocks(
-    progress: Progress,
+    progress: BuildStatus,
     writer: StoreWriter,
     chosen: Sequence[Block] | None = None,
     pending: Sequence[Block] = (),
@@ -124,13 +124,13 @@ def count_blocks(
     progress.begin(len(chosen), every, done, every - samples(pending))
 
 
-def _count_workers(progress: Progress, pool: Pool) -> None:
+def _count_workers(progress: BuildStatus, pool: Pool) -> None:
     progress.workers = pool.workers if isinstance(pool, DaskPool) else 1
 
 
-def _record(progress: Progress, block: Block, filled: Filled) -> None:
+def _record(progress: BuildStatus, block: Block, filled: BlockResult) -> None:
     progress.add(filled.samples)
-    tell_again(filled.warnings)
+    log_again(filled.warnings)
     for note in filled.notes:
         progress.smaller_passes += 1
         if progress.smaller_passes == 1:
@@ -145,13 +145,15 @@ def _record(progress: Progress, block: Block, filled: Filled) -> None:
     log.info("%s written, %d of %d", block, progress.blocks_done, progress.blocks)
 
 
-def _record_failure(progress: Progress, outcome: Outcome[Block, Filled]) -> None:
+def _record_failure(
+    progress: BuildStatus, outcome: TaskResult[Block, BlockResult]
+) -> None:
     reason = _reason(outcome.error)
     progress.failed[str(outcome.item)] = reason
     log.info("%s failed at try %d: %s", outcome.item, outcome.attempts, reason)
 
 
-def _tell_retry(progress: Progress, block: Block, error: Exception) -> None:
+def _record_retry(progress: BuildStatus, block: Block, error: Exception) -> None:
     progress.retries += 1
     log.info("%s is tried again: %s", block, _reason(error))
 
@@ -174,17 +176,17 @@ def _failure(
     return DataError(text) if data else StoreError(text)
 
 
-def transient_in(pool: Pool) -> Callable[[Exception], bool]:
+def transient_errors(pool: Pool) -> Callable[[Exception], bool]:
     """Which errors may be gone at another try in ``pool``."""
     elsewhere = isinstance(pool, DaskPool)
 
     def transient(error: Exception) -> bool:
-        return retried(error) or (elsewhere and isinstance(error, DeviceError))
+        return is_transient(error) or (elsewhere and isinstance(error, DeviceError))
 
     return transient
 
 
-def awaited_in(pool: Pool) -> Callable[[Exception], bool]:
+def awaited_errors(pool: Pool) -> Callable[[Exception], bool]:
     """Which errors tell of somebody else at the same block, when tasks are ``pool``'s.
 
     A worker that was thought dead may still be at it, or one of an earlier build.
@@ -194,15 +196,15 @@ def awaited_in(pool: Pool) -> Callable[[Exception], bool]:
 
 
 @contextmanager
-def _workplace(
-    source: Source, writer: StoreWriter, filling: Filling
-) -> Iterator[tuple[Pool, Callable[[Block], Filled]]]:
+def _open_pool(
+    source: BuildInputs, writer: StoreWriter, filling: FillOptions
+) -> Iterator[tuple[Pool, Callable[[Block], BlockResult]]]:
     """Where blocks are filled, and the task that fills one."""
     if not filling.workers and filling.scheduler is None:
         threads = ThreadPool(_blocks_at_once(filling))
         wait = True
         try:
-            yield threads, BlockFiller(source, writer, filling.before)
+            yield threads, BlockWorker(source, writer, filling.before)
         except Stopped:
             wait = False  # blocks are whole or not there, whenever a process ends
             raise
@@ -214,9 +216,11 @@ def _workplace(
     document = source.spec.model_dump_json()
     # Workers of a cluster live on; what an earlier build opened may be of another plan.
     build = uuid.uuid4().hex
-    task = partial(fill_in_worker, document, writer.path, fingerprint, build, filling)
+    task = partial(
+        run_block_in_worker, document, writer.path, fingerprint, build, filling
+    )
     if filling.scheduler is not None:
-        with connected(filling.scheduler) as client:
+        with connect(filling.scheduler) as client:
             check_workers(client, writer.path, fingerprint)
             yield DaskPool(client, _QUEUED), task
     else:
@@ -224,7 +228,7 @@ def _workplace(
             yield DaskPool(client, _QUEUED), task
 
 
-def _blocks_at_once(filling: Filling) -> int:
+def _blocks_at_once(filling: FillOptions) -> int:
     """Of a process: while a GPU computes one block, another is read or written.
 
     On a CPU both would take turns at the same cores and at Python's lock.
@@ -235,7 +239,7 @@ def _blocks_at_once(filling: Filling) -> int:
 def check_workers(client: Any, path: Path, fingerprint: str) -> None:
     """Raise WorkersError unless all workers of a cluster see the store at ``path``."""
     try:
-        answers = client.run(store_seen, path, on_error="return")
+        answers = client.run(read_fingerprint, path, on_error="return")
     except (OSError, ValueError, TimeoutError) as error:
         raise WorkersError(f"The Dask workers do not answer ({error}).") from None
     for address, answer in answers.items():
@@ -245,4 +249,4 @@ def check_workers(client: Any, path: Path, fingerprint: str) -> None:
                 "install the same kd-train there."
             )
         if answer != fingerprint:
-            raise not_seen(address, path)
+            raise store_not_visible(address, path)

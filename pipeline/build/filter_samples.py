@@ -9,22 +9,22 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.datasets import Dataset
-from pipeline.datasets.base import DerivedDataset, in_pieces
+from pipeline.datasets.base import DerivedDataset, split_pieces
 from pipeline.errors import DataError
 from pipeline.graphs.closeness import check_distances
-from pipeline.graphs.neighbors import GraphRule, check_cell, sample_edges
-from pipeline.parallel.ordered_map import Run, not_told
+from pipeline.graphs.neighbors import NeighborSpec, check_cell, sample_edges
+from pipeline.parallel.ordered_map import OrderedMap, ignore_items
 from pipeline.spec.cache_spec import SplitSpec
 from pipeline.structure import Sample
 from pipeline.teachers.potential import check_sample
-from pipeline.teachers.runner import Teacher
+from pipeline.teachers.runner import TeacherRunner
 
 log = logging.getLogger("pipeline.build.filter_samples")
 _NAMED = 5
 _PIECE = 512
 # Without a teacher nobody says how far atoms are seen; the students that see least have
 # this cutoff (Å).
-_SHORTEST_SIGHT = GraphRule(6.0, 1, symmetric=False)
+_SHORTEST_SIGHT = NeighborSpec(6.0, 1, symmetric=False)
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,13 @@ class Demands:
 
     split: str
     elements: Container[int] | None = None
-    rule: GraphRule | None = None
+    rule: NeighborSpec | None = None
     closest: float | None = None
 
     @classmethod
-    def of(cls, name: str, split: SplitSpec, teacher: Teacher | None) -> "Demands":
+    def of(
+        cls, name: str, split: SplitSpec, teacher: TeacherRunner | None
+    ) -> "Demands":
         """What ``teacher`` and the keys of a split ask for."""
         closest = split.min_pair_distance or None
         if teacher is None:
@@ -92,7 +94,7 @@ class Demands:
         return not (np.square(steps).sum(axis=1) <= self.rule.cutoff**2).any()
 
 
-class Without(DerivedDataset):
+class SubsetDataset(DerivedDataset):
     """Samples of another dataset, some left out, the others in their order."""
 
     def __init__(self, inner: Dataset, chosen: Sequence[int]) -> None:
@@ -121,7 +123,7 @@ class Without(DerivedDataset):
         return self._inner.n_atoms[np.asarray(self._chosen, np.intp)]
 
 
-class Checked(DerivedDataset):
+class ValidatedDataset(DerivedDataset):
     """Another dataset, whose samples are refused when they do not meet ``demands``.
 
     Neighbours are searched for only where no two atoms that follow each other are
@@ -140,20 +142,20 @@ class Checked(DerivedDataset):
         return sample
 
 
-def without(dataset: Dataset, ids: Collection[str]) -> Dataset:
+def drop_samples(dataset: Dataset, ids: Collection[str]) -> Dataset:
     """``dataset`` without the samples of these ids."""
     unwanted = frozenset(ids)
     known = dataset.sample_ids
-    return Without(
+    return SubsetDataset(
         dataset, [i for i in range(len(dataset)) if known[i] not in unwanted]
     )
 
 
-def bad_samples(
+def find_bad_samples(
     dataset: Dataset,
     demands: Demands,
-    run: Run = map,
-    read: Callable[[int], None] = not_told,
+    run: OrderedMap = map,
+    read: Callable[[int], None] = ignore_items,
 ) -> list[tuple[str, str]]:
     """Id and reason of every sample that cannot be read or does not meet ``demands``.
 
@@ -169,9 +171,9 @@ def bad_samples(
         if dataset.keeps_samples:
             run = map  # there is less to do than to send
         demands = replace(demands, rule=_SHORTEST_SIGHT)
-    look = partial(_bad_among, dataset, demands)
+    look = partial(_find_bad_in, dataset, demands)
     found: list[tuple[str, str]] = []
-    pieces = in_pieces(range(len(dataset)), _PIECE)
+    pieces = split_pieces(range(len(dataset)), _PIECE)
     for piece, part in zip(pieces, run(look, pieces), strict=True):
         found += part
         read(len(piece))
@@ -182,11 +184,13 @@ def bad_samples(
             f"splits.{demands.split}: none of its {len(found)} samples can be used, "
             f"the first because: {found[0][1]}"
         )
-    tell_left_out(demands.split, found, len(dataset))
+    warn_of_bad_samples(demands.split, found, len(dataset))
     return found
 
 
-def tell_left_out(split: str, found: Sequence[tuple[str, str]], total: int) -> None:
+def warn_of_bad_samples(
+    split: str, found: Sequence[tuple[str, str]], total: int
+) -> None:
     """Warn of the samples, ids and reasons, that a split of ``total`` does without."""
     named = ", ".join(repr(sample_id) for sample_id, _ in found[:_NAMED])
     more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
@@ -199,7 +203,7 @@ def tell_left_out(split: str, found: Sequence[tuple[str, str]], total: int) -> N
     )
 
 
-def _bad_among(
+def _find_bad_in(
     dataset: Dataset, demands: Demands, indices: range
 ) -> list[tuple[str, str]]:
     found = []

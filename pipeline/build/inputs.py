@@ -9,30 +9,30 @@ from typing import Any
 import numpy as np
 
 from pipeline.build.calibrate import calibrate_fields
-from pipeline.build.filter_samples import Checked, Demands, without
-from pipeline.build.plan import wanted_features
+from pipeline.build.filter_samples import Demands, ValidatedDataset, drop_samples
+from pipeline.build.plan import features_of_split
 from pipeline.build.scan import CountEdges, Hashes, Scan, sample_hash, scan_dataset
-from pipeline.build.scan_cache import Sidecar
+from pipeline.build.scan_cache import ScanCache
 from pipeline.datasets import Dataset, open_split
 from pipeline.errors import DataError
 from pipeline.fields import FIELDS
 from pipeline.files.atomic import is_free
 from pipeline.models.normalizer import Normalizer
-from pipeline.parallel.ordered_map import Run, not_told
+from pipeline.parallel.ordered_map import OrderedMap, ignore_items
 from pipeline.spec.cache_spec import CacheSpec
-from pipeline.store.backends import FolderPlace
+from pipeline.store.backends import LocalBackend
 from pipeline.store.calibration import Calibration, known_calibration
 from pipeline.store.index import ROOT_KEY, SplitIndex
 from pipeline.store.layout import IntArray, storage_order
 from pipeline.store.metadata import read_root
-from pipeline.store.reused_shards import Adoption
+from pipeline.store.reused_shards import ReusedShards
 from pipeline.store.writer import StoreWriter
 from pipeline.structure import Sample
-from pipeline.teachers.runner import Arrays, Teacher
+from pipeline.teachers.runner import Arrays, TeacherRunner
 
 
 @dataclass(frozen=True)
-class Source:
+class BuildInputs:
     """All that a process needs to fill blocks of a planned store.
 
     ``orders`` gives for every split the dataset index at each storage position,
@@ -43,8 +43,8 @@ class Source:
     spec: CacheSpec
     datasets: dict[str, Dataset]
     orders: dict[str, IntArray]
-    teacher: Teacher | None
-    sidecar: Sidecar
+    teacher: TeacherRunner | None
+    sidecar: ScanCache
     planned: dict[str, list[tuple[str, str]]]
     known: dict[str, Scan]
     _working: threading.Lock = field(default_factory=threading.Lock)
@@ -54,9 +54,9 @@ class Source:
         cls,
         spec: CacheSpec,
         device: str = "cpu",
-        run: Run = map,
+        run: OrderedMap = map,
         store: Path | None = None,
-    ) -> "Source":
+    ) -> "BuildInputs":
         """Datasets and teacher of ``spec``; reads no sample.
 
         Samples are listed by ``run``, unless the sidecar of the store has them. Those
@@ -71,10 +71,10 @@ class Source:
         layers = {n: f.layer for n, f in spec.features.items() if f.layer is not None}
         teacher = None
         if spec.teacher is not None:
-            teacher = Teacher.load(spec.teacher, device, layers)
+            teacher = TeacherRunner.load(spec.teacher, device, layers)
             teacher.check_fields(tuple(spec.features))
         place = Path(spec.store.path)
-        sidecar = Sidecar(place)
+        sidecar = ScanCache(place)
         header = _header(place if store is None else store)
         planned = _left_out(header)
         datasets = {
@@ -84,24 +84,24 @@ class Source:
         for name in datasets.keys() & planned.keys():
             if planned[name]:
                 ids = [sample_id for sample_id, _ in planned[name]]
-                datasets[name] = without(datasets[name], ids)
+                datasets[name] = drop_samples(datasets[name], ids)
         known = _known_scans(header, sidecar, datasets)
         orders = _orders(spec, datasets)
         return cls(spec, datasets, orders, teacher, sidecar, planned, known)
 
-    def leaving_out(self, split: str, ids: Collection[str]) -> "Source":
+    def drop(self, split: str, ids: Collection[str]) -> "BuildInputs":
         """The same without some samples of a split."""
         if not ids:
             return self
-        datasets = {**self.datasets, split: without(self.datasets[split], ids)}
+        datasets = {**self.datasets, split: drop_samples(self.datasets[split], ids)}
         return replace(self, datasets=datasets, orders=_orders(self.spec, datasets))
 
     def scan(
         self,
         split: str,
         count_edges: bool,
-        run: Run = map,
-        read: Callable[[int], None] = not_told,
+        run: OrderedMap = map,
+        read: Callable[[int], None] = ignore_items,
     ) -> Scan:
         """What the store was planned for, or else a pass over the dataset.
 
@@ -111,24 +111,26 @@ class Source:
         counter = self.edge_counter(split) if count_edges else None
         known = self.known.get(split)
         if known is not None and counter is None:
-            read(len(known.checksums))
+            read(len(known.structure_hashes))
             return known
         references = self.spec.splits[split].reference_energies
-        return scan_dataset(self._checked(split), references, counter, run, read)
+        return scan_dataset(
+            self._validated_dataset(split), references, counter, run, read
+        )
 
-    def _checked(self, split: str) -> Dataset:
+    def _validated_dataset(self, split: str) -> Dataset:
         """A dataset whose samples are refused when nobody could learn from them."""
-        return Checked(self.datasets[split], self.demands(split))
+        return ValidatedDataset(self.datasets[split], self.demands(split))
 
     def demands(self, split: str) -> Demands:
         """What the samples of a split must be like."""
         return Demands.of(split, self.spec.splits[split], self.teacher)
 
-    def keep_scans(self, scans: Mapping[str, Scan]) -> None:
+    def save_scans(self, scans: Mapping[str, Scan]) -> None:
         """Keep what passes found, once the store is known to be planned for it."""
         for name, scan in scans.items():
             if scan is not self.known.get(name):
-                self.sidecar.keep_scan(name, scan)
+                self.sidecar.save_scan(name, scan)
                 self.known[name] = scan
 
     def fill_block(
@@ -161,7 +163,7 @@ class Source:
                 fields = [f for f in self.fields(split) if FIELDS[f].path in wanted]
                 computed = self._arrays(index, positions, fields)
                 arrays = {path: computed[path] for path in wanted}
-            adopted = None if before is None else Adoption(before, known, link=True)
+            adopted = None if before is None else ReusedShards(before, known, link=True)
             writer.write_block(split, block, arrays, adopted)
         return len(positions)
 
@@ -173,7 +175,10 @@ class Source:
         samples = [self.datasets[index.name][int(i)] for i in chosen]
         known = self.known.get(index.name)
         _check_unchanged(
-            index, positions, samples, None if known is None else known.hashes[chosen]
+            index,
+            positions,
+            samples,
+            None if known is None else known.sample_hashes[chosen],
         )
         values = _source_arrays(samples)
         if self.teacher is not None:
@@ -183,7 +188,7 @@ class Source:
 
     def fields(self, split: str) -> tuple[str, ...]:
         """Fields that the teacher is asked for in ``split``."""
-        return tuple(wanted_features(self.spec, self.spec.splits[split]))
+        return tuple(features_of_split(self.spec, self.spec.splits[split]))
 
     def calibrations(
         self, split: str, before: SplitIndex | None = None
@@ -194,7 +199,7 @@ class Source:
         """
         if self.teacher is None:
             return {}
-        wanted = wanted_features(self.spec, self.spec.splits[split])
+        wanted = features_of_split(self.spec, self.spec.splits[split])
         known = {} if before is None else before.fields
         kept = {
             name: calibration
@@ -218,7 +223,7 @@ def _orders(spec: CacheSpec, datasets: Mapping[str, Dataset]) -> dict[str, IntAr
 
 def _header(store: Path) -> dict[str, Any]:
     """What the store says of itself; empty where it is not planned yet."""
-    return dict(read_root(FolderPlace(store))[ROOT_KEY]) if not is_free(store) else {}
+    return dict(read_root(LocalBackend(store))[ROOT_KEY]) if not is_free(store) else {}
 
 
 def _left_out(header: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
@@ -231,7 +236,7 @@ def _left_out(header: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
 
 
 def _known_scans(
-    header: Mapping[str, Any], sidecar: Sidecar, datasets: Mapping[str, Dataset]
+    header: Mapping[str, Any], sidecar: ScanCache, datasets: Mapping[str, Dataset]
 ) -> dict[str, Scan]:
     """What is kept of the datasets as they are now and as the store was planned for."""
     planned, statistics = header.get("splits", {}), header.get("label_statistics", {})
@@ -242,7 +247,12 @@ def _known_scans(
         if found is not None:
             labels = Normalizer.from_dict(statistics[name])
             known[name] = Scan(
-                found.checksums, content, found.hashes, labels, found.contents, None
+                found.structure_hashes,
+                content,
+                found.sample_hashes,
+                labels,
+                found.contents,
+                None,
             )
     return known
 

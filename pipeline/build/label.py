@@ -11,7 +11,7 @@ from pipeline.errors import SpecError
 from pipeline.files.atomic import write_atomically
 from pipeline.spec.cache_spec import CacheSpec
 from pipeline.structure import Sample
-from pipeline.teachers.runner import Arrays, Teacher
+from pipeline.teachers.runner import Arrays, TeacherRunner
 
 # Samples that the teacher is given at a time; it cuts them into passes that fit.
 _SAMPLES = 256
@@ -35,7 +35,7 @@ def label_splits(
     """
     if spec.teacher is None:
         raise SpecError("The spec has no teacher: section, so there are no labels.")
-    teacher = Teacher.load(spec.teacher, device)
+    teacher = TeacherRunner.load(spec.teacher, device)
     files = []
     for name, split in spec.splits.items():
         dataset = open_split(split)
@@ -44,14 +44,14 @@ def label_splits(
         for begin in range(0, len(dataset), _SAMPLES):
             chosen = range(begin, min(begin + _SAMPLES, len(dataset)))
             samples = [dataset[number] for number in chosen]
-            frames += _labelled(samples, teacher.predict(samples, ()))
+            frames += _label_samples(samples, teacher.predict(samples, ()))
             report(name, len(samples))
         files.append(folder / f"{name}.extxyz")
         write_atomically(files[-1], "".join(frames).encode())
     return files
 
 
-def _labelled(samples: list[Sample], labels: Arrays) -> Iterable[str]:
+def _label_samples(samples: list[Sample], labels: Arrays) -> Iterable[str]:
     ends = np.cumsum([len(sample.structure) for sample in samples])[:-1]
     forces = np.split(labels["teacher_forces"], ends)
     return map(_frame, samples, labels["teacher_energy"].tolist(), forces)

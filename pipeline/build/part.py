@@ -8,14 +8,14 @@ from pipeline.errors import SpecError
 
 
 @dataclass(frozen=True)
-class Part:
+class BuildPart:
     """One of ``of`` shares of a store's blocks; numbered from 1."""
 
     number: int
     of: int
 
     @classmethod
-    def parse(cls, text: str) -> "Part":
+    def parse(cls, text: str) -> "BuildPart":
         """The part that ``text``, such as ``3/32``, names.
 
         Raises

@@ -22,7 +22,7 @@ from pipeline.fields import (
     PREDICTION_FIELDS,
     STRUCTURE_FIELDS,
 )
-from pipeline.models.elements import symbols_of
+from pipeline.models.elements import list_symbols
 from pipeline.spec.cache_spec import (
     NO_REFERENCES,
     PER_ELEMENT,
@@ -35,7 +35,7 @@ from pipeline.store.calibration import Calibration
 from pipeline.store.layout import INNER_ROWS, plan_blocks
 from pipeline.store.quantization import DTYPES
 from pipeline.store.writer import ArrayPlan, SplitPlan
-from pipeline.teachers.runner import Teacher, width_shape
+from pipeline.teachers.runner import TeacherRunner, width_shape
 
 log = logging.getLogger("pipeline.build.plan")
 
@@ -45,7 +45,7 @@ def plan_split(
     name: str,
     dataset: Dataset,
     scan: Scan,
-    teacher: Teacher | None,
+    teacher: TeacherRunner | None,
     calibrations: Mapping[str, Calibration] = MappingProxyType({}),
 ) -> SplitPlan:
     """Blocks and arrays of split ``name``.
@@ -75,12 +75,12 @@ def plan_split(
     plan = SplitPlan(
         name=name,
         sample_ids=[dataset.sample_ids[int(i)] for i in blocks.order],
-        checksums=scan.checksums[blocks.order],
+        checksums=scan.structure_hashes[blocks.order],
         blocks=blocks,
         arrays=_array_plans(spec, spec.splits[name], teacher, calibrations),
     )
     if blocks.edges is not None:
-        _tell_edge_size(plan, blocks.edges.rows_per_block)
+        _log_edge_size(plan, blocks.edges.rows_per_block)
     return plan
 
 
@@ -89,7 +89,7 @@ def _whole_chunks(n_atoms: npt.NDArray[np.int32]) -> int:
     return -(-int(n_atoms.sum(dtype=np.int64)) // INNER_ROWS) * INNER_ROWS
 
 
-def tell_undetermined(
+def warn_undetermined(
     splits: Mapping[str, SplitSpec], scans: Mapping[str, Scan]
 ) -> None:
     """Warn of splits whose compositions leave fitted reference energies open.
@@ -103,7 +103,9 @@ def tell_undetermined(
     }
     found: dict[str, tuple[int, ...]] = {}
     for name, scan in fitted.items():
-        larger = [s for s in fitted.values() if len(s.hashes) > len(scan.hashes)]
+        larger = [
+            s for s in fitted.values() if len(s.sample_hashes) > len(scan.sample_hashes)
+        ]
         if not any(_determines(other, scan.undetermined) for other in larger):
             found |= {name: scan.undetermined} if scan.undetermined else {}
     if found:
@@ -113,7 +115,7 @@ def tell_undetermined(
             "samples of others, such as isolated atoms, or name a file in "
             "splits.NAME.reference_energies",
             ", ".join(f"splits.{name}" for name in found),
-            symbols_of([z for elements in found.values() for z in elements]),
+            list_symbols([z for elements in found.values() for z in elements]),
         )
 
 
@@ -125,7 +127,7 @@ def _determines(scan: Scan, elements: Sequence[int]) -> bool:
     )
 
 
-def _tell_edge_size(plan: SplitPlan, rows_per_block: int) -> None:
+def _log_edge_size(plan: SplitPlan, rows_per_block: int) -> None:
     row = sum(
         np.dtype(a.dtype).itemsize * int(np.prod(a.shape, dtype=np.int64))
         for a in plan.arrays
@@ -146,14 +148,14 @@ def _tell_edge_size(plan: SplitPlan, rows_per_block: int) -> None:
 def _array_plans(
     spec: CacheSpec,
     split: SplitSpec,
-    teacher: Teacher | None,
+    teacher: TeacherRunner | None,
     calibrations: Mapping[str, Calibration],
 ) -> tuple[ArrayPlan, ...]:
     names: list[str] = [*STRUCTURE_FIELDS, *LABEL_FIELDS]
     wanted: dict[str, FeatureSpec] = {}
     widths: dict[str, int] = {}
     if teacher is not None:
-        wanted = wanted_features(spec, split)
+        wanted = features_of_split(spec, split)
         names += [*PREDICTION_FIELDS, *wanted]
         if "edge_features" in wanted:
             names += EDGE_IDENTITY_FIELDS
@@ -188,7 +190,7 @@ def array_attributes(name: str, feature: FeatureSpec | None) -> dict[str, Any]:
     return attributes
 
 
-def wanted_features(spec: CacheSpec, split: SplitSpec) -> dict[str, FeatureSpec]:
+def features_of_split(spec: CacheSpec, split: SplitSpec) -> dict[str, FeatureSpec]:
     """Fields that the teacher is asked for in this split, with their options."""
     return dict(spec.features) if split.features else {}
 
@@ -197,7 +199,7 @@ def store_attributes(
     spec: CacheSpec,
     scans: Mapping[str, Scan],
     plans: Mapping[str, SplitPlan],
-    teacher: Teacher | None,
+    teacher: TeacherRunner | None,
 ) -> dict[str, Any]:
     """Provenance of the store and the fingerprint of all that decides its numbers."""
     identity = {
@@ -205,7 +207,7 @@ def store_attributes(
         "splits": {
             name: {
                 "features": s.features,
-                "content": scans[name].content,
+                "content": scans[name].content_sha256,
                 "reference_energies": _references(s.reference_energies),
             }
             for name, s in spec.splits.items()

@@ -13,7 +13,7 @@ from pipeline.datasets.label_statistics import KIND_DIFFERENCE
 from pipeline.fields import PREDICTION_FIELDS
 from pipeline.graphs.neighbors import limit_warning
 from pipeline.structure import Sample
-from pipeline.teachers.runner import Arrays, Teacher
+from pipeline.teachers.runner import Arrays, TeacherRunner
 
 log = logging.getLogger("pipeline.build.preflight")
 SAMPLES = 8
@@ -70,7 +70,7 @@ class ForceMatch:
 
 
 def preview(
-    split: str, dataset: Dataset, teacher: Teacher, fields: Sequence[str]
+    split: str, dataset: Dataset, teacher: TeacherRunner, fields: Sequence[str]
 ) -> dict[str, Any]:
     """What a few samples tell about ``teacher`` on this dataset; JSON-able.
 
@@ -92,19 +92,19 @@ def preview(
         "forces": None if forces is None else forces.to_dict(),
     }
     if forces is not None:
-        _tell_forces(split, forces)
+        _report_forces(split, forces)
     if teacher.spec.precision != "float32":
         errors = teacher.precision_error(samples, fields)
         found["precision_error"] = errors
-        told = ", ".join(_told(name, error) for name, error in errors.items())
+        text = ", ".join(_format_error(name, error) for name, error in errors.items())
         log.warning(
             "teacher.precision: %s changes, over %d samples of splits.%s: %s",
             teacher.spec.precision,
             len(samples),
             split,
-            told,
+            text,
         )
-    _tell_limit(split, samples, teacher)
+    _report_limit(split, samples, teacher)
     return found
 
 
@@ -173,17 +173,17 @@ def _factor(unit: str) -> str:
     return f"× {factor:.4g}" if factor > 1 else f"/ {1 / factor:.4g}"
 
 
-def _tell_forces(split: str, found: ForceMatch) -> None:
+def _report_forces(split: str, found: ForceMatch) -> None:
     cause = likely_cause(split, found)
-    told = (
+    text = (
         f"splits.{split}: forces of the labels and of the teacher on {found.samples} "
         f"samples have the cosine {found.cosine:.2f} and the RMS ratio "
         f"{found.ratio:.3g}"
     )
     if cause is None:
-        log.info("%s", told)
+        log.info("%s", text)
     else:
-        log.warning("%s; %s", told, cause)
+        log.warning("%s; %s", text, cause)
 
 
 def _energy_difference(
@@ -208,17 +208,19 @@ def _energy_difference(
     return difference
 
 
-def _tell_limit(split: str, samples: Sequence[Sample], teacher: Teacher) -> None:
+def _report_limit(
+    split: str, samples: Sequence[Sample], teacher: TeacherRunner
+) -> None:
     """Warn of atoms that have more neighbours than the teacher sees."""
     potential = teacher.potential
     crowded = sum(potential.graph(sample).edges.crowded for sample in samples)
     atoms = sum(len(sample.structure) for sample in samples)
-    told = limit_warning(potential.graph_rule, crowded, atoms)
-    if told is not None:
-        log.warning("splits.%s: %s", split, told)
+    text = limit_warning(potential.graph_rule, crowded, atoms)
+    if text is not None:
+        log.warning("splits.%s: %s", split, text)
 
 
-def _told(name: str, error: float) -> str:
+def _format_error(name: str, error: float) -> str:
     units = {"teacher_energy": "eV", "teacher_forces": "eV/Å"}
     if name in PREDICTION_FIELDS:
         return f"{name} by {error:.2g} {units[name]}"

@@ -21,7 +21,7 @@ from pipeline.spec.cache_spec import TeacherSpec
 from pipeline.spec.yaml_model import apply_overrides, as_json, validate
 from pipeline.store.reader import FeatureStore, SplitReader
 from pipeline.structure import Sample, Structure
-from pipeline.teachers.runner import Teacher
+from pipeline.teachers.runner import TeacherRunner
 
 log = logging.getLogger("pipeline.build.recompute")
 
@@ -72,7 +72,7 @@ def spot_check(
         The store has no teacher, or it was another one.
     """
     store = FeatureStore.open(path)
-    teacher = _teacher_of(store, device, overrides)
+    teacher = _load_teacher(store, device, overrides)
     rng = np.random.default_rng(seed)
     found, compared = [], 0
     for split in store.splits.values():
@@ -86,7 +86,9 @@ def spot_check(
     return found, compared
 
 
-def _teacher_of(store: FeatureStore, device: str, overrides: Iterable[str]) -> Teacher:
+def _load_teacher(
+    store: FeatureStore, device: str, overrides: Iterable[str]
+) -> TeacherRunner:
     known = store.attributes["teacher"]
     if known is None:
         raise SpecError(
@@ -100,7 +102,7 @@ def _teacher_of(store: FeatureStore, device: str, overrides: Iterable[str]) -> T
             f"teacher.checkpoint: {spec.checkpoint} does not exist; say where it is "
             "with --set teacher.checkpoint=PATH."
         )
-    teacher = Teacher.load(spec, device, known["layers"])
+    teacher = TeacherRunner.load(spec, device, known["layers"])
     identity = as_json(teacher.identity)
     for key in sorted(known.keys() - _NO_IDENTITY):
         if identity.get(key) != known[key]:
@@ -112,7 +114,7 @@ def _teacher_of(store: FeatureStore, device: str, overrides: Iterable[str]) -> T
 
 
 def _differences(
-    split: SplitReader, position: int, teacher: Teacher
+    split: SplitReader, position: int, teacher: TeacherRunner
 ) -> list[Difference]:
     fields = [name for name in CACHEABLE_FIELDS if FIELDS[name].path in split.arrays]
     names = [*PREDICTION_FIELDS, *fields]

@@ -10,12 +10,12 @@ import numpy.typing as npt
 
 from pipeline.build.contents import Contents
 from pipeline.datasets import Dataset
-from pipeline.datasets.base import in_pieces
+from pipeline.datasets.base import split_pieces
 from pipeline.datasets.label_statistics import FOLD, LabelSums
 from pipeline.errors import DataError
 from pipeline.graphs.neighbors import check_cell
 from pipeline.models.normalizer import Normalizer
-from pipeline.parallel.ordered_map import Run, not_told
+from pipeline.parallel.ordered_map import OrderedMap, ignore_items
 from pipeline.store.layout import IntArray
 from pipeline.structure import Sample, Structure
 
@@ -27,15 +27,15 @@ Hashes = npt.NDArray[np.uint64]
 class Scan:
     """What one pass over a dataset tells, all in its own order.
 
-    ``checksums`` (n,) of the structures, ``content`` SHA-256 over ids, structures and
-    labels, ``hashes`` (n,) of the same of each sample, ``labels`` their statistics,
-    ``contents`` counts of what the samples have, ``n_edges`` (n,) where they were
-    counted.
+    ``structure_hashes`` (n,) of the structures, ``content_sha256`` over ids,
+    structures and labels, ``sample_hashes`` (n,) of the same of each sample, ``labels``
+    their statistics, ``contents`` counts of what the samples have, ``n_edges`` (n,)
+    where they were counted.
     """
 
-    checksums: Hashes
-    content: str
-    hashes: Hashes
+    structure_hashes: Hashes
+    content_sha256: str
+    sample_hashes: Hashes
     labels: Normalizer
     contents: Contents
     n_edges: IntArray | None
@@ -44,12 +44,12 @@ class Scan:
 
 
 @dataclass(frozen=True, eq=False)
-class _Part:
+class _ScanPart:
     """What a pass tells of some samples; ``content`` is what is hashed of them."""
 
     content: bytes
-    checksums: Hashes
-    hashes: Hashes
+    structure_hashes: Hashes
+    sample_hashes: Hashes
     labels: LabelSums
     contents: Contents
     n_edges: IntArray
@@ -59,8 +59,8 @@ def scan_dataset(
     dataset: Dataset,
     reference_energies: str,
     count_edges: CountEdges | None = None,
-    run: Run = map,
-    read: Callable[[int], None] = not_told,
+    run: OrderedMap = map,
+    read: Callable[[int], None] = ignore_items,
 ) -> Scan:
     """Read every sample of ``dataset`` once, in the processes of ``run``.
 
@@ -79,17 +79,19 @@ def scan_dataset(
     if dataset.keeps_samples and count_edges is None:
         run = map  # sending samples takes longer than hashing them
     scan = partial(_scan_part, dataset, count_edges)
-    for part in run(scan, in_pieces(range(len(dataset)), FOLD)):
+    for part in run(scan, split_pieces(range(len(dataset)), FOLD)):
         content.update(part.content)
         labels.merge(part.labels)
         contents += part.contents
-        columns.append((part.checksums, part.hashes, part.n_edges))
-        read(len(part.checksums))
-    checksums, hashes, n_edges = map(np.concatenate, zip(*columns, strict=True))
+        columns.append((part.structure_hashes, part.sample_hashes, part.n_edges))
+        read(len(part.structure_hashes))
+    structure_hashes, sample_hashes, n_edges = map(
+        np.concatenate, zip(*columns, strict=True)
+    )
     return Scan(
-        checksums,
+        structure_hashes,
         content.hexdigest(),
-        hashes,
+        sample_hashes,
         labels.normalizer(reference_energies),
         contents.named(dataset),
         None if count_edges is None else n_edges,
@@ -104,7 +106,7 @@ def sample_hash(sample: Sample) -> int:
 
 def _scan_part(
     dataset: Dataset, count_edges: CountEdges | None, indices: range
-) -> _Part:
+) -> _ScanPart:
     samples = [dataset[index] for index in indices]
     for sample in samples:
         _require_cell(sample)
@@ -112,8 +114,10 @@ def _scan_part(
     contents = [_content(*pair) for pair in zip(samples, checksums, strict=True)]
     labels = LabelSums()
     labels.add(samples)
-    counts = [] if count_edges is None else [_counted(s, count_edges) for s in samples]
-    return _Part(
+    counts = (
+        [] if count_edges is None else [_count_edges(s, count_edges) for s in samples]
+    )
+    return _ScanPart(
         b"".join(contents),
         np.array(checksums, np.uint64),
         np.array([_hash(content) for content in contents], np.uint64),
@@ -150,7 +154,7 @@ def _hash(content: bytes) -> int:
     return int.from_bytes(digest, "little")
 
 
-def _counted(sample: Sample, count_edges: CountEdges) -> int:
+def _count_edges(sample: Sample, count_edges: CountEdges) -> int:
     try:
         return count_edges(sample.structure)
     except DataError as error:

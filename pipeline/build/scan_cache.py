@@ -1,4 +1,4 @@
-"""What passes over the datasets of a store found, kept in ``STORE.index`` beside it.
+"""What passes over the datasets of a store found: ``STORE.scan-cache`` beside it.
 
 So that no other process makes them again: the workers of a build, the jobs of an array,
 the next command. It holds while all files of a dataset have the sizes and times that
@@ -21,7 +21,7 @@ from pipeline.build.contents import Contents
 from pipeline.build.scan import Hashes, Scan
 from pipeline.datasets import IndexedDataset, Lister, Listing
 from pipeline.files.atomic import write_atomically
-from pipeline.parallel.ordered_map import Run
+from pipeline.parallel.ordered_map import OrderedMap
 from pipeline.spec.cache_spec import SplitSpec
 
 log = logging.getLogger("pipeline.build.scan_cache")
@@ -33,22 +33,22 @@ _PLACE = "place_"
 _NO_MATTER = {"path", "source", "features", "compare_energies"}
 
 
-class KeptScan(NamedTuple):
+class CachedScan(NamedTuple):
     """Checksums and hashes (n,) of the samples of a split, and counts of them."""
 
-    checksums: Hashes
-    hashes: Hashes
+    structure_hashes: Hashes
+    sample_hashes: Hashes
     contents: Contents
 
 
-class Sidecar:
+class ScanCache:
     """The folder beside the store at ``store``, made with the first thing to keep."""
 
     def __init__(self, store: Path) -> None:
-        self.folder = store.with_name(store.name + ".index")
+        self.folder = store.with_name(store.name + ".scan-cache")
         self._keys: dict[str, str] = {}
 
-    def lister(self, name: str, split: SplitSpec, run: Run) -> Lister:
+    def lister(self, name: str, split: SplitSpec, run: OrderedMap) -> Lister:
         """Gives the listing of split ``name``: the one kept, else made by ``run``.
 
         Of several processes that ask at once, one makes it.
@@ -71,14 +71,14 @@ class Sidecar:
 
         return listing
 
-    def scan(self, name: str, content: str, n_samples: int) -> KeptScan | None:
+    def scan(self, name: str, content_sha256: str, n_samples: int) -> CachedScan | None:
         """What is kept of a pass over the content of an opened split.
 
         None where those kept are not of its files as they are now, or not of this
-        ``content``.
+        ``content_sha256``.
         """
         found = self._read(f"{name}.scan", self._keys[name])
-        if found is None or str(found.get("content")) != content:
+        if found is None or str(found.get("content")) != content_sha256:
             return None
         none = np.zeros(0)
         checksums, hashes = found.get("checksums", none), found.get("hashes", none)
@@ -87,14 +87,14 @@ class Sidecar:
         ):
             return None
         contents = _read_contents(found, n_samples)
-        return None if contents is None else KeptScan(checksums, hashes, contents)
+        return None if contents is None else CachedScan(checksums, hashes, contents)
 
-    def keep_scan(self, name: str, scan: Scan) -> None:
+    def save_scan(self, name: str, scan: Scan) -> None:
         """Keep what a pass over the content of an opened split found."""
         columns = {
-            "content": np.array(scan.content),
-            "checksums": scan.checksums,
-            "hashes": scan.hashes,
+            "content": np.array(scan.content_sha256),
+            "checksums": scan.structure_hashes,
+            "hashes": scan.sample_hashes,
             "contents": np.array(json.dumps(scan.contents.to_dict())),
         }
         self._write(f"{name}.scan", self._keys[name], columns)

@@ -21,7 +21,7 @@ INTERVAL_S = 2.0
 
 
 @dataclass
-class Progress:
+class BuildStatus:
     """Counts of one run of a build; samples and blocks include those found done.
 
     While it plans, samples are those that the pass at hand has read.
@@ -98,8 +98,8 @@ class Progress:
             "blocks_checked": self.blocks_checked,
             "samples_done": self.samples_done,
             "samples_total": self.samples,
-            "samples_per_second": _rounded(self.rate),
-            "eta_seconds": _rounded(self.eta if self.state == "filling" else None),
+            "samples_per_second": _round(self.rate),
+            "eta_seconds": _round(self.eta if self.state == "filling" else None),
             "workers_alive": self.workers,
             "retries": self.retries,
             "smaller_passes": self.smaller_passes,
@@ -109,7 +109,7 @@ class Progress:
 
 
 @contextmanager
-def status_file(path: Path, progress: Progress) -> Iterator[None]:
+def status_file(path: Path, progress: BuildStatus) -> Iterator[None]:
     """Keep ``progress`` in a JSON file at ``path``, written anew every two seconds.
 
     It is replaced at once and always whole. At the end its state is done, interrupted
@@ -126,7 +126,7 @@ def status_file(path: Path, progress: Progress) -> Iterator[None]:
         return
     writer = _StatusWriter(path, progress)
     try:
-        with _ending(progress):
+        with _record_ending(progress):
             yield
     finally:
         writer.end()
@@ -136,7 +136,7 @@ def status_file(path: Path, progress: Progress) -> Iterator[None]:
 
 
 @contextmanager
-def _ending(progress: Progress) -> Iterator[None]:
+def _record_ending(progress: BuildStatus) -> Iterator[None]:
     try:
         yield
     except (Stopped, KeyboardInterrupt):
@@ -152,7 +152,7 @@ def _ending(progress: Progress) -> Iterator[None]:
 class _StatusWriter:
     """A thread that writes the file again and again, until it is told to end."""
 
-    def __init__(self, path: Path, progress: Progress) -> None:
+    def __init__(self, path: Path, progress: BuildStatus) -> None:
         self._path = path
         self._progress = progress
         self._started = _now()
@@ -172,7 +172,7 @@ class _StatusWriter:
             self._write()
 
     def _write(self) -> None:
-        told = {
+        document = {
             **self._progress.to_dict(),
             "pid": os.getpid(),
             "host": socket.gethostname(),
@@ -182,7 +182,7 @@ class _StatusWriter:
         # Not ".partial", which creating a store clears away as its own.
         temporary = self._path.with_name(f".{self._path.name}.new")
         with suppress(OSError):
-            temporary.write_text(json.dumps(told, indent=2) + "\n")
+            temporary.write_text(json.dumps(document, indent=2) + "\n")
             temporary.replace(self._path)
 
 
@@ -190,5 +190,5 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _rounded(value: float | None) -> float | None:
+def _round(value: float | None) -> float | None:
     return None if value is None else round(value, 3)

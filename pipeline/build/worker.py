@@ -12,16 +12,16 @@ from typing import NamedTuple
 
 import torch
 
-from pipeline.build.inputs import Source
-from pipeline.build.part import Part
+from pipeline.build.inputs import BuildInputs
+from pipeline.build.part import BuildPart
 from pipeline.errors import DeviceError, PipelineError, StoreError, WorkersError
-from pipeline.logs import Warned, append_warning, collected_warnings
+from pipeline.logs import LoggedWarning, append_warning, collect_warnings
 from pipeline.parallel.device_choice import choose_device
 from pipeline.parallel.devices import (
-    device_of_one,
+    device_for_worker,
     is_device_failure,
     is_out_of_memory,
-    threads_of_one,
+    threads_per_worker,
 )
 from pipeline.parallel.task_pool import RETRIES
 from pipeline.spec.cache_spec import CacheSpec
@@ -41,7 +41,7 @@ class Block(NamedTuple):
         return f"block {self.number} of split {self.split!r}"
 
 
-class Filled(NamedTuple):
+class BlockResult(NamedTuple):
     """Samples of a block that was written, and what was told meanwhile.
 
     ``notes`` are of devices, ``warnings`` those of another process.
@@ -49,11 +49,11 @@ class Filled(NamedTuple):
 
     samples: int
     notes: tuple[str, ...]
-    warnings: tuple[Warned, ...] = ()
+    warnings: tuple[LoggedWarning, ...] = ()
 
 
 @dataclass(frozen=True)
-class Filling:
+class FillOptions:
     """Who fills blocks, and which: a half-open range of every split, a part, or all.
 
     ``workers`` processes of this machine, those behind the Dask ``scheduler``, or this
@@ -65,7 +65,7 @@ class Filling:
     device: str | None = "cpu"
     workers: int = 0
     blocks: tuple[int, int] | None = None
-    part: Part | None = None
+    part: BuildPart | None = None
     before: Path | None = None
     scheduler: str | None = None
     threads: int | None = None
@@ -86,7 +86,7 @@ class Filling:
         return "" if self.blocks is None else "{}-{}".format(*self.blocks)
 
 
-def store_seen(path: Path) -> str | None:
+def read_fingerprint(path: Path) -> str | None:
     """Fingerprint of the store at ``path``, None where this process sees none."""
     try:
         return str(FeatureStore.open(path, allow_unsealed=True).fingerprint)
@@ -94,7 +94,7 @@ def store_seen(path: Path) -> str | None:
         return None
 
 
-def not_seen(address: str, path: Path) -> WorkersError:
+def store_not_visible(address: str, path: Path) -> WorkersError:
     """Error of a worker that has no such store where the others have it."""
     return WorkersError(
         f"The Dask worker {address} does not see the store {path}; put it, the "
@@ -102,17 +102,17 @@ def not_seen(address: str, path: Path) -> WorkersError:
     )
 
 
-class BlockFiller:
+class BlockWorker:
     """Fills blocks of one store; called from several threads at once."""
 
     def __init__(
-        self, source: Source, writer: StoreWriter, before: Path | None
+        self, source: BuildInputs, writer: StoreWriter, before: Path | None
     ) -> None:
         self._source = source
         self._writer = writer
         self._before = {} if before is None else FeatureStore.open(before).splits
 
-    def __call__(self, block: Block) -> Filled:
+    def __call__(self, block: Block) -> BlockResult:
         """Fill ``block`` unless it is there.
 
         Raises
@@ -124,21 +124,21 @@ class BlockFiller:
         """
         known = self._before.get(block.split)
         before = None if known is None else known.index
-        with _notes_of_this_thread() as notes:
+        with _collect_device_notes() as notes:
             try:
                 samples = self._source.fill_block(
                     self._writer, block.split, block.number, before
                 )
             except (RuntimeError, MemoryError) as error:
-                meant = _translated(error)
+                meant = _translate_error(error)
                 if meant is error:
                     # Raised from itself it would be its own cause: Dask follows causes.
                     raise
                 raise meant from error
-        return Filled(samples, tuple(notes))
+        return BlockResult(samples, tuple(notes))
 
 
-def _translated(error: RuntimeError | MemoryError) -> Exception:
+def _translate_error(error: RuntimeError | MemoryError) -> Exception:
     """What ``error`` means for a block; itself where it is none of a device."""
     if isinstance(error, PipelineError):
         return error
@@ -153,38 +153,38 @@ def _translated(error: RuntimeError | MemoryError) -> Exception:
     return error
 
 
-def fill_in_worker(
+def run_block_in_worker(
     document: str,
     path: Path,
     fingerprint: str,
     build: str,
-    filling: Filling,
+    filling: FillOptions,
     block: Block,
-) -> Filled:
+) -> BlockResult:
     """Fill ``block`` in a worker process, which keeps datasets and teacher.
 
     It keeps them for one ``build``: the next one may find other files and another plan.
     """
-    with collected_warnings() as warnings:
+    with collect_warnings() as warnings:
         with _starting:
-            fill = _worker_filler(document, path, fingerprint, build, filling)
+            fill = _open_block_worker(document, path, fingerprint, build, filling)
         try:
             return fill(block)._replace(warnings=tuple(warnings))
         except DeviceError as error:
-            if _starts_anew():
+            if _is_restarted():
                 # The process cannot use its device any more; a fresh one can.
-                _tell_anew(path, f"{block}: {error}; its worker starts anew")
+                _warn_of_restart(path, f"{block}: {error}; its worker starts anew")
                 os._exit(1)
             raise
 
 
-def _tell_anew(path: Path, text: str) -> None:
+def _warn_of_restart(path: Path, text: str) -> None:
     """Warn from a process that ends before it can hand on anything."""
     os.write(2, f"Warning: {text}\n".encode())
     append_warning(path.with_name(f"{path.name}.log"), text)
 
 
-def _starts_anew() -> bool:
+def _is_restarted() -> bool:
     """Whether this worker is started again when it ends: a nanny watches it."""
     from distributed import get_worker
 
@@ -192,33 +192,35 @@ def _starts_anew() -> bool:
 
 
 @lru_cache(maxsize=1)
-def _worker_filler(
-    document: str, path: Path, fingerprint: str, build: str, filling: Filling
-) -> BlockFiller:
+def _open_block_worker(
+    document: str, path: Path, fingerprint: str, build: str, filling: FillOptions
+) -> BlockWorker:
     """Datasets and teacher, loaded once in each worker process for a build."""
     from distributed import get_worker
 
     worker = get_worker()
-    if store_seen(path) != fingerprint:
-        raise not_seen(worker.address, path)
+    if read_fingerprint(path) != fingerprint:
+        raise store_not_visible(worker.address, path)
     writer = StoreWriter(path)
     try:
         if filling.scheduler is None:
-            device = device_of_one(filling.device or "cpu", int(worker.name))
-            torch.set_num_threads(filling.threads or threads_of_one(filling.workers))
+            device = device_for_worker(filling.device or "cpu", int(worker.name))
+            torch.set_num_threads(
+                filling.threads or threads_per_worker(filling.workers)
+            )
         else:
             device = str(choose_device(filling.device))
             if filling.threads is not None:
                 torch.set_num_threads(filling.threads)
         spec = CacheSpec.model_validate_json(document)
-        source = Source.open(spec, device, store=path)
-        return BlockFiller(source, writer, filling.before)
+        source = BuildInputs.open(spec, device, store=path)
+        return BlockWorker(source, writer, filling.before)
     except PipelineError as error:
         raise WorkersError(f"The Dask worker {worker.address}: {error}") from None
 
 
 @contextmanager
-def _notes_of_this_thread() -> Iterator[list[str]]:
+def _collect_device_notes() -> Iterator[list[str]]:
     """Collect what is told of devices while a block is filled."""
     notes: list[str] = []
     handler = _Collector(notes, threading.get_ident())

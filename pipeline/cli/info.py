@@ -27,8 +27,8 @@ def render_description(description: dict[str, Any]) -> str:
     ]
     for split, found in description["preview"].items():
         errors = found.get("precision_error", {})
-        told = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
-        lines += [f"error        of reduced precision, {split}: {told}"] if told else []
+        text = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+        lines += [f"error        of reduced precision, {split}: {text}"] if text else []
     for name, split in description["splits"].items():
         lines += ["", *_split_lines(name, split)]
     checked = checked_lines(description)
@@ -78,15 +78,15 @@ def _teacher_lines(teacher: dict[str, Any] | None) -> list[str]:
 def _split_lines(name: str, split: dict[str, Any]) -> list[str]:
     counted = ", ".join(f"{split[k]} {k}" for k in _COUNTED.values() if k in split)
     done = f"{split['blocks_done']} of {split['blocks']} blocks"
-    lines = [f"split {name}: {counted}, {done}{_labels_told(split)}"]
+    lines = [f"split {name}: {counted}, {done}{_format_labels(split)}"]
     for path, field in split["fields"].items():
         shape = "(" + ", ".join(str(size) for size in field["shape"]) + ")"
         size, error = field["bytes_per_sample"], field["relative_squared_error"]
-        told = "" if field["profile"] == "faithful" else f"  {field['profile']}"
-        told += "" if error is None else f", relative squared error {error:.2e}"
-        told += "" if "blosc" not in field["codec"] else f", {field['codec']}"
+        text = "" if field["profile"] == "faithful" else f"  {field['profile']}"
+        text += "" if error is None else f", relative squared error {error:.2e}"
+        text += "" if "blosc" not in field["codec"] else f", {field['codec']}"
         lines.append(
-            f"  {path:32} {shape:16} {field['dtype']:8} {size:10.1f} B/sample{told}"
+            f"  {path:32} {shape:16} {field['dtype']:8} {size:10.1f} B/sample{text}"
         )
     total = sum(field["bytes_per_sample"] for field in split["fields"].values())
     return [*lines, f"  {'':58}{total:10.1f} B/sample together"]
@@ -111,7 +111,7 @@ def field_table(description: dict[str, Any]) -> str:
     return text.getvalue()
 
 
-def _labels_told(split: dict[str, Any]) -> str:
+def _format_labels(split: dict[str, Any]) -> str:
     known = split["labelled"]
     if known is None:
         return ""

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 import click
 
-from pipeline.cli.progress import check_bar, ended_by_signals, told
-from pipeline.cli.store import COMMANDS, log_of, workers_option
+from pipeline.cli.progress import build_progress, check_bar, end_on_signals
+from pipeline.cli.store import COMMANDS, log_path, workers_option
 from pipeline.console import CHECK_FAILED, one_sentence_errors
 from pipeline.logs import log_to_file
 from pipeline.parallel.device_choice import choose_device
 
 if TYPE_CHECKING:
-    from pipeline.build.part import Part
+    from pipeline.build.part import BuildPart
     from pipeline.spec.cache_spec import CacheSpec
 
 
@@ -38,18 +38,18 @@ def _block_range(text: str | None) -> tuple[int, int] | None:
     return int(numbers[1]), int(numbers[2])
 
 
-def _chosen_part(text: str | None, others: dict[str, object]) -> "Part | None":
+def _chosen_part(text: str | None, others: dict[str, object]) -> "BuildPart | None":
     """The part that was asked for; refuses options that a part cannot have."""
     if text is None:
         return None
-    from pipeline.build.part import Part
+    from pipeline.build.part import BuildPart
 
     for option, value in others.items():
         if value is not None:
             raise click.BadParameter(
                 f"--part fills its blocks and seals nothing, so leave out {option}."
             )
-    return Part.parse(text)
+    return BuildPart.parse(text)
 
 
 def _spec_for_store(
@@ -77,7 +77,7 @@ def _started(
         torch.set_num_threads(threads)
     place = str(choose_device(device))
     store = Path(spec.store.path)
-    log_to_file(log_of(store))
+    log_to_file(log_path(store))
     return store, place
 
 
@@ -126,7 +126,7 @@ _threads_option = click.option(
     help="Written once the store is sealed: what a workflow engine waits for.",
 )
 @one_sentence_errors
-@ended_by_signals()
+@end_on_signals()
 def build(
     spec: Path,
     out: str | None,
@@ -152,10 +152,10 @@ def build(
         raise click.UsageError("--workers and --scheduler exclude each other.")
 
     from pipeline.build.build import build_store
-    from pipeline.build.worker import Filling
+    from pipeline.build.worker import FillOptions
 
     store, place = _started(chosen, None if scheduler else device, threads)
-    filling = Filling(
+    filling = FillOptions(
         device=device if scheduler else place,
         workers=workers,
         scheduler=scheduler,
@@ -164,12 +164,12 @@ def build(
         blocks=block_range,
         part=share,
     )
-    with told(store, filling.label) as (bar, progress):
+    with build_progress(store, filling.label) as (bar, progress):
         sealed = build_store(
             chosen,
             filling=filling,
-            report=bar.filled,
-            count=bar.counted,
+            report=bar.show_block,
+            count=bar.show_pass,
             progress=progress,
         )
     if share is None:
@@ -187,9 +187,9 @@ def _tell_contents(store: Path) -> None:
     """Print what planning found in the data."""
     from pipeline.cli.info import render_contents
 
-    told = render_contents(store)
-    if told:
-        click.echo(told)
+    text = render_contents(store)
+    if text:
+        click.echo(text)
 
 
 def _write_receipt(receipt: Path, store: Path) -> None:
@@ -208,7 +208,7 @@ def _write_receipt(receipt: Path, store: Path) -> None:
 @_threads_option
 @workers_option
 @one_sentence_errors
-@ended_by_signals(
+@end_on_signals(
     "a store is planned whole or not at all, so give the same command again"
 )
 def plan(
@@ -239,16 +239,14 @@ def plan(
 @click.argument("store", type=click.Path(path_type=Path))
 @workers_option
 @one_sentence_errors
-@ended_by_signals(
-    "the store is not sealed, and the same command checks all blocks again"
-)
+@end_on_signals("the store is not sealed, and the same command checks all blocks again")
 def seal(store: Path, workers: int) -> None:
     """Check every block of STORE, whose parts are all filled, and seal it."""
-    from pipeline.files.atomic import told_when_full
+    from pipeline.files.atomic import disk_full_as_error
     from pipeline.store.writer import StoreWriter
 
-    log_to_file(log_of(store), logging.WARNING)
-    with told_when_full(store), check_bar("seal") as count:
+    log_to_file(log_path(store), logging.WARNING)
+    with disk_full_as_error(store), check_bar("seal") as count:
         StoreWriter(store).seal(workers, count)
     click.echo(f"{store}: complete and sealed.")
 
@@ -261,7 +259,7 @@ def seal(store: Path, workers: int) -> None:
 @_set_option
 @_threads_option
 @one_sentence_errors
-@ended_by_signals()
+@end_on_signals()
 def add_field(
     spec: Path,
     out: str | None,
@@ -277,16 +275,16 @@ def add_field(
     chosen = _spec_for_store(spec, out, overrides)
 
     from pipeline.build.extend import extend_store
-    from pipeline.build.fill import Filling
+    from pipeline.build.fill import FillOptions
 
     store, place = _started(chosen, device, threads)
-    filling = Filling(device=place, workers=workers, threads=threads)
-    with told(store) as (bar, progress):
+    filling = FillOptions(device=place, workers=workers, threads=threads)
+    with build_progress(store) as (bar, progress):
         added = extend_store(
             chosen,
             filling=filling,
-            report=bar.filled,
-            count=bar.counted,
+            report=bar.show_block,
+            count=bar.show_pass,
             progress=progress,
         )
     what = ", ".join(added) if added else "nothing, it has all of it already"
@@ -300,7 +298,7 @@ def add_field(
 @_device_option
 @_set_option
 @one_sentence_errors
-@ended_by_signals("the check is not finished, and the same command starts it again")
+@end_on_signals("the check is not finished, and the same command starts it again")
 def check_teacher(
     spec: Path,
     samples: int,
@@ -317,7 +315,7 @@ def check_teacher(
     from pipeline.spec.cache_spec import load_spec
 
     chosen = load_spec(spec, overrides)
-    log_to_file(log_of(chosen.store.path), logging.WARNING)
+    log_to_file(log_path(chosen.store.path), logging.WARNING)
 
     from pipeline.build.check_teacher import try_teacher
 
@@ -337,7 +335,7 @@ def check_teacher(
 @_device_option
 @_set_option
 @one_sentence_errors
-@ended_by_signals("the same command starts again")
+@end_on_signals("the same command starts again")
 def label(
     spec: Path, out: Path, device: str | None, overrides: tuple[str, ...]
 ) -> None:
@@ -351,9 +349,9 @@ def label(
     log_to_file(out / "label.log", logging.WARNING)
 
     from pipeline.build.label import label_splits
-    from pipeline.files.atomic import held
+    from pipeline.files.atomic import hold_lock
 
-    with held(out):
+    with hold_lock(out):
         for file in label_splits(chosen, out, str(choose_device(device))):
             click.echo(f"{file}")
 

@@ -10,24 +10,24 @@ from typing import Any, NoReturn
 import click
 from tqdm import tqdm
 
-from pipeline.build.status import Progress, status_file
+from pipeline.build.status import BuildStatus, status_file
 from pipeline.parallel.ordered_map import Count
-from pipeline.parallel.signals import Stopped, stopped_by_signals
+from pipeline.parallel.signals import Stopped, stop_on_signals
 
 _MOMENT_S = 2.0
 _GOES_ON = "the same command goes on where it stopped"
 
 
 @contextmanager
-def told(store: Path, label: str = "") -> Iterator[tuple["Bar", Progress]]:
+def build_progress(store: Path, label: str = "") -> Iterator[tuple["Bar", BuildStatus]]:
     """A bar, a status file beside the store, and an end of the process on a signal.
 
     ``label`` in the file's name tells processes at one store apart.
     """
     status = store.with_name(".".join(filter(None, (store.name, label, "status.json"))))
-    progress = Progress()
+    progress = BuildStatus()
     with (
-        ended_by_signals(),
+        end_on_signals(),
         status_file(status, progress),
         progress_bar(progress) as bar,
     ):
@@ -35,14 +35,14 @@ def told(store: Path, label: str = "") -> Iterator[tuple["Bar", Progress]]:
 
 
 @contextmanager
-def ended_by_signals(then: str = _GOES_ON) -> Iterator[None]:
+def end_on_signals(then: str = _GOES_ON) -> Iterator[None]:
     """End the process with one sentence at Ctrl-C or SIGTERM, exit code 130 or 143.
 
     ``then`` says what the same command does next. Also a decorator, for a whole command
     with what it imports.
     """
     try:
-        with stopped_by_signals():
+        with stop_on_signals():
             yield
     except Stopped as stopped:
         _end_process(f"Stopped by {stopped}; {then}.", stopped.exit_code)
@@ -87,28 +87,28 @@ class Bar:
     With ``progress`` it knows what is there already.
     """
 
-    def __init__(self, progress: Progress | None = None) -> None:
+    def __init__(self, progress: BuildStatus | None = None) -> None:
         self._progress = progress
         self._what = ""
         self._bar: tqdm[Any] | None = None
         if progress is None:
             self._at("cache", "sample")
 
-    def filled(self, split: str, samples: int, blocks_left: int) -> None:
+    def show_block(self, split: str, samples: int, blocks_left: int) -> None:
         """Tell of one more block, with ``samples``."""
-        told, progress = f"{split}, {blocks_left} blocks left", self._progress
+        postfix, progress = f"{split}, {blocks_left} blocks left", self._progress
         if progress is None:
             bar = self._at("cache", "sample")
         else:
             # The rate is that from the first block on.
             bar = self._at("cache", "sample", progress.samples, progress.samples_done)
             samples = progress.samples_done - int(bar.n)
-            told += f", {progress.workers} workers" if progress.workers > 1 else ""
-            told += f", {len(progress.failed)} failed" if progress.failed else ""
-        bar.set_postfix_str(told, refresh=False)
+            postfix += f", {progress.workers} workers" if progress.workers > 1 else ""
+            postfix += f", {len(progress.failed)} failed" if progress.failed else ""
+        bar.set_postfix_str(postfix, refresh=False)
         bar.update(samples)
 
-    def counted(self, done: int, total: int) -> None:
+    def show_pass(self, done: int, total: int) -> None:
         """Tell how far a pass is: over samples to plan, over blocks to seal."""
         if done == 0:
             self._what = ""  # another pass
@@ -138,7 +138,7 @@ class Bar:
 
 
 @contextmanager
-def progress_bar(progress: Progress | None = None) -> Iterator[Bar]:
+def progress_bar(progress: BuildStatus | None = None) -> Iterator[Bar]:
     """A bar on a terminal, a line every ten seconds elsewhere; with rate and ETA."""
     bar = Bar(progress)
     try:

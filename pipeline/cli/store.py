@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import click
 
-from pipeline.cli.progress import check_bar, ended_by_signals, progress_bar
+from pipeline.cli.progress import check_bar, end_on_signals, progress_bar
 from pipeline.console import CHECK_FAILED, one_sentence_errors
 from pipeline.files.remote import is_url
 from pipeline.logs import log_to_file
@@ -27,7 +27,7 @@ workers_option = click.option(
 )
 
 
-def log_of(store: Path | str) -> Path:
+def log_path(store: Path | str) -> Path:
     """The log beside a store."""
     place = Path(store)
     return place.with_name(f"{place.name}.log")
@@ -36,15 +36,15 @@ def log_of(store: Path | str) -> Path:
 def _keep_warnings(store: str) -> None:
     """Keep warnings in the log of a store that lies on a local disk."""
     if not is_url(store):
-        log_to_file(log_of(store), logging.WARNING)
+        log_to_file(log_path(store), logging.WARNING)
 
 
 def _convert(store: str, out: Path, conversion: "Conversion", workers: int) -> None:
     from pipeline.build.convert import convert_store
 
-    log_to_file(log_of(out))
+    log_to_file(log_path(out))
     with progress_bar() as bar:
-        convert_store(store, out, conversion, bar.filled, workers, bar.counted)
+        convert_store(store, out, conversion, bar.show_block, workers, bar.show_pass)
     click.echo(f"{out}: complete and sealed.")
 
 
@@ -71,7 +71,7 @@ _field_option = click.option(
 @_field_option
 @workers_option
 @one_sentence_errors
-@ended_by_signals()
+@end_on_signals()
 def compact(
     store: str,
     out: Path,
@@ -81,9 +81,9 @@ def compact(
     workers: int,
 ) -> None:
     """Write STORE to OUT with smaller features."""
-    from pipeline.build.convert import conversion_of
+    from pipeline.build.convert import make_conversion
 
-    _convert(store, out, conversion_of(profile, error=error, fields=fields), workers)
+    _convert(store, out, make_conversion(profile, error=error, fields=fields), workers)
 
 
 @click.command()
@@ -104,7 +104,7 @@ def compact(
 @_field_option
 @workers_option
 @one_sentence_errors
-@ended_by_signals()
+@end_on_signals()
 def hydrate(
     store: str,
     out: Path,
@@ -114,9 +114,9 @@ def hydrate(
     workers: int,
 ) -> None:
     """Write STORE, which may be a URL, to OUT with features that are fast to read."""
-    from pipeline.build.convert import conversion_of
+    from pipeline.build.convert import make_conversion
 
-    _convert(store, out, conversion_of(profile, dtype=dtype, fields=fields), workers)
+    _convert(store, out, make_conversion(profile, dtype=dtype, fields=fields), workers)
 
 
 @click.command()
@@ -124,7 +124,7 @@ def hydrate(
 @click.argument("target")
 @click.option("--verify", "check", is_flag=True, help="Read every byte back.")
 @one_sentence_errors
-@ended_by_signals()
+@end_on_signals()
 def push(store: str, target: str, check: bool) -> None:
     """Copy STORE to TARGET, a URL or a folder; what is there already stays.
 
@@ -135,7 +135,7 @@ def push(store: str, target: str, check: bool) -> None:
 
     _keep_warnings(store)
     with progress_bar() as bar:
-        complete = copy_store(store, target, bar.filled)
+        complete = copy_store(store, target, bar.show_block)
     if not complete:
         click.echo(f"{target}: the finished blocks are there, others are missing.")
         return
@@ -182,7 +182,7 @@ def info(store: str, as_json: bool, as_csv: bool) -> None:
 @click.option("--device", default=None, help="Of the teacher; default: a GPU if any.")
 @workers_option
 @one_sentence_errors
-@ended_by_signals("the check is not finished, and the same command starts it again")
+@end_on_signals("the check is not finished, and the same command starts it again")
 def verify(
     store: str,
     repair: bool,

@@ -49,12 +49,12 @@ def data_files(spec: Path, changes: Iterable[str]) -> list[str]:
     except SpecError:
         return []
     found: dict[str, None] = {}
-    for path in _named(chosen):
+    for path in _list_named(chosen):
         found |= dict.fromkeys(map(str, _files(path)))
     return list(found)
 
 
-def _named(spec: CacheSpec) -> Iterator[str]:
+def _list_named(spec: CacheSpec) -> Iterator[str]:
     """Paths that a spec names, files and folders."""
     if spec.teacher is not None:
         yield from filter(None, (spec.teacher.checkpoint, spec.teacher.scale_file))
@@ -72,11 +72,11 @@ def _files(text: str) -> list[Path]:
     path = Path(text)
     if path.is_file():
         return [path]
-    found = path.rglob("*") if path.is_dir() else _matching(path)
+    found = path.rglob("*") if path.is_dir() else _match_files(path)
     return sorted(f for f in found if f.is_file() and not f.name.endswith(_LOCKS))
 
 
-def _matching(path: Path) -> Iterable[Path]:
+def _match_files(path: Path) -> Iterable[Path]:
     """Files that a path with ``*`` or ``?`` in it stands for."""
     root = Path(path.anchor)
     pattern = str(path.relative_to(root))

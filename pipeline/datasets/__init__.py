@@ -18,7 +18,7 @@ from pipeline.datasets.rattled import Rattled
 from pipeline.datasets.traj import TrajDataset
 from pipeline.datasets.unlabelled import Unlabelled
 from pipeline.errors import DataError
-from pipeline.files.download import staged
+from pipeline.files.download import download
 from pipeline.files.remote import is_url
 from pipeline.spec.cache_spec import SplitSpec
 
@@ -101,7 +101,7 @@ def open_split(split: SplitSpec, lister: Lister = _list_anew) -> Dataset:
     """
     dataset = open_dataset(
         split.format,
-        [str(staged(path)) if is_url(path) else path for path in split.paths],
+        [str(download(path)) if is_url(path) else path for path in split.paths],
         offset=split.offset,
         limit=split.limit,
         every=split.every,

@@ -14,10 +14,10 @@ from pipeline.datasets.base import Listing, RecordDataset, Selection
 from pipeline.datasets.constraints import warn_of_constraints
 from pipeline.datasets.file_units import metadata_units
 from pipeline.datasets.labels import ReadOptions, Record
-from pipeline.datasets.paths import files_in, refuse_twins
+from pipeline.datasets.paths import find_files, refuse_twins
 from pipeline.datasets.rows import lost_constraints, row_id, row_record
 from pipeline.errors import DataError
-from pipeline.parallel.ordered_map import Run
+from pipeline.parallel.ordered_map import OrderedMap
 from pipeline.spec.units import Units
 
 WINDOW = 1000
@@ -39,7 +39,7 @@ class AseDbDataset(RecordDataset):
         self, paths: Sequence[Path], selection: Selection, options: ReadOptions
     ) -> None:
         super().__init__(paths, selection, options)
-        self._files = files_in(paths, SUFFIXES, packed=())
+        self._files = find_files(paths, SUFFIXES, packed=())
         for file in self._files:
             if file.suffix not in SUFFIXES:
                 raise DataError(
@@ -60,7 +60,7 @@ class AseDbDataset(RecordDataset):
         """A JSON file cannot be read in part."""
         return any(file.suffix == ".json" for file in self._files)
 
-    def list_frames(self, run: Run = map) -> Listing:
+    def list_frames(self, run: OrderedMap = map) -> Listing:
         """Ids, atom counts and numbers of rows; all files are read by one process."""
         chosen = self._selection.of()
         ids, sizes, places, lost = [], [], [], []

@@ -11,14 +11,14 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.datasets.base import Listing, RecordDataset, Selection, in_pieces
+from pipeline.datasets.base import Listing, RecordDataset, Selection, split_pieces
 from pipeline.datasets.constraints import warn_of_constraints
 from pipeline.datasets.file_units import metadata_units
 from pipeline.datasets.labels import ReadOptions, Record
 from pipeline.datasets.lmdb_files import LAST, LmdbFile, key_text, lmdb_files
 from pipeline.datasets.rows import lost_constraints, row_id, row_record
 from pipeline.errors import DataError
-from pipeline.parallel.ordered_map import Run
+from pipeline.parallel.ordered_map import OrderedMap
 from pipeline.spec.units import Units
 
 log = logging.getLogger("pipeline.datasets")
@@ -52,14 +52,16 @@ class AselmdbDataset(RecordDataset):
         """All files with samples."""
         return [file.data for file in self._files]
 
-    def list_frames(self, run: Run = map) -> Listing:
+    def list_frames(self, run: OrderedMap = map) -> Listing:
         """Ids, atom counts and keys; decodes every row."""
         keys = [_codes(file) for file in self._files]
         owner = np.repeat(np.arange(len(keys), dtype=np.int32), [len(k) for k in keys])
         chosen = self._selection.of(len(owner))
         part = slice(chosen.start, chosen.stop, chosen.step)
         files, numbers = owner[part], np.concatenate(keys)[part]
-        pieces = zip(in_pieces(files, PIECE), in_pieces(numbers, PIECE), strict=True)
+        pieces = zip(
+            split_pieces(files, PIECE), split_pieces(numbers, PIECE), strict=True
+        )
         ids: list[str] = []
         sizes: list[int] = []
         lost: list[tuple[str, ...]] = []
@@ -143,7 +145,7 @@ def _entry(file: LmdbFile, key: bytes, kind: type[_T]) -> _T | None:
     """The file's own entry ``key``, which is a ``kind``; None if there is none."""
     if file.get(key) is None:
         return None
-    value = _decoded(file, key)
+    value = _decode(file, key)
     if type(value) is not kind:
         raise DataError(
             f"{file.path}: {key_text(key)!r} holds a {type(value).__name__}, "
@@ -163,13 +165,13 @@ def _sequence(value: Any, where: str) -> Any:
 
 
 def _row(file: LmdbFile, key: bytes) -> dict[str, Any]:
-    row = _decoded(file, key)
+    row = _decode(file, key)
     if not isinstance(row, dict):
         raise DataError(f"{_where(file, key)} holds a {type(row).__name__}, not a row.")
     return row
 
 
-def _decoded(file: LmdbFile, key: bytes) -> Any:
+def _decode(file: LmdbFile, key: bytes) -> Any:
     """What the file has under ``key``: zlib and JSON, arrays of numbers decoded."""
     where = _where(file, key)
     raw = file.get(key)

@@ -11,10 +11,10 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.datasets.choosing import looked_up, matching
+from pipeline.datasets.choosing import look_up, select_matching
 from pipeline.datasets.labels import ReadOptions, Record, label_like, record_sample
 from pipeline.errors import DataError
-from pipeline.parallel.ordered_map import Run
+from pipeline.parallel.ordered_map import OrderedMap
 from pipeline.structure import Sample
 
 # Samples whose values one process looks up at a time.
@@ -160,7 +160,7 @@ class IndexedDataset(Dataset):
         """All files with samples; what a listing says holds until one changes."""
 
     @abstractmethod
-    def list_frames(self, run: Run = map) -> Listing:
+    def list_frames(self, run: OrderedMap = map) -> Listing:
         """Read the files once, in the processes of ``run``; all that `_selection` has.
 
         Raises
@@ -173,7 +173,7 @@ class IndexedDataset(Dataset):
     def where_values(self, index: int) -> tuple[Any, ...]:
         """A sample's own values under the keys of ``where``."""
 
-    def list_samples(self, run: Run = map) -> Listing:
+    def list_samples(self, run: OrderedMap = map) -> Listing:
         """Samples that the split chooses, by one pass over the files.
 
         ``offset``, ``every`` and ``limit`` count the frames that meet ``where``.
@@ -189,10 +189,10 @@ class IndexedDataset(Dataset):
             return listing
         self.use(listing)
         rows: list[tuple[Any, ...]] = []
-        pieces = in_pieces(range(len(listing.ids)), _PIECE)
+        pieces = split_pieces(range(len(listing.ids)), _PIECE)
         for part in run(partial(_values, self), pieces):
             rows += part
-        chosen = matching(self.path, where, rows)
+        chosen = select_matching(self.path, where, rows)
         return listing.only([chosen[i] for i in self._among_matching.of(len(chosen))])
 
     def use(self, listing: Listing) -> None:
@@ -238,7 +238,7 @@ class RecordDataset(IndexedDataset):
 
     def where_values(self, index: int) -> tuple[Any, ...]:
         """A sample's own values under the keys of ``where``."""
-        return looked_up(self.record(index).properties, self.options.where)
+        return look_up(self.record(index).properties, self.options.where)
 
     def label_names(self, index: int) -> list[str]:
         """Names in the record of a sample that look like labels but are not used."""
@@ -249,6 +249,6 @@ def _values(dataset: IndexedDataset, indices: range) -> list[tuple[Any, ...]]:
     return [dataset.where_values(index) for index in indices]
 
 
-def in_pieces(items: Any, size: int) -> list[Any]:
+def split_pieces(items: Any, size: int) -> list[Any]:
     """Runs of ``size`` consecutive items of a sequence or an array."""
     return [items[first : first + size] for first in range(0, len(items), size)]

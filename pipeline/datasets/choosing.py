@@ -13,7 +13,7 @@ _NAMED = 8
 ABSENT = None
 
 
-def looked_up(
+def look_up(
     properties: Mapping[str, Any], where: Sequence[Condition]
 ) -> tuple[Any, ...]:
     """A frame's own values under the keys of ``where``; ABSENT where it has none."""
@@ -21,7 +21,7 @@ def looked_up(
     return tuple(ABSENT if item is None else _plain(item[1]) for item in found)
 
 
-def matching(
+def select_matching(
     path: str, where: Sequence[Condition], rows: Sequence[tuple[Any, ...]]
 ) -> list[int]:
     """Numbers of the frames, whose values are ``rows``, that meet every condition.

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from ase.data import atomic_numbers
 
 from pipeline.datasets.headers import Malformed
-from pipeline.datasets.numerals import flags, number_of, reals
+from pipeline.datasets.numerals import flags, parse_number, reals
 
 DEFAULT = "species:S:1:pos:R:3"
 # Names of columns by what this project calls them; ASE and GPUMD read the same.
@@ -52,7 +52,7 @@ class Layout:
 
 
 @lru_cache(maxsize=256)
-def layout_of(properties: str) -> Layout:
+def parse_layout(properties: str) -> Layout:
     """What ``Properties`` says of the columns.
 
     Raises
@@ -83,7 +83,7 @@ def layout_of(properties: str) -> Layout:
     return Layout(roles, others, at)
 
 
-def rows_of(lines: Sequence[str], layout: Layout, declared: bool) -> list[list[str]]:
+def split_rows(lines: Sequence[str], layout: Layout, declared: bool) -> list[list[str]]:
     """The words of every row; raises Malformed where they are too many or too few.
 
     ``declared`` says whether the layout is the frame's own.
@@ -112,7 +112,7 @@ def column_values(rows: Sequence[Sequence[str]], column: Column) -> Any:
     return values if width == 1 else values.reshape(-1, width)
 
 
-def numbers_in(rows: Sequence[Sequence[str]], column: Column) -> npt.NDArray[Any]:
+def parse_numbers(rows: Sequence[Sequence[str]], column: Column) -> npt.NDArray[Any]:
     """Numbers of a column that must have them; raises Malformed."""
     words = [word for row in rows for word in row[column.start : column.stop]]
     try:
@@ -123,7 +123,7 @@ def numbers_in(rows: Sequence[Sequence[str]], column: Column) -> npt.NDArray[Any
     return values if width == 1 else values.reshape(-1, width)
 
 
-def flags_in(rows: Sequence[Sequence[str]], column: Column) -> npt.NDArray[np.bool_]:
+def parse_flags(rows: Sequence[Sequence[str]], column: Column) -> npt.NDArray[np.bool_]:
     """Flags of a column, (n, c); raises Malformed where there is anything else."""
     words = [word for row in rows for word in row[column.start : column.stop]]
     try:
@@ -133,7 +133,7 @@ def flags_in(rows: Sequence[Sequence[str]], column: Column) -> npt.NDArray[np.bo
     return values.reshape(len(rows), -1)
 
 
-def elements_in(rows: Sequence[Sequence[str]], column: Column) -> list[int]:
+def parse_elements(rows: Sequence[Sequence[str]], column: Column) -> list[int]:
     """Atomic numbers of a column of elements; raises Malformed."""
     return [_element(row[column.start]) for row in rows]
 
@@ -145,7 +145,7 @@ def _element(text: str) -> int:
         return _HYDROGENS[word]
     if word in atomic_numbers:
         return atomic_numbers[word]
-    if isinstance(number := number_of(text), int):
+    if isinstance(number := parse_number(text), int):
         return number
     match = _LABELLED.fullmatch(text)
     if match is not None and match.group(1) in atomic_numbers:

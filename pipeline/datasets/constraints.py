@@ -13,7 +13,7 @@ log = logging.getLogger("pipeline.datasets")
 _MASKED = ("FixCartesian", "FixScaled")
 
 
-def held_atoms(
+def find_held_atoms(
     constraints: Iterable[Mapping[str, Any]], n_atoms: int
 ) -> tuple[npt.NDArray[np.bool_], tuple[str, ...]]:
     """Atoms held on all axes, and names of constraints that hold more than these.

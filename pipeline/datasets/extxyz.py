@@ -8,20 +8,20 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from pipeline.datasets.base import IndexedDataset, Listing, Selection, in_pieces
-from pipeline.datasets.choosing import looked_up, meets
+from pipeline.datasets.base import IndexedDataset, Listing, Selection, split_pieces
+from pipeline.datasets.choosing import look_up, meets
 from pipeline.datasets.constraints import warn_of_constraints
 from pipeline.datasets.frame_records import FrameText
 from pipeline.datasets.frames import (
     SUFFIXES,
     Span,
     frame_spans,
-    unpacked_text,
+    read_unpacked,
 )
 from pipeline.datasets.labels import ReadOptions, label_like, record_sample
-from pipeline.datasets.paths import files_in
+from pipeline.datasets.paths import find_files
 from pipeline.errors import DataError
-from pipeline.parallel.ordered_map import Run
+from pipeline.parallel.ordered_map import OrderedMap
 from pipeline.structure import Sample
 
 # Frames that one process parses at a time.
@@ -74,14 +74,14 @@ class ExtxyzDataset(IndexedDataset):
 
     def files(self) -> list[Path]:
         """All files with samples."""
-        return files_in(self._paths, SUFFIXES)
+        return find_files(self._paths, SUFFIXES)
 
     @property
     def keeps_samples(self) -> bool:
         """Frames are parsed once, when they are listed."""
         return True
 
-    def list_frames(self, run: Run = map) -> Listing:
+    def list_frames(self, run: OrderedMap = map) -> Listing:
         """Parse the chosen frames and keep them."""
         self._frames = []
         for frames in run(partial(_parse, self.options), self._pieces()):
@@ -119,10 +119,10 @@ class ExtxyzDataset(IndexedDataset):
         for file in self.files():
             if number >= chosen.stop:
                 break
-            text = unpacked_text(file)
+            text = read_unpacked(file)
             spans = frame_spans(file, text)
             mine = [i for i in range(len(spans)) if number + i in chosen]
-            for part in in_pieces(mine, PIECE):
+            for part in split_pieces(mine, PIECE):
                 yield _piece(file, text, number, part, spans)
             number += len(spans)
 
@@ -154,9 +154,9 @@ def _frame(
         frame = FrameText.of(file, text, number)
         sample_id = frame.sample_id or sample_id
         if options.where:
-            values = looked_up(frame.header, options.where)
+            values = look_up(frame.header, options.where)
         record = frame.record()
-        values = looked_up(record.properties, options.where)
+        values = look_up(record.properties, options.where)
         if not meets(values, options.where):
             return _Frame(sample_id, n_atoms, values)
         place = f"{file}: sample {sample_id!r}"

@@ -13,7 +13,7 @@ log = logging.getLogger("pipeline.datasets")
 _PARTS = ("energy", "length", "forces")
 
 
-def agreed_units(path: Path, stated: Units, split: Units, source: str) -> Units:
+def reconcile_units(path: Path, stated: Units, split: Units, source: str) -> Units:
     """Return ``stated``, after a check that it says nothing else than the split.
 
     Parameters
@@ -83,7 +83,7 @@ def metadata_units(path: Path, metadata: Any, options: ReadOptions) -> Units:
         length=_text(path, metadata, "_distance_unit"),
         forces=_text(path, named, forces),
     )
-    return agreed_units(path, stated, options.units, "its metadata")
+    return reconcile_units(path, stated, options.units, "its metadata")
 
 
 def _text(path: Path, units: Mapping[str, Any], key: str | None) -> str | None:

@@ -9,7 +9,7 @@ from pipeline.errors import DataError
 log = logging.getLogger("pipeline.datasets")
 
 
-def entries_of(path: Path, is_data: Callable[[Path], bool], what: str) -> list[Path]:
+def list_entries(path: Path, is_data: Callable[[Path], bool], what: str) -> list[Path]:
     """Entries of the folder for which ``is_data`` holds, in the order of their names.
 
     An archive often unpacks to a folder in a folder. Where ``path`` holds no data and

@@ -13,13 +13,13 @@ from pipeline.datasets.columns import (
     DEFAULT,
     Layout,
     column_values,
-    elements_in,
-    flags_in,
-    layout_of,
-    numbers_in,
-    rows_of,
+    parse_elements,
+    parse_flags,
+    parse_layout,
+    parse_numbers,
+    split_rows,
 )
-from pipeline.datasets.headers import Malformed, Word, header_words, value_of
+from pipeline.datasets.headers import Malformed, Word, header_words, parse_word
 from pipeline.datasets.labels import Record, find, is_label_like
 from pipeline.datasets.numerals import flags, reals
 from pipeline.datasets.samples import pair_id
@@ -78,7 +78,7 @@ class FrameText:
     @property
     def header(self) -> dict[str, Any]:
         """Values of the header by their keys."""
-        return {key: value_of(word) for key, word in self.words.items()}
+        return {key: parse_word(word) for key, word in self.words.items()}
 
     def record(self) -> Record:
         """All that the frame has.
@@ -96,17 +96,17 @@ class FrameText:
 
 def _record(words: Mapping[str, Word], lines: Sequence[str]) -> Record:
     text = _text(words, "properties")
-    layout = layout_of(DEFAULT if text is None else text)
-    rows = rows_of(lines, layout, declared=text is not None)
+    layout = parse_layout(DEFAULT if text is None else text)
+    rows = split_rows(lines, layout, declared=text is not None)
     cell = _cell(words)
     return Record(
         atomic_numbers=_elements(rows, layout),
-        positions=numbers_in(rows, layout.roles["positions"]),
+        positions=parse_numbers(rows, layout.roles["positions"]),
         cell=np.zeros((3, 3)) if cell is None else cell,
         pbc=_pbc(words, cell is not None),
-        tags=numbers_in(rows, tags) if (tags := layout.roles.get("tags")) else None,
-        fixed=_fixed(rows, layout),
-        lost=_partly_held(rows, layout),
+        tags=parse_numbers(rows, tags) if (tags := layout.roles.get("tags")) else None,
+        fixed=_read_fixed(rows, layout),
+        lost=_list_partly_held(rows, layout),
         properties=_properties(words, rows, layout),
     )
 
@@ -116,7 +116,7 @@ def _properties(
 ) -> dict[str, Any]:
     """Values of the header and of all columns that are no part of the structure."""
     found = {
-        key: value_of(word)
+        key: parse_word(word)
         for key, word in words.items()
         if key.lower() not in _STRUCTURE
     }
@@ -129,34 +129,36 @@ def _properties(
 
 def _elements(rows: Sequence[Sequence[str]], layout: Layout) -> npt.NDArray[Any]:
     if (column := layout.roles.get("numbers")) is None:
-        return np.array(elements_in(rows, layout.roles["species"]))
-    numbers = numbers_in(rows, column)
+        return np.array(parse_elements(rows, layout.roles["species"]))
+    numbers = parse_numbers(rows, column)
     species = layout.roles.get("species")
-    if species is not None and not np.array_equal(elements_in(rows, species), numbers):
+    if species is not None and not np.array_equal(
+        parse_elements(rows, species), numbers
+    ):
         raise Malformed(f"the columns {species.name!r} and {column.name!r} disagree")
     return numbers
 
 
-def _fixed(
+def _read_fixed(
     rows: Sequence[Sequence[str]], layout: Layout
 ) -> npt.NDArray[np.bool_] | None:
     """Atoms that are held on all axes; None where no column says."""
     masks: list[npt.NDArray[np.bool_]] = []
     if (column := layout.roles.get("fixed")) is not None:
-        masks.append(flags_in(rows, column)[:, 0])
+        masks.append(parse_flags(rows, column)[:, 0])
     if (column := layout.roles.get("move_mask")) is not None:
-        free = flags_in(rows, column).sum(axis=1)
+        free = parse_flags(rows, column).sum(axis=1)
         masks.append(np.equal(free, 0))
     if len(masks) == 2 and not np.array_equal(masks[0], masks[1]):
         raise Malformed("the columns 'fixed' and 'move_mask' disagree")
     return masks[0] if masks else None
 
 
-def _partly_held(rows: Sequence[Sequence[str]], layout: Layout) -> tuple[str, ...]:
+def _list_partly_held(rows: Sequence[Sequence[str]], layout: Layout) -> tuple[str, ...]:
     """The name of a mask that holds an atom on some axes only."""
     if (column := layout.roles.get("move_mask")) is None:
         return ()
-    free = flags_in(rows, column)
+    free = parse_flags(rows, column)
     some = free.any(axis=1) & ~free.all(axis=1)
     return (column.name,) if some.any() else ()
 
@@ -195,7 +197,7 @@ def _vectors(key: str, word: Word) -> npt.NDArray[np.float64]:
 
 def _refuse_other_cells(words: Mapping[str, Word]) -> None:
     for key, word in words.items():
-        if _CELL_LIKE.search(key) and np.size(value_of(word)) in (3, 6, 9):
+        if _CELL_LIKE.search(key) and np.size(parse_word(word)) in (3, 6, 9):
             raise Malformed(f"it has {key!r} but no 'Lattice'; rename the key")
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.datasets.packing import is_packed, unpacked
+from pipeline.datasets.packing import is_packed, unpack_file
 from pipeline.errors import DataError
 
 SUFFIXES = (".extxyz", ".xyz")
@@ -26,7 +26,7 @@ class Span:
     n_atoms: int
 
 
-def unpacked_text(path: Path) -> bytes:
+def read_unpacked(path: Path) -> bytes:
     """The text of a plain or packed file.
 
     Raises
@@ -35,7 +35,7 @@ def unpacked_text(path: Path) -> bytes:
         It is missing, damaged or no text; if it is cut off, names the frame where it
         ends.
     """
-    text, complete = unpacked(path)
+    text, complete = unpack_file(path)
     if not complete:
         last = len(frame_spans(path, text, complete=False))
         raise DataError(
@@ -108,7 +108,7 @@ class TextCache:
         key = (path, status.st_mtime_ns, status.st_size)
         with self._lock:
             if key not in self._texts:
-                self._texts[key] = unpacked_text(path)
+                self._texts[key] = read_unpacked(path)
             self._texts.move_to_end(key)
             text = self._texts[key]
             while len(self._texts) > 1 and self._held() > self._budget:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.datasets.base import Selection
-from pipeline.datasets.file_units import agreed_units
+from pipeline.datasets.file_units import reconcile_units
 from pipeline.datasets.labels import ReadOptions, Record
 from pipeline.datasets.numbered import Found, NumberedDataset, OpenFiles
 from pipeline.datasets.rows import NO_CELL, NO_PBC
@@ -234,7 +234,7 @@ def _units(file: Path, options: ReadOptions) -> Units:
         if (data := _data_set(first, key)) is not None
     }
     stated = Units(**{p: u for p, u in said.items() if isinstance(u, str)})
-    agreed_units(file, stated, options.units, "the file itself")
+    reconcile_units(file, stated, options.units, "the file itself")
     assumed = [
         f"{part} in {getattr(layout.units, part)}"
         for part in ("energy", "length")
@@ -251,7 +251,7 @@ def _units(file: Path, options: ReadOptions) -> Units:
     return stated.over(layout.units)
 
 
-def _opened(path: Path) -> _Opened:
+def _open_file(path: Path) -> _Opened:
     try:
         import h5py
     except ImportError:
@@ -272,7 +272,7 @@ def _opened(path: Path) -> _Opened:
     return _Opened(file, layout, found, np.cumsum(counts[:, 0]), counts[:, 1])
 
 
-_open = OpenFiles(_opened, shared=True)
+_open = OpenFiles(_open_file, shared=True)
 
 
 def _molecules(group: Any, name: str, seen: set[int]) -> Iterator[str]:

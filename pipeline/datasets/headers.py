@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.datasets.numerals import FLAGS, number_of
+from pipeline.datasets.numerals import FLAGS, parse_number
 
 _CLOSING = {'"': '"', "'": "'", "{": "}", "[": "]"}
 # What ends a bare key.
@@ -93,7 +93,7 @@ def _refuse_swallowed_ids(words: dict[str, Word]) -> None:
                 )
 
 
-def value_of(word: Word) -> Any:
+def parse_word(word: Word) -> Any:
     """A value as numbers, flags, text, or what its JSON says; a flag is True."""
     text = word.text
     if text is None:
@@ -103,7 +103,7 @@ def value_of(word: Word) -> Any:
     parts = [part for part in _SEPARATORS.split(text) if part]
     if not parts:
         return text
-    numbers = [number_of(part) for part in parts]
+    numbers = [parse_number(part) for part in parts]
     if None not in numbers:
         return numbers[0] if len(numbers) == 1 else np.array(numbers)
     if all(part in FLAGS for part in parts):
@@ -128,7 +128,7 @@ def _pairs(line: str) -> Iterator[tuple[str, Word]]:
 def _key(line: str, at: int) -> tuple[str, int]:
     """The key, flag or word of a comment that begins at ``at``, and where it ends."""
     if line[at] == '"':
-        return _enclosed(line, at)
+        return _read_enclosed(line, at)
     match = _KEY.match(line, at)
     if match is None:
         raise Malformed(f"there is no key before {line[at : at + 20]!r}")
@@ -151,7 +151,7 @@ def _value(line: str, at: int, key: str) -> tuple[Word, int]:
         inner = text[1:-1]
         return Word(re.sub(r"[\[\]]", " ", inner), "[" in inner), _skip(line, end)
     if mark in _CLOSING:
-        text, end = _enclosed(line, begin)
+        text, end = _read_enclosed(line, begin)
         return Word(text), _skip(line, end)
     match = _BARE.match(line, begin)
     assert match is not None
@@ -170,12 +170,16 @@ def _is_key(line: str, at: int, before: str) -> bool:
     following = _skip(line, match.end())
     if "=" in word or line[following : following + 1] == "=":
         return True
-    if before.lower() in _OWN_VALUE and number_of(word) is None and word not in FLAGS:
+    if (
+        before.lower() in _OWN_VALUE
+        and parse_number(word) is None
+        and word not in FLAGS
+    ):
         raise Malformed(f"it is not clear whether {word!r} is the value of {before!r}")
     return False
 
 
-def _enclosed(line: str, at: int) -> tuple[str, int]:
+def _read_enclosed(line: str, at: int) -> tuple[str, int]:
     """Text in the quotes or braces that begin at ``at``, and where they end."""
     mark = line[at]
     match = _QUOTED[mark].match(line, at)

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from ase.data import chemical_symbols
 
 from pipeline.datasets import Dataset
-from pipeline.datasets.base import in_pieces
+from pipeline.datasets.base import split_pieces
 from pipeline.errors import DataError, SpecError
 from pipeline.models.normalizer import NUM_REFERENCES, Normalizer
 from pipeline.spec.cache_spec import (
@@ -53,7 +53,7 @@ class LabelSums:
     def add(self, samples: Sequence[Sample]) -> None:
         """Take the labels of samples into account, where they have some."""
         labelled = [sample for sample in samples if np.isfinite(sample.energy)]
-        for part in in_pieces(labelled, FOLD):
+        for part in split_pieces(labelled, FOLD):
             counts = [_composition(s.structure.atomic_numbers) for s in part]
             energies = np.array([s.energy for s in part])
             self._pending.append((np.stack(counts), energies))
@@ -203,7 +203,7 @@ def check_energy_kinds(
         if split.compare_energies and split.labelled
     }
     for first, second in combinations(energies, 2):
-        medians = differing_kinds(energies[first], energies[second])
+        medians = find_differing_kinds(energies[first], energies[second])
         if medians is not None:
             raise DataError(
                 f"splits.{first} has energies around {medians[0]:.3g} eV per atom and "
@@ -213,7 +213,7 @@ def check_energy_kinds(
             )
 
 
-def differing_kinds(
+def find_differing_kinds(
     first: Sequence[Sample], second: Sequence[Sample]
 ) -> tuple[float, float] | None:
     """Median energies per atom (eV) if those are of different kinds, else None.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.datasets.samples import Fields, checked_sample
+from pipeline.datasets.samples import Fields, make_sample
 from pipeline.errors import DataError
 from pipeline.spec.units import Units
 from pipeline.structure import Sample
@@ -106,7 +106,7 @@ def record_sample(
         length_factor=factors.length,
         forces_factor=sign * factors.forces,
     )
-    return checked_sample(sample_id, fields, where)
+    return make_sample(sample_id, fields, where)
 
 
 def label_like(record: Record, options: ReadOptions) -> list[str]:

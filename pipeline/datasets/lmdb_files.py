@@ -12,7 +12,7 @@ import lmdb
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.datasets.folders import entries_of
+from pipeline.datasets.folders import list_entries
 from pipeline.datasets.paths import refuse_twins
 from pipeline.errors import DataError
 
@@ -99,7 +99,7 @@ class LmdbFile:
         with _lock:
             environment = _open.get(place)
             if environment is None:
-                environment = _open[place] = _opened(self.path)
+                environment = _open[place] = _open_environment(self.path)
         return environment
 
 
@@ -118,15 +118,15 @@ def lmdb_files(paths: Sequence[Path], suffix: str) -> list[LmdbFile]:
     DataError
         There is none, or two of them seem to hold the same samples.
     """
-    found = [file for path in paths for file in _lmdbs_at(path, suffix)]
+    found = [file for path in paths for file in _find_lmdbs(path, suffix)]
     refuse_twins((file.path for file in found), (suffix,))
     return found
 
 
-def _lmdbs_at(path: Path, suffix: str) -> list[LmdbFile]:
+def _find_lmdbs(path: Path, suffix: str) -> list[LmdbFile]:
     if path.is_file() or (path / "data.mdb").is_file():
         return [LmdbFile(path)]
-    found = entries_of(
+    found = list_entries(
         path,
         lambda entry: (
             (entry.is_file() and entry.suffix == suffix)
@@ -137,7 +137,7 @@ def _lmdbs_at(path: Path, suffix: str) -> list[LmdbFile]:
     return [LmdbFile(entry) for entry in found]
 
 
-def _opened(path: Path) -> lmdb.Environment:
+def _open_environment(path: Path) -> lmdb.Environment:
     folder = path.is_dir()
     try:
         environment = lmdb.open(

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.datasets.base import Selection
-from pipeline.datasets.file_units import agreed_units
+from pipeline.datasets.file_units import reconcile_units
 from pipeline.datasets.labels import ReadOptions, Record
 from pipeline.datasets.numbered import Found, NumberedDataset, OpenFiles
 from pipeline.datasets.rows import NO_CELL
@@ -139,7 +139,7 @@ def _units(file: Path, options: ReadOptions) -> Units:
         energy=_word(arrays, arrays.layout.energy_unit),
         length=_word(arrays, arrays.layout.length_unit),
     )
-    agreed_units(file, stated, options.units, "the file itself")
+    reconcile_units(file, stated, options.units, "the file itself")
     assumed = [
         f"{part} in {getattr(ASSUMED, part)}"
         for part in ("energy", "length")

@@ -11,12 +11,12 @@ from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 
-from pipeline.datasets.base import Listing, RecordDataset, Selection, in_pieces
+from pipeline.datasets.base import Listing, RecordDataset, Selection, split_pieces
 from pipeline.datasets.constraints import warn_of_constraints
 from pipeline.datasets.labels import ReadOptions, Record
-from pipeline.datasets.paths import files_in, refuse_twins
+from pipeline.datasets.paths import find_files, refuse_twins
 from pipeline.errors import DataError
-from pipeline.parallel.ordered_map import Run
+from pipeline.parallel.ordered_map import OrderedMap
 
 Opened = TypeVar("Opened")
 # Frames that one process lists at a time.
@@ -79,7 +79,7 @@ class NumberedDataset(RecordDataset):
         self, paths: Sequence[Path], selection: Selection, options: ReadOptions
     ) -> None:
         super().__init__(paths, selection, options)
-        self._files = files_in(paths, self.suffixes, packed=())
+        self._files = find_files(paths, self.suffixes, packed=())
         for file in self._files:
             if not file.is_file():
                 raise DataError(f"{file} does not exist.")
@@ -102,15 +102,15 @@ class NumberedDataset(RecordDataset):
         """All files with samples."""
         return self._files
 
-    def list_frames(self, run: Run = map) -> Listing:
+    def list_frames(self, run: OrderedMap = map) -> Listing:
         """Ids, atom counts and numbers of frames."""
         counts = [self.count(file) for file in self._files]
         chosen = self._selection.of(sum(counts))
         pieces = []
         first = 0
         for which, count in enumerate(counts):
-            mine = _within(chosen, first, count)
-            pieces += [(which, part) for part in in_pieces(mine, PIECE)]
+            mine = _intersect(chosen, first, count)
+            pieces += [(which, part) for part in split_pieces(mine, PIECE)]
             first += count
         ids: list[str] = []
         sizes: list[int] = []
@@ -158,7 +158,7 @@ class NumberedDataset(RecordDataset):
         return found
 
 
-def _within(chosen: range, first: int, count: int) -> range:
+def _intersect(chosen: range, first: int, count: int) -> range:
     """Numbers among ``count`` frames that are chosen, if the first is ``first``."""
     begin = _chosen_before(chosen, first)
     end = _chosen_before(chosen, first + count)

@@ -17,7 +17,7 @@ _FORTRAN = re.compile(r"([+-]?[0-9]*\.?[0-9]*)[dD]([+-]?[0-9]+)")
 _NUMPY = re.compile(r"(?:np|numpy)\.(?:float|int|uint)[0-9]+\(([^()]*)\)")
 
 
-def number_of(text: str) -> int | float | None:
+def parse_number(text: str) -> int | float | None:
     """``text`` as a number; None where it is none."""
     if _INTEGER.fullmatch(text) and len(text) < 19:
         return int(text)
@@ -54,7 +54,7 @@ def _flag(text: str) -> bool:
     known = _ZERO_ONE.get(text)
     if known is not None:
         return known
-    number = number_of(text)
+    number = parse_number(text)
     if number in (0, 1):
         return bool(number)
     raise ValueError(f"{text!r} is neither true nor false")

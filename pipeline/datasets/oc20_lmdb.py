@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.datasets.base import Listing, RecordDataset, Selection, in_pieces
+from pipeline.datasets.base import Listing, RecordDataset, Selection, split_pieces
 from pipeline.datasets.labels import ReadOptions, Record
 from pipeline.datasets.lmdb_files import LmdbFile, key_text, lmdb_files
 from pipeline.datasets.pyg_pickles import (
@@ -18,9 +18,9 @@ from pipeline.datasets.pyg_pickles import (
     sample_fields,
 )
 from pipeline.datasets.samples import id_text, pair_id
-from pipeline.datasets.unpickling import Refusal
+from pipeline.datasets.unpickling import UnsafePickle
 from pipeline.errors import DataError
-from pipeline.parallel.ordered_map import Run
+from pipeline.parallel.ordered_map import OrderedMap
 
 log = logging.getLogger("pipeline.datasets")
 # Samples that one process lists at a time.
@@ -47,7 +47,7 @@ class Oc20LmdbDataset(RecordDataset):
         """All files with samples."""
         return [file.data for file in self._files]
 
-    def list_frames(self, run: Run = map) -> Listing:
+    def list_frames(self, run: OrderedMap = map) -> Listing:
         """Ids and atom counts; reads every sample without decoding its arrays."""
         keys = [_codes(file) for file in self._files]
         owner = np.repeat(np.arange(len(keys), dtype=np.int32), [len(k) for k in keys])
@@ -55,9 +55,9 @@ class Oc20LmdbDataset(RecordDataset):
         part = slice(chosen.start, chosen.stop, chosen.step)
         files, codes = owner[part], np.concatenate(keys)[part]
         pieces = zip(
-            in_pieces(chosen, PIECE),
-            in_pieces(files, PIECE),
-            in_pieces(codes, PIECE),
+            split_pieces(chosen, PIECE),
+            split_pieces(files, PIECE),
+            split_pieces(codes, PIECE),
             strict=True,
         )
         ids: list[str] = []
@@ -82,8 +82,8 @@ class Oc20LmdbDataset(RecordDataset):
                 if name in _STRUCTURE:
                     values[name] = as_array(part)
                 else:
-                    properties[name] = _decoded(part)
-        except Refusal as refusal:
+                    properties[name] = _decode(part)
+        except UnsafePickle as refusal:
             raise DataError(f"{where} is refused: {refusal}.") from None
         return _as_record(values, properties, where)
 
@@ -118,7 +118,7 @@ def _scan(file: LmdbFile, key: bytes) -> tuple[str | None, int]:
         sid, fid = (_label(fields, name, where) for name in ("sid", "fid"))
         pos = fields["pos"]
         shape = pos.size if isinstance(pos, Tensor) else as_array(pos).shape
-    except Refusal as refusal:
+    except UnsafePickle as refusal:
         raise DataError(f"{where} is refused: {refusal}.") from None
     return pair_id(sid, fid), shape[0] if shape else 0
 
@@ -126,13 +126,13 @@ def _scan(file: LmdbFile, key: bytes) -> tuple[str | None, int]:
 _STRUCTURE = {"pos", "atomic_numbers", "cell", "tags", "fixed", "pbc"}
 
 
-def _decoded(part: Any) -> Any:
+def _decode(part: Any) -> Any:
     """A value as numbers or text; as it is where it is neither."""
     if isinstance(part, str):
         return part
     try:
         return as_array(part)
-    except Refusal:
+    except UnsafePickle:
         return part
 
 
@@ -143,7 +143,7 @@ def _codes(file: LmdbFile) -> npt.NDArray[np.int64]:
     if raw is not None:
         try:
             length = plain_integer(raw)
-        except Refusal as refusal:
+        except UnsafePickle as refusal:
             raise DataError(f"{file.path}: 'length' is refused: {refusal}.") from None
         if length != len(codes):
             log.warning(
@@ -175,7 +175,7 @@ def _label(fields: dict[str, Any], name: str, where: str) -> str | None:
     if type(value) is not str:
         value = as_array(value)
         if value.size != 1:
-            raise Refusal(f"its {name} has {value.size} values")
+            raise UnsafePickle(f"its {name} has {value.size} values")
     return id_text(value, name, where)
 
 

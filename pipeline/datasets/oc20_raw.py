@@ -19,15 +19,15 @@ from pipeline.datasets.frames import (
     Span,
     TextCache,
     frame_spans,
-    unpacked_text,
+    read_unpacked,
 )
 from pipeline.datasets.labels import ReadOptions, Record
-from pipeline.datasets.oc20_systems import system_reference, systems_beside
+from pipeline.datasets.oc20_systems import find_systems, system_reference
 from pipeline.datasets.packing import is_packed
-from pipeline.datasets.paths import PACKED, files_in
+from pipeline.datasets.paths import PACKED, find_files
 from pipeline.datasets.samples import pair_id
 from pipeline.errors import DataError
-from pipeline.parallel.ordered_map import Run
+from pipeline.parallel.ordered_map import OrderedMap
 from pipeline.structure import Sample
 
 log = logging.getLogger("pipeline.datasets")
@@ -112,7 +112,7 @@ class Oc20RawDataset(RecordDataset):
         ]
         return list(dict.fromkeys(found))
 
-    def list_frames(self, run: Run = map) -> Listing:
+    def list_frames(self, run: OrderedMap = map) -> Listing:
         """Where all frames are, and their ids and references; parses none."""
         chosen = self._selection.of()
         ids: list[str] = []
@@ -176,7 +176,7 @@ def _chunks(paths: Sequence[Path]) -> list[Chunk]:
     for path in paths:
         if not path.exists():
             raise DataError(f"{path} does not exist.")
-    return [_chunk(file) for file in files_in(paths, SUFFIXES)]
+    return [_chunk(file) for file in find_files(paths, SUFFIXES)]
 
 
 def _chunk(file: Path) -> Chunk:
@@ -186,7 +186,7 @@ def _chunk(file: Path) -> Chunk:
         text = file.with_name(f"{stem}.txt{packed}")
         if text.is_file():
             return Chunk(file, text)
-    systems = systems_beside(file)
+    systems = find_systems(file)
     if systems is None:
         return Chunk(file, None)
     return Chunk(file, None, systems, system_reference(systems, stem))
@@ -220,7 +220,7 @@ def _lines(chunk: Chunk, n_frames: int) -> list[Line]:
     """The chunk's lines, one for each frame, or none at all."""
     if chunk.lines is None:
         return []
-    texts = unpacked_text(chunk.lines).rstrip().splitlines()
+    texts = read_unpacked(chunk.lines).rstrip().splitlines()
     if len(texts) != n_frames:
         raise DataError(
             f"{chunk.lines} has {len(texts)} lines, but {chunk.frames} has {n_frames} "
@@ -243,14 +243,14 @@ def _line(path: Path, text: bytes, number: int) -> Line:
 
 
 def _scan_chunk(chunk: Chunk) -> _Frames:
-    text = unpacked_text(chunk.frames)
+    text = read_unpacked(chunk.frames)
     spans = frame_spans(chunk.frames, text)
     lines = _lines(chunk, len(spans))
     ids: list[str | None]
     if lines:
         ids = [line.sample_id for line in lines]
     else:
-        ids = [_id_in(chunk.frames, text, *pair) for pair in enumerate(spans)]
+        ids = [_read_id(chunk.frames, text, *pair) for pair in enumerate(spans)]
     if chunk.reference is not None:
         # The file is named after its system, and has its frames in their order.
         ids = [own or pair_id(_stem(chunk.frames), i) for i, own in enumerate(ids)]
@@ -266,7 +266,7 @@ def _scan_chunk(chunk: Chunk) -> _Frames:
     )
 
 
-def _id_in(path: Path, text: bytes, number: int, span: Span) -> str | None:
+def _read_id(path: Path, text: bytes, number: int, span: Span) -> str | None:
     """What the frame's own header says, where there is no text file."""
     try:
         return FrameText.of(path, text[span.start : span.stop], number).sample_id

@@ -5,13 +5,13 @@ import math
 from functools import lru_cache
 from pathlib import Path
 
-from pipeline.datasets.frames import unpacked_text
+from pipeline.datasets.frames import read_unpacked
 from pipeline.datasets.paths import PACKED
 
 log = logging.getLogger("pipeline.datasets")
 
 
-def systems_beside(frames: Path) -> Path | None:
+def find_systems(frames: Path) -> Path | None:
     """Return the ``system.txt`` in the folder of a file of frames, if there is one."""
     for packed in ("", *PACKED):
         file = frames.with_name(f"system.txt{packed}")
@@ -37,7 +37,7 @@ def _references(systems: Path, _changed: int, _size: int) -> dict[str, float]:
     """Energies by system; warns of lines that are not ``system,energy``."""
     found: dict[str, float] = {}
     wrong = 0
-    lines = unpacked_text(systems).decode(errors="replace").splitlines()
+    lines = read_unpacked(systems).decode(errors="replace").splitlines()
     for line in filter(str.strip, lines):
         name, _, text = line.partition(",")
         try:

@@ -48,7 +48,7 @@ def is_packed(path: Path) -> bool:
         return _packer(stream.read(8)) is not None
 
 
-def unpacked(path: Path) -> tuple[bytes, bool]:
+def unpack_file(path: Path) -> tuple[bytes, bool]:
     """The text of a file, as far as it can be unpacked, and whether that is all.
 
     Raises
@@ -68,9 +68,9 @@ def unpacked(path: Path) -> tuple[bytes, bool]:
     except FileNotFoundError:
         raise DataError(f"{path} does not exist.") from None
     except (OSError, EOFError, ValueError, RuntimeError) as error:
-        raise _damaged(path, error) from None
+        raise _damaged_error(path, error) from None
     except (lzma.LZMAError, zlib.error) as error:
-        raise _damaged(path, error) from None
+        raise _damaged_error(path, error) from None
     if suffix is not None:
         refuse_stranger(path, text)
     return text, complete
@@ -102,7 +102,7 @@ def _stranger(path: Path, kind: str, remedy: str) -> DataError:
     )
 
 
-def _damaged(path: Path, error: Exception) -> DataError:
+def _damaged_error(path: Path, error: Exception) -> DataError:
     reason = " ".join(str(error).split()) or type(error).__name__
     return DataError(f"{path} is damaged or cannot be read ({reason}).")
 

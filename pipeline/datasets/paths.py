@@ -3,9 +3,9 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from pipeline.datasets.folders import entries_of
+from pipeline.datasets.folders import list_entries
 from pipeline.errors import DataError
-from pipeline.files.globs import glob_matches, in_counting_order, is_glob
+from pipeline.files.globs import glob_matches, is_glob, sort_by_number
 
 PACKED = (".xz", ".gz", ".bz2", ".zst")
 
@@ -24,7 +24,7 @@ def named_paths(names: Sequence[str]) -> tuple[Path, ...]:
     return tuple(found)
 
 
-def files_in(
+def find_files(
     paths: Sequence[Path], suffixes: Sequence[str], packed: Sequence[str] = PACKED
 ) -> list[Path]:
     """Files of ``paths``; of folders those with ``suffixes``, in counting order.
@@ -43,8 +43,8 @@ def files_in(
             found.append(path)
             continue
         what = f"{' or '.join(suffixes)} files"
-        files = entries_of(path, lambda file: file.name.endswith(wanted), what)
-        found += in_counting_order(files)
+        files = list_entries(path, lambda file: file.name.endswith(wanted), what)
+        found += sort_by_number(files)
     if len(found) > 1:
         refuse_twins(found)
     return found

@@ -7,7 +7,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.datasets.unpickling import Name, PickleReader, Reading, Record, Refusal
+from pipeline.datasets.unpickling import (
+    Allowlist,
+    GlobalRef,
+    ObjectState,
+    PickleReader,
+    UnsafePickle,
+)
 
 MAX_DIMENSIONS = 4
 MAX_PROLOGUES = 4
@@ -45,11 +51,11 @@ class Tensor:
         metadata: Any = None,
     ) -> None:
         if not isinstance(storage, Storage) or not _are_counts(offset):
-            raise Refusal("it holds a tensor without a storage")
+            raise UnsafePickle("it holds a tensor without a storage")
         if not (type(size) is type(stride) is tuple and len(size) == len(stride)):
-            raise Refusal("it holds a tensor without a shape")
+            raise UnsafePickle("it holds a tensor without a shape")
         if len(size) > MAX_DIMENSIONS or not _are_counts(*size, *stride):
-            raise Refusal(f"it holds a tensor of impossible shape {_short(size)}")
+            raise UnsafePickle(f"it holds a tensor of impossible shape {_short(size)}")
         self.storage, self.offset = storage, offset
         self.size, self.stride = size, stride
 
@@ -62,7 +68,7 @@ class Tensor:
         )
         # Strides of zero would let a few bytes stand for any number of values.
         if count > len(flat) or (count and last >= len(flat)):
-            raise Refusal(
+            raise UnsafePickle(
                 f"it holds a tensor of shape {_short(self.size)} whose storage has "
                 f"{len(flat)} values"
             )
@@ -79,7 +85,7 @@ class Storage:
 
     def __init__(self, raw: Any) -> None:
         if type(raw) is not bytes:
-            raise Refusal("it holds a tensor without a storage")
+            raise UnsafePickle("it holds a tensor without a storage")
         self.raw = raw
 
     def values(self) -> Array:
@@ -88,12 +94,12 @@ class Storage:
         _skip_prologue(reader)
         head, _ = reader.load(), reader.load()
         if type(head) is not np.ndarray:
-            raise Refusal("it holds a tensor without a storage")
+            raise UnsafePickle("it holds a tensor without a storage")
         start = reader.position + _COUNT.itemsize
         body = self.raw[start:]
         stated = np.frombuffer(self.raw[reader.position : start], _COUNT)
         if stated.tolist() != [head.size] or len(body) != head.nbytes:
-            raise Refusal(f"it holds a tensor cut off at {len(body)} bytes")
+            raise UnsafePickle(f"it holds a tensor cut off at {len(body)} bytes")
         return np.frombuffer(body, head.dtype)
 
 
@@ -108,9 +114,9 @@ def _skip_prologue(reader: PickleReader) -> None:
             return
     magic, protocol, system = reader.load(), reader.load(), reader.load()
     if magic != _TORCH_MAGIC or protocol != _TORCH_PROTOCOL:
-        raise Refusal("it holds a tensor of an unknown format")
+        raise UnsafePickle("it holds a tensor of an unknown format")
     if type(system) is not dict or system.get("little_endian") is not True:
-        raise Refusal("it holds a tensor of a big-endian machine")
+        raise UnsafePickle("it holds a tensor of a big-endian machine")
     if len(_prologues) < MAX_PROLOGUES:
         _prologues.append(reader.data[: reader.position])
 
@@ -118,10 +124,10 @@ def _skip_prologue(reader: PickleReader) -> None:
 def _storage_head(reference: Any) -> Array:
     """An array without memory of its own that has a storage's type and length."""
     words = reference if type(reference) is tuple else ()
-    if len(words) < 5 or words[0] != "storage" or type(words[1]) is not Name:
-        raise Refusal("it holds a tensor without a storage")
+    if len(words) < 5 or words[0] != "storage" or type(words[1]) is not GlobalRef:
+        raise UnsafePickle("it holds a tensor without a storage")
     if not _are_counts(words[4]) or words[4] >= 1 << 40:
-        raise Refusal("it holds a tensor of impossible length")
+        raise UnsafePickle("it holds a tensor of impossible length")
     blank = np.zeros(1, _STORAGES[words[1].text])
     return np.lib.stride_tricks.as_strided(blank, (words[4],), (0,))
 
@@ -131,15 +137,17 @@ class DType:
 
     def __init__(self, code: Any, align: Any = False, copy: Any = True) -> None:
         if type(code) is not str or code not in _NUMPY_TYPES:
-            raise Refusal(f"it holds an array of type {_short(code)}, not of numbers")
+            raise UnsafePickle(
+                f"it holds an array of type {_short(code)}, not of numbers"
+            )
         self.dtype = np.dtype(code)
 
     def build(self, state: Any) -> None:
         """Take the byte order over; everything else must be as for plain numbers."""
         if type(state) is not tuple or len(state) < 5 or state[2:5] != (None,) * 3:
-            raise Refusal("it holds an array of a compound type")
+            raise UnsafePickle("it holds an array of a compound type")
         if state[1] not in ("<", ">", "|", "="):
-            raise Refusal("it holds an array of unknown byte order")
+            raise UnsafePickle("it holds an array of unknown byte order")
         self.dtype = self.dtype.newbyteorder(state[1])
 
 
@@ -152,7 +160,7 @@ class NumpyArray:
     def build(self, state: Any) -> None:
         """Take (version, shape, type, Fortran order, bytes) over."""
         if type(state) is not tuple or len(state) != 5:
-            raise Refusal("it holds an array of an unknown format")
+            raise UnsafePickle("it holds an array of an unknown format")
         _, shape, dtype, fortran, raw = state
         self.content = (raw, dtype, shape, "F" if fortran else "C")
 
@@ -160,12 +168,12 @@ class NumpyArray:
         """Its values."""
         raw, dtype, shape, order = self.content or (None, None, None, None)
         if type(raw) is not bytes or not isinstance(dtype, DType):
-            raise Refusal("it holds an array of objects, not of numbers")
+            raise UnsafePickle("it holds an array of objects, not of numbers")
         if type(shape) is not tuple or not _are_counts(*shape):
-            raise Refusal("it holds an array of impossible shape")
+            raise UnsafePickle("it holds an array of impossible shape")
         size = dtype.dtype.itemsize
         if len(shape) > MAX_DIMENSIONS or math.prod(shape) * size != len(raw):
-            raise Refusal(
+            raise UnsafePickle(
                 f"it holds an array of shape {_short(shape)} in {len(raw)} bytes"
             )
         flat = np.frombuffer(raw, dtype.dtype)
@@ -185,43 +193,43 @@ def _scalar(dtype: Any, raw: Any = None) -> NumpyArray:
 def _latin1(text: Any, encoding: Any) -> bytes:
     """The bytes that protocol 2 writes as text."""
     if type(text) is not str or encoding != "latin1":
-        raise Refusal("it holds text of an unknown encoding")
+        raise UnsafePickle("it holds text of an unknown encoding")
     return text.encode("latin1")
 
 
 def _no_hooks(*items: Any) -> dict[str, Any]:
     if items:
-        raise Refusal("it holds an ordered dictionary with contents")
+        raise UnsafePickle("it holds an ordered dictionary with contents")
     return {}
 
 
-def _table(*names: Name) -> Mapping[str, Name]:
+def _table(*names: GlobalRef) -> Mapping[str, GlobalRef]:
     return {name.text: name for name in names}
 
 
 _DATA = "torch_geometric.data"
-_SAMPLES = Reading(
+_SAMPLES = Allowlist(
     _table(
-        Name(f"{_DATA}.data.Data", record=True),
-        Name(f"{_DATA}.storage.GlobalStorage", record=True),
-        Name(f"{_DATA}.data.DataEdgeAttr"),
-        Name(f"{_DATA}.data.DataTensorAttr"),
-        Name("collections.OrderedDict", _no_hooks),
-        Name("_codecs.encode", _latin1),
-        Name("torch._utils._rebuild_tensor_v2", Tensor),
-        Name("torch.storage._load_from_bytes", Storage),
-        Name("numpy.dtype", DType),
-        Name("numpy.ndarray"),
+        GlobalRef(f"{_DATA}.data.Data", record=True),
+        GlobalRef(f"{_DATA}.storage.GlobalStorage", record=True),
+        GlobalRef(f"{_DATA}.data.DataEdgeAttr"),
+        GlobalRef(f"{_DATA}.data.DataTensorAttr"),
+        GlobalRef("collections.OrderedDict", _no_hooks),
+        GlobalRef("_codecs.encode", _latin1),
+        GlobalRef("torch._utils._rebuild_tensor_v2", Tensor),
+        GlobalRef("torch.storage._load_from_bytes", Storage),
+        GlobalRef("numpy.dtype", DType),
+        GlobalRef("numpy.ndarray"),
         # numpy 2 moved its parts to numpy._core.
-        Name("numpy.core.multiarray._reconstruct", NumpyArray),
-        Name("numpy._core.multiarray._reconstruct", NumpyArray),
-        Name("numpy.core.multiarray.scalar", _scalar),
-        Name("numpy._core.multiarray.scalar", _scalar),
-        Name("numpy.core.numeric._frombuffer", _from_buffer),
-        Name("numpy._core.numeric._frombuffer", _from_buffer),
+        GlobalRef("numpy.core.multiarray._reconstruct", NumpyArray),
+        GlobalRef("numpy._core.multiarray._reconstruct", NumpyArray),
+        GlobalRef("numpy.core.multiarray.scalar", _scalar),
+        GlobalRef("numpy._core.multiarray.scalar", _scalar),
+        GlobalRef("numpy.core.numeric._frombuffer", _from_buffer),
+        GlobalRef("numpy._core.numeric._frombuffer", _from_buffer),
     )
 )
-_IN_STORAGES = Reading(_table(*map(Name, _STORAGES)), _storage_head)
+_IN_STORAGES = Allowlist(_table(*map(GlobalRef, _STORAGES)), _storage_head)
 
 
 def sample_fields(raw: bytes) -> dict[str, Any]:
@@ -235,14 +243,14 @@ def sample_fields(raw: bytes) -> dict[str, Any]:
         It is no such sample, is damaged, or asks for anything that could run code.
     """
     value = PickleReader(raw, _SAMPLES).load()
-    if type(value) is not Record:
-        raise Refusal(f"it holds a {type(value).__name__}, not a PyG sample")
+    if type(value) is not ObjectState:
+        raise UnsafePickle(f"it holds a {type(value).__name__}, not a PyG sample")
     fields = value.state
     # PyG 2 keeps the attributes one object further down.
-    if type(store := fields.get("_store")) is Record:
+    if type(store := fields.get("_store")) is ObjectState:
         fields = store.state.get("_mapping")  # type: ignore[assignment]
     if type(fields) is not dict:
-        raise Refusal("it holds a PyG sample without attributes")
+        raise UnsafePickle("it holds a PyG sample without attributes")
     return {name: part for name, part in fields.items() if part is not None}
 
 
@@ -256,7 +264,7 @@ def plain_integer(raw: bytes) -> int:
     """
     value = as_array(PickleReader(raw, _SAMPLES).load())
     if value.size != 1 or value.dtype.kind not in "iu":
-        raise Refusal("it is no integer")
+        raise UnsafePickle("it is no integer")
     return int(value.reshape(()))
 
 
@@ -272,7 +280,7 @@ def as_array(value: Any) -> Array:
         return value.array()
     if type(value) in (bool, int, float):
         return np.asarray(value)
-    raise Refusal(f"it holds a {type(value).__name__} where numbers are needed")
+    raise UnsafePickle(f"it holds a {type(value).__name__} where numbers are needed")
 
 
 def _are_counts(*values: Any) -> bool:

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from pipeline.datasets.base import Dataset, DerivedDataset
 from pipeline.errors import DataError
-from pipeline.graphs.neighbors import GraphRule, neighbor_edges
+from pipeline.graphs.neighbors import NeighborSpec, neighbor_edges
 from pipeline.spec.cache_spec import RattleSpec
 from pipeline.structure import Sample, Structure
 
@@ -20,7 +20,7 @@ _DRAWS = 100
 # between machines and those of a structure must not.
 _GRID = 2.0**-24
 
-_COLLISIONS = GraphRule(CLOSEST_PAIR, max_neighbors=1, symmetric=False)
+_COLLISIONS = NeighborSpec(CLOSEST_PAIR, max_neighbors=1, symmetric=False)
 
 
 class Rattled(DerivedDataset):
@@ -53,7 +53,7 @@ class Rattled(DerivedDataset):
         number = range(len(self))[index]
         sample = self._inner[number // self._rattle.copies]
         return Sample.without_labels(
-            self._ids[number], self._displaced(self._ids[number], sample.structure)
+            self._ids[number], self._displace(self._ids[number], sample.structure)
         )
 
     @property
@@ -70,7 +70,7 @@ class Rattled(DerivedDataset):
         """None, since no label is missed."""
         return []
 
-    def _displaced(self, name: str, structure: Structure) -> Structure:
+    def _displace(self, name: str, structure: Structure) -> Structure:
         if structure.fixed.all():
             raise DataError(
                 f"{self.path}: sample {name!r} has fixed atoms only, so its copies "

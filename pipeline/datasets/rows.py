@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from pipeline.datasets.constraints import held_atoms
+from pipeline.datasets.constraints import find_held_atoms
 from pipeline.datasets.labels import Record
 from pipeline.datasets.samples import id_text, pair_id
 from pipeline.errors import DataError
@@ -40,7 +40,7 @@ def row_id(row: dict[str, Any], where: str) -> str | None:
 def lost_constraints(row: dict[str, Any]) -> tuple[str, ...]:
     """Names of the row's constraints that its sample cannot have; none if damaged."""
     try:
-        return held_atoms(_constraints(row), len(row["numbers"]))[1]
+        return find_held_atoms(_constraints(row), len(row["numbers"]))[1]
     except (KeyError, IndexError, TypeError, ValueError):
         # Whoever reads the row names it.
         return ()
@@ -64,7 +64,7 @@ def row_record(row: dict[str, Any], where: str) -> Record:
         if name not in row:
             raise DataError(f"{where} has no {name}.")
     try:
-        fixed, lost = held_atoms(_constraints(row), len(row["numbers"]))
+        fixed, lost = find_held_atoms(_constraints(row), len(row["numbers"]))
     except (KeyError, IndexError, TypeError, ValueError):
         raise DataError(f"{where} has constraints that cannot be read.") from None
     return Record(

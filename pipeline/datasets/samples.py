@@ -36,7 +36,7 @@ class Fields:
     forces_factor: float = 1.0
 
 
-def checked_sample(sample_id: str, fields: Fields, where: str) -> Sample:
+def make_sample(sample_id: str, fields: Fields, where: str) -> Sample:
     """``fields`` as a sample; tags are 2 and nothing is fixed where a source is silent.
 
     Parameters

@@ -9,7 +9,7 @@ from ase.calculators.calculator import all_properties
 from ase.io import ulm
 from ase.io.jsonio import decode
 
-from pipeline.datasets.constraints import held_atoms
+from pipeline.datasets.constraints import find_held_atoms
 from pipeline.datasets.labels import Record
 from pipeline.datasets.numbered import Found, NumberedDataset, OpenFiles
 from pipeline.datasets.rows import NO_CELL, NO_PBC, row_id
@@ -41,7 +41,7 @@ class TrajDataset(NumberedDataset):
             try:
                 image, head = _image(file, frame)
                 numbers = _value(head, "numbers")
-                _, lost = held_atoms(_constraints(head), len(numbers))
+                _, lost = find_held_atoms(_constraints(head), len(numbers))
                 info = _info(image)
             except Exception as error:
                 raise _unreadable(where, error) from None
@@ -58,7 +58,7 @@ class TrajDataset(NumberedDataset):
             raise _unreadable(f"{file}: sample {frame}", error) from None
 
 
-def _opened(path: Path) -> ulm.Reader:
+def _open_file(path: Path) -> ulm.Reader:
     try:
         with path.open("rb") as stream:
             # Reads beyond the end of a map are short ones, however large they ask for.
@@ -71,7 +71,7 @@ def _opened(path: Path) -> ulm.Reader:
     return reader
 
 
-_open = OpenFiles(_opened, shared=False)
+_open = OpenFiles(_open_file, shared=False)
 
 
 def _image(file: Path, frame: int) -> tuple[ulm.Reader, ulm.Reader]:
@@ -83,7 +83,7 @@ def _image(file: Path, frame: int) -> tuple[ulm.Reader, ulm.Reader]:
 
 def _record(image: ulm.Reader, head: ulm.Reader) -> Record:
     numbers = _value(head, "numbers")
-    fixed, lost = held_atoms(_constraints(head), len(numbers))
+    fixed, lost = find_held_atoms(_constraints(head), len(numbers))
     results = image.get("calculator")
     properties = _info(image)
     if isinstance(results, ulm.Reader):

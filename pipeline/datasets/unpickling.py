@@ -15,11 +15,11 @@ _UINT64, _FLOAT = struct.Struct("<Q"), struct.Struct(">d")
 STOP = ord(".")
 
 
-class Refusal(ValueError):
+class UnsafePickle(ValueError):
     """Why a pickle is not read; begins in the middle of a sentence."""
 
 
-class Record:
+class ObjectState:
     """Attributes of an object, without the object."""
 
     __slots__ = ("state",)
@@ -30,13 +30,13 @@ class Record:
     def build(self, state: Any) -> None:
         """Take the attributes over."""
         if type(state) is not dict:
-            raise Refusal("it holds an object whose attributes are no dictionary")
+            raise UnsafePickle("it holds an object whose attributes are no dictionary")
         # A link back to the owner would keep every sample alive until collected.
         self.state.update((k, v) for k, v in state.items() if k != "_parent")
 
 
 @dataclass(frozen=True, slots=True)
-class Name:
+class GlobalRef:
     """A class or function that a pickle names; ``make`` stands in for calling it."""
 
     text: str
@@ -44,17 +44,17 @@ class Name:
     record: bool = False
 
 
-class Reading(NamedTuple):
+class Allowlist(NamedTuple):
     """What a reader accepts: names, and a meaning of persistent ids or None."""
 
-    names: Mapping[str, Name]
+    names: Mapping[str, GlobalRef]
     persistent: Callable[[Any], Any] | None = None
 
 
 class PickleReader:
     """Reads the pickles that lie one after the other in ``data``."""
 
-    def __init__(self, data: bytes, reading: Reading) -> None:
+    def __init__(self, data: bytes, reading: Allowlist) -> None:
         self.data = data
         self.position = 0
         self.reading = reading
@@ -62,7 +62,7 @@ class PickleReader:
         self.memo: dict[int, Any] = {}
 
     def load(self) -> Any:
-        """The next value: plain data, a stand-in, or a ``Name``.
+        """The next value: plain data, a stand-in, or a ``GlobalRef``.
 
         Raises
         ------
@@ -77,18 +77,18 @@ class PickleReader:
             self.position += 1
             (value,) = self.stack
         except KeyError:
-            raise Refusal(f"it has the unknown instruction {code:#04x}") from None
+            raise UnsafePickle(f"it has the unknown instruction {code:#04x}") from None
         except (IndexError, struct.error, ValueError, TypeError) as error:
-            if isinstance(error, Refusal):
+            if isinstance(error, UnsafePickle):
                 raise
-            raise Refusal("it is cut off or damaged") from None
+            raise UnsafePickle("it is cut off or damaged") from None
         return value
 
     def take(self, count: int) -> bytes:
         """The next ``count`` bytes."""
         end = self.position + count
         if end > len(self.data):
-            raise Refusal("it is cut off or damaged")
+            raise UnsafePickle("it is cut off or damaged")
         piece = self.data[self.position : end]
         self.position = end
         return piece
@@ -107,13 +107,13 @@ class PickleReader:
                 values = stack[place + 1 :]
                 del stack[place:]
                 return values
-        raise Refusal("it is cut off or damaged")
+        raise UnsafePickle("it is cut off or damaged")
 
     def pop(self, *types: type) -> Any:
         """Topmost value; of one of ``types`` where any are given."""
         value = self.stack.pop()
         if value is _MARK or (types and type(value) not in types):
-            raise Refusal("it is cut off or damaged")
+            raise UnsafePickle("it is cut off or damaged")
         return value
 
 
@@ -123,7 +123,7 @@ Step = Callable[[PickleReader], None]
 def _name(reader: PickleReader, module: str, attribute: str) -> None:
     text = f"{module}.{attribute}"
     if text not in reader.reading.names:
-        raise Refusal(f"it asks for {text!r}, which could run code")
+        raise UnsafePickle(f"it asks for {text!r}, which could run code")
     reader.stack.append(reader.reading.names[text])
 
 
@@ -144,33 +144,33 @@ def _stack_global(reader: PickleReader) -> None:
 
 def _reduce(reader: PickleReader) -> None:
     arguments, function = reader.pop(tuple), reader.pop()
-    if type(function) is not Name or function.make is None:
-        raise Refusal(f"it calls {_described(function)}")
+    if type(function) is not GlobalRef or function.make is None:
+        raise UnsafePickle(f"it calls {_describe(function)}")
     reader.stack.append(function.make(*arguments))
 
 
 def _newobj(reader: PickleReader) -> None:
     arguments, kind = reader.pop(tuple), reader.pop()
-    if type(kind) is not Name or not kind.record or arguments:
-        raise Refusal(f"it makes an object of {_described(kind)}")
-    reader.stack.append(Record())
+    if type(kind) is not GlobalRef or not kind.record or arguments:
+        raise UnsafePickle(f"it makes an object of {_describe(kind)}")
+    reader.stack.append(ObjectState())
 
 
 def _build(reader: PickleReader) -> None:
     state, target = reader.pop(), reader.stack[-1]
     if not hasattr(type(target), "build"):
-        raise Refusal(f"it sets attributes of {_described(target)}")
+        raise UnsafePickle(f"it sets attributes of {_describe(target)}")
     target.build(state)
 
 
 def _persistent(reader: PickleReader) -> None:
     if reader.reading.persistent is None:
-        raise Refusal("it refers to data outside itself")
+        raise UnsafePickle("it refers to data outside itself")
     reader.stack.append(reader.reading.persistent(reader.pop()))
 
 
-def _described(value: Any) -> str:
-    return repr(value.text) if type(value) is Name else f"a {type(value).__name__}"
+def _describe(value: Any) -> str:
+    return repr(value.text) if type(value) is GlobalRef else f"a {type(value).__name__}"
 
 
 def _set_items(reader: PickleReader) -> None:
@@ -186,13 +186,13 @@ def _set_item(reader: PickleReader) -> None:
 def _store(target: Any, flat: list[Any]) -> None:
     # Other keys, nested tuples above all, can take for ever to hash.
     if type(target) is not dict or not all(type(key) is str for key in flat[::2]):
-        raise Refusal("it holds a dictionary whose keys are no words")
+        raise UnsafePickle("it holds a dictionary whose keys are no words")
     target.update(zip(flat[::2], flat[1::2], strict=True))
 
 
 def _extend(target: Any, values: list[Any]) -> None:
     if type(target) is not list:
-        raise Refusal("it appends to something that is no list")
+        raise UnsafePickle("it appends to something that is no list")
     target.extend(values)
 
 
@@ -218,7 +218,7 @@ def _constant(value: Any) -> Step:
     return lambda reader: reader.stack.append(value)
 
 
-def _counted(form: struct.Struct | None, convert: Callable[[bytes], Any]) -> Step:
+def _counted_step(form: struct.Struct | None, convert: Callable[[bytes], Any]) -> Step:
     """Step for a length, in one byte without ``form``, and so many bytes."""
 
     def step(reader: PickleReader) -> None:
@@ -228,7 +228,7 @@ def _counted(form: struct.Struct | None, convert: Callable[[bytes], Any]) -> Ste
     return step
 
 
-def _numbered(form: struct.Struct) -> Step:
+def _number_step(form: struct.Struct) -> Step:
     return lambda reader: reader.stack.append(reader.number(form))
 
 
@@ -243,7 +243,7 @@ def _get(number: Callable[[PickleReader], int]) -> Step:
     def step(reader: PickleReader) -> None:
         place = number(reader)
         if place not in reader.memo:
-            raise Refusal("it is cut off or damaged")
+            raise UnsafePickle("it is cut off or damaged")
         reader.stack.append(reader.memo[place])
 
     return step
@@ -267,7 +267,7 @@ def _protocol(reader: PickleReader) -> None:
 
 def _frame(reader: PickleReader) -> None:
     if reader.number(_UINT64) > len(reader.data) - reader.position:
-        raise Refusal("it is cut off or damaged")
+        raise UnsafePickle("it is cut off or damaged")
 
 
 # By instruction of the pickle protocols 2 to 5, in the order of the protocol's list.
@@ -277,18 +277,18 @@ STEPS: dict[int, Step] = {
     0x88: _constant(True),
     0x89: _constant(False),
     ord("K"): lambda reader: reader.stack.append(_byte(reader)),
-    ord("M"): _numbered(_UINT16),
-    ord("J"): _numbered(_INT),
-    0x8A: _counted(None, _long),
-    ord("G"): _numbered(_FLOAT),
-    ord("U"): _counted(None, bytes),
-    ord("C"): _counted(None, bytes),
-    ord("B"): _counted(_UINT, bytes),
-    0x8E: _counted(_UINT64, bytes),
-    0x96: _counted(_UINT64, bytes),
-    0x8C: _counted(None, _text),
-    ord("X"): _counted(_UINT, _text),
-    0x8D: _counted(_UINT64, _text),
+    ord("M"): _number_step(_UINT16),
+    ord("J"): _number_step(_INT),
+    0x8A: _counted_step(None, _long),
+    ord("G"): _number_step(_FLOAT),
+    ord("U"): _counted_step(None, bytes),
+    ord("C"): _counted_step(None, bytes),
+    ord("B"): _counted_step(_UINT, bytes),
+    0x8E: _counted_step(_UINT64, bytes),
+    0x96: _counted_step(_UINT64, bytes),
+    0x8C: _counted_step(None, _text),
+    ord("X"): _counted_step(_UINT, _text),
+    0x8D: _counted_step(_UINT64, _text),
     ord("]"): lambda reader: reader.stack.append([]),
     ord("a"): _append,
     ord("e"): _appends,

@@ -19,7 +19,7 @@ def is_full(error: OSError) -> bool:
 
 
 @contextmanager
-def told_when_full(store: Path) -> Iterator[None]:
+def disk_full_as_error(store: Path) -> Iterator[None]:
     """Name ``store`` and the way on where its disk has no room for what is written.
 
     The error of the system names no file, or a working file that is gone by then.
@@ -60,7 +60,7 @@ def is_held(folder: Path) -> bool:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def hold_lock(folder: Path) -> Iterator[None]:
     """Keep ``folder`` to this process, made if missing and removed if left empty.
 
     The lock is one of the system: it ends with the process, however that ends.

@@ -14,7 +14,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from pipeline.errors import DataError
-from pipeline.files.atomic import sync_folder, told_when_full
+from pipeline.files.atomic import disk_full_as_error, sync_folder
 from pipeline.files.remote import RemoteFiles
 
 log = logging.getLogger("pipeline.files.download")
@@ -48,7 +48,7 @@ def staging_folder() -> Path:
     return Path(cache).expanduser() / "kd-train" / "stage"
 
 
-def staged(url: str, folder: Path | None = None) -> Path:
+def download(url: str, folder: Path | None = None) -> Path:
     """Local copy of the file, or of all files of the folder, at ``url``.
 
     It is named by address, sizes and versions, so that what has changed is fetched anew
@@ -65,27 +65,27 @@ def staged(url: str, folder: Path | None = None) -> Path:
     """
     folder = staging_folder() if folder is None else folder
     remote = RemoteFiles(url, DataError)
-    files = _listed(remote)
+    files = _list_files(remote)
     name = remote.url.rpartition("/")[2] or "data"
     key = _key(remote.url, files)
     place = folder / key / name
     if place.parent.exists():
         return place
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f"{key}.lock"), told_when_full(folder):
+    with FileLock(folder / f"{key}.lock"), disk_full_as_error(folder):
         if not place.parent.exists():
             partial = folder / f"{key}.partial"
             total = sum(file.size for file in files)
             log.info("%s: %d files, %.1f MB", url, len(files), total / 1e6)
             _fetch_all(remote, files, partial / name)
-            if _key(remote.url, _listed(remote)) != key:
+            if _key(remote.url, _list_files(remote)) != key:
                 raise DataError(f"{url} changed while it was fetched; try again.")
             partial.rename(place.parent)
             sync_folder(folder)
     return place
 
 
-def _listed(remote: RemoteFiles) -> list[RemoteFile]:
+def _list_files(remote: RemoteFiles) -> list[RemoteFile]:
     """The file at the URL or all files below it, sorted by name."""
     try:
         found = remote.ask(remote.system.info, remote.root)
@@ -136,14 +136,14 @@ def _fetch_all(remote: RemoteFiles, files: list[RemoteFile], place: Path) -> Non
 
 
 def _fetch(
-    remote: RemoteFiles, file: RemoteFile, target: Path, told: Callable[[int], Any]
+    remote: RemoteFiles, file: RemoteFile, target: Path, on_bytes: Callable[[int], Any]
 ) -> None:
     """Fetch what ``target`` lacks of ``file``."""
     target.parent.mkdir(parents=True, exist_ok=True)
     path = remote.path(file.name)
     with target.open("ab") as stream:
         begin = stream.tell()
-        told(begin)
+        on_bytes(begin)
         while begin < file.size:
             end = min(begin + PIECE, file.size)
             try:
@@ -157,6 +157,6 @@ def _fetch(
                 )
             stream.write(content)
             begin = end
-            told(len(content))
+            on_bytes(len(content))
         stream.flush()
         os.fsync(stream.fileno())

@@ -17,10 +17,10 @@ def glob_matches(pattern: str) -> list[Path]:
     path = Path(pattern)
     root = Path(path.anchor) if path.is_absolute() else Path()
     parts = path.relative_to(root) if path.is_absolute() else path
-    return in_counting_order(root.glob(str(parts)))
+    return sort_by_number(root.glob(str(parts)))
 
 
-def in_counting_order(paths: Iterable[Path]) -> list[Path]:
+def sort_by_number(paths: Iterable[Path]) -> list[Path]:
     """``paths`` sorted by name, numbers in it by their values: 2 comes before 10."""
     return sorted(paths, key=lambda path: _counting_order(str(path)))
 

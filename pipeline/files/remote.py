@@ -76,7 +76,7 @@ class RemoteFiles:
         raise AssertionError
 
 
-def in_groups(items: Sequence[Item]) -> Iterator[list[Item]]:
+def split_groups(items: Sequence[Item]) -> Iterator[list[Item]]:
     """``items``, as many at a time as are requested at once."""
     for first in range(0, len(items), _AT_ONCE):
         yield list(items[first : first + _AT_ONCE])

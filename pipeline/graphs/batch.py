@@ -27,10 +27,10 @@ def collate(
     """
     natoms = np.array([len(structure) for structure in structures])
     first_atom = np.cumsum(natoms) - natoms
-    graphs = _packed_edges(edges, first_atom, dtype)
-    for name in edges[0].sides:
-        sides = _packed_edges([e.sides[name] for e in edges], first_atom, dtype)
-        graphs |= {f"{name}_{key}": value for key, value in sides.items()}
+    graphs = _pack_edges(edges, first_atom, dtype)
+    for name in edges[0].extra_graphs:
+        arrays = _pack_edges([e.extra_graphs[name] for e in edges], first_atom, dtype)
+        graphs |= {f"{name}_{key}": value for key, value in arrays.items()}
 
     def packed(name: str, kind: type) -> torch.Tensor:
         values = [getattr(structure, name) for structure in structures]
@@ -52,7 +52,7 @@ def collate(
     )
 
 
-def _packed_edges(
+def _pack_edges(
     edges: Sequence[Edges], first_atom: npt.NDArray[np.int64], dtype: torch.dtype
 ) -> dict[str, torch.Tensor]:
     """Edges of one kind of all structures, numbered over the batch."""

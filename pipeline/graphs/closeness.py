@@ -7,7 +7,7 @@ import numpy.typing as npt
 from ase.data import chemical_symbols, covalent_radii
 
 from pipeline.errors import DataError
-from pipeline.graphs.neighbors import pairs_within
+from pipeline.graphs.neighbors import find_pairs
 from pipeline.structure import Sample, Structure
 
 # Of so few atoms all pairs are looked at faster than close ones are searched for.
@@ -94,7 +94,7 @@ def _candidates(structure: Structure, cutoff: float) -> tuple[_Ints, _Ints, _Flo
             one = first < second
             first, second = first[one], second[one]
             return first, second, np.sqrt(squares[first, second])
-    pairs = pairs_within(structure, cutoff)
+    pairs = find_pairs(structure, cutoff)
     return pairs.source, pairs.target, pairs.distance
 
 

@@ -5,7 +5,7 @@ shift, ``edge_index[1]`` is i. No torch in here: it runs in loader threads.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -26,12 +26,15 @@ _MARGIN = 0.01
 # have millions of neighbours (Å).
 _LOWEST_CELL = 0.5
 
+# Names that stores have for fields of `NeighborSpec`.
+_STORED_NAMES = {"extra_graphs": "sides"}
+
 _Ints = npt.NDArray[np.int64]
 _Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class SideGraph:
+class ExtraGraph:
     """A further graph of a model: the base graph cut down to ``cutoff`` and a limit.
 
     With ``tags``, an edge needs an end (either one) whose tag is among them.
@@ -44,7 +47,7 @@ class SideGraph:
 
 
 @dataclass(frozen=True)
-class GraphRule:
+class NeighborSpec:
     """How a model wants its edges built.
 
     ``cutoff`` in Å, inclusive. ``max_neighbors`` nearest sources are kept per target;
@@ -53,8 +56,8 @@ class GraphRule:
     one that points up. ``periodic = False`` takes molecules only: structures with a
     periodic direction are refused.
 
-    A model of several graphs has ``sides``. All are cut out of the ``base`` graph
-    (cutoff, limit), which is the main graph before it is made symmetric if unsaid.
+    A model of several graphs has ``extra_graphs``. All are cut out of the ``base``
+    graph (cutoff, limit), by default the main graph before it is made symmetric.
     """
 
     cutoff: float
@@ -63,7 +66,12 @@ class GraphRule:
     periodic: bool = True
     strict: bool = True
     base: tuple[float, int] | None = None
-    sides: tuple[SideGraph, ...] = ()
+    extra_graphs: tuple[ExtraGraph, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as a store records them, where ``sides`` is a key."""
+        values = asdict(self)
+        return {_STORED_NAMES.get(name, name): values[name] for name in values}
 
 
 @dataclass(frozen=True)
@@ -71,14 +79,15 @@ class Edges:
     """Directed edges of one structure, sorted by (target, source, shift).
 
     ``edge_index`` (2, E) int64 rows source and target; ``cell_offsets`` (E, 3) int64,
-    the source image sits at ``positions[source] + cell_offsets @ cell``. ``sides``
-    holds the edges of further graphs by name. ``crowded`` is the number of atoms that
-    have more neighbours within the cutoff than the limit lets them see.
+    the source image sits at ``positions[source] + cell_offsets @ cell``.
+    ``extra_graphs`` holds the edges of further graphs by name. ``crowded`` is the
+    number of atoms that have more neighbours within the cutoff than the limit lets
+    them see.
     """
 
     edge_index: _Ints
     cell_offsets: _Ints
-    sides: Mapping[str, "Edges"] = field(default_factory=dict)
+    extra_graphs: Mapping[str, "Edges"] = field(default_factory=dict)
     crowded: int = 0
 
     def __len__(self) -> int:
@@ -88,10 +97,10 @@ class Edges:
     def nbytes(self) -> int:
         """Memory of all arrays in bytes."""
         own = self.edge_index.nbytes + self.cell_offsets.nbytes
-        return own + sum(side.nbytes for side in self.sides.values())
+        return own + sum(side.nbytes for side in self.extra_graphs.values())
 
 
-def neighbor_edges(structure: Structure, rule: GraphRule) -> Edges:
+def neighbor_edges(structure: Structure, rule: NeighborSpec) -> Edges:
     """Edges of ``structure`` under ``rule``, alike on every machine and in any batch.
 
     At the neighbour limit, sources of equal distance (to 1e-6 Å) are preferred by
@@ -104,21 +113,23 @@ def neighbor_edges(structure: Structure, rule: GraphRule) -> Edges:
     """
     check_periodicity(structure, rule)
     cutoff, limit = rule.base or (rule.cutoff, rule.max_neighbors)
-    pairs = pairs_within(structure, cutoff)
+    pairs = find_pairs(structure, cutoff)
     distance = pairs.distance
     pairs = pairs[(distance <= cutoff) & (distance > _MIN_DISTANCE)]
-    base = _limited(pairs, np.square(pairs.distance), limit, rule.strict)
+    base = _limit_neighbors(pairs, np.square(pairs.distance), limit, rule.strict)
     whole = (cutoff, limit)
     main = _cut(base, whole, (rule.cutoff, rule.max_neighbors), rule.strict)
-    sides = {}
-    for side in rule.sides:
+    extra_graphs = {}
+    for side in rule.extra_graphs:
         cut = _cut(base, whole, (side.cutoff, side.max_neighbors), rule.strict)
-        sides[side.name] = _sorted(_with_tags(cut, structure.tags, side.tags))
-    edges = _sorted(_symmetrised(main) if rule.symmetric else main, sides)
-    return replace(edges, crowded=_crowded(pairs, rule))
+        extra_graphs[side.name] = _sort_edges(
+            _select_tags(cut, structure.tags, side.tags)
+        )
+    edges = _sort_edges(_symmetrise(main) if rule.symmetric else main, extra_graphs)
+    return replace(edges, crowded=_count_crowded(pairs, rule))
 
 
-def check_periodicity(structure: Structure, rule: GraphRule) -> None:
+def check_periodicity(structure: Structure, rule: NeighborSpec) -> None:
     """Refuse a structure whose periodicity ``rule`` would ignore.
 
     Raises
@@ -135,7 +146,7 @@ def check_periodicity(structure: Structure, rule: GraphRule) -> None:
         )
 
 
-def limit_warning(rule: GraphRule, crowded: int, atoms: int) -> str | None:
+def limit_warning(rule: NeighborSpec, crowded: int, atoms: int) -> str | None:
     """What to warn of where ``crowded`` of so many atoms met the neighbour limit."""
     if not crowded:
         return None
@@ -148,7 +159,7 @@ def limit_warning(rule: GraphRule, crowded: int, atoms: int) -> str | None:
     )
 
 
-def sample_edges(sample_id: str, structure: Structure, rule: GraphRule) -> Edges:
+def sample_edges(sample_id: str, structure: Structure, rule: NeighborSpec) -> Edges:
     """:func:`neighbor_edges` of a sample that must have some.
 
     Raises
@@ -186,7 +197,7 @@ class _Pairs:
         )
 
 
-def pairs_within(structure: Structure, cutoff: float) -> _Pairs:
+def find_pairs(structure: Structure, cutoff: float) -> _Pairs:
     """All pairs up to a little past the cutoff (Å), in both directions.
 
     Raises
@@ -258,7 +269,7 @@ def _lowest_height(vectors: _Floats) -> float:
     return float((lengths[:, 0] / np.sqrt(inverse)).min())
 
 
-def _crowded(pairs: _Pairs, rule: GraphRule) -> int:
+def _count_crowded(pairs: _Pairs, rule: NeighborSpec) -> int:
     """Atoms with more sources within the cutoff of the main graph than its limit."""
     targets = pairs.target
     if rule.base is not None:
@@ -275,10 +286,10 @@ def _cut(
         base = base[base.distance <= cutoff]
     if limit == whole[1]:
         return base
-    return _limited(base, base.distance, limit, strict)
+    return _limit_neighbors(base, base.distance, limit, strict)
 
 
-def _limited(pairs: _Pairs, value: _Floats, limit: int, strict: bool) -> _Pairs:
+def _limit_neighbors(pairs: _Pairs, value: _Floats, limit: int, strict: bool) -> _Pairs:
     """The pairs with the ``limit`` smallest values of each target."""
     degree = np.bincount(pairs.target)
     if not len(value) or degree.max() <= limit:
@@ -295,7 +306,7 @@ def _limited(pairs: _Pairs, value: _Floats, limit: int, strict: bool) -> _Pairs:
     return pairs[value <= highest[pairs.target]]
 
 
-def _with_tags(
+def _select_tags(
     pairs: _Pairs, tags: npt.NDArray[np.int8], wanted: tuple[int, ...] | None
 ) -> _Pairs:
     """The pairs of which either end has one of the ``wanted`` tags."""
@@ -305,7 +316,7 @@ def _with_tags(
     return pairs[chosen[pairs.source] | chosen[pairs.target]]
 
 
-def _symmetrised(pairs: _Pairs) -> _Pairs:
+def _symmetrise(pairs: _Pairs) -> _Pairs:
     """Upward edges (source < target; own images by negative shift) and mirrors."""
     own = pairs.source == pairs.target
     up = pairs[(pairs.source < pairs.target) | (own & (_shift_code(pairs.shift) < 0))]
@@ -317,10 +328,12 @@ def _symmetrised(pairs: _Pairs) -> _Pairs:
     )
 
 
-def _sorted(pairs: _Pairs, sides: Mapping[str, Edges] | None = None) -> Edges:
+def _sort_edges(
+    pairs: _Pairs, extra_graphs: Mapping[str, Edges] | None = None
+) -> Edges:
     order = np.lexsort((_shift_code(pairs.shift), pairs.source, pairs.target))
     index = np.stack((pairs.source[order], pairs.target[order]))
-    return Edges(index, pairs.shift[order], sides or {})
+    return Edges(index, pairs.shift[order], extra_graphs or {})
 
 
 def _shift_code(shift: _Ints) -> _Ints:

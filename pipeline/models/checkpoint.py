@@ -24,7 +24,7 @@ from pipeline.models.contents import (
 from pipeline.models.network import Network
 from pipeline.models.normalizer import Normalizer
 from pipeline.models.released import read_released
-from pipeline.models.torch_file import unwrapped
+from pipeline.models.torch_file import unwrap_tensors
 
 _METADATA_KEY = "kd_train"
 _ENTRIES = {
@@ -136,7 +136,7 @@ def _read_published(path: Path) -> ModelContents:
     return ModelContents(
         name=header["model"],
         hyperparameters=header["hyperparameters"],
-        tensors=unwrapped(tensors, path),
+        tensors=unwrap_tensors(tensors, path),
         normalizer=Normalizer.from_dict(header["normalizer"]),
         provenance=header["provenance"],
     )

@@ -52,7 +52,7 @@ def usable_elements(
     return embedded if trained is None else TrainedElements(embedded, trained, option)
 
 
-def symbols_of(atomic_numbers: npt.ArrayLike) -> str:
+def list_symbols(atomic_numbers: npt.ArrayLike) -> str:
     """Symbols of distinct elements, joined by commas, in ascending order."""
     return ", ".join(chemical_symbols[z] for z in np.unique(atomic_numbers))
 
@@ -75,8 +75,8 @@ def check_elements(
     number = int(numbers[atom])
     if isinstance(elements, TrainedElements) and number in elements.embedded:
         raise DataError(
-            f"Sample{where} holds {symbols_of(number)}; the data that this model was "
-            f"trained on held no {symbols_of(number)}, so its numbers would mean "
+            f"Sample{where} holds {list_symbols(number)}; the data that this model was "
+            f"trained on held no {list_symbols(number)}, so its numbers would mean "
             f"nothing; leave such samples out, or set {elements.option} to go on."
         )
     raise DataError(

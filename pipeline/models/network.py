@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
-from pipeline.graphs.neighbors import Edges, GraphRule
+from pipeline.graphs.neighbors import Edges, NeighborSpec
 from pipeline.models.output import ModelOutput
 
 
@@ -20,7 +20,7 @@ class Network(nn.Module):
     :meth:`fit` before its training.
     """
 
-    graph_rule: GraphRule
+    graph_rule: NeighborSpec
     hyperparameters: dict[str, Any]
     widths: dict[str, int]
     elements: range
@@ -44,7 +44,7 @@ class Network(nn.Module):
         """Width of ``field`` at one of ``layers``; None where it does not exist."""
         return self.widths.get(field) if layer in self.layers else None
 
-    def memory_of(self, edges: Edges, n_atoms: int) -> int:
+    def estimate_memory(self, edges: Edges, n_atoms: int) -> int:
         """Bytes that one structure adds to the peak of a pass without gradients.
 
         0 where the number of atoms alone limits batches.

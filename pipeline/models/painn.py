@@ -13,7 +13,7 @@ from torch_geometric.data import Data
 from torch_geometric.utils import scatter
 
 from pipeline.errors import SpecError
-from pipeline.graphs.neighbors import GraphRule
+from pipeline.graphs.neighbors import NeighborSpec
 from pipeline.models.layers import (
     AtomEmbedding,
     RadialBasis,
@@ -80,7 +80,7 @@ class PaiNN(Network):
         self.options = options
         self.hyperparameters = asdict(options)
         del self.hyperparameters["scale_factors"]
-        self.graph_rule = GraphRule(
+        self.graph_rule = NeighborSpec(
             options.cutoff,
             options.max_neighbors,
             symmetric=True,

@@ -17,7 +17,7 @@ from pipeline.models.scale_factors import (
     merge_scale_factors,
     read_scale_file,
 )
-from pipeline.models.torch_file import read_torch_file, unwrapped
+from pipeline.models.torch_file import read_torch_file, unwrap_tensors
 from pipeline.models.zoo import MODELS, known_hyperparameters
 
 # Centres of basis functions and atomic masses: stored, but not trained.
@@ -46,7 +46,7 @@ def read_released(
     ignored = re.compile(kind.ignored_entries)
     tensors = {k: v for k, v in state.items() if not ignored.fullmatch(k)}
     if average is not None:
-        tensors |= _averaged(tensors, average, path)
+        tensors |= _average_weights(tensors, average, path)
     tensors = {k: v for k, v in tensors.items() if not _ADAPTER.fullmatch(k)}
     sources = _scale_sources(checkpoint, state, attributes, path, scale_file)
     parameters = empty_model(name, hyperparameters, path).state_dict()
@@ -80,7 +80,7 @@ def _state_dict(checkpoint: Mapping[str, Any], path: Path) -> dict[str, Tensor]:
             f"{path} has no state_dict of tensors, so it is no OCP or fairchem-core "
             "1.x checkpoint."
         )
-    plain = unwrapped({str(key): value for key, value in state.items()}, path)
+    plain = unwrap_tensors({str(key): value for key, value in state.items()}, path)
     return {_plain_name(key): value for key, value in plain.items()}
 
 
@@ -118,7 +118,7 @@ def _attributes_of_heads(model: Mapping[str, Any]) -> dict[str, Any]:
     return {name: head[name] for head in heads for name in names if name in head}
 
 
-def _averaged(
+def _average_weights(
     tensors: Mapping[str, Tensor], average: Any, path: Path
 ) -> dict[str, Tensor]:
     """Moving averages by name; the file lists them by position only."""
@@ -157,7 +157,7 @@ def _scale_sources(
         ),
         "scale_dict": as_factors(_mapping(checkpoint.get("scale_dict")), str(path)),
     }
-    beside = _file_beside(attributes.get("scale_file"), path)
+    beside = _find_sibling(attributes.get("scale_file"), path)
     if scale_file is not None:
         sources[scale_file.name] = read_scale_file(scale_file)
     elif beside is not None:
@@ -165,7 +165,7 @@ def _scale_sources(
     return {origin: factors for origin, factors in sources.items() if factors}
 
 
-def _file_beside(named: object, path: Path) -> Path | None:
+def _find_sibling(named: object, path: Path) -> Path | None:
     """Return the scale file named in the attributes if it lies with the checkpoint."""
     if not isinstance(named, str) or not named:
         return None

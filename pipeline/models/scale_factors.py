@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipeline.errors import CheckpointError
 from pipeline.files.strict_json import parse_json
-from pipeline.models.torch_file import read_torch_file, without_wrappers
+from pipeline.models.torch_file import read_torch_file, strip_wrappers
 
 SUFFIX = ".scale_factor"
 # Sources may differ by the rounding of numbers written as text.
@@ -40,7 +40,7 @@ def as_factors(values: Mapping[Any, Any], origin: str) -> dict[str, float]:
     """Plain numbers by module name, prefixes and suffix removed."""
     factors = {}
     for key, value in values.items():
-        name = without_wrappers(str(key)).removesuffix(SUFFIX)
+        name = strip_wrappers(str(key)).removesuffix(SUFFIX)
         if isinstance(value, Tensor) and value.numel() == 1:
             value = value.item()
         if isinstance(value, bool) or not isinstance(value, int | float):

@@ -10,7 +10,7 @@ from torch_geometric.data import Data
 from torch_geometric.utils import scatter
 
 from pipeline.errors import SpecError
-from pipeline.graphs.neighbors import GraphRule
+from pipeline.graphs.neighbors import NeighborSpec
 from pipeline.models.layers import (
     GaussianSmearing,
     ShiftedSoftplus,
@@ -65,7 +65,7 @@ class SchNet(Network):
             )
         self.options = options
         self.hyperparameters = asdict(options)
-        self.graph_rule = GraphRule(
+        self.graph_rule = NeighborSpec(
             options.cutoff,
             options.max_neighbors,
             symmetric=False,

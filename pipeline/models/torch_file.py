@@ -47,18 +47,18 @@ _HARMLESS: list[Any] = [
 ]
 
 
-def _named(error: UnpicklingError) -> str:
+def _cause(error: UnpicklingError) -> str:
     """Return the forbidden name in torch's message, in brackets, if there is one."""
     found = re.search(r"GLOBAL ([\w.]+)", str(error))
     return f" ({found.group(1)})" if found else ""
 
 
-def without_wrappers(key: str) -> str:
+def strip_wrappers(key: str) -> str:
     """Return ``key`` without what torch.compile and parallel training add."""
     return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
 
 
-def unwrapped(tensors: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def unwrap_tensors(tensors: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """``tensors`` by their names without the parts that wrappers add, in their order.
 
     Raises
@@ -68,7 +68,7 @@ def unwrapped(tensors: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """
     plain: dict[str, Any] = {}
     for key, value in tensors.items():
-        name = without_wrappers(key)
+        name = strip_wrappers(key)
         if name in plain:
             raise CheckpointError(
                 f"{path} holds {name} twice, once more as {key}; keep one of the two."
@@ -96,7 +96,7 @@ def load_restricted(path: Path, harmless: Sequence[Any]) -> Any:
     except UnpicklingError as error:
         raise CheckpointError(
             f"{path} is refused: it is damaged or holds more than tensors and plain "
-            f"values{_named(error)}, which could run code when loaded; fetch it again "
+            f"values{_cause(error)}, which could run code when loaded; fetch it again "
             "or save it with tensors and plain values only."
         ) from error
     except Exception as error:  # damaged archives fail in many ways inside torch

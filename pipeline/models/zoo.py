@@ -226,7 +226,9 @@ def _check(name: str, key: str, value: object, options: type) -> None:
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     least = known[key].metadata.get("least", None)
     if not any(_fits(value, kind, least) for kind in kinds):
-        raise SpecError(f"{name}.{key} is {value!r}, but {_needed(kinds)} is needed.")
+        raise SpecError(
+            f"{name}.{key} is {value!r}, but {_describe_needed(kinds)} is needed."
+        )
 
 
 def _fits(value: object, kind: Any, least: int | None) -> bool:
@@ -245,7 +247,7 @@ def _fits(value: object, kind: Any, least: int | None) -> bool:
     return isinstance(value, get_origin(kind) or kind)
 
 
-def _needed(kinds: tuple[Any, ...]) -> str:
+def _describe_needed(kinds: tuple[Any, ...]) -> str:
     """Name of the first of ``kinds`` for an error message."""
     kind = get_origin(kinds[0]) or kinds[0]
     names = {dict: "mapping", float: "positive float", int: "positive int"}

@@ -27,7 +27,7 @@ def is_device_failure(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(w in str(error) for w in _BROKEN)
 
 
-def in_halves(
+def run_halving_on_oom(
     run: Callable[[Sequence[Item]], Result], items: Sequence[Item]
 ) -> Iterator[Result]:
     """``run(items)``; of halves where memory is too small, down to single items.
@@ -54,8 +54,8 @@ def in_halves(
         len(items),
         reason,
     )
-    yield from in_halves(run, items[:middle])
-    yield from in_halves(run, items[middle:])
+    yield from run_halving_on_oom(run, items[:middle])
+    yield from run_halving_on_oom(run, items[middle:])
 
 
 def free_cached_memory() -> None:
@@ -64,13 +64,13 @@ def free_cached_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def threads_of_one(workers: int) -> int:
+def threads_per_worker(workers: int) -> int:
     """CPU threads that each of several worker processes should take."""
     cores = len(os.sched_getaffinity(0))
     return max(1, cores // max(1, workers))
 
 
-def device_of_one(device: str, number: int) -> str:
+def device_for_worker(device: str, number: int) -> str:
     """Device of worker ``number``: one each where ``cuda`` leaves the choice."""
     if device != "cuda":
         return device

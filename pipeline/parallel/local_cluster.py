@@ -24,7 +24,7 @@ def local_workers(workers: int, threads: int = 2) -> Iterator[Any]:
     from distributed import Client, LocalCluster
 
     silence()
-    with _interrupts_blocked():
+    with _block_interrupts():
         # Threads and processes inherit who may be interrupted.
         cluster = LocalCluster(
             n_workers=0,
@@ -42,7 +42,7 @@ def local_workers(workers: int, threads: int = 2) -> Iterator[Any]:
             Client(cluster, set_as_default=False) as client,
         ):
             try:
-                with _kept(cluster, workers):
+                with _keep_workers(cluster, workers):
                     yield client
             finally:
                 _kill(cluster)
@@ -51,7 +51,7 @@ def local_workers(workers: int, threads: int = 2) -> Iterator[Any]:
 
 
 @contextmanager
-def _kept(cluster: Any, workers: int) -> Iterator[None]:
+def _keep_workers(cluster: Any, workers: int) -> Iterator[None]:
     """So many workers, others in place of those that did not start again.
 
     The cluster gives up a worker that is not back ``_LOST_S`` after it died, as on a
@@ -86,7 +86,7 @@ def _kill(cluster: Any) -> None:
 
 
 @contextmanager
-def _interrupts_blocked() -> Iterator[None]:
+def _block_interrupts() -> Iterator[None]:
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from pipeline.errors import WorkersError
-from pipeline.logs import Warned, collected_warnings, tell_again
+from pipeline.logs import LoggedWarning, collect_warnings, log_again
 from pipeline.parallel.local_cluster import local_workers
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 # As ``map``: results come in the order of the items, each when it is asked for.
-Run = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
+OrderedMap = Callable[[Callable[[Any], Any], Iterable[Any]], Iterator[Any]]
 # Told how many items of a pass are done, of how many; at first none.
 Count = Callable[[int, int], None]
 
@@ -31,7 +31,7 @@ _PATIENCE_S = 600.0
 
 
 @contextmanager
-def processes(workers: int) -> Iterator[Run]:
+def processes(workers: int) -> Iterator[OrderedMap]:
     """``map`` for so many processes; with 0 it is ``map`` itself, in this one.
 
     The cluster starts with the first item and ends with the context. What a
@@ -82,16 +82,16 @@ class Tally:
         self._count(self._done, self._total)
 
 
-def not_told(items: int) -> None:
+def ignore_items(items: int) -> None:
     """For whoever does not ask how many more items are done."""
 
 
-def worthwhile(workers: int, items: int) -> int:
+def useful_workers(workers: int, items: int) -> int:
     """``workers``, or none for so few items that to start them would take longer."""
     return workers if items >= _FEW else 0
 
 
-def not_counted(done: int, total: int) -> None:
+def ignore_counts(done: int, total: int) -> None:
     """A ``Count`` for whoever does not ask."""
 
 
@@ -102,10 +102,10 @@ def _in_order(
     items: Iterable[Item],
 ) -> Generator[Result, None, None]:
     """Results in the order of ``items``, a bounded number of them made ahead."""
-    ahead: _Ahead[Item, Result] | None = None
+    ahead: _OrderedQueue[Item, Result] | None = None
     try:
         for item in items:
-            ahead = ahead or _Ahead(connect(), function)
+            ahead = ahead or _OrderedQueue(connect(), function)
             ahead.add(item)
             if ahead.items == _AHEAD * workers:
                 yield ahead.next()
@@ -125,7 +125,7 @@ class _Sent(Generic[Item]):
     losses: int = 0
 
 
-class _Ahead(Generic[Item, Result]):
+class _OrderedQueue(Generic[Item, Result]):
     """Items that processes have, in order; those of dead processes are sent again."""
 
     def __init__(self, client: Any, function: Callable[[Item], Result]) -> None:
@@ -155,7 +155,7 @@ class _Ahead(Generic[Item, Result]):
                 self._send_again()
             else:
                 self._sent.popleft()
-                tell_again(warnings)
+                log_again(warnings)
                 return result
 
     def cancel(self) -> None:
@@ -170,7 +170,7 @@ class _Ahead(Generic[Item, Result]):
     def _send_again(self) -> None:
         """Send what was lost, and the function, which may be lost with it."""
         if self._sent[0].losses == _LOSSES:
-            raise _dying()
+            raise _repeated_deaths()
         lost = [sent for sent in self._sent if _is_lost(sent.future)]
         self._there = self._send_function()
         for sent in lost:
@@ -188,14 +188,14 @@ class _Ahead(Generic[Item, Result]):
                 ) from None
             with suppress(OSError):  # the process that it was sent to died
                 return self._client.scatter(self._function, broadcast=True, hash=False)
-        raise _dying()
+        raise _repeated_deaths()
 
 
 def _call(
     function: Callable[[Item], Result], item: Item
-) -> tuple[Result, list[Warned]]:
+) -> tuple[Result, list[LoggedWarning]]:
     """Result of ``function`` in a worker, and what it warned of."""
-    with collected_warnings() as warnings:
+    with collect_warnings() as warnings:
         return function(item), warnings
 
 
@@ -212,7 +212,7 @@ def _is_lost(future: Any) -> bool:
     return bool(future.cancelled())
 
 
-def _dying() -> WorkersError:
+def _repeated_deaths() -> WorkersError:
     return WorkersError(
         f"Worker processes died {_LOSSES + 1} times at the same piece of work, most "
         "likely killed since memory was full; give the same command again with fewer "

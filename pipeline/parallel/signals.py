@@ -22,7 +22,7 @@ class Stopped(BaseException):
 
 
 @contextmanager
-def stopped_by_signals() -> Iterator[None]:
+def stop_on_signals() -> Iterator[None]:
     """Raise Stopped at the first SIGINT or SIGTERM; further ones change nothing.
 
     A signal that this process was started to ignore stays ignored. For the main thread.

@@ -62,7 +62,7 @@ class _Try(Generic[Item]):
 
 
 @dataclass(frozen=True)
-class Outcome(Generic[Item, Result]):
+class TaskResult(Generic[Item, Result]):
     """How a task ended: with a result, or with the last error of all attempts."""
 
     item: Item
@@ -90,7 +90,7 @@ class Pool(Protocol):
         """Forget futures that nobody waits for any more."""
 
 
-def retried(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
     """Whether an error may be gone at the next try: a lost worker, a failing system.
 
     A full disk stays full.
@@ -106,13 +106,13 @@ def run_tasks(
     items: Iterable[Item],
     *,
     retries: int = RETRIES,
-    transient: Callable[[Exception], bool] = retried,
+    transient: Callable[[Exception], bool] = is_transient,
     awaited: Callable[[Exception], bool] = lambda error: False,
     delay: float = 0.5,
     longest_wait: float = _LONGEST_WAIT_S,
     on_retry: Callable[[Item, Exception], None] = lambda item, error: None,
     on_tick: Callable[[], None] = lambda: None,
-) -> Iterator[Outcome[Item, Result]]:
+) -> Iterator[TaskResult[Item, Result]]:
     """Run ``task`` on every item; exactly one outcome for each, in order of ending.
 
     Never more are in flight than the pool asks for. A ``transient`` error is tried
@@ -131,9 +131,9 @@ def run_tasks(
     Exception
         Any other error of a task, at once: it is one of the program or of the disk.
     """
-    run = _Run(pool, task, items, on_tick)
+    run = _TaskRun(pool, task, items, on_tick)
     try:
-        while (ended := run.next_ended()) is not None:
+        while (ended := run.wait_for_next()) is not None:
             one, future = ended
             item = one.item
             try:
@@ -145,24 +145,24 @@ def run_tasks(
             except Exception as error:
                 if awaited(error) and one.waited() < longest_wait:
                     on_retry(item, error)
-                    run.wait(one, delay)
+                    run.requeue(one, delay)
                 elif transient(error) and one.tries < retries:
                     on_retry(item, error)
-                    run.again(one, delay)
+                    run.retry(one, delay)
                 elif isinstance(error, TaskLost) and not one.alone:
                     on_retry(item, error)
-                    run.at_last(one)
+                    run.retry_last_alone(one)
                 elif transient(error) or isinstance(error, PipelineError):
-                    yield Outcome(item, None, error, one.tries + 1)
+                    yield TaskResult(item, None, error, one.tries + 1)
                 else:
                     raise
             else:
-                yield Outcome(item, result, None, one.tries + 1)
+                yield TaskResult(item, result, None, one.tries + 1)
     finally:
         run.end()
 
 
-class _Run(Generic[Item, Result]):
+class _TaskRun(Generic[Item, Result]):
     """Tasks waiting, tasks in flight, and those that wait for another try."""
 
     def __init__(
@@ -182,7 +182,7 @@ class _Run(Generic[Item, Result]):
         self._last: deque[_Try[Item]] = deque()
         self._ended: queue.SimpleQueue[int] = queue.SimpleQueue()
 
-    def next_ended(self) -> tuple[_Try[Item], Any] | None:
+    def wait_for_next(self) -> tuple[_Try[Item], Any] | None:
         """The next try that ends and its future; None when all have."""
         while True:
             self._fill()
@@ -200,17 +200,17 @@ class _Run(Generic[Item, Result]):
         self._flying[number] = one, future
         future.add_done_callback(lambda _: self._ended.put(number))
 
-    def again(self, one: _Try[Item], delay: float) -> None:
+    def retry(self, one: _Try[Item], delay: float) -> None:
         """Try once more after ``delay`` seconds, or four times as long as before."""
         self._after(one, delay * 4**one.tries)
         one.tries += 1
 
-    def wait(self, one: _Try[Item], delay: float) -> None:
+    def requeue(self, one: _Try[Item], delay: float) -> None:
         """Ask once more, after pauses that grow to half a minute."""
         self._after(one, min(delay * 2**one.waits, _LONGEST_PAUSE_S))
         one.waits += 1
 
-    def at_last(self, one: _Try[Item]) -> None:
+    def retry_last_alone(self, one: _Try[Item]) -> None:
         """Try once more when everything else has ended, alone."""
         one.tries += 1
         one.alone = True
@@ -366,7 +366,7 @@ class DaskPool:
 
 
 @contextmanager
-def connected(address: str, timeout: float = 10.0) -> Iterator[Any]:
+def connect(address: str, timeout: float = 10.0) -> Iterator[Any]:
     """Client of the Dask scheduler at ``address``, tried for ``timeout`` seconds.
 
     Raises

@@ -69,7 +69,7 @@ class Units:
         return _factors(self)
 
 
-def units_from(text: str) -> Units:
+def parse_units(text: str) -> Units:
     """Units as ``energy=kcal/mol,length=Å`` names them.
 
     Raises

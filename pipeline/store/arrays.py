@@ -16,9 +16,9 @@ from pipeline.store.chunks import ChunkCache, Key
 from pipeline.store.index import ArrayInfo, SplitIndex
 from pipeline.store.layout import IntArray
 from pipeline.store.ledger import shard_damage
-from pipeline.store.memory_map import prefetch
+from pipeline.store.memory_map import advise_will_need
 from pipeline.store.messages import name_samples
-from pipeline.store.row_slices import Pieces
+from pipeline.store.row_slices import RowSlices
 from pipeline.store.shard import Bytes, RawLayout, ShardLayout
 
 _UNMAPPED: Bytes = np.empty(0, np.uint8)
@@ -34,7 +34,7 @@ class ArrayReader(ABC):
         self._row_bytes = info.row_bytes
 
     @abstractmethod
-    def views(self, pieces: Pieces) -> list[Bytes]:
+    def views(self, pieces: RowSlices) -> list[Bytes]:
         """Bytes of every piece, from intact inner chunks.
 
         Raises
@@ -43,11 +43,11 @@ class ArrayReader(ABC):
             A shard is missing or a chunk of it damaged; names file and samples.
         """
 
-    def empty(self, pieces: Pieces) -> Bytes:
+    def empty(self, pieces: RowSlices) -> Bytes:
         """Bytes to copy ``pieces`` into."""
         return np.empty(pieces.total * self._row_bytes, np.uint8)
 
-    def shaped(self, content: Bytes) -> npt.NDArray[Any]:
+    def to_rows(self, content: Bytes) -> npt.NDArray[Any]:
         """(rows, *shape) array in which those bytes are the rows."""
         return content.view(self.info.dtype).reshape(-1, *self.info.shape)
 
@@ -63,7 +63,7 @@ class ArrayReader(ABC):
         block, chunk = divmod(number, self.layout.n_chunks)
         first = number * self.layout.inner_rows
         last = first + self.layout.inner_rows
-        ids = self._split.samples_at(self.info.level, first, last)
+        ids = self._split.find_samples(self.info.level, first, last)
         names = name_samples(ids, self._split.name)
         return self._damage(block, f"has a damaged inner chunk {chunk} ({names})")
 
@@ -85,7 +85,7 @@ class MappedArray(ArrayReader):
         self._unchecked = len(self._checked)
         self._lock = threading.Lock()
 
-    def views(self, pieces: Pieces) -> list[Bytes]:
+    def views(self, pieces: RowSlices) -> list[Bytes]:
         """Bytes of every piece where they are mapped."""
         if self._unchecked and not self._checked[pieces.number].all():
             self._check(pieces.number)
@@ -106,7 +106,7 @@ class MappedArray(ArrayReader):
                     shard = self._shards[block] = self._map(block)
                 begin = chunk * self._stride
                 stored = shard[begin : begin + self._stride]
-                prefetch(stored)
+                advise_will_need(stored)
                 located.append((number, stored))
             for number, stored in located:
                 if self.layout.decode_chunk(stored) is None:
@@ -124,7 +124,7 @@ class MappedArray(ArrayReader):
         fault = self.layout.size_fault(len(shard))
         if fault is not None:
             raise self._lost(block, fault)
-        if self.layout.index_of(shard) is None:
+        if self.layout.extract_index(shard) is None:
             raise self._lost(block, "has a damaged shard index")
         return shard
 
@@ -137,7 +137,7 @@ class ChunkedArray(ArrayReader):
         self._cache = cache
         self._places: dict[int, IntArray] = {}
 
-    def views(self, pieces: Pieces) -> list[Bytes]:
+    def views(self, pieces: RowSlices) -> list[Bytes]:
         """Bytes of every piece out of decoded chunks."""
         numbers, inverse = np.unique(pieces.number, return_inverse=True)
         owner = self._split.name, self.info.path

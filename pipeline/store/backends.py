@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import DamagedStoreError, StoreError
-from pipeline.files.remote import RemoteFiles, in_groups, is_url
+from pipeline.files.remote import RemoteFiles, is_url, split_groups
 from pipeline.store.memory_map import map_file
 from pipeline.store.shard import Bytes
 
@@ -22,7 +22,7 @@ _METADATA = "zarr.json"
 _LOCAL_HEADER = 30
 
 
-class Place(ABC):
+class StorageBackend(ABC):
     """Read access to the files of one store.
 
     ``mappable`` says whether files can be seen in memory without reading them first.
@@ -38,7 +38,7 @@ class Place(ABC):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Another process opens the place itself: maps and connections cannot be sent.
-        return open_place, (self.url,)
+        return open_backend, (self.url,)
 
     def label(self, name: str) -> str:
         """File ``name`` as an error message calls it."""
@@ -68,7 +68,7 @@ class Place(ABC):
         raise NotImplementedError(f"{self.url} cannot be mapped")
 
 
-class MappedPlace(Place):
+class MappedBackend(StorageBackend):
     """A place whose files are mapped."""
 
     @abstractmethod
@@ -81,7 +81,7 @@ class MappedPlace(Place):
         return [content[begin:end] for begin, end in spans]
 
 
-class FolderPlace(MappedPlace):
+class LocalBackend(MappedBackend):
     """A folder on a file system."""
 
     def __init__(self, folder: Path) -> None:
@@ -102,7 +102,7 @@ class FolderPlace(MappedPlace):
         return map_file(self.folder / name)
 
 
-class ZipPlace(MappedPlace):
+class ZipBackend(MappedBackend):
     """A zip archive whose members are not compressed, mapped as a whole.
 
     The store is the archive itself or its only folder.
@@ -150,7 +150,7 @@ class ZipPlace(MappedPlace):
         return self._archive[begin : begin + member.file_size]
 
 
-class RemotePlace(Place):
+class RemoteBackend(StorageBackend):
     """A folder behind a URL that fsspec knows: http, s3, gs, memory and others."""
 
     mappable = False
@@ -169,7 +169,7 @@ class RemotePlace(Place):
         remote = self._remote
         paths = {remote.path(name): name for name in names}
         found: dict[str, object] = {}
-        for group in in_groups(list(paths)):
+        for group in split_groups(list(paths)):
             found |= remote.ask(remote.system.cat, group, on_error="return")
         # What failed for another reason than being absent is asked for again.
         contents = {}
@@ -194,7 +194,7 @@ class RemotePlace(Place):
         """Bytes of every span, many requested at once."""
         remote, path = self._remote, self._remote.path(name)
         contents: list[bytes] = []
-        for group in in_groups(spans):
+        for group in split_groups(spans):
             contents += remote.ask(
                 remote.system.cat_ranges,
                 [path] * len(group),
@@ -232,12 +232,12 @@ class RemotePlace(Place):
             ) from None
 
 
-class HeldPlace(Place):
+class CachedBackend(StorageBackend):
     """Another place, some of whose files have been read already."""
 
     mappable = False
 
-    def __init__(self, place: Place, held: Mapping[str, bytes]) -> None:
+    def __init__(self, place: StorageBackend, held: Mapping[str, bytes]) -> None:
         super().__init__(place.url)
         self._place = place
         self._held = held
@@ -257,9 +257,9 @@ class HeldPlace(Place):
         return self._place.ranges(name, spans)
 
 
-def open_place(path: Path | str) -> Place:
+def open_backend(path: Path | str) -> StorageBackend:
     """The place that ``path`` names: a URL, a zip archive or a folder."""
     if is_url(path):
-        return RemotePlace(str(path))
+        return RemoteBackend(str(path))
     path = Path(path)
-    return ZipPlace(path) if path.is_file() else FolderPlace(path)
+    return ZipBackend(path) if path.is_file() else LocalBackend(path)

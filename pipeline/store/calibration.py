@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.store.compressed import PackedLayout
+from pipeline.store.compressed import CompressedLayout
 from pipeline.store.index import ArrayInfo
 from pipeline.store.layout import INNER_ROWS
-from pipeline.store.quantization import Encoding, Floats, Profile
+from pipeline.store.quantization import Floats, Profile, Quantization
 
 # Rows to calibrate with; more change the result by less than a percent.
 CALIBRATION_ROWS = 8192
@@ -27,15 +27,15 @@ _BISECTIONS = 24
 class Calibration:
     """An encoding and, for compact, the level of compression to store it with."""
 
-    encoding: Encoding
-    effort: int | None = None
+    encoding: Quantization
+    clevel: int | None = None
 
 
 def known_calibration(info: ArrayInfo | None) -> Calibration | None:
     """Calibration that an existing array has; None where it has none."""
     if info is None or info.encoding is None:
         return None
-    return Calibration(info.encoding, info.effort)
+    return Calibration(info.encoding, info.clevel)
 
 
 def calibrate(
@@ -53,7 +53,7 @@ def calibrate(
         mean = exact.mean(axis=0, dtype=np.float64).astype(np.float32)
     centered: Floats = exact - mean
     if profile == "q8":
-        return Calibration(Encoding("q8", _root_scale(centered), mean))
+        return Calibration(Quantization("q8", _root_scale(centered), mean))
     # Components are fitted on one half, and their size is that of the other.
     fitted, _ = _halves(centered)
     choices = []
@@ -61,7 +61,9 @@ def calibrate(
         rotated = centered if rotation is None else centered @ rotation.T
         step = _largest_step(rotated, MARGIN * error)
         scale = np.full(exact.shape[-1], step, np.float32)
-        encoding = Encoding("compact", scale, mean, rotation, np.full_like(scale, ZERO))
+        encoding = Quantization(
+            "compact", scale, mean, rotation, np.full_like(scale, ZERO)
+        )
         _, judged = _halves(rotated)
         integers = np.rint(judged / step + np.float32(ZERO)).astype(np.int16)
         choices.append((_packed_bytes(integers), encoding))
@@ -122,5 +124,5 @@ def _rounding_error(values: Floats, step: float) -> float:
 
 def _packed_bytes(integers: npt.NDArray[np.int16]) -> int:
     rows = len(integers) // INNER_ROWS * INNER_ROWS or len(integers)
-    layout = PackedLayout(rows, integers.dtype, integers.shape[1:], EFFORT)
+    layout = CompressedLayout(rows, integers.dtype, integers.shape[1:], EFFORT)
     return len(layout.encode(integers[:rows]))

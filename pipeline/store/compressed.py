@@ -34,10 +34,10 @@ _HEADER_BYTES = 16
 
 
 @dataclass(frozen=True)
-class PackedLayout(ShardLayout):
-    """Rows compressed by blosc-zstd at level ``effort``, in chunks of 1024."""
+class CompressedLayout(ShardLayout):
+    """Rows compressed by blosc-zstd at level ``clevel``, in chunks of 1024."""
 
-    effort: int
+    clevel: int
 
     @property
     def inner_rows(self) -> int:
@@ -69,7 +69,7 @@ class PackedLayout(ShardLayout):
         """Stored bytes of one inner chunk."""
         values = little_endian(rows.transpose(self.transposed))
         stored = blosc.compress(
-            values.reshape(-1), CODEC.encode(), self.effort, blosc.SHUFFLE, BLOCK_BYTES
+            values.reshape(-1), CODEC.encode(), self.clevel, blosc.SHUFFLE, BLOCK_BYTES
         )
         return with_crc(bytes(stored))
 

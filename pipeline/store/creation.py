@@ -18,7 +18,7 @@ from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, TransposeCodec
 
 from pipeline.errors import SpecError, StoreError
 from pipeline.files.atomic import is_free, sync_folder
-from pipeline.store.compressed import BLOCK_BYTES, CODEC, SHUFFLE, PackedLayout
+from pipeline.store.compressed import BLOCK_BYTES, CODEC, SHUFFLE, CompressedLayout
 from pipeline.store.edges import EDGE_INDEX
 from pipeline.store.index import (
     COMMIT,
@@ -34,7 +34,7 @@ from pipeline.store.index import (
     table_path,
 )
 from pipeline.store.layout import BlockPlan
-from pipeline.store.ledger import digests_size, protected_files
+from pipeline.store.ledger import digests_size, list_protected_files
 from pipeline.store.plan import ArrayPlan, SplitPlan, check_split
 from pipeline.store.quantization import ERROR
 
@@ -113,7 +113,7 @@ def _write_hierarchy(
     root = zarr.create_group(
         folder, zarr_format=3, attributes={ROOT_KEY: header, SPLITS_KEY: names}
     )
-    size = digests_size(protected_files(split.files for split in splits))
+    size = digests_size(list_protected_files(split.files for split in splits))
     _create_plain(root, DIGESTS, (size,), (size,), "uint8", ("byte",), {})
     for split in splits:
         _write_split(root, split)
@@ -141,7 +141,7 @@ def _write_split(root: zarr.Group, split: SplitPlan) -> None:
 
 def _write_tables(group: zarr.Group, info: ArrayInfo) -> None:
     """Parameters of the encoding of an array, where it has one."""
-    for name, values in ({} if info.encoding is None else info.encoding.tables).items():
+    for name, values in ({} if info.encoding is None else info.encoding.params).items():
         axes = ("channel",) if values.ndim == 1 else ("stored_channel", "channel")
         table = _create_plain(
             group,
@@ -179,7 +179,7 @@ def _array_entry(info: ArrayInfo) -> dict[str, Any]:
     entry: dict[str, Any] = {"path": info.path, "level": info.level}
     if info.encoding is not None:
         entry["profile"] = info.encoding.profile
-        entry["tables"] = list(info.encoding.tables)
+        entry["tables"] = list(info.encoding.params)
     return entry
 
 
@@ -203,11 +203,11 @@ def _create_sharded(group: zarr.Group, plan: ArrayPlan, blocks: BlockPlan) -> No
     layout = plan.info.layout(rows)
     filters: list[Any] = []
     compressors: list[Any] = [Crc32cCodec()]
-    if isinstance(layout, PackedLayout):
+    if isinstance(layout, CompressedLayout):
         filters = [TransposeCodec(order=layout.transposed)]
         packing = BloscCodec(
             cname=CODEC,
-            clevel=layout.effort,
+            clevel=layout.clevel,
             shuffle=SHUFFLE,
             typesize=layout.dtype.itemsize,
             blocksize=BLOCK_BYTES,

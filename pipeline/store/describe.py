@@ -88,11 +88,11 @@ def _profile(info: ArrayInfo) -> str:
 
 
 def _codec(info: ArrayInfo) -> str:
-    if info.effort is None:
+    if info.clevel is None:
         return "bytes+crc32c"
     rotated = info.encoding is not None and info.encoding.rotation is not None
     turned = "rotation+" if rotated else ""
-    return f"{turned}transpose+blosc-zstd{info.effort}-{SHUFFLE}+crc32c"
+    return f"{turned}transpose+blosc-zstd{info.clevel}-{SHUFFLE}+crc32c"
 
 
 def _advice(store: FeatureStore) -> list[str]:
@@ -103,7 +103,7 @@ def _advice(store: FeatureStore) -> list[str]:
         if not features:
             continue
         size = sum(split.bytes_stored(path) for path in features)
-        window = split.window_blocks(features)
+        window = split.max_shuffle_blocks(features)
         if window is not None:
             lines.append(
                 f"split {name}: chunks are decoded as they are read; samples are "

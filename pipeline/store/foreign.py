@@ -20,7 +20,9 @@ class Alteration:
     cleaned: bytes | None
 
 
-def alteration(content: bytes, sealed: Callable[[bytes], bool]) -> Alteration | None:
+def find_alteration(
+    content: bytes, sealed: Callable[[bytes], bool]
+) -> Alteration | None:
     """How ``content`` came from the bytes that are ``sealed``; None where it is damage.
 
     Told apart are consolidated metadata, attributes added by a user, and other ends of
@@ -33,13 +35,15 @@ def alteration(content: bytes, sealed: Callable[[bytes], bool]) -> Alteration | 
         return None
     consolidated = document.pop(_CONSOLIDATED, None) is not None
     for kept in _fewer(attributes):
-        plain = _written(document | {"attributes": kept})
+        plain = _encode_document(document | {"attributes": kept})
         if "attributes" not in document:
-            plain = _written(document)
+            plain = _encode_document(document)
         if not sealed(plain):
             continue
         if consolidated:
-            cleaned = _written(document) if len(kept) < len(attributes) else plain
+            cleaned = (
+                _encode_document(document) if len(kept) < len(attributes) else plain
+            )
             return Alteration("holds consolidated metadata", cleaned)
         if len(kept) < len(attributes):
             return Alteration("has attributes of another program", None)
@@ -59,6 +63,6 @@ def _fewer(attributes: dict[str, Any]) -> Iterator[dict[str, Any]]:
         yield {name: attributes[name] for name in names[:count]}
 
 
-def _written(document: dict[str, Any]) -> bytes:
+def _encode_document(document: dict[str, Any]) -> bytes:
     """``document`` as Zarr and the writer of stores write it."""
     return json.dumps(document, indent=2).encode()

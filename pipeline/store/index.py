@@ -10,10 +10,10 @@ import numpy.typing as npt
 
 from pipeline.errors import StoreError
 from pipeline.fields import EDGE_IDENTITY_FIELDS, FIELDS, Level
-from pipeline.store.backends import Place
-from pipeline.store.compressed import PackedLayout
+from pipeline.store.backends import StorageBackend
+from pipeline.store.compressed import CompressedLayout
 from pipeline.store.layout import EdgeAxis, IntArray, block_rows
-from pipeline.store.quantization import ERROR, SCALE, Encoding
+from pipeline.store.quantization import ERROR, SCALE, Quantization
 from pipeline.store.shard import RawLayout, ShardLayout
 
 # Stores are written in this version; those of all older ones are read.
@@ -48,15 +48,15 @@ class ArrayInfo:
     """One array of a split: ``shape`` is what follows the axis of its level.
 
     ``dtype`` is that of the stored numbers, which mean what ``encoding`` says where
-    there is one; ``effort`` is the level of compression of packed arrays.
+    there is one; ``clevel`` is the level of compression of packed arrays.
     """
 
     path: str
     level: Level
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
-    encoding: Encoding | None = None
-    effort: int | None = None
+    encoding: Quantization | None = None
+    clevel: int | None = None
 
     @property
     def row_bytes(self) -> int:
@@ -74,7 +74,7 @@ class ArrayInfo:
         return np.nan if self.dtype.kind == "f" else 0
 
     @property
-    def companions(self) -> tuple[str, ...]:
+    def scale_arrays(self) -> tuple[str, ...]:
         """Paths of the arrays that belong to this one and have no use without it."""
         if self.encoding is None:
             return ()
@@ -83,9 +83,9 @@ class ArrayInfo:
 
     def layout(self, rows: int) -> ShardLayout:
         """Layout of a shard of ``rows`` rows."""
-        if self.effort is None:
+        if self.clevel is None:
             return RawLayout(rows, self.dtype, self.shape)
-        return PackedLayout(rows, self.dtype, self.shape, self.effort)
+        return CompressedLayout(rows, self.dtype, self.shape, self.clevel)
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +96,7 @@ class SplitIndex:
     ``edges`` is None in a split without edge-level arrays.
     """
 
-    place: Place
+    place: StorageBackend
     name: str
     n_blocks: int
     rows_per_block: int
@@ -113,8 +113,8 @@ class SplitIndex:
     @cached_property
     def fields(self) -> dict[str, ArrayInfo]:
         """Arrays that mean something by themselves, which companions do not."""
-        companions = {c for info in self.arrays.values() for c in info.companions}
-        return {p: info for p, info in self.arrays.items() if p not in companions}
+        scale_arrays = {c for info in self.arrays.values() for c in info.scale_arrays}
+        return {p: info for p, info in self.arrays.items() if p not in scale_arrays}
 
     @property
     def files(self) -> "SplitFiles":
@@ -178,7 +178,7 @@ class SplitIndex:
         """Name of the commit record of ``block``."""
         return f"{self.name}/{commit_key(block)}"
 
-    def samples_at(self, level: Level, begin: int, end: int) -> list[str]:
+    def find_samples(self, level: Level, begin: int, end: int) -> list[str]:
         """Ids of the samples that own any of the rows ``begin`` to ``end``."""
         start, counts = self.spans(level, slice(None))
         first = np.searchsorted(start + counts, begin, side="right")
@@ -219,7 +219,7 @@ def table_paths(arrays: Iterable[ArrayInfo]) -> dict[str, int]:
         table_path(info.path, name): table.ndim
         for info in arrays
         if info.encoding is not None
-        for name, table in info.encoding.tables.items()
+        for name, table in info.encoding.params.items()
     }
 
 

@@ -13,11 +13,11 @@ import numpy.typing as npt
 import xxhash
 
 from pipeline.errors import DamagedStoreError
-from pipeline.store.backends import Place
-from pipeline.store.foreign import Alteration, alteration
+from pipeline.store.backends import StorageBackend
+from pipeline.store.foreign import Alteration, find_alteration
 from pipeline.store.index import DIGESTS, METADATA, XXH3, SplitFiles, SplitIndex
 from pipeline.store.messages import name_blocks
-from pipeline.store.metadata import damaged, read_checked
+from pipeline.store.metadata import damaged_file_error, read_checked
 from pipeline.store.shard import with_crc, without_crc
 
 log = logging.getLogger("pipeline.store")
@@ -54,7 +54,7 @@ def read_record(split: SplitIndex, block: int) -> Record | None:
     return record if record.any() else None
 
 
-def missing_shards(split: SplitIndex, block: int) -> list[str]:
+def find_missing_shards(split: SplitIndex, block: int) -> list[str]:
     """Arrays whose shard of ``block`` is absent or cannot have its size."""
     missing = []
     for path in split.arrays:
@@ -64,7 +64,7 @@ def missing_shards(split: SplitIndex, block: int) -> list[str]:
     return missing
 
 
-def mismatching_shards(split: SplitIndex, block: int, record: Record) -> list[str]:
+def find_mismatching_shards(split: SplitIndex, block: int, record: Record) -> list[str]:
     """Arrays whose shard of ``block`` has other bytes than its commit record says."""
     wrong = []
     for path, expected in zip(split.arrays, record.tolist(), strict=True):
@@ -79,12 +79,12 @@ def mismatching_shards(split: SplitIndex, block: int, record: Record) -> list[st
 def is_committed(split: SplitIndex, block: int, verify: bool = False) -> bool:
     """Whether a block is done: recorded, shards there and, if asked, of these bytes."""
     record = read_record(split, block)
-    if record is None or missing_shards(split, block):
+    if record is None or find_missing_shards(split, block):
         return False
-    return not (verify and mismatching_shards(split, block, record))
+    return not (verify and find_mismatching_shards(split, block, record))
 
 
-def unsealed_message(place: Place, splits: Iterable[SplitIndex]) -> str:
+def unsealed_message(place: StorageBackend, splits: Iterable[SplitIndex]) -> str:
     """Sentence that names the missing blocks of every split and the way on."""
     missing = []
     for split in splits:
@@ -95,7 +95,7 @@ def unsealed_message(place: Place, splits: Iterable[SplitIndex]) -> str:
     return f"{place} {what}; continue it with `kd-cache build SPEC`."
 
 
-def protected_files(splits: Iterable[SplitFiles]) -> list[str]:
+def list_protected_files(splits: Iterable[SplitFiles]) -> list[str]:
     """Sorted names of the files that the digests cover: all but shards and theirs."""
     files = {METADATA, f"{DIGESTS}/{METADATA}"}
     for split in splits:
@@ -114,14 +114,14 @@ def encode_digests(files: Iterable[str], content_of: Callable[[str], bytes]) -> 
     return with_crc("".join(lines).encode())
 
 
-def read_digests(place: Place) -> dict[str, str]:
+def read_digests(place: StorageBackend) -> dict[str, str]:
     """Hash of every protected file of a sealed store by its name."""
     lines = read_checked(place, DIGEST_FILE).decode().splitlines()
     return {line[_HEX + 1 :]: line[:_HEX] for line in lines}
 
 
-def changed_files(
-    place: Place, digests: dict[str, str], contents: Mapping[str, bytes]
+def find_changed_files(
+    place: StorageBackend, digests: dict[str, str], contents: Mapping[str, bytes]
 ) -> dict[str, Alteration | None]:
     """Files that are gone or differ from their digest, by name.
 
@@ -136,7 +136,7 @@ def changed_files(
 
 
 def _alteration(
-    place: Place, name: str, known: str, contents: Mapping[str, bytes]
+    place: StorageBackend, name: str, known: str, contents: Mapping[str, bytes]
 ) -> Alteration | None:
     if not name.endswith(METADATA):
         return None
@@ -144,10 +144,10 @@ def _alteration(
         content = place.read(name) if place.mappable else contents[name]
     except (FileNotFoundError, KeyError):
         return None
-    return alteration(content, lambda candidate: _hash(candidate) == known)
+    return find_alteration(content, lambda candidate: _hash(candidate) == known)
 
 
-def check_metadata(place: Place) -> dict[str, bytes]:
+def check_metadata(place: StorageBackend) -> dict[str, bytes]:
     """Check metadata and index of a sealed store; what was read for that, by name.
 
     Mapped files are not kept: the index of millions of samples would be there twice.
@@ -164,9 +164,9 @@ def check_metadata(place: Place) -> dict[str, bytes]:
         if "/index/commit/c/" not in name
     }
     contents = place.fetch(list(digests))
-    for name, altered in changed_files(place, digests, contents).items():
+    for name, altered in find_changed_files(place, digests, contents).items():
         if altered is None:
-            raise damaged(place, name, "is not what was sealed")
+            raise damaged_file_error(place, name, "is not what was sealed")
         if altered.cleaned is not None:
             log.warning(
                 "%s %s, which changes nothing that is read here; `kd-cache verify %s "
@@ -178,7 +178,9 @@ def check_metadata(place: Place) -> dict[str, bytes]:
     return contents
 
 
-def shard_damage(place: Place, name: str, what: str, block: int) -> DamagedStoreError:
+def shard_damage(
+    place: StorageBackend, name: str, what: str, block: int
+) -> DamagedStoreError:
     """Error for a shard, which the teacher can make again."""
     return DamagedStoreError(
         f"{place.label(name)} {what}; run `kd-cache verify {place} --repair`, then "
@@ -187,7 +189,7 @@ def shard_damage(place: Place, name: str, what: str, block: int) -> DamagedStore
 
 
 def _matches(
-    place: Place, name: str, known: str, contents: Mapping[str, bytes]
+    place: StorageBackend, name: str, known: str, contents: Mapping[str, bytes]
 ) -> bool:
     if not place.mappable:
         return name in contents and _hash(contents[name]) == known

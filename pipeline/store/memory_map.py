@@ -52,7 +52,7 @@ def map_file(file: Path) -> Bytes:
     return view
 
 
-def prefetch(view: Bytes) -> None:
+def advise_will_need(view: Bytes) -> None:
     """Ask the kernel to read a mapped view ahead; returns at once."""
     address = view.ctypes.data
     begin = address - address % mmap.PAGESIZE

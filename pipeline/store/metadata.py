@@ -14,8 +14,8 @@ from numcodecs.vlen import VLenUTF8
 
 from pipeline.errors import DamagedStoreError, StoreError
 from pipeline.fields import Level
-from pipeline.store.backends import Place
-from pipeline.store.compressed import CODEC, SHUFFLE, PackedLayout
+from pipeline.store.backends import StorageBackend
+from pipeline.store.compressed import CODEC, SHUFFLE, CompressedLayout
 from pipeline.store.index import (
     BLAKE2B,
     EDGE_IDENTITY,
@@ -34,7 +34,7 @@ from pipeline.store.index import (
     table_path,
 )
 from pipeline.store.layout import EdgeAxis, block_rows
-from pipeline.store.quantization import DTYPES, TABLES, Encoding, Profile
+from pipeline.store.quantization import DTYPES, TABLES, Profile, Quantization
 from pipeline.store.shard import without_crc
 
 
@@ -48,7 +48,7 @@ class _ArrayEntry:
     tables: tuple[str, ...]
 
 
-def read_root(place: Place) -> dict[str, Any]:
+def read_root(place: StorageBackend) -> dict[str, Any]:
     """Attributes of the root group, checked to be those of a readable feature store."""
     if place.size(METADATA) is None:
         raise StoreError(
@@ -72,39 +72,41 @@ def read_root(place: Place) -> dict[str, Any]:
     known = isinstance(version, int) and version >= 1
     sound = known and isinstance(header.get("complete"), bool)
     if not sound or not isinstance(names, list):
-        raise damaged(place, METADATA, "lacks its version, state or splits")
+        raise damaged_file_error(place, METADATA, "lacks its version, state or splits")
     return attributes
 
 
-def read_attributes(place: Place, name: str) -> dict[str, Any]:
+def read_attributes(place: StorageBackend, name: str) -> dict[str, Any]:
     """Attributes in a ``zarr.json``."""
     attributes = read_json(place, name).get("attributes")
     if not isinstance(attributes, dict):
-        raise damaged(place, name, "has no attributes")
+        raise damaged_file_error(place, name, "has no attributes")
     return attributes
 
 
-def read_json(place: Place, name: str) -> dict[str, Any]:
+def read_json(place: StorageBackend, name: str) -> dict[str, Any]:
     """JSON object in a file; a missing or unreadable one is a damaged store."""
     try:
         content = json.loads(place.read(name))
     except FileNotFoundError:
-        raise damaged(place, name, "is missing") from None
+        raise damaged_file_error(place, name, "is missing") from None
     except (ValueError, RecursionError):
-        raise damaged(place, name, "is not readable as JSON") from None
+        raise damaged_file_error(place, name, "is not readable as JSON") from None
     if not isinstance(content, dict):
-        raise damaged(place, name, "is not a JSON object")
+        raise damaged_file_error(place, name, "is not a JSON object")
     return content
 
 
-def damaged(place: Place, name: str, what: str) -> DamagedStoreError:
+def damaged_file_error(
+    place: StorageBackend, name: str, what: str
+) -> DamagedStoreError:
     """Error for a file that cannot be rebuilt from the teacher alone."""
     return DamagedStoreError(
         f"{place.label(name)} {what}; restore it from a copy or build the store again."
     )
 
 
-def read_split(place: Place, name: str) -> SplitIndex:
+def read_split(place: StorageBackend, name: str) -> SplitIndex:
     """Plan of split ``name``, whose parts are checked to fit together."""
     file = f"{name}/{METADATA}"
     plan: Any = read_attributes(place, file).get(SPLIT_KEY)
@@ -124,7 +126,7 @@ def read_split(place: Place, name: str) -> SplitIndex:
             totals["edges/n_edges"] = int(plan["n_edges"])
             numbers["edge_rows_per_block"] = int(plan["edge_rows_per_block"])
     except (TypeError, KeyError, ValueError):
-        raise damaged(place, file, f"lacks a usable {SPLIT_KEY!r}") from None
+        raise damaged_file_error(place, file, f"lacks a usable {SPLIT_KEY!r}") from None
     columns = {
         path: _read_column(place, f"{name}/{path}", dtype, n_samples)
         for path, dtype in index_columns(levels).items()
@@ -132,7 +134,7 @@ def read_split(place: Place, name: str) -> SplitIndex:
     for path, total in totals.items():
         if int(columns[path].sum(dtype=np.int64)) != total:
             what = path.partition("/n_")[2]
-            raise damaged(
+            raise damaged_file_error(
                 place, file, f"says {total} {what}, which is not the sum of its counts"
             )
     index = _split_index(place, name, numbers, entries, columns)
@@ -148,7 +150,7 @@ def _array_entry(item: dict[str, Any]) -> _ArrayEntry:
 
 
 def _split_index(
-    place: Place,
+    place: StorageBackend,
     name: str,
     numbers: dict[str, int],
     entries: list[_ArrayEntry],
@@ -184,7 +186,7 @@ def _split_index(
 
 
 def _check_related(
-    place: Place, split: str, arrays: dict[str, ArrayInfo], has_edges: bool
+    place: StorageBackend, split: str, arrays: dict[str, ArrayInfo], has_edges: bool
 ) -> None:
     """Raise where arrays that need each other are not all there."""
     file = f"{split}/{METADATA}"
@@ -192,15 +194,17 @@ def _check_related(
         info = arrays.get(field.path)
         if info is None or (info.shape, info.dtype) != (field.shape, field.dtype):
             what = f"plans edge arrays without a usable {field.path!r}"
-            raise damaged(place, file, what)
+            raise damaged_file_error(place, file, what)
     for info in arrays.values():
-        missing = [c for c in info.companions if c not in arrays]
+        missing = [c for c in info.scale_arrays if c not in arrays]
         if missing:
-            raise damaged(place, file, f"plans {info.path!r} without {missing[0]!r}")
+            raise damaged_file_error(
+                place, file, f"plans {info.path!r} without {missing[0]!r}"
+            )
 
 
 def _read_array_info(
-    place: Place, split: str, entry: _ArrayEntry, rows: int, n_blocks: int
+    place: StorageBackend, split: str, entry: _ArrayEntry, rows: int, n_blocks: int
 ) -> ArrayInfo:
     name = f"{split}/{entry.path}/{METADATA}"
     document = read_json(place, name)
@@ -212,7 +216,11 @@ def _read_array_info(
         dtype = np.dtype(document["data_type"]).newbyteorder("<")
         trailing = tuple(shape[1:])
         info = ArrayInfo(
-            entry.path, entry.level, dtype, trailing, effort=_effort(inner["codecs"])
+            entry.path,
+            entry.level,
+            dtype,
+            trailing,
+            clevel=_read_clevel(inner["codecs"]),
         )
         layout = info.layout(rows)
         sound = (
@@ -222,21 +230,26 @@ def _read_array_info(
             and codec["name"] == "sharding_indexed"
             and inner["index_location"] == "end"
             and (entry.profile is None or dtype == DTYPES[entry.profile])
-            and (not isinstance(layout, PackedLayout) or _is_packed(inner, layout))
+            and (
+                not isinstance(layout, CompressedLayout)
+                or _is_compressed(inner, layout)
+            )
         )
     except (TypeError, KeyError, ValueError):
         sound = False
     if not sound:
-        raise damaged(place, name, "does not describe the array that its split plans")
+        raise damaged_file_error(
+            place, name, "does not describe the array that its split plans"
+        )
     if entry.profile is None:
         return info
-    encoding = _read_encoding(place, split, entry, trailing)
+    encoding = _read_quantization(place, split, entry, trailing)
     return ArrayInfo(
-        entry.path, entry.level, dtype, trailing, encoding, effort=info.effort
+        entry.path, entry.level, dtype, trailing, encoding, clevel=info.clevel
     )
 
 
-def _effort(codecs: list[dict[str, Any]]) -> int | None:
+def _read_clevel(codecs: list[dict[str, Any]]) -> int | None:
     """Level of compression that inner codecs have; None for raw ones."""
     names = [codec["name"] for codec in codecs]
     if names == ["bytes", "crc32c"]:
@@ -246,7 +259,7 @@ def _effort(codecs: list[dict[str, Any]]) -> int | None:
     return int(codecs[2]["configuration"]["clevel"])
 
 
-def _is_packed(inner: dict[str, Any], layout: PackedLayout) -> bool:
+def _is_compressed(inner: dict[str, Any], layout: CompressedLayout) -> bool:
     transpose, _, compressor, _ = (codec["configuration"] for codec in _full(inner))
     return (
         transpose["order"] == list(layout.transposed)
@@ -260,9 +273,9 @@ def _full(inner: dict[str, Any]) -> list[dict[str, Any]]:
     return [{"configuration": {}, **codec} for codec in inner["codecs"]]
 
 
-def _read_encoding(
-    place: Place, split: str, entry: _ArrayEntry, trailing: tuple[int, ...]
-) -> Encoding:
+def _read_quantization(
+    place: StorageBackend, split: str, entry: _ArrayEntry, trailing: tuple[int, ...]
+) -> Quantization:
     channels = trailing[-1]
     shapes = {name: (channels,) for name in TABLES} | {"rotation": (channels, channels)}
     tables = {
@@ -272,30 +285,30 @@ def _read_encoding(
         for name in entry.tables
     }
     try:
-        return Encoding(cast(Profile, entry.profile), **tables)
+        return Quantization.from_params(cast(Profile, entry.profile), tables)
     except TypeError:
         what = f"lacks parameters of {entry.path!r}"
-        raise damaged(place, f"{split}/{METADATA}", what) from None
+        raise damaged_file_error(place, f"{split}/{METADATA}", what) from None
 
 
 def _read_table(
-    place: Place, path: str, shape: tuple[int, ...]
+    place: StorageBackend, path: str, shape: tuple[int, ...]
 ) -> npt.NDArray[np.float32]:
     document = read_json(place, f"{path}/{METADATA}")
     if (document.get("shape"), document.get("data_type")) != (list(shape), "float32"):
-        raise damaged(place, f"{path}/{METADATA}", "does not fit its array")
+        raise damaged_file_error(place, f"{path}/{METADATA}", "does not fit its array")
     name = f"{path}/{shard_key(len(shape) - 1, 0)}"
     raw = read_checked(place, name)
     if len(raw) != 4 * int(np.prod(shape)):
-        raise damaged(place, name, f"does not hold {shape} values")
+        raise damaged_file_error(place, name, f"does not hold {shape} values")
     values = np.frombuffer(raw, "<f4").reshape(shape)
     if not np.isfinite(values).all():
-        raise damaged(place, name, "holds values that are no numbers")
+        raise damaged_file_error(place, name, "holds values that are no numbers")
     return values
 
 
 def _read_column(
-    place: Place, path: str, dtype: str, n_samples: int
+    place: StorageBackend, path: str, dtype: str, n_samples: int
 ) -> npt.NDArray[Any]:
     """Whole index array at ``path``."""
     chunk_rows = index_chunk(n_samples)
@@ -310,7 +323,7 @@ def _read_column(
     }
     if any(document.get(name) != value for name, value in expected.items()):
         what = "does not describe the index of its split"
-        raise damaged(place, f"{path}/{METADATA}", what)
+        raise damaged_file_error(place, f"{path}/{METADATA}", what)
     parts = [
         _read_chunk(place, f"{path}/c/{chunk}", dtype, chunk_rows)
         for chunk in range(-(-n_samples // chunk_rows))
@@ -318,7 +331,9 @@ def _read_column(
     return np.concatenate(parts)[:n_samples]
 
 
-def _read_chunk(place: Place, name: str, dtype: str, rows: int) -> npt.NDArray[Any]:
+def _read_chunk(
+    place: StorageBackend, name: str, dtype: str, rows: int
+) -> npt.NDArray[Any]:
     raw = read_checked(place, name)
     try:
         if dtype == "string":
@@ -328,16 +343,18 @@ def _read_chunk(place: Place, name: str, dtype: str, rows: int) -> npt.NDArray[A
     except ValueError:
         values = np.empty(0)
     if len(values) != rows:
-        raise damaged(place, name, f"does not hold {rows} values")
+        raise damaged_file_error(place, name, f"does not hold {rows} values")
     return values
 
 
-def read_checked(place: Place, name: str) -> bytes:
+def read_checked(place: StorageBackend, name: str) -> bytes:
     """Content of a chunk in front of its crc32c."""
     try:
         raw = without_crc(place.read(name))
     except FileNotFoundError:
         raw = None
     if raw is None:
-        raise damaged(place, name, "is missing or does not match its checksum")
+        raise damaged_file_error(
+            place, name, "is missing or does not match its checksum"
+        )
     return raw

@@ -53,11 +53,11 @@ class ArrayPlan:
             return ArrayInfo(self.path, self.level, dtype, self.shape)
         chosen = self.calibration
         return ArrayInfo(
-            self.path, self.level, dtype, self.shape, chosen.encoding, chosen.effort
+            self.path, self.level, dtype, self.shape, chosen.encoding, chosen.clevel
         )
 
     @property
-    def companions(self) -> tuple["ArrayPlan", ...]:
+    def scale_arrays(self) -> tuple["ArrayPlan", ...]:
         """Arrays that go with an encoded one."""
         made = {
             SCALE: ArrayPlan(
@@ -79,7 +79,7 @@ class ArrayPlan:
             ),
         }
         return tuple(
-            made[path.removeprefix(self.path)] for path in self.info.companions
+            made[path.removeprefix(self.path)] for path in self.info.scale_arrays
         )
 
 
@@ -97,7 +97,7 @@ class SplitPlan:
     def stored(self) -> tuple[ArrayPlan, ...]:
         """All arrays to be made: those planned, each with its companions."""
         return tuple(
-            part for array in self.arrays for part in (array, *array.companions)
+            part for array in self.arrays for part in (array, *array.scale_arrays)
         )
 
     @property

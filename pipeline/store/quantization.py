@@ -23,6 +23,8 @@ Profile = Literal["q8", "compact"]
 
 DTYPES: dict[str, str] = {"q8": "int8", "compact": "int16"}
 TABLES = ("channel_scale", "mean", "rotation", "zero")
+# Names that stores have for fields of `Quantization`.
+_FIELDS = {"zero": "zero_point"}
 # Arrays beside an encoded one: scales of rows (q8), squared error and size by sample.
 SCALE, ERROR = "_scale", "_error"
 _MAX_HALF = float(np.finfo(np.float16).max)
@@ -33,20 +35,34 @@ _EXACT_BITS = 53
 
 
 @dataclass(frozen=True, eq=False)
-class Encoding:
+class Quantization:
     """Meaning of the integers of one array.
 
     ``channel_scale`` (C,) and ``mean`` (C,) float32; ``rotation`` (C, C) float32 is
-    orthogonal; ``zero`` (C,) float32 is the integer that stands for the mean. Vectors
-    (3, C) have no mean, so that an encoding of a rotated structure decodes to rotated
-    vectors, up to the error.
+    orthogonal; ``zero_point`` (C,) float32 is the integer that stands for the mean.
+    Vectors (3, C) have no mean, so that an encoding of a rotated structure decodes to
+    rotated vectors, up to the error.
     """
 
     profile: Profile
     channel_scale: Floats
     mean: Floats
     rotation: Floats | None = None
-    zero: Floats | None = None
+    zero_point: Floats | None = None
+
+    @classmethod
+    def from_params(
+        cls, profile: Profile, params: Mapping[str, Floats]
+    ) -> "Quantization":
+        """Make a quantization of ``params`` by their names in a store.
+
+        Raises
+        ------
+        TypeError
+            A parameter is missing.
+        """
+        fields: dict[str, Any] = {_FIELDS.get(n, n): v for n, v in params.items()}
+        return cls(profile, **fields)
 
     @property
     def has_row_scales(self) -> bool:
@@ -54,27 +70,27 @@ class Encoding:
         return self.profile == "q8"
 
     @property
-    def tables(self) -> dict[str, Floats]:
+    def params(self) -> dict[str, Floats]:
         """Parameters by name, those in use."""
-        values = {name: getattr(self, name) for name in TABLES}
+        values = {name: getattr(self, _FIELDS.get(name, name)) for name in TABLES}
         return {name: value for name, value in values.items() if value is not None}
 
     @cached_property
     def decoder(self) -> dict[str, npt.NDArray[Any]]:
-        """What `dequantized` reads, all of one dtype.
+        """What `dequantize` reads, all of one dtype.
 
         Float32 without a rotation. With one float64, and ``weights`` (C, C), see
         `_exact_weights`, in place of scales and rotation.
         """
-        tables: dict[str, npt.NDArray[Any]] = dict(self.tables)
+        params: dict[str, npt.NDArray[Any]] = dict(self.params)
         if self.rotation is None:
-            return tables
+            return params
         largest = -float(np.iinfo(DTYPES[self.profile]).min)
-        if self.zero is not None:
-            largest += float(np.abs(self.zero).max())
+        if self.zero_point is not None:
+            largest += float(np.abs(self.zero_point).max())
         found: dict[str, npt.NDArray[Any]] = {
-            name: table.astype(np.float64)
-            for name, table in tables.items()
+            name: values.astype(np.float64)
+            for name, values in params.items()
             if name in ("mean", "zero")
         }
         found["weights"] = _exact_weights(self.channel_scale, self.rotation, largest)
@@ -96,14 +112,14 @@ class Encoding:
             # the number of threads, would decide about integers.
             scaled = _product(scaled.astype(np.float64), self.rotation.T)
         scaled /= self.channel_scale
-        if self.zero is not None:
-            scaled += self.zero
+        if self.zero_point is not None:
+            scaled += self.zero_point
         if self.profile == "compact":
             return _integers(scaled, np.dtype(np.int16)), None
         scale = _row_scale(scaled)
         # Rows of zeros have scale 0.
         divisor = np.where(scale > 0, scale, 1).astype(np.float32)
-        scaled /= _broadcast(divisor, scaled)
+        scaled /= _broadcast_rows(divisor, scaled)
         return _integers(scaled, np.dtype(np.int8)), scale
 
     def decode(
@@ -114,20 +130,20 @@ class Encoding:
         The bits of a row do not depend on the other rows, nor on the processor.
         """
         if self.rotation is None:
-            return self._decoded(integers, scale)
+            return self._decode_rows(integers, scale)
         decoded = np.empty(integers.shape, np.float32)
         for first in range(0, len(integers), PIECE_ROWS):
             piece = slice(first, first + PIECE_ROWS)
             rows = None if scale is None else scale[piece]
-            decoded[piece] = self._decoded(integers[piece], rows)
+            decoded[piece] = self._decode_rows(integers[piece], rows)
         return decoded
 
-    def _decoded(
+    def _decode_rows(
         self, integers: npt.NDArray[Any], scale: npt.NDArray[np.float16] | None
     ) -> npt.NDArray[Any]:
         dtype = self.decoder["mean"].dtype
-        rows = None if scale is None else _broadcast(scale.astype(dtype), integers)
-        return np.asarray(dequantized(integers.astype(dtype), rows, self.decoder))
+        rows = None if scale is None else _broadcast_rows(scale.astype(dtype), integers)
+        return np.asarray(dequantize(integers.astype(dtype), rows, self.decoder))
 
     def error(
         self, values: npt.NDArray[Any], decoded: Floats
@@ -141,12 +157,12 @@ class Encoding:
         return sums
 
 
-def dequantized(values: Any, row_scale: Any, decoder: Mapping[str, Any]) -> Any:
+def dequantize(values: Any, row_scale: Any, decoder: Mapping[str, Any]) -> Any:
     """Decoded features; numpy arrays or torch tensors alike.
 
     ``values`` (M, ..., C) are integers in the dtype of ``decoder``, see
-    `Encoding.decoder`, and so is what is returned. Round it to float32. ``row_scale``
-    is None or broadcasts against ``values``.
+    `Quantization.decoder`, and so is what is returned. Round it to float32.
+    ``row_scale`` is None or broadcasts against ``values``.
     """
     if "zero" in decoder:
         values = values - decoder["zero"]
@@ -182,7 +198,7 @@ def _exact_weights(
 
 
 def relative_error(sums: npt.NDArray[np.float64]) -> float:
-    """Squared error relative to the variance, from rows of `Encoding.error`."""
+    """Squared error relative to the variance, from rows of `Quantization.error`."""
     wrong, size = sums.reshape(-1, 2).sum(axis=0).tolist()
     return wrong / size if size > 0 else 0.0
 
@@ -214,5 +230,7 @@ def _row_scale(scaled: npt.NDArray[Any]) -> npt.NDArray[np.float16]:
     )
 
 
-def _broadcast(scale: npt.NDArray[Any], values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+def _broadcast_rows(
+    scale: npt.NDArray[Any], values: npt.NDArray[Any]
+) -> npt.NDArray[Any]:
     return scale.reshape(-1, *[1] * (values.ndim - 1))

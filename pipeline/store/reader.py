@@ -11,15 +11,15 @@ import numpy.typing as npt
 
 from pipeline.errors import DamagedStoreError, StoreError
 from pipeline.store.arrays import ArrayReader, MappedArray, array_reader
-from pipeline.store.backends import HeldPlace, Place, open_place
+from pipeline.store.backends import CachedBackend, StorageBackend, open_backend
 from pipeline.store.chunks import ChunkCache
 from pipeline.store.index import ROOT_KEY, SPLITS_KEY, ArrayInfo, SplitIndex
 from pipeline.store.layout import IntArray
 from pipeline.store.ledger import check_metadata, is_committed, unsealed_message
-from pipeline.store.memory_map import disk_reads, prefetch
+from pipeline.store.memory_map import advise_will_need, disk_reads
 from pipeline.store.metadata import read_root, read_split
-from pipeline.store.quantization import ERROR, SCALE, Encoding, relative_error
-from pipeline.store.row_slices import Pieces, pieces_of
+from pipeline.store.quantization import ERROR, SCALE, Quantization, relative_error
+from pipeline.store.row_slices import RowSlices, row_slices
 
 __all__ = ["ArrayInfo", "FeatureStore", "SplitReader"]
 
@@ -36,7 +36,10 @@ class FeatureStore:
     """
 
     def __init__(
-        self, place: Place, attributes: dict[str, Any], splits: dict[str, "SplitReader"]
+        self,
+        place: StorageBackend,
+        attributes: dict[str, Any],
+        splits: dict[str, "SplitReader"],
     ) -> None:
         self.path = Path(place.url) if place.mappable else place.url
         self.attributes = attributes
@@ -63,21 +66,21 @@ class FeatureStore:
         DamagedStoreError
             Metadata or index are not what was sealed.
         """
-        place = open_place(path)
+        place = open_backend(path)
         try:
-            return cls._opened(place, allow_unsealed, cache_bytes)
+            return cls._from_backend(place, allow_unsealed, cache_bytes)
         except DamagedStoreError:
             # While files were read, add-field may have put its store in this place.
-            return cls._opened(place, allow_unsealed, cache_bytes)
+            return cls._from_backend(place, allow_unsealed, cache_bytes)
 
     @classmethod
-    def _opened(
-        cls, place: Place, allow_unsealed: bool, cache_bytes: int
+    def _from_backend(
+        cls, place: StorageBackend, allow_unsealed: bool, cache_bytes: int
     ) -> "FeatureStore":
         root = read_root(place)
         header = root[ROOT_KEY]
         # Over a network nothing is asked for twice.
-        held = HeldPlace(place, check_metadata(place) if header["complete"] else {})
+        held = CachedBackend(place, check_metadata(place) if header["complete"] else {})
         splits = {
             name: replace(read_split(held, name), place=place)
             for name in root[SPLITS_KEY]
@@ -151,7 +154,7 @@ class SplitReader:
         """Dtype, trailing shape and level of every array by its path."""
         return self.index.fields
 
-    def encoding(self, path: str) -> Encoding | None:
+    def encoding(self, path: str) -> Quantization | None:
         """What the stored integers of an array mean; None for plain numbers."""
         return self._info(path).encoding
 
@@ -167,11 +170,11 @@ class SplitReader:
 
     def bytes_stored(self, path: str) -> int:
         """Bytes that the samples take of an array and of what belongs to it."""
-        paths = (path, *self._info(path).companions)
-        return sum(self._bytes_of(self.index.arrays[one]) for one in paths)
+        paths = (path, *self._info(path).scale_arrays)
+        return sum(self._count_bytes(self.index.arrays[one]) for one in paths)
 
-    def _bytes_of(self, info: ArrayInfo) -> int:
-        if info.effort is None:
+    def _count_bytes(self, info: ArrayInfo) -> int:
+        if info.clevel is None:
             _, rows = self.index.spans(info.level, slice(None))
             return int(rows.sum()) * info.row_bytes
         index, blocks = self.index, range(self.n_blocks)
@@ -183,7 +186,7 @@ class SplitReader:
         blocks = range(self.n_blocks)
         return [block for block in blocks if not is_committed(self.index, block)]
 
-    def window_blocks(self, paths: Sequence[str]) -> int | None:
+    def max_shuffle_blocks(self, paths: Sequence[str]) -> int | None:
         """Blocks whose chunks of these arrays fit into memory together, at least 1.
 
         Reading samples out of more blocks at a time would decode or fetch chunks again
@@ -267,28 +270,28 @@ class SplitReader:
 
         Scales of the rows of q8 arrays are an array beside, ``path + "_scale"``.
         """
-        chosen = self._checked_positions(positions)
+        chosen = self._check_positions(positions)
         infos = [self._info(path) for path in paths]
         # All views first, then all copies: copying megabytes empties the processor's
         # caches, after which interpreted code is slow.
-        cut: dict[tuple[str, int], Pieces] = {}
+        cut: dict[tuple[str, int], RowSlices] = {}
         readers = []
         for info in infos:
             reader = self._readers[info.path]
             key = info.level, reader.layout.inner_rows
             if key not in cut:
-                cut[key] = pieces_of(self.index, info.level, chosen, key[1])
+                cut[key] = row_slices(self.index, info.level, chosen, key[1])
             readers.append((reader, cut[key]))
         views = [reader.views(pieces) for reader, pieces in readers]
         copies = [reader.empty(pieces) for reader, pieces in readers]
         if self._is_cold():
             for view in itertools.chain.from_iterable(views):
-                prefetch(view)
+                advise_will_need(view)
         for source, target in zip(views, copies, strict=True):
             if source:
                 np.concatenate(source, out=target)
         return {
-            path: reader.shaped(copy)
+            path: reader.to_rows(copy)
             for path, (reader, _), copy in zip(paths, readers, copies, strict=True)
         }
 
@@ -306,11 +309,11 @@ class SplitReader:
         scales = [
             path + SCALE
             for path in paths
-            if path + SCALE in self._info(path).companions
+            if path + SCALE in self._info(path).scale_arrays
         ]
         return [*paths, *scales]
 
-    def _checked_positions(self, positions: npt.ArrayLike) -> IntArray:
+    def _check_positions(self, positions: npt.ArrayLike) -> IntArray:
         chosen = np.asarray(positions, np.int64).reshape(-1)
         # Negative numbers are huge when read as unsigned.
         if len(chosen) and chosen.view(np.uint64).max() >= len(self):

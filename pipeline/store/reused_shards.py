@@ -13,7 +13,7 @@ from pipeline.store.ledger import read_record, shard_damage, shard_hash
 
 
 @dataclass(frozen=True)
-class Adoption:
+class ReusedShards:
     """Arrays that a split takes from ``source``, a split with the same blocks.
 
     With ``link`` both stores share one file, which is safe since no writer ever changes

@@ -10,7 +10,7 @@ from pipeline.store.layout import IntArray
 
 
 @dataclass(frozen=True, eq=False)
-class Pieces:
+class RowSlices:
     """Row ranges to copy, none of which crosses an inner chunk.
 
     ``number`` (m,) counts inner chunks over the whole axis, ``chunk`` (m,) inside
@@ -25,21 +25,21 @@ class Pieces:
     total: int
 
 
-def pieces_of(
+def row_slices(
     index: SplitIndex, level: Level, positions: IntArray, chunk_rows: int
-) -> Pieces:
+) -> RowSlices:
     """Pieces of the samples at ``positions``, for inner chunks of ``chunk_rows``."""
     start, rows = index.spans(level, positions)
     if level == "edge":
         # A sample without edges has no row, not even one to check.
         start, rows = start[rows > 0], rows[rows > 0]
     total = int(rows.sum())
-    number, row, rows = _cut(*_joined(start, rows), chunk_rows)
+    number, row, rows = _cut(*_join_runs(start, rows), chunk_rows)
     block, chunk = np.divmod(number, index.rows(level) // chunk_rows)
-    return Pieces(number, block.tolist(), chunk, row, rows, total)
+    return RowSlices(number, block.tolist(), chunk, row, rows, total)
 
 
-def _joined(start: IntArray, rows: IntArray) -> tuple[IntArray, IntArray]:
+def _join_runs(start: IntArray, rows: IntArray) -> tuple[IntArray, IntArray]:
     """Ranges in which neighbours that follow each other are made one."""
     follows = start[1:] == start[:-1] + rows[:-1]
     if not follows.any():

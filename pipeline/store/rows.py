@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from pipeline.errors import DataError, StoreError
 from pipeline.store.index import ArrayInfo, SplitIndex
-from pipeline.store.quantization import ERROR, SCALE, Encoding
+from pipeline.store.quantization import ERROR, SCALE, Quantization
 
 _PIECE_BYTES = 1 << 20
 # Numbers looked at together: they stay in the processor's cache.
@@ -20,7 +20,7 @@ _EXPONENTS: dict[int, tuple[Any, int]] = {
 }
 
 
-def stored_rows(
+def encode_rows(
     index: SplitIndex, block: int, info: ArrayInfo, rows: npt.NDArray[Any]
 ) -> dict[str, npt.NDArray[Any]]:
     """Rows of ``info`` and of its companions, by path, in the planned dtypes.
@@ -33,12 +33,12 @@ def stored_rows(
         Shape or kind of the rows are not what was planned.
     """
     if info.encoding is None:
-        return {info.path: _checked_rows(index, block, info, rows)}
+        return {info.path: _check_rows(index, block, info, rows)}
     dtype = rows.dtype if rows.dtype.kind == "f" else np.dtype(np.float32)
     as_given = ArrayInfo(info.path, info.level, dtype, info.shape)
-    exact = _checked_rows(index, block, as_given, rows)
+    exact = _check_rows(index, block, as_given, rows)
     try:
-        integers, scale, sums = _encoded(info, info.encoding, exact)
+        integers, scale, sums = _quantize(info, info.encoding, exact)
     except OverflowError as error:
         far = np.abs(exact.astype(np.float32) - info.encoding.mean)
         far = far.reshape(len(far), -1).max(axis=1)
@@ -55,10 +55,10 @@ def stored_rows(
     return stored if scale is None else {**stored, info.path + SCALE: scale}
 
 
-def _encoded(
-    info: ArrayInfo, encoding: Encoding, exact: npt.NDArray[Any]
+def _quantize(
+    info: ArrayInfo, encoding: Quantization, exact: npt.NDArray[Any]
 ) -> tuple[npt.NDArray[Any], npt.NDArray[np.float16] | None, npt.NDArray[np.float64]]:
-    """Integers, scales of rows and `Encoding.error` of ``exact``.
+    """Integers, scales of rows and `Quantization.error` of ``exact``.
 
     A few rows at a time, which stay in the processor's cache.
     """
@@ -78,7 +78,7 @@ def _encoded(
     return integers, scales if scaled else None, sums
 
 
-def _checked_rows(
+def _check_rows(
     index: SplitIndex, block: int, info: ArrayInfo, rows: npt.NDArray[Any]
 ) -> npt.NDArray[Any]:
     """``rows`` in the planned dtype, or an error that names the first bad sample."""
@@ -87,7 +87,7 @@ def _checked_rows(
     if rows.shape != expected:
         raise StoreError(f"{where} has shape {rows.shape}, planned is {expected}.")
     if info.dtype.kind != "f":
-        return _checked_integers(index, block, info, rows)
+        return _check_integers(index, block, info, rows)
     if rows.dtype.kind != "f":
         raise StoreError(f"{where} has dtype {rows.dtype}, planned is {info.dtype}.")
     if not _all_finite(rows):
@@ -99,7 +99,7 @@ def _checked_rows(
                 f"{_blame(index, block, info, bad)} has a NaN or infinite value in "
                 f"{info.path!r}; check this structure or leave it out."
             )
-    return _rounded(index, block, info, rows)
+    return _round_to_dtype(index, block, info, rows)
 
 
 def _all_finite(rows: npt.NDArray[Any]) -> bool:
@@ -114,7 +114,7 @@ def _all_finite(rows: npt.NDArray[Any]) -> bool:
     return all((piece & magnitude).max(initial=0) < exponent for piece in pieces)
 
 
-def _rounded(
+def _round_to_dtype(
     index: SplitIndex, block: int, info: ArrayInfo, rows: npt.NDArray[Any]
 ) -> npt.NDArray[Any]:
     """``rows`` in the planned precision, which must have room for them."""
@@ -131,7 +131,7 @@ def _rounded(
     return rows.astype(info.dtype, copy=False)
 
 
-def _checked_integers(
+def _check_integers(
     index: SplitIndex, block: int, info: ArrayInfo, rows: npt.NDArray[Any]
 ) -> npt.NDArray[Any]:
     cast = rows.astype(info.dtype, copy=False) if rows.dtype.kind in "biu" else None
@@ -154,5 +154,5 @@ def _blame(
 ) -> str:
     first = int(bad.reshape(len(bad), -1).any(axis=1).argmax())
     row = block * index.rows(info.level) + first
-    (sample,) = index.samples_at(info.level, row, row + 1)
+    (sample,) = index.find_samples(info.level, row, row + 1)
     return f"Sample {sample!r} of split {index.name!r}"

@@ -71,7 +71,7 @@ class ShardLayout(ABC):
     def decode_chunk(self, stored: Bytes) -> Rows | None:
         """(inner_rows, *shape) rows of a stored inner chunk; None where damaged."""
 
-    def index_of(self, shard: Bytes) -> IntArray | None:
+    def extract_index(self, shard: Bytes) -> IntArray | None:
         """`read_index` of a whole shard."""
         return self.read_index(shard[-self.index_bytes :].tobytes(), len(shard))
 

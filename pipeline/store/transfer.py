@@ -15,21 +15,25 @@ from pathlib import Path
 from filelock import FileLock
 
 from pipeline.errors import StoreError
-from pipeline.files.atomic import make_folder_durably, told_when_full, write_atomically
+from pipeline.files.atomic import (
+    disk_full_as_error,
+    make_folder_durably,
+    write_atomically,
+)
 from pipeline.files.remote import is_url
 from pipeline.parallel.signals import Stopped
 from pipeline.store.backends import (
-    FolderPlace,
-    Place,
-    RemotePlace,
-    ZipPlace,
-    open_place,
+    LocalBackend,
+    RemoteBackend,
+    StorageBackend,
+    ZipBackend,
+    open_backend,
 )
 from pipeline.store.index import METADATA, ROOT_KEY, SplitIndex
 from pipeline.store.ledger import (
     DIGEST_FILE,
     is_committed,
-    protected_files,
+    list_protected_files,
     read_record,
     shard_damage,
     shard_hash,
@@ -38,7 +42,7 @@ from pipeline.store.metadata import read_json
 from pipeline.store.reader import FeatureStore
 
 log = logging.getLogger("pipeline.store")
-Report = Callable[[str, int, int], None]
+BlockCallback = Callable[[str, int, int], None]
 
 # Blocks on the way; each has one shard in memory.
 _AT_ONCE = 4
@@ -47,7 +51,7 @@ _AT_ONCE = 4
 class Target(ABC):
     """A place that can be written to."""
 
-    place: Place
+    place: StorageBackend
 
     @abstractmethod
     def write(self, name: str, content: bytes) -> None:
@@ -58,7 +62,7 @@ class FolderTarget(Target):
     """A folder on a file system."""
 
     def __init__(self, folder: Path) -> None:
-        self.place = FolderPlace(folder)
+        self.place = LocalBackend(folder)
         self._folder = folder
 
     def write(self, name: str, content: bytes) -> None:
@@ -72,7 +76,7 @@ class RemoteTarget(Target):
     """A folder behind a URL; object stores show an object once it is all there."""
 
     def __init__(self, url: str) -> None:
-        self.place: RemotePlace = RemotePlace(url)
+        self.place: RemoteBackend = RemoteBackend(url)
 
     def write(self, name: str, content: bytes) -> None:
         """Put a whole file there."""
@@ -82,7 +86,7 @@ class RemoteTarget(Target):
 def copy_store(
     source: Path | str,
     target: Path | str,
-    report: Report = lambda split, samples, blocks_left: None,
+    report: BlockCallback = lambda split, samples, blocks_left: None,
 ) -> bool:
     """Copy the finished blocks of ``source`` that ``target`` lacks; True once all are.
 
@@ -97,7 +101,7 @@ def copy_store(
     DamagedStoreError
         Bytes of the source are not those that were written.
     """
-    origin = open_place(source)
+    origin = open_backend(source)
     store = FeatureStore.open(source, allow_unsealed=True)
     splits = [split.index for split in store.splits.values()]
     destination = _target(target)
@@ -125,10 +129,10 @@ def copy_store(
     return True
 
 
-def staged_store(
+def stage_store(
     source: Path | str,
     folder: Path,
-    report: Report = lambda split, samples, blocks_left: None,
+    report: BlockCallback = lambda split, samples, blocks_left: None,
 ) -> Path:
     """Local copy of the finished store at ``source``, in ``folder``; made if missing.
 
@@ -145,7 +149,7 @@ def staged_store(
     stem = str(store.path).rstrip("/").rpartition("/")[2].split(".")[0]
     place = folder / f"{stem}-{store.fingerprint[:16]}.zarr"
     folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f".{place.name}.lock"), told_when_full(place):
+    with FileLock(folder / f".{place.name}.lock"), disk_full_as_error(place):
         for orphan in place.rglob("*.partial"):
             orphan.unlink()
         copy_store(source, place, report)
@@ -163,7 +167,7 @@ class _Copy:
 
     def __init__(
         self,
-        origin: Place,
+        origin: StorageBackend,
         target: Target,
         store: FeatureStore,
         splits: list[SplitIndex],
@@ -174,7 +178,7 @@ class _Copy:
         self._fingerprint = store.fingerprint
         self._splits = splits
         records = {s.record_name(b) for s in splits for b in range(s.n_blocks)}
-        protected = protected_files(split.files for split in splits)
+        protected = list_protected_files(split.files for split in splits)
         self._small = [n for n in protected if n not in records and n != METADATA]
 
     def is_done(self) -> bool:
@@ -262,8 +266,8 @@ class _Copy:
         )
 
 
-def _contents(place: Place, names: list[str]) -> dict[str, bytes]:
+def _contents(place: StorageBackend, names: list[str]) -> dict[str, bytes]:
     """Contents of the small files that are there, by name."""
-    if not isinstance(place, FolderPlace | ZipPlace):
+    if not isinstance(place, LocalBackend | ZipBackend):
         return place.fetch(names)
     return {name: place.read(name) for name in names if place.size(name) is not None}

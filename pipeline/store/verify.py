@@ -8,8 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from pipeline.errors import DamagedStoreError
-from pipeline.parallel.ordered_map import Count, Run, Tally, not_counted, processes
-from pipeline.store.backends import Place, open_place
+from pipeline.parallel.ordered_map import (
+    Count,
+    OrderedMap,
+    Tally,
+    ignore_counts,
+    processes,
+)
+from pipeline.store.backends import StorageBackend, open_backend
 from pipeline.store.edges import CELL_OFFSETS, EDGE_INDEX, edge_faults
 from pipeline.store.foreign import Alteration
 from pipeline.store.index import (
@@ -29,7 +35,7 @@ from pipeline.store.layout import (
 )
 from pipeline.store.ledger import (
     Record,
-    changed_files,
+    find_changed_files,
     read_digests,
     read_record,
     shard_hash,
@@ -60,7 +66,7 @@ class Problem:
 def verify_store(
     path: Path | str,
     workers: int = 0,
-    count: Count = not_counted,
+    count: Count = ignore_counts,
 ) -> list[Problem]:
     """All problems of the store at ``path``; an empty list means it is sound.
 
@@ -72,13 +78,13 @@ def verify_store(
     StoreError
         When there is no store at ``path`` or its format is newer than this program's.
     """
-    place = open_place(path)
+    place = open_backend(path)
     try:
         root = read_root(place)
     except DamagedStoreError as error:
         return [Problem("", str(error))]
     problems = list(_metadata_problems(place, root[ROOT_KEY]["complete"]))
-    splits = [_opened(place, name) for name in root[SPLITS_KEY]]
+    splits = [_open_split(place, name) for name in root[SPLITS_KEY]]
     tally = Tally(count, sum(split.n_blocks for split, _ in splits if split))
     with processes(workers) as run:
         for split, faults in splits:
@@ -89,7 +95,7 @@ def verify_store(
 
 
 def _problem(
-    place: Place,
+    place: StorageBackend,
     file: str,
     what: str,
     split: str | None = None,
@@ -98,7 +104,7 @@ def _problem(
     return Problem(file, f"{place.label(file)} {what}.", split, block)
 
 
-def _metadata_problems(place: Place, sealed: bool) -> Iterator[Problem]:
+def _metadata_problems(place: StorageBackend, sealed: bool) -> Iterator[Problem]:
     if not sealed:
         what = "is not sealed; finish it with `kd-cache build SPEC`"
         yield Problem("", f"{place} {what}.")
@@ -108,7 +114,7 @@ def _metadata_problems(place: Place, sealed: bool) -> Iterator[Problem]:
     except DamagedStoreError as error:
         yield Problem("", str(error))
         return
-    changed = changed_files(place, digests, place.fetch(list(digests)))
+    changed = find_changed_files(place, digests, place.fetch(list(digests)))
     for name, altered in changed.items():
         split, _, rest = name.partition("/")
         what = "is not what was sealed"
@@ -121,7 +127,7 @@ def _metadata_problems(place: Place, sealed: bool) -> Iterator[Problem]:
 
 
 def _alteration_problems(
-    place: Place, name: str, altered: Alteration
+    place: StorageBackend, name: str, altered: Alteration
 ) -> Iterator[Problem]:
     """What has to be removed from a metadata file; attributes of a user may stay."""
     if altered.cleaned is not None:
@@ -130,7 +136,9 @@ def _alteration_problems(
         yield Problem(name, message, cleaned=altered.cleaned)
 
 
-def _opened(place: Place, name: str) -> tuple[SplitIndex | None, list[Problem]]:
+def _open_split(
+    place: StorageBackend, name: str
+) -> tuple[SplitIndex | None, list[Problem]]:
     """A split whose blocks can be checked, or what is wrong with it."""
     try:
         split = read_split(place, name)
@@ -140,7 +148,9 @@ def _opened(place: Place, name: str) -> tuple[SplitIndex | None, list[Problem]]:
     return None if faults else split, faults
 
 
-def _blocks_problems(split: SplitIndex, run: Run, tally: Tally) -> Iterator[Problem]:
+def _blocks_problems(
+    split: SplitIndex, run: OrderedMap, tally: Tally
+) -> Iterator[Problem]:
     for found in run(partial(_block_problems, split), range(split.n_blocks)):
         tally.add()
         yield from found
@@ -225,13 +235,13 @@ def _check_shard(
     faults = []
     if shard_hash(shard, split.hashing) != expected:
         faults.append("does not match its commit record")
-    index = layout.index_of(shard)
+    index = layout.extract_index(shard)
     if index is None:
         return [*faults, "has a damaged shard index"], None
     rows, broken = layout.decode(shard, index)
     for chunk in broken:
         first = block * layout.rows + chunk * layout.inner_rows
-        ids = split.samples_at(info.level, first, first + layout.inner_rows)
+        ids = split.find_samples(info.level, first, first + layout.inner_rows)
         samples = name_samples(ids, split.name)
         faults.append(f"has a damaged inner chunk {chunk} ({samples})")
     if not broken:
@@ -253,5 +263,5 @@ def _value_faults(
     if bad.any():
         first = int(bad.reshape(valid, -1).any(axis=1).argmax())
         row = block * split.rows(info.level) + first
-        ids = split.samples_at(info.level, row, row + 1)
+        ids = split.find_samples(info.level, row, row + 1)
         yield f"has NaN or infinite values ({name_samples(ids, split.name)})"

@@ -18,8 +18,14 @@ from filelock import FileLock, Timeout
 
 from pipeline.errors import BusyError, DamagedStoreError, StoreError
 from pipeline.files.atomic import make_folder_durably, sync_folder, write_atomically
-from pipeline.parallel.ordered_map import Count, Run, Tally, not_counted, processes
-from pipeline.store.backends import FolderPlace
+from pipeline.parallel.ordered_map import (
+    Count,
+    OrderedMap,
+    Tally,
+    ignore_counts,
+    processes,
+)
+from pipeline.store.backends import LocalBackend
 from pipeline.store.creation import create_store, remove_leftovers
 from pipeline.store.edges import CELL_OFFSETS, EDGE_INDEX, edge_faults
 from pipeline.store.index import (
@@ -33,14 +39,14 @@ from pipeline.store.ledger import (
     encode_digests,
     encode_record,
     is_committed,
-    protected_files,
+    list_protected_files,
     shard_hash,
     unsealed_message,
 )
 from pipeline.store.metadata import read_json, read_root, read_split
 from pipeline.store.plan import ArrayPlan, SplitPlan
-from pipeline.store.reused_shards import Adoption
-from pipeline.store.rows import stored_rows
+from pipeline.store.reused_shards import ReusedShards
+from pipeline.store.rows import encode_rows
 from pipeline.store.shard import Buffer
 
 __all__ = ["ArrayPlan", "SplitPlan", "StoreWriter", "create_store"]
@@ -55,7 +61,7 @@ class StoreWriter:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self._place = FolderPlace(self.path)
+        self._place = LocalBackend(self.path)
         root = read_root(self._place)
         self.splits: dict[str, SplitIndex] = {
             name: read_split(self._place, name) for name in root[SPLITS_KEY]
@@ -142,7 +148,7 @@ class StoreWriter:
         split: str,
         block: int,
         arrays: Mapping[str, npt.NDArray[Any]],
-        adopted: Adoption | None = None,
+        adopted: ReusedShards | None = None,
     ) -> None:
         """Write all shards of a block, then its commit record; durable on return.
 
@@ -166,7 +172,7 @@ class StoreWriter:
             )
         rows: dict[str, npt.NDArray[Any]] = {}
         for path, given in arrays.items():
-            rows |= stored_rows(index, block, index.fields[path], given)
+            rows |= encode_rows(index, block, index.fields[path], given)
         if EDGE_INDEX in rows:
             _check_edges(index, block, rows)
         record = self.path / index.record_name(block)
@@ -182,7 +188,7 @@ class StoreWriter:
         index: SplitIndex,
         block: int,
         rows: dict[str, npt.NDArray[Any]],
-        adopted: Adoption | None,
+        adopted: ReusedShards | None,
     ) -> list[tuple[int, int]]:
         """Hashes of the shards of a block, all durable; one is written behind."""
         hashes = []
@@ -215,7 +221,7 @@ class StoreWriter:
             record.unlink()
             sync_folder(record.parent)
 
-    def seal(self, workers: int = 0, count: Count = not_counted) -> None:
+    def seal(self, workers: int = 0, count: Count = ignore_counts) -> None:
         """Mark the store complete after checking every shard against its record.
 
         Shards are read by so many ``workers``, or by this process; ``count`` is told
@@ -241,7 +247,7 @@ class StoreWriter:
                 self._write_seal()
 
     def _write_seal(self) -> None:
-        files = protected_files(split.files for split in self.splits.values())
+        files = list_protected_files(split.files for split in self.splits.values())
         root = self._root_bytes(complete=True)
 
         def content_of(name: str) -> bytes:
@@ -251,7 +257,9 @@ class StoreWriter:
         _write_durably(self.path / DIGEST_FILE, digests, self.path)
         write_atomically(self.path / METADATA, root)
 
-    def _check_committed(self, index: SplitIndex, run: Run, tally: Tally) -> None:
+    def _check_committed(
+        self, index: SplitIndex, run: OrderedMap, tally: Tally
+    ) -> None:
         blocks = range(index.n_blocks)
         if any(not is_committed(index, block) for block in blocks):
             raise StoreError(unsealed_message(self._place, self.splits.values()))

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from pipeline.graphs.neighbors import Edges
 from pipeline.structure import Structure
-from pipeline.teachers.potential import Graph
+from pipeline.teachers.potential import SampleGraph
 
 
 @dataclass(frozen=True)
-class Packed:
+class GraphBatch:
     """Graphs side by side, in their order; integers are int64.
 
     ``atomic_numbers`` (N,), ``batch`` (N,) graph of every atom, ``n_atoms`` (B,),
@@ -32,7 +32,7 @@ class Packed:
         return total.index_add_(0, self.batch, values)
 
 
-def packed(graphs: Sequence[Graph], device: torch.device) -> Packed:
+def collate_graphs(graphs: Sequence[SampleGraph], device: torch.device) -> GraphBatch:
     """One batch of ``graphs`` on ``device``."""
     counts = np.array([len(graph.structure) for graph in graphs])
     first = np.cumsum(counts) - counts
@@ -41,7 +41,7 @@ def packed(graphs: Sequence[Graph], device: torch.device) -> Packed:
         [graph.edges.edge_index + at for graph, at in zip(graphs, first, strict=True)],
         axis=1,
     )
-    return Packed(
+    return GraphBatch(
         torch.from_numpy(numbers.astype(np.int64)).to(device),
         torch.from_numpy(np.repeat(np.arange(len(counts)), counts)).to(device),
         torch.from_numpy(counts).to(device),
@@ -49,7 +49,9 @@ def packed(graphs: Sequence[Graph], device: torch.device) -> Packed:
     )
 
 
-def edge_vectors(structure: Structure, edges: Edges) -> npt.NDArray[np.float64]:
+def structure_edge_vectors(
+    structure: Structure, edges: Edges
+) -> npt.NDArray[np.float64]:
     """Vectors (E, 3) in Å from the target to the image of the source."""
     source, target = edges.edge_index
     shift = edges.cell_offsets @ np.asarray(structure.cell, np.float64)

@@ -16,10 +16,10 @@ from pipeline.models.contents import Weights
 from pipeline.models.elements import trained_elements, usable_elements
 from pipeline.models.network import Network
 from pipeline.spec.cache_spec import TeacherSpec
-from pipeline.teachers.potential import Claims, FieldOffer, Graph, Potential
+from pipeline.teachers.potential import FieldInfo, Guarantees, Potential, SampleGraph
 
 
-def load(spec: TeacherSpec) -> "OwnPotential":
+def load(spec: TeacherSpec) -> "BuiltinPotential":
     """The model in ``spec.checkpoint``.
 
     Raises
@@ -48,7 +48,7 @@ def load(spec: TeacherSpec) -> "OwnPotential":
             f"{spec.checkpoint} holds a model without forces, which every store "
             "keeps; choose a teacher that predicts them."
         )
-    return OwnPotential(loaded, spec.weights, scale_file, any_element)
+    return BuiltinPotential(loaded, spec.weights, scale_file, any_element)
 
 
 def _any_element(spec: TeacherSpec) -> bool:
@@ -65,7 +65,7 @@ def _any_element(spec: TeacherSpec) -> bool:
     return value
 
 
-class OwnPotential(Potential):
+class BuiltinPotential(Potential):
     """One of our networks; ``loaded`` has the model and its normaliser.
 
     Elements are those of its training data, where the file states these, unless
@@ -85,7 +85,7 @@ class OwnPotential(Potential):
         self._weights = weights
         self._scale_file_sha256 = None if scale_file is None else sha256_of(scale_file)
         model = loaded.model.eval().requires_grad_(False)
-        self.offers = _offers(model)
+        self.available_fields = _available_fields(model)
         self.graph_rule = model.graph_rule
         trained = trained_elements(loaded.normalizer, loaded.provenance)
         self.elements = usable_elements(
@@ -98,7 +98,7 @@ class OwnPotential(Potential):
         # With two scales, forces are not the gradient of the energy in eV.
         scaled_alike = self.normalizer.energy_std == self.normalizer.force_std
         direct = model.hyperparameters.get("direct_forces", False)
-        self.claims = Claims(
+        self.guarantees = Guarantees(
             # Which edges a limit keeps when they come in pairs depends on the order.
             permutation=not model.graph_rule.symmetric,
             gradient_forces=scaled_alike and not direct,
@@ -122,12 +122,15 @@ class OwnPotential(Potential):
         self.loaded.model.to(device)
         self._device = device
 
-    def memory_of(self, graph: Graph) -> int:
+    def estimate_memory(self, graph: SampleGraph) -> int:
         """Return the network's own estimate of its memory in bytes."""
-        return self.loaded.model.memory_of(graph.edges, len(graph.structure))
+        return self.loaded.model.estimate_memory(graph.edges, len(graph.structure))
 
     def forward(
-        self, graphs: Sequence[Graph], fields: Sequence[str], layers: Mapping[str, str]
+        self,
+        graphs: Sequence[SampleGraph],
+        fields: Sequence[str],
+        layers: Mapping[str, str],
     ) -> Mapping[str, Tensor]:
         """Fields in eV and Å; hidden states in the network's own units."""
         batch = collate(
@@ -148,12 +151,12 @@ class OwnPotential(Potential):
         return values | hidden
 
 
-def _offers(model: Network) -> dict[str, FieldOffer]:
+def _available_fields(model: Network) -> dict[str, FieldInfo]:
     """Fields with their widths at the default layer and at all others."""
-    offers = {"per_atom_energy": FieldOffer("per_atom_energy", 0)}
+    available_fields = {"per_atom_energy": FieldInfo("per_atom_energy", 0)}
     for name in CACHEABLE_FIELDS:
         layers = {layer: model.layer_width(name, layer) for layer in model.layers}
         present = {layer: width for layer, width in layers.items() if width}
         if name in model.widths or present:
-            offers[name] = FieldOffer(name, model.widths.get(name), present)
-    return offers
+            available_fields[name] = FieldInfo(name, model.widths.get(name), present)
+    return available_fields

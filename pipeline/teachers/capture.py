@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def caught_outputs(
+def capture_outputs(
     modules: Mapping[str, nn.Module], take: Callable[[Any], Tensor] = lambda out: out
 ) -> Iterator[dict[str, Tensor]]:
     """What each module of ``modules`` gives in a forward pass inside the ``with``.

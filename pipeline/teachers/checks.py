@@ -47,7 +47,7 @@ class Subject:
         """
         graphs = [self.potential.graph(s) for s in samples or self.samples]
         found: Outputs = {}
-        for fields, layers in _askings(self.potential):
+        for fields, layers in _list_requests(self.potential):
             with torch.no_grad():
                 values = self.potential.forward(graphs, fields, layers)
             for name in (*PREDICTION_FIELDS, *fields):
@@ -84,16 +84,16 @@ def check_potential(subject: Subject) -> Iterator[tuple[str, float]]:
     ContractError
         The first check that fails.
     """
-    claims = asdict(subject.potential.claims)
+    guarantees = asdict(subject.potential.guarantees)
     for name, check in CHECKS.items():
-        if claims.get(name, True):
+        if guarantees.get(name, True):
             yield name, check(subject)
 
 
 def check_declaration(subject: Subject) -> float:
     """What the potential says of itself is complete, known and JSON-able."""
     potential = subject.potential
-    for name, offer in potential.offers.items():
+    for name, offer in potential.available_fields.items():
         if name not in CACHEABLE_FIELDS or offer.name != name:
             raise ContractError(f"offers[{name!r}] is no field of a store.")
     if not potential.graph_rule.cutoff > 0:
@@ -122,7 +122,7 @@ def check_shapes(subject: Subject) -> float:
     for key, values in subject.outputs().items():
         name, _, layer = key.partition("@")
         field = FIELDS[name]
-        offer = subject.potential.offers.get(name)
+        offer = subject.potential.available_fields.get(name)
         width = 0 if offer is None else offer.layers[layer] if layer else offer.width
         shape = (rows[field.level], *(width if n is None else n for n in field.shape))
         if values.shape != shape:
@@ -167,7 +167,7 @@ def check_permutation(subject: Subject) -> float:
     worst = 0.0
     for number, sample in enumerate(subject.samples):
         order = np.random.default_rng(number).permutation(len(sample.structure))
-        renumbered = _renumbered(sample, order)
+        renumbered = _renumber_atoms(sample, order)
         rows = {
             "node": order,
             "edge": _edge_rows(subject.potential, sample, renumbered, order),
@@ -185,7 +185,7 @@ def check_permutation(subject: Subject) -> float:
 def check_translation(subject: Subject) -> float:
     """Moving a structure changes nothing."""
     moved = [
-        _placed(sample, np.eye(3), np.array([3.1, -2.3, 1.7]))
+        _turn_and_move(sample, np.eye(3), np.array([3.1, -2.3, 1.7]))
         for sample in subject.samples
     ]
     return subject.worst("Moving", subject.outputs(moved), subject.outputs())
@@ -226,7 +226,8 @@ def check_gradient_forces(subject: Subject) -> float:
         forces = subject.outputs([sample])["teacher_forces"]
         direction = forces / max(float(np.abs(forces).max()), 1e-12)
         ahead, behind = (
-            _placed(sample, np.eye(3), sign * _STEP * direction) for sign in (1, -1)
+            _turn_and_move(sample, np.eye(3), sign * _STEP * direction)
+            for sign in (1, -1)
         )
         energies = subject.outputs([ahead, behind])["teacher_energy"]
         slope = float(energies[0] - energies[1]) / (2 * _STEP)
@@ -258,14 +259,22 @@ CHECKS: Mapping[str, Callable[[Subject], float]] = {
 }
 
 
-def _askings(potential: Potential) -> list[tuple[tuple[str, ...], dict[str, str]]]:
+def _list_requests(
+    potential: Potential,
+) -> list[tuple[tuple[str, ...], dict[str, str]]]:
     """Fields and layers of every forward pass that is needed to see them all."""
-    offers = potential.offers
-    default = tuple(name for name, offer in offers.items() if offer.width is not None)
-    names = dict.fromkeys(layer for offer in offers.values() for layer in offer.layers)
+    available_fields = potential.available_fields
+    default = tuple(
+        name for name, offer in available_fields.items() if offer.width is not None
+    )
+    names = dict.fromkeys(
+        layer for offer in available_fields.values() for layer in offer.layers
+    )
     askings: list[tuple[tuple[str, ...], dict[str, str]]] = [(default, {})]
     for layer in names:
-        fields = tuple(name for name, offer in offers.items() if layer in offer.layers)
+        fields = tuple(
+            name for name, offer in available_fields.items() if layer in offer.layers
+        )
         askings.append((fields, dict.fromkeys(fields, layer)))
     return askings
 
@@ -281,7 +290,7 @@ def _deviation(key: str, found: Floats, wanted: Floats, subject: Subject) -> flo
 
 
 def _check_turn(subject: Subject, what: str, turn: Floats) -> float:
-    turned = [_placed(sample, turn, np.zeros(3)) for sample in subject.samples]
+    turned = [_turn_and_move(sample, turn, np.zeros(3)) for sample in subject.samples]
     wanted = subject.outputs()
     for key, values in wanted.items():
         if key.startswith("vector_features"):
@@ -291,7 +300,7 @@ def _check_turn(subject: Subject, what: str, turn: Floats) -> float:
     return subject.worst(what, subject.outputs(turned), wanted)
 
 
-def _placed(sample: Sample, turn: Floats, move: Floats) -> Sample:
+def _turn_and_move(sample: Sample, turn: Floats, move: Floats) -> Sample:
     structure = sample.structure
     placed = replace(
         structure,
@@ -301,7 +310,7 @@ def _placed(sample: Sample, turn: Floats, move: Floats) -> Sample:
     return replace(sample, structure=placed)
 
 
-def _renumbered(sample: Sample, order: npt.NDArray[np.int64]) -> Sample:
+def _renumber_atoms(sample: Sample, order: npt.NDArray[np.int64]) -> Sample:
     """The sample whose atom i is atom ``order[i]`` of ``sample``."""
     structure = sample.structure
     names = ("atomic_numbers", "positions", "tags", "fixed")

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from pipeline.errors import CheckpointError, SpecError
 from pipeline.files.atomic import sha256_of
-from pipeline.graphs.neighbors import Edges, GraphRule
+from pipeline.graphs.neighbors import Edges, NeighborSpec
 from pipeline.models.normalizer import NUM_REFERENCES, Normalizer
 from pipeline.spec.cache_spec import TeacherSpec
 from pipeline.structure import Sample, Structure
-from pipeline.teachers.batch import edge_vectors, packed
-from pipeline.teachers.capture import caught_outputs
-from pipeline.teachers.potential import FieldOffer, Graph, Potential
-from pipeline.teachers.trust import checked_options, refuse_code
+from pipeline.teachers.batch import collate_graphs, structure_edge_vectors
+from pipeline.teachers.capture import capture_outputs
+from pipeline.teachers.potential import FieldInfo, Potential, SampleGraph
+from pipeline.teachers.trust import check_options, refuse_code
 
 OPTIONS = {"pretrained": "0.3.0"}
 # A pass with gradients takes about so much (64 channels, measured on CPUs).
@@ -51,7 +51,7 @@ def load(spec: TeacherSpec) -> "ChgNet":
     import chgnet.model
     from chgnet.model import CHGNet
 
-    options = checked_options(spec, OPTIONS)
+    options = check_options(spec, OPTIONS)
     name = options["pretrained"]
     if name not in _FILES:
         raise SpecError(
@@ -87,28 +87,28 @@ class ChgNet(Potential):
         atoms, bonds = self.model.atom_conv_layers, self.model.bond_conv_layers
         self._atom_blocks = {f"block{k}": m for k, m in enumerate(atoms, 1)}
         self._bond_blocks = {f"block{k}": m for k, m in enumerate(bonds, 1)}
-        self.offers = self._offers()
+        self.available_fields = self._list_fields()
         converter = self.model.graph_converter
         self._short = float(converter.bond_graph_cutoff)
         # Without a limit; bonds need both of their directions.
-        self.graph_rule = GraphRule(
+        self.graph_rule = NeighborSpec(
             float(converter.atom_graph_cutoff), max_neighbors=2**31, symmetric=True
         )
         self.elements = range(1, self.model.atom_embedding.embedding.num_embeddings + 1)
         self.provenance = {"package": f"chgnet {version('chgnet')}", "file": file}
         self._device = torch.device("cpu")
 
-    def _offers(self) -> dict[str, FieldOffer]:
+    def _list_fields(self) -> dict[str, FieldInfo]:
         wide = self.model.atom_fea_dim
         bond = self.model.bond_fea_dim
         blocks = dict.fromkeys(self._bond_blocks, bond)
         return {
-            "per_atom_energy": FieldOffer("per_atom_energy", 0),
-            "node_features": FieldOffer(
+            "per_atom_energy": FieldInfo("per_atom_energy", 0),
+            "node_features": FieldInfo(
                 "node_features", wide, dict.fromkeys(self._atom_blocks, wide)
             ),
-            "edge_features": FieldOffer("edge_features", bond, blocks),
-            "edge_to_node_features": FieldOffer("edge_to_node_features", bond, blocks),
+            "edge_features": FieldInfo("edge_features", bond, blocks),
+            "edge_to_node_features": FieldInfo("edge_to_node_features", bond, blocks),
         }
 
     @property
@@ -121,24 +121,27 @@ class ChgNet(Potential):
         self.model.to(device)
         self._device = device
 
-    def graph(self, sample: Sample) -> Graph:
+    def graph(self, sample: Sample) -> SampleGraph:
         """The sample with its bonds and angles."""
         graph = super().graph(sample)
         bonds = _Bonds(graph.structure, graph.edges, self._short)
         return replace(graph, extra=bonds)
 
-    def memory_of(self, graph: Graph) -> int:
+    def estimate_memory(self, graph: SampleGraph) -> int:
         """Bytes of the states of edges and angles in a pass with gradients."""
         angles = len(graph.extra.angles)
         return _BYTES_PER_EDGE * len(graph.edges) + _BYTES_PER_ANGLE * angles
 
     def forward(
-        self, graphs: Sequence[Graph], fields: Sequence[str], layers: Mapping[str, str]
+        self,
+        graphs: Sequence[SampleGraph],
+        fields: Sequence[str],
+        layers: Mapping[str, str],
     ) -> Mapping[str, Tensor]:
         """Energies are summed over atoms in double precision."""
-        batch = packed(graphs, self._device)
+        batch = collate_graphs(graphs, self._device)
         crystals = [self._crystal(graph) for graph in graphs]
-        with torch.enable_grad(), caught_outputs(self._modules()) as states:
+        with torch.enable_grad(), capture_outputs(self._modules()) as states:
             energy = self.model(crystals, task="e")["e"]
             # They give energies per atom.
             slopes = torch.autograd.grad(
@@ -175,7 +178,7 @@ class ChgNet(Potential):
         name: str,
         layer: str | None,
         states: Mapping[str, Tensor],
-        graphs: Sequence[Graph],
+        graphs: Sequence[SampleGraph],
     ) -> Tensor:
         if name == "node_features":
             last = f"atoms {list(self._atom_blocks)[-1]}"
@@ -187,11 +190,11 @@ class ChgNet(Potential):
         edges = bonds[torch.from_numpy(_shifted_bonds(graphs)).to(bonds.device)]
         if name == "edge_features":
             return edges
-        batch = packed(graphs, self._device)
+        batch = collate_graphs(graphs, self._device)
         sums = edges.new_zeros(len(batch.batch), edges.shape[1])
         return sums.index_add_(0, batch.edge_index[1], edges)
 
-    def _crystal(self, graph: Graph) -> Any:
+    def _crystal(self, graph: SampleGraph) -> Any:
         """Return the graph as CHGNet reads it; centres are targets."""
         from chgnet.graph import CrystalGraph
 
@@ -236,7 +239,7 @@ class _Bonds:
         self.to_cartesian = inverse.T.copy()
         first = np.minimum(np.arange(len(edges)), _mirrors(edges))
         self.edge_of_bond, self.bond_of_edge = np.unique(first, return_inverse=True)
-        length = np.linalg.norm(edge_vectors(structure, edges), axis=1)
+        length = np.linalg.norm(structure_edge_vectors(structure, edges), axis=1)
         one, other = _pairs_of_equal(
             edges.edge_index[1], np.flatnonzero(length < short)
         )
@@ -270,7 +273,7 @@ def _pairs_of_equal(
     return chosen[one[kept]], chosen[other[kept]]
 
 
-def _shifted_bonds(graphs: Sequence[Graph]) -> npt.NDArray[np.int64]:
+def _shifted_bonds(graphs: Sequence[SampleGraph]) -> npt.NDArray[np.int64]:
     """Bond of every edge of a batch, bonds numbered over the batch."""
     counts = np.array([len(graph.extra.edge_of_bond) for graph in graphs])
     first = np.cumsum(counts) - counts

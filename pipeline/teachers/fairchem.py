@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from pipeline.errors import SpecError
 from pipeline.files.atomic import sha256_of
-from pipeline.graphs.neighbors import GraphRule
+from pipeline.graphs.neighbors import NeighborSpec
 from pipeline.models.normalizer import NUM_REFERENCES, Normalizer
 from pipeline.spec.cache_spec import TeacherSpec
-from pipeline.teachers.capture import caught_outputs
-from pipeline.teachers.potential import Claims, FieldOffer, Graph, Potential
-from pipeline.teachers.trust import checked_options, require_trust
+from pipeline.teachers.capture import capture_outputs
+from pipeline.teachers.potential import FieldInfo, Guarantees, Potential, SampleGraph
+from pipeline.teachers.trust import check_options, require_trust
 
 OPTIONS = {"trust_pickle": False, "task": None, "charge": 0, "spin": None}
 
@@ -34,7 +34,7 @@ def load(spec: TeacherSpec) -> "Fairchem":
     SpecError
         No file is named, its owner does not vouch for it, or the task is unknown.
     """
-    options = checked_options(spec, OPTIONS)
+    options = check_options(spec, OPTIONS)
     if spec.checkpoint is None:
         raise SpecError("teacher.checkpoint is missing; fairchem needs a file.")
     require_trust(spec)
@@ -76,16 +76,18 @@ class Fairchem(Potential):
         self._options = {k: options[k] for k in ("task", "charge", "spin")}
         self._sha256 = sha256_of(path)
         backbone = unit.model.module.backbone
-        self.offers = _offers(backbone, len(_energy_blocks(unit.model.module)) == 1)
-        self.graph_rule = GraphRule(
+        self.available_fields = _available_fields(
+            backbone, len(_energy_blocks(unit.model.module)) == 1
+        )
+        self.graph_rule = NeighborSpec(
             float(backbone.cutoff), int(backbone.max_neighbors), symmetric=False
         )
         self.elements = range(1, int(backbone.max_num_elements))
         self.normalizer = _normalizer(unit.dataset_to_tasks[options["task"]])
         # Its convolutions are made for rotations only; mirrored, vectors differ.
-        self.claims = Claims(
+        self.guarantees = Guarantees(
             reflections=False,
-            sum_of_atoms="per_atom_energy" in self.offers,
+            sum_of_atoms="per_atom_energy" in self.available_fields,
             gradient_forces=not backbone.regress_config.direct_forces,
         )
         self.provenance = {
@@ -104,7 +106,10 @@ class Fairchem(Potential):
             self._unit = _unit(self._path, device.type)
 
     def forward(
-        self, graphs: Sequence[Graph], fields: Sequence[str], layers: Mapping[str, str]
+        self,
+        graphs: Sequence[SampleGraph],
+        fields: Sequence[str],
+        layers: Mapping[str, str],
     ) -> Mapping[str, Tensor]:
         """Fields in eV and Å; hidden states as the final network reads them."""
         from fairchem.core.datasets.atomic_data import atomicdata_list_to_batch
@@ -116,9 +121,9 @@ class Fairchem(Potential):
         heads = {f"head{k}": m for k, m in enumerate(_energy_blocks(model))}
         with (
             torch.enable_grad(),
-            caught_outputs(blocks) as states,
-            caught_outputs(final, lambda out: out["node_embedding"]) as last,
-            caught_outputs(heads) as energies,
+            capture_outputs(blocks) as states,
+            capture_outputs(final, lambda out: out["node_embedding"]) as last,
+            capture_outputs(heads) as energies,
         ):
             output = self._unit.predict(batch)
         values = {
@@ -136,7 +141,7 @@ class Fairchem(Potential):
                 values[name] = sphere[:, 1:4] if vector else sphere[:, 0]
         return values
 
-    def _input(self, graph: Graph) -> Any:
+    def _input(self, graph: SampleGraph) -> Any:
         """Return one structure with our edges as fairchem reads it."""
         from fairchem.core.datasets.atomic_data import AtomicData
 
@@ -169,14 +174,14 @@ def _energy_blocks(model: Any) -> list[nn.Module]:
     ]
 
 
-def _offers(backbone: Any, energies: bool) -> dict[str, FieldOffer]:
+def _available_fields(backbone: Any, energies: bool) -> dict[str, FieldInfo]:
     width = int(backbone.sphere_channels)
     layers = {f"block{k}": width for k in range(1, len(backbone.blocks) + 1)}
     names = ["node_features", "vector_features"][: 1 + (backbone.lmax > 0)]
-    offers = {name: FieldOffer(name, width, layers) for name in names}
+    available_fields = {name: FieldInfo(name, width, layers) for name in names}
     if energies:
-        offers["per_atom_energy"] = FieldOffer("per_atom_energy", 0)
-    return offers
+        available_fields["per_atom_energy"] = FieldInfo("per_atom_energy", 0)
+    return available_fields
 
 
 def _normalizer(tasks: Sequence[Any]) -> Normalizer:

@@ -45,21 +45,21 @@ def vectors(irreps: str) -> Channels:
 
     Models without parity call all their channels even; theirs are taken instead.
     """
-    with_parity = any(kind.endswith("o") for _, kind in _parsed(irreps))
+    with_parity = any(kind.endswith("o") for _, kind in _parse_irreps(irreps))
     return _channels(irreps, {"1o" if with_parity else "1e"}, 3)
 
 
 def _channels(irreps: str, wanted: set[str], components: int) -> Channels:
     blocks = []
     column = 0
-    for channels, kind in _parsed(irreps):
+    for channels, kind in _parse_irreps(irreps):
         if kind in wanted:
             blocks.append((column, channels))
         column += channels * (2 * int(kind[:-1]) + 1)
     return Channels(tuple(blocks), components)
 
 
-def _parsed(irreps: str) -> list[tuple[int, str]]:
+def _parse_irreps(irreps: str) -> list[tuple[int, str]]:
     """Pairs of ``128x0e+64x1o``, as e3nn writes irreps."""
     pairs = (part.strip().split("x") for part in irreps.split("+"))
     return [(int(channels), kind) for channels, kind in pairs]

@@ -18,13 +18,13 @@ from torch import Tensor
 from pipeline.errors import CheckpointError, SpecError
 from pipeline.files.atomic import sha256_of
 from pipeline.graphs.batch import collate
-from pipeline.graphs.neighbors import GraphRule
+from pipeline.graphs.neighbors import NeighborSpec
 from pipeline.models.normalizer import NUM_REFERENCES, Normalizer
 from pipeline.spec.cache_spec import TeacherSpec
-from pipeline.teachers.capture import caught_outputs
+from pipeline.teachers.capture import capture_outputs
 from pipeline.teachers.irreps import invariants, vectors
-from pipeline.teachers.potential import FieldOffer, Graph, Potential
-from pipeline.teachers.trust import checked_options, require_trust
+from pipeline.teachers.potential import FieldInfo, Potential, SampleGraph
+from pipeline.teachers.trust import check_options, require_trust
 
 OPTIONS = {"trust_pickle": False, "head": None}
 # Importing mace makes torch.load run code by default, for the whole process.
@@ -41,12 +41,12 @@ def load(spec: TeacherSpec) -> "Mace":
     CheckpointError
         The file holds something else.
     """
-    options = checked_options(spec, OPTIONS)
+    options = check_options(spec, OPTIONS)
     if spec.checkpoint is None:
         raise SpecError("teacher.checkpoint is missing; mace needs a file of a model.")
     require_trust(spec)
     path = Path(spec.checkpoint)
-    with _environment_kept():
+    with _preserve_environment():
         from mace.modules import MACE
 
         model = torch.load(path, map_location="cpu", weights_only=False)
@@ -63,7 +63,7 @@ def load(spec: TeacherSpec) -> "Mace":
 
 
 @contextmanager
-def _environment_kept() -> Iterator[None]:
+def _preserve_environment() -> Iterator[None]:
     """Undo what imports inside change about how torch loads files."""
     before = os.environ.get(_UNSAFE)
     try:
@@ -94,12 +94,14 @@ class Mace(Potential):
             name: {layer: one for layer, one in channels.items() if one.count}
             for name, channels in found.items()
         }
-        self.offers = {"per_atom_energy": FieldOffer("per_atom_energy", 0)}
+        self.available_fields = {"per_atom_energy": FieldInfo("per_atom_energy", 0)}
         for name, channels in self._channels.items():
             layers = {layer: one.count for layer, one in channels.items()}
             if layers:
-                self.offers[name] = FieldOffer(name, list(layers.values())[-1], layers)
-        self.graph_rule = GraphRule(
+                self.available_fields[name] = FieldInfo(
+                    name, list(layers.values())[-1], layers
+                )
+        self.graph_rule = NeighborSpec(
             float(model.r_max), max_neighbors=2**31, symmetric=False
         )
         self.elements = set(model.atomic_numbers.tolist())
@@ -121,11 +123,14 @@ class Mace(Potential):
         self._device = device
 
     def forward(
-        self, graphs: Sequence[Graph], fields: Sequence[str], layers: Mapping[str, str]
+        self,
+        graphs: Sequence[SampleGraph],
+        fields: Sequence[str],
+        layers: Mapping[str, str],
     ) -> Mapping[str, Tensor]:
         """Fields in eV and Å; hidden states after the product of a layer."""
         data = self._input(graphs)
-        with torch.enable_grad(), caught_outputs(self._blocks) as states:
+        with torch.enable_grad(), capture_outputs(self._blocks) as states:
             output = self.model(data, compute_force=True)
         atoms = output["node_energy"].detach().double()
         references = torch.tensor(
@@ -144,7 +149,7 @@ class Mace(Potential):
                 values[name] = channels[layer].of(states[layer])
         return values
 
-    def _input(self, graphs: Sequence[Graph]) -> dict[str, Tensor]:
+    def _input(self, graphs: Sequence[SampleGraph]) -> dict[str, Tensor]:
         """Return a batch as MACE reads it: shifts belong to the target of an edge."""
         dtype = self.model.r_max.dtype
         structures = [graph.structure for graph in graphs]

@@ -15,7 +15,7 @@ from pipeline.errors import DataError
 from pipeline.fields import FIELDS, Level
 from pipeline.graphs.neighbors import (
     Edges,
-    GraphRule,
+    NeighborSpec,
     check_periodicity,
     sample_edges,
 )
@@ -29,7 +29,7 @@ PLAIN_PRECISIONS: tuple[Precision, ...] = ("float32", "tf32")
 
 
 @dataclass(frozen=True)
-class FieldOffer:
+class FieldInfo:
     """A field that a potential can give.
 
     ``width`` is its number of channels where no layer is named: 0 for fields without
@@ -53,7 +53,7 @@ class FieldOffer:
 
 
 @dataclass(frozen=True)
-class Claims:
+class Guarantees:
     """What a potential promises beyond what all must keep; the contract checks it.
 
     ``permutation``: renumbered atoms change nothing but the order of rows.
@@ -69,7 +69,7 @@ class Claims:
 
 
 @dataclass(frozen=True)
-class Graph:
+class SampleGraph:
     """One structure, ready to be batched.
 
     ``edges`` are those that ``edge_features`` have a row for, sorted by (target,
@@ -81,7 +81,7 @@ class Graph:
     extra: Any = None
 
 
-def check_sample(sample: Sample, elements: Container[int], rule: GraphRule) -> None:
+def check_sample(sample: Sample, elements: Container[int], rule: NeighborSpec) -> None:
     """Refuse a sample with unknown ``elements``, or periodicity that ``rule`` ignores.
 
     Neighbours are not looked for.
@@ -102,18 +102,18 @@ def check_sample(sample: Sample, elements: Container[int], rule: GraphRule) -> N
 class Potential(ABC):
     """A frozen network in evaluation mode that names its outputs; eV and Å.
 
-    ``offers`` says by field name what it can give beside energies and forces,
+    ``available_fields`` says by field name what it can give beside energies and forces,
     ``graph_rule`` how its edges are found (its ``cutoff`` in Å), ``elements`` the
     atomic numbers it knows, ``normalizer`` the scale of its energies and forces (what
     students work in), ``precisions`` the matrix precisions it can run with and
     ``provenance`` (JSON-able) where it comes from.
     """
 
-    offers: Mapping[str, FieldOffer]
-    graph_rule: GraphRule
+    available_fields: Mapping[str, FieldInfo]
+    graph_rule: NeighborSpec
     elements: Container[int]
     normalizer: Normalizer = Normalizer()
-    claims: Claims = Claims()
+    guarantees: Guarantees = Guarantees()
     precisions: tuple[Precision, ...] = PLAIN_PRECISIONS
     provenance: Mapping[str, Any] = {}
 
@@ -131,7 +131,10 @@ class Potential(ABC):
 
     @abstractmethod
     def forward(
-        self, graphs: Sequence[Graph], fields: Sequence[str], layers: Mapping[str, str]
+        self,
+        graphs: Sequence[SampleGraph],
+        fields: Sequence[str],
+        layers: Mapping[str, str],
     ) -> Mapping[str, torch.Tensor]:
         """``teacher_energy``, ``teacher_forces`` and ``fields`` of a batch.
 
@@ -143,7 +146,7 @@ class Potential(ABC):
         some fields. Called without gradients; what needs them switches them on.
         """
 
-    def graph(self, sample: Sample) -> Graph:
+    def graph(self, sample: Sample) -> SampleGraph:
         """The sample with its edges under ``graph_rule``; called from another thread.
 
         Raises
@@ -155,8 +158,8 @@ class Potential(ABC):
         structure = sample.structure
         check_sample(sample, self.elements, self.graph_rule)
         edges = sample_edges(sample.sample_id, structure, self.graph_rule)
-        return Graph(structure, edges)
+        return SampleGraph(structure, edges)
 
-    def memory_of(self, graph: Graph) -> int:
+    def estimate_memory(self, graph: SampleGraph) -> int:
         """Bytes that one graph adds to the peak of a pass; 0 where atoms limit it."""
         return 0

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -14,11 +14,11 @@ import torch
 
 from pipeline.errors import DataError, SpecError
 from pipeline.fields import EDGE_IDENTITY_FIELDS, FIELDS, PREDICTION_FIELDS
-from pipeline.graphs.neighbors import GraphRule, neighbor_edges
-from pipeline.parallel.devices import in_halves, is_out_of_memory
+from pipeline.graphs.neighbors import NeighborSpec, neighbor_edges
+from pipeline.parallel.devices import is_out_of_memory, run_halving_on_oom
 from pipeline.spec.cache_spec import TeacherSpec
 from pipeline.structure import Sample, Structure
-from pipeline.teachers.potential import FieldOffer, Graph, Potential, check_sample
+from pipeline.teachers.potential import FieldInfo, Potential, SampleGraph, check_sample
 from pipeline.teachers.registry import load_potential
 
 log = logging.getLogger("pipeline.teachers.runner")
@@ -27,7 +27,7 @@ Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
-class Teacher:
+class TeacherRunner:
     """A potential on a device, with what it takes to run it over a dataset.
 
     ``layers`` names the layer of every field that is not taken from the default one.
@@ -44,7 +44,7 @@ class Teacher:
         spec: TeacherSpec,
         device: str = "cpu",
         layers: Mapping[str, str] | None = None,
-    ) -> "Teacher":
+    ) -> "TeacherRunner":
         """The teacher of a resolved spec, ready to predict.
 
         Raises
@@ -64,9 +64,13 @@ class Teacher:
     @property
     def widths(self) -> dict[str, int]:
         """Width of every field this teacher can give; 0 for fields without channels."""
-        offers = self.potential.offers
-        default = {n: o.width for n, o in offers.items() if o.width is not None}
-        chosen = {n: offers[n].layers[layer] for n, layer in self.layers.items()}
+        available_fields = self.potential.available_fields
+        default = {
+            n: o.width for n, o in available_fields.items() if o.width is not None
+        }
+        chosen = {
+            n: available_fields[n].layers[layer] for n, layer in self.layers.items()
+        }
         return default | chosen
 
     def check_fields(self, names: Sequence[str]) -> None:
@@ -80,15 +84,17 @@ class Teacher:
 
     def _elsewhere(self, name: str) -> str:
         """Say at which layers a field exists that the default layer lacks."""
-        layers = self._layers_of(name)
+        layers = self._list_layers(name)
         return f", and {name} with layer: {' | '.join(layers)}" if layers else ""
 
-    def _layers_of(self, name: str) -> tuple[str, ...]:
-        return tuple(self.potential.offers.get(name, FieldOffer(name, None)).layers)
+    def _list_layers(self, name: str) -> tuple[str, ...]:
+        return tuple(
+            self.potential.available_fields.get(name, FieldInfo(name, None)).layers
+        )
 
     def _check_layers(self) -> None:
         for name, layer in self.layers.items():
-            offered = self._layers_of(name)
+            offered = self._list_layers(name)
             if layer not in offered:
                 raise SpecError(
                     f"features.{name}.layer is {layer!r}; teacher {self.spec.model!r} "
@@ -117,7 +123,7 @@ class Teacher:
             "layers": dict(self.layers),
             "batch_atoms": self.spec.batch_atoms,
             "batch_gib": self.spec.batch_gib,
-            "graph_rule": asdict(self.potential.graph_rule),
+            "graph_rule": self.potential.graph_rule.to_dict(),
             "normalizer": self.potential.normalizer.to_dict(),
         }
 
@@ -150,10 +156,10 @@ class Teacher:
         parts: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in names}
         # Graphs of the next batch are made while the network works on this one.
         first = 0
-        for group in _one_ahead(self._groups(samples)):
+        for group in _prefetch_one(self._groups(samples)):
             named = list(zip(samples[first : first + len(group)], group, strict=True))
             first += len(group)
-            for arrays in in_halves(
+            for arrays in run_halving_on_oom(
                 lambda some: self._predict_some(some, names), named
             ):
                 for name, values in arrays.items():
@@ -179,15 +185,15 @@ class Teacher:
             errors[name] = difference / scale if scale else 0.0
         return errors
 
-    def _groups(self, samples: Sequence[Sample]) -> Iterator[list[Graph]]:
+    def _groups(self, samples: Sequence[Sample]) -> Iterator[list[SampleGraph]]:
         """Consecutive samples as graphs, as many as one forward pass takes."""
-        group: list[Graph] = []
+        group: list[SampleGraph] = []
         atoms = size = 0
         for sample in samples:
             # Potentials may make their graphs in another way than ours.
             check_sample(sample, self.potential.elements, self.potential.graph_rule)
             graph = self.potential.graph(sample)
-            need = self.potential.memory_of(graph)
+            need = self.potential.estimate_memory(graph)
             many = atoms + len(graph.structure) > self.spec.batch_atoms
             if group and (many or size + need > self.spec.batch_gib * 2**30):
                 yield group
@@ -199,7 +205,7 @@ class Teacher:
             yield group
 
     def _predict_some(
-        self, named: Sequence[tuple[Sample, Graph]], names: Sequence[str]
+        self, named: Sequence[tuple[Sample, SampleGraph]], names: Sequence[str]
     ) -> Arrays:
         try:
             return self._predict_group([graph for _, graph in named], names)
@@ -213,12 +219,14 @@ class Teacher:
                 "more, or leave it out."
             ) from None
 
-    def _predict_group(self, group: Sequence[Graph], names: Sequence[str]) -> Arrays:
+    def _predict_group(
+        self, group: Sequence[SampleGraph], names: Sequence[str]
+    ) -> Arrays:
         layers = {name: self.layers[name] for name in names if name in self.layers}
         wanted = [
             n for n in names if n not in (*PREDICTION_FIELDS, *EDGE_IDENTITY_FIELDS)
         ]
-        with torch.no_grad(), _computing_in(self.spec.precision, self.device):
+        with torch.no_grad(), _set_precision(self.spec.precision, self.device):
             values = self.potential.forward(group, wanted, layers)
         identity = {
             "edge_index": np.concatenate([g.edges.edge_index.T for g in group]),
@@ -234,7 +242,7 @@ class Teacher:
         return arrays
 
 
-def _count_edges(rule: GraphRule, structure: Structure) -> int:
+def _count_edges(rule: NeighborSpec, structure: Structure) -> int:
     return len(neighbor_edges(structure, rule))
 
 
@@ -243,7 +251,7 @@ def width_shape(name: str, width: int) -> tuple[int, ...]:
     return tuple(width if size is None else size for size in FIELDS[name].shape)
 
 
-def _computing_in(
+def _set_precision(
     precision: str, device: torch.device
 ) -> AbstractContextManager[object]:
     """Context in which matrix products have a reduced precision."""
@@ -262,7 +270,7 @@ def _tf32() -> Iterator[None]:
         torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def _one_ahead(items: Iterator[Item]) -> Iterator[Item]:
+def _prefetch_one(items: Iterator[Item]) -> Iterator[Item]:
     """Pass on ``items``; each is made in a thread while the one before is used."""
     end = object()
     with ThreadPoolExecutor(max_workers=1) as thread:

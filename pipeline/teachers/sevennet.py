@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 from pipeline.errors import SpecError
 from pipeline.files.atomic import sha256_of
-from pipeline.graphs.neighbors import GraphRule
+from pipeline.graphs.neighbors import NeighborSpec
 from pipeline.models.normalizer import NUM_REFERENCES, Normalizer
 from pipeline.spec.cache_spec import TeacherSpec
 from pipeline.structure import Sample
-from pipeline.teachers.batch import edge_vectors, packed
-from pipeline.teachers.capture import caught_outputs
+from pipeline.teachers.batch import collate_graphs, structure_edge_vectors
+from pipeline.teachers.capture import capture_outputs
 from pipeline.teachers.irreps import Channels, invariants, vectors
-from pipeline.teachers.potential import Claims, FieldOffer, Graph, Potential
-from pipeline.teachers.trust import NUMPY_ARRAYS, checked_options, refuse_code
+from pipeline.teachers.potential import FieldInfo, Guarantees, Potential, SampleGraph
+from pipeline.teachers.trust import NUMPY_ARRAYS, check_options, refuse_code
 
 OPTIONS = {"pretrained": "7net-0", "modal": None}
 # A pass with gradients keeps each number of a convolution about so often, as float32.
@@ -43,8 +43,8 @@ def load(spec: TeacherSpec) -> "SevenNet":
     """
     from sevenn.util import load_checkpoint
 
-    options = checked_options(spec, OPTIONS)
-    path = Path(spec.checkpoint or _shipped(options["pretrained"]))
+    options = check_options(spec, OPTIONS)
+    path = Path(spec.checkpoint or _find_shipped(options["pretrained"]))
     # Their loader unpickles anything, so nothing but numbers may be in the file.
     refuse_code(path, NUMPY_ARRAYS)
     checkpoint = load_checkpoint(path)
@@ -54,7 +54,7 @@ def load(spec: TeacherSpec) -> "SevenNet":
     return SevenNet(model, normalizer, modal, sha256_of(path), path.name)
 
 
-def _shipped(name: str) -> Path:
+def _find_shipped(name: str) -> Path:
     """Return the file of weights called ``name`` in the package; downloads nothing."""
     from sevenn import _const
 
@@ -127,13 +127,13 @@ class SevenNet(Potential):
         irreps = {n: str(gate.gate.irreps_out) for n, gate in self._gates.items()}
         self._invariants = {n: invariants(text) for n, text in irreps.items()}
         self._vectors = {n: v for n, t in irreps.items() if (v := vectors(t)).count}
-        self.offers = _offers(self._invariants, self._vectors)
-        self.graph_rule = GraphRule(
+        self.available_fields = _available_fields(self._invariants, self._vectors)
+        self.graph_rule = NeighborSpec(
             float(self.model.cutoff), max_neighbors=2**31, symmetric=False
         )
         self.elements = set(self.model.type_map)
         has_parity = any("o" in text for text in irreps.values())
-        self.claims = Claims(reflections=has_parity)
+        self.guarantees = Guarantees(reflections=has_parity)
         self.provenance = {"package": f"sevenn {version('sevenn')}", "file": file}
         self._device = torch.device("cpu")
 
@@ -147,13 +147,13 @@ class SevenNet(Potential):
         self.model.to(device)
         self._device = device
 
-    def graph(self, sample: Sample) -> Graph:
+    def graph(self, sample: Sample) -> SampleGraph:
         """The sample with its edge vectors, (E, 3) float32 in Å."""
         graph = super().graph(sample)
-        towards_source = edge_vectors(graph.structure, graph.edges)
+        towards_source = structure_edge_vectors(graph.structure, graph.edges)
         return replace(graph, extra=towards_source.astype(np.float32))
 
-    def memory_of(self, graph: Graph) -> int:
+    def estimate_memory(self, graph: SampleGraph) -> int:
         """Bytes of the messages and filters of all convolutions, measured on CPUs."""
         sizes = [
             module.convolution.weight_numel
@@ -165,16 +165,19 @@ class SevenNet(Potential):
         return int(_KEPT * 4 * sum(sizes) * len(graph.edges))
 
     def forward(
-        self, graphs: Sequence[Graph], fields: Sequence[str], layers: Mapping[str, str]
+        self,
+        graphs: Sequence[SampleGraph],
+        fields: Sequence[str],
+        layers: Mapping[str, str],
     ) -> Mapping[str, Tensor]:
         """Energies are summed over atoms in double precision."""
         import sevenn._keys as key
 
-        batch = packed(graphs, self._device)
+        batch = collate_graphs(graphs, self._device)
         data = self._input(graphs, batch)
         with (
             torch.enable_grad(),
-            caught_outputs(self._gates, lambda out: out[key.NODE_FEATURE]) as states,
+            capture_outputs(self._gates, lambda out: out[key.NODE_FEATURE]) as states,
         ):
             output = self.model(data)
         atoms = output[key.ATOMIC_ENERGY].detach().reshape(-1).double()
@@ -192,7 +195,7 @@ class SevenNet(Potential):
                 values[name] = self._hidden(name, layers.get(name), states)
         return values
 
-    def _input(self, graphs: Sequence[Graph], batch: Any) -> Any:
+    def _input(self, graphs: Sequence[SampleGraph], batch: Any) -> Any:
         """Return a batch as SevenNet reads it: its first row of edges are targets."""
         import sevenn._keys as key
         from sevenn.atom_graph_data import AtomGraphData
@@ -222,12 +225,12 @@ class SevenNet(Potential):
         return self._vectors[layer].of(states[layer])
 
 
-def _offers(
+def _available_fields(
     invariants: Mapping[str, Channels], vectors: Mapping[str, Channels]
-) -> dict[str, FieldOffer]:
-    offers = {"per_atom_energy": FieldOffer("per_atom_energy", 0)}
+) -> dict[str, FieldInfo]:
+    available_fields = {"per_atom_energy": FieldInfo("per_atom_energy", 0)}
     for name, channels in (("node_features", invariants), ("vector_features", vectors)):
         layers = {layer: one.count for layer, one in channels.items()}
         if layers:
-            offers[name] = FieldOffer(name, list(layers.values())[-1], layers)
-    return offers
+            available_fields[name] = FieldInfo(name, list(layers.values())[-1], layers)
+    return available_fields

@@ -48,7 +48,7 @@ def require_trust(spec: TeacherSpec) -> None:
         )
 
 
-def checked_options(spec: TeacherSpec, known: Mapping[str, Any]) -> dict[str, Any]:
+def check_options(spec: TeacherSpec, known: Mapping[str, Any]) -> dict[str, Any]:
     """The options of ``spec`` over their defaults ``known``.
 
     Raises

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from pipeline.graphs.batch import collate
-from pipeline.graphs.neighbors import GraphRule, SideGraph, neighbor_edges
+from pipeline.graphs.neighbors import ExtraGraph, NeighborSpec, neighbor_edges
 
-RULE = GraphRule(5.0, 20, symmetric=True)
+RULE = NeighborSpec(5.0, 20, symmetric=True)
 
 
 @pytest.fixture
@@ -70,15 +70,15 @@ def test_batch_without_edges(make_structure):
 
 
 def test_side_graphs_are_packed_like_the_main_one(structures):
-    sides = (SideGraph("near", 3.0, 20), SideGraph("few", 5.0, 2))
-    rule = GraphRule(5.0, 20, symmetric=True, sides=sides)
+    extra_graphs = (ExtraGraph("near", 3.0, 20), ExtraGraph("few", 5.0, 2))
+    rule = NeighborSpec(5.0, 20, symmetric=True, extra_graphs=extra_graphs)
     edges = [neighbor_edges(structure, rule) for structure in structures]
-    before = [own.sides["near"].edge_index.copy() for own in edges]
+    before = [own.extra_graphs["near"].edge_index.copy() for own in edges]
     batch = collate(structures, edges)
     for name in ("near", "few"):
         first_atom = first_edge = 0
         for structure, own in zip(structures, edges, strict=True):
-            side = own.sides[name]
+            side = own.extra_graphs[name]
             span = slice(first_edge, first_edge + len(side))
             np.testing.assert_array_equal(
                 batch[f"{name}_edge_index"][:, span] - first_atom, side.edge_index
@@ -91,4 +91,4 @@ def test_side_graphs_are_packed_like_the_main_one(structures):
         assert batch[f"{name}_edge_index"].dtype == torch.int64
         assert batch[f"{name}_cell_offsets"].dtype == batch.positions.dtype
     for own, kept in zip(edges, before, strict=True):
-        np.testing.assert_array_equal(own.sides["near"].edge_index, kept)
+        np.testing.assert_array_equal(own.extra_graphs["near"].edge_index, kept)

@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
-from pipeline.graphs.neighbors import GraphRule, SideGraph, neighbor_edges
+from pipeline.graphs.neighbors import ExtraGraph, NeighborSpec, neighbor_edges
 from tests.graphs.search import as_tuples, exhaustive
 
 BASE = (5.0, 40)
@@ -51,17 +51,17 @@ def symmetrised(found):
 @pytest.mark.parametrize("seed", range(12))
 def test_all_graphs_are_cut_out_of_the_base(random_structure, seed, strict):
     structure = tagged(random_structure(seed), seed)
-    rule = GraphRule(
+    rule = NeighborSpec(
         4.0,
         6,
         symmetric=True,
         strict=strict,
         base=BASE,
-        sides=(
-            SideGraph("short", 3.2, 5),
-            SideGraph("chosen", 4.5, 7, tags=(1, 2)),
-            SideGraph("whole", *BASE),
-            SideGraph("near", 3.5, BASE[1]),
+        extra_graphs=(
+            ExtraGraph("short", 3.2, 5),
+            ExtraGraph("chosen", 4.5, 7, tags=(1, 2)),
+            ExtraGraph("whole", *BASE),
+            ExtraGraph("near", 3.5, BASE[1]),
         ),
     )
     edges = neighbor_edges(structure, rule)
@@ -72,14 +72,14 @@ def test_all_graphs_are_cut_out_of_the_base(random_structure, seed, strict):
     main = nearest(within(base, 4.0), 6, strict)
     assert as_tuples(edges) == sorted(symmetrised(main))
     short = nearest(within(base, 3.2), 5, strict)
-    assert as_tuples(edges.sides["short"]) == sorted(short)
+    assert as_tuples(edges.extra_graphs["short"]) == sorted(short)
     chosen = nearest(within(base, 4.5), 7, strict)
     marked = np.isin(structure.tags, (1, 2))
     chosen = [key for key in chosen if marked[key[0]] or marked[key[1]]]
-    assert as_tuples(edges.sides["chosen"]) == sorted(chosen)
-    assert as_tuples(edges.sides["whole"]) == sorted(base)
+    assert as_tuples(edges.extra_graphs["chosen"]) == sorted(chosen)
+    assert as_tuples(edges.extra_graphs["whole"]) == sorted(base)
     # An equal limit is not applied again, so a margin of the base stays.
-    assert as_tuples(edges.sides["near"]) == sorted(within(base, 3.5))
+    assert as_tuples(edges.extra_graphs["near"]) == sorted(within(base, 3.5))
 
 
 @pytest.mark.parametrize("seed", range(12, 18))
@@ -87,22 +87,24 @@ def test_sides_without_a_base_are_cut_out_of_the_directed_main_graph(
     random_structure, seed
 ):
     structure = random_structure(seed)
-    sides = (SideGraph("side", 3.0, 4), SideGraph("same", 4.0, 8))
-    edges = neighbor_edges(structure, GraphRule(4.0, 8, symmetric=True, sides=sides))
+    extra_graphs = (ExtraGraph("side", 3.0, 4), ExtraGraph("same", 4.0, 8))
+    edges = neighbor_edges(
+        structure, NeighborSpec(4.0, 8, symmetric=True, extra_graphs=extra_graphs)
+    )
     main = nearest(exhaustive(structure, 4.0), 8)
     assert as_tuples(edges) == sorted(symmetrised(main))
-    assert as_tuples(edges.sides["same"]) == sorted(main)
+    assert as_tuples(edges.extra_graphs["same"]) == sorted(main)
     expected = nearest(within(main, 3.0), 4)
-    assert as_tuples(edges.sides["side"]) == sorted(expected)
+    assert as_tuples(edges.extra_graphs["side"]) == sorted(expected)
 
 
 def test_tags_are_looked_at_after_the_limit(make_structure):
     """A neighbour that is filtered out has used its place."""
     line = make_structure([[x, 0, 0] for x in (0.0, 1.0, 2.1, 3.3)])
     line = dataclasses.replace(line, tags=np.array([0, 0, 0, 2], np.int8))
-    side = SideGraph("side", 10.0, 2, tags=(2,))
-    rule = GraphRule(10.0, 50, symmetric=False, sides=(side,))
-    found = as_tuples(neighbor_edges(line, rule).sides["side"])
+    side = ExtraGraph("side", 10.0, 2, tags=(2,))
+    rule = NeighborSpec(10.0, 50, symmetric=False, extra_graphs=(side,))
+    found = as_tuples(neighbor_edges(line, rule).extra_graphs["side"])
     pairs = [(target, source) for target, source, _ in found]
     # Atoms 0 and 1 have two nearer neighbours, and atom 2 prefers 1 and 3.
     assert pairs == [(2, 3), (3, 1), (3, 2)]
@@ -117,10 +119,12 @@ def test_a_margin_counts_squares_in_the_base_and_lengths_elsewhere(
     angles = np.linspace(0, 5, len(radii))
     rays = np.column_stack((np.cos(angles), np.sin(angles), 0 * angles))
     star = make_structure(np.vstack(([[0, 0, 0]], np.array(radii)[:, None] * rays)))
-    side = SideGraph("side", 4.0, 1)
+    side = ExtraGraph("side", 4.0, 1)
     base = (4.0, 1) if in_base else (4.0, 100)
-    rule = GraphRule(4.0, 1, symmetric=False, strict=False, base=base, sides=(side,))
-    found = as_tuples(neighbor_edges(star, rule).sides["side"])
+    rule = NeighborSpec(
+        4.0, 1, symmetric=False, strict=False, base=base, extra_graphs=(side,)
+    )
+    found = as_tuples(neighbor_edges(star, rule).extra_graphs["side"])
     centre = [source for target, source, _ in found if target == 0]
     # 3.001² - 3² is 0.006, 3.005² - 3² is 0.03.
     assert centre == ([1, 2, 3] if in_base else [1, 2, 3, 4])
@@ -129,29 +133,33 @@ def test_a_margin_counts_squares_in_the_base_and_lengths_elsewhere(
 def test_limits_that_are_not_strict_keep_whole_shells(make_structure):
     grid = np.array(list(itertools.product(range(2), repeat=3)), float)
     crystal = make_structure(2.5 * grid, 5.0 * np.eye(3), [True] * 3)
-    loose = neighbor_edges(crystal, GraphRule(5.0, 3, symmetric=False, strict=False))
+    loose = neighbor_edges(crystal, NeighborSpec(5.0, 3, symmetric=False, strict=False))
     assert np.bincount(loose.edge_index[1]).tolist() == [6] * 8
-    tight = neighbor_edges(crystal, GraphRule(5.0, 3, symmetric=False))
+    tight = neighbor_edges(crystal, NeighborSpec(5.0, 3, symmetric=False))
     assert np.bincount(tight.edge_index[1]).tolist() == [3] * 8
     # A limit that nothing exceeds takes nothing away.
-    full = neighbor_edges(crystal, GraphRule(2.6, 6, symmetric=False, strict=False))
+    full = neighbor_edges(crystal, NeighborSpec(2.6, 6, symmetric=False, strict=False))
     assert as_tuples(full) == as_tuples(loose)
 
 
 def test_bytes_count_all_graphs(random_structure):
-    rule = GraphRule(4.0, 8, symmetric=True, sides=(SideGraph("side", 3.0, 4),))
+    rule = NeighborSpec(
+        4.0, 8, symmetric=True, extra_graphs=(ExtraGraph("side", 3.0, 4),)
+    )
     edges = neighbor_edges(random_structure(3), rule)
-    count = len(edges) + len(edges.sides["side"])
-    assert len(edges.sides["side"]) > 0
+    count = len(edges) + len(edges.extra_graphs["side"])
+    assert len(edges.extra_graphs["side"]) > 0
     # Two atom numbers and three shifts, eight bytes each.
     assert edges.nbytes == 40 * count
-    assert edges.sides["side"].nbytes == 40 * len(edges.sides["side"])
+    assert edges.extra_graphs["side"].nbytes == 40 * len(edges.extra_graphs["side"])
 
 
 def test_graphs_without_edges(make_structure):
     atom = make_structure([[0, 0, 0]])
-    sides = (SideGraph("side", 3.0, 4, tags=(1,)),)
-    edges = neighbor_edges(atom, GraphRule(4.0, 8, symmetric=True, sides=sides))
-    assert edges.sides["side"].edge_index.shape == (2, 0)
-    assert edges.sides["side"].cell_offsets.shape == (0, 3)
+    extra_graphs = (ExtraGraph("side", 3.0, 4, tags=(1,)),)
+    edges = neighbor_edges(
+        atom, NeighborSpec(4.0, 8, symmetric=True, extra_graphs=extra_graphs)
+    )
+    assert edges.extra_graphs["side"].edge_index.shape == (2, 0)
+    assert edges.extra_graphs["side"].cell_offsets.shape == (0, 3)
     assert edges.nbytes == 0

@@ -14,7 +14,7 @@ from pipeline.datasets import open_dataset
 from pipeline.fields import PREDICTION_FIELDS
 from pipeline.store.reader import FeatureStore
 from pipeline.structure import Sample
-from pipeline.teachers.runner import Teacher
+from pipeline.teachers.runner import TeacherRunner
 
 
 def samples_by_id(path: Path) -> dict[str, Sample]:
@@ -26,7 +26,7 @@ def samples_by_id(path: Path) -> dict[str, Sample]:
 def with_live_teacher(
     cached: Data,
     ids: Sequence[str],
-    teacher: Teacher,
+    teacher: TeacherRunner,
     sources: Mapping[str, Sample],
     fields: Sequence[str],
 ) -> Data:
@@ -42,7 +42,7 @@ def with_live_teacher(
 def assert_trains_alike(
     config: TrainConfig,
     store: FeatureStore,
-    teacher: Teacher,
+    teacher: TeacherRunner,
     sources: Mapping[str, Sample],
     fields: Sequence[str],
     folder: Path,

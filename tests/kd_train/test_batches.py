@@ -10,12 +10,12 @@ import torch
 from kd_train.loader.data import _EDGE_OVERHEAD, CachedSamples, decode_batch
 from pipeline.datasets import open_dataset
 from pipeline.errors import DataError
-from pipeline.graphs.neighbors import GraphRule
+from pipeline.graphs.neighbors import NeighborSpec
 from pipeline.store.reader import FeatureStore
 from tests.frames import frame, write_frames
 from tests.stores import build, spec_document, write_spec
 
-RULE = GraphRule(5.0, 20, symmetric=True)
+RULE = NeighborSpec(5.0, 20, symmetric=True)
 ELEMENTS = range(1, 84)
 
 

@@ -10,13 +10,13 @@ from torch_geometric.data import Data
 from kd_train.loader.data import CachedSamples
 from pipeline.datasets import Dataset, open_dataset
 from pipeline.fields import FIELDS, LABEL_FIELDS, STRUCTURE_FIELDS
-from pipeline.graphs.neighbors import Edges, GraphRule, sample_edges
+from pipeline.graphs.neighbors import Edges, NeighborSpec, sample_edges
 from pipeline.store.layout import plan_blocks
 from pipeline.store.reader import FeatureStore
 from pipeline.store.writer import ArrayPlan, SplitPlan, StoreWriter, create_store
 from tests.frames import frame, write_frames
 
-RULE = GraphRule(5.0, 12, symmetric=True)
+RULE = NeighborSpec(5.0, 12, symmetric=True)
 ELEMENTS = range(1, 84)
 WIDTH = 4
 FIELDS_STORED = (
@@ -44,7 +44,7 @@ def _edge_arrays(sample_id: str, edges: Edges) -> dict[str, np.ndarray]:
     }
 
 
-def _sample_arrays(dataset: Dataset, index: int, rule: GraphRule) -> dict:
+def _sample_arrays(dataset: Dataset, index: int, rule: NeighborSpec) -> dict:
     sample = dataset[index]
     structure = sample.structure
     edges = sample_edges(sample.sample_id, structure, rule)
@@ -64,7 +64,7 @@ def _array_plan(name: str) -> ArrayPlan:
     return ArrayPlan(field.path, field.level, shape, field.dtype)
 
 
-def _store(path: Path, dataset: Dataset, rule: GraphRule) -> FeatureStore:
+def _store(path: Path, dataset: Dataset, rule: NeighborSpec) -> FeatureStore:
     """A store whose edge features follow from the identity of their edges."""
     arrays = [_sample_arrays(dataset, i, rule) for i in range(len(dataset))]
     counts = [len(a["edge_index"]) for a in arrays]
@@ -111,7 +111,7 @@ def store(frames: Dataset, tmp_path_factory: pytest.TempPathFactory) -> FeatureS
     return _store(tmp_path_factory.mktemp("edges") / "s.zarr", frames, RULE)
 
 
-def _samples(store: FeatureStore, rule: GraphRule = RULE) -> CachedSamples:
+def _samples(store: FeatureStore, rule: NeighborSpec = RULE) -> CachedSamples:
     return CachedSamples(store.splits["train"], rule, ELEMENTS, ("edge_features",))
 
 
@@ -169,19 +169,18 @@ def test_features_arrive_under_their_identity(
 @pytest.mark.parametrize(
     "rule",
     [
-        GraphRule(3.5, 12, symmetric=True),
-        GraphRule(5.0, 3, symmetric=True),
-        GraphRule(5.0, 12, symmetric=True, periodic=False),
+        NeighborSpec(3.5, 12, symmetric=True),
+        NeighborSpec(5.0, 3, symmetric=True),
     ],
 )
 def test_the_first_sample_with_other_edges_is_named(
-    rule: GraphRule, store: FeatureStore, frames: Dataset
+    rule: NeighborSpec, store: FeatureStore, frames: Dataset
 ) -> None:
     positions = np.arange(len(frames))
     split = store.splits["train"]
     batch = _samples(store, rule).batch(positions)
 
-    def key_set(index: int, rule: GraphRule) -> list:
+    def key_set(index: int, rule: NeighborSpec) -> list:
         edges = sample_edges("x", frames[index].structure, rule)
         return [edges.edge_index.tolist(), edges.cell_offsets.tolist()]
 
@@ -203,8 +202,8 @@ def test_equal_ends_with_another_shift_are_another_edge(tmp_path: Path) -> None:
     header = 'pbc="F F T" Lattice="9 0 0 0 9 0 0 0 2"'
     texts = [frame("chain", ["C"], [[0, 0, 0]], energy=1.0, header=header)]
     dataset = open_dataset("extxyz", str(write_frames(tmp_path / "c.extxyz", texts)))
-    store = _store(tmp_path / "s.zarr", dataset, GraphRule(3.0, 9, symmetric=True))
-    batch = _samples(store, GraphRule(3.0, 9, symmetric=True)).batch(np.array([0]))
+    store = _store(tmp_path / "s.zarr", dataset, NeighborSpec(3.0, 9, symmetric=True))
+    batch = _samples(store, NeighborSpec(3.0, 9, symmetric=True)).batch(np.array([0]))
     assert batch.teacher_cell_offsets.tolist() == [[0, 0, -1], [0, 0, 1]]
     assert batch.edge_mismatch == ""
     values = [_feature("chain", 0, 0, [0, 0, z]) for z in (-1, 1)]

@@ -11,14 +11,14 @@ from torch_geometric.data import Data
 from kd_train.cli.train import main
 from kd_train.loader.concat import ConcatSplit
 from kd_train.loader.data import CachedSamples, decode_batch
-from pipeline.graphs.neighbors import GraphRule
-from pipeline.store.quantization import DTYPES, Encoding
+from pipeline.graphs.neighbors import NeighborSpec
+from pipeline.store.quantization import DTYPES, Quantization
 from pipeline.store.reader import FeatureStore
 from tests.commands import run_command
 from tests.kd_train.runs import distilling, make_run
 from tests.stores import build, spec_document, write_spec
 
-RULE = GraphRule(5.0, 20, symmetric=True)
+RULE = NeighborSpec(5.0, 20, symmetric=True)
 FIELDS = ("node_features", "vector_features")
 PATHS = {name: f"features/{name}" for name in FIELDS}
 
@@ -64,7 +64,7 @@ def test_torch_decodes_to_the_bits_of_numpy(profile: Any) -> None:
     rng = np.random.default_rng(4)
     rotation = np.linalg.qr(rng.normal(size=(16, 16)))[0].astype(np.float32)
     mean, step = np.zeros(16, np.float32), np.full(16, 0.01, np.float32)
-    encoding = Encoding(profile, step, mean, rotation)
+    encoding = Quantization(profile, step, mean, rotation)
     integers = rng.integers(-127, 128, (1300, 3, 16)).astype(DTYPES[profile])
     scales = rng.uniform(0.1, 2, 1300).astype(np.float16) if profile == "q8" else None
     wanted = encoding.decode(integers, scales)
@@ -117,13 +117,13 @@ def test_losses_are_those_of_exact_features_up_to_the_error(
 def test_shuffling_stays_within_what_is_kept_decoded(coded: FeatureStore) -> None:
     limit = coded.splits["train"].n_blocks
     assert limit >= 2
-    assert samples_of(coded.splits["train"]).window_blocks(16) == 16
+    assert samples_of(coded.splits["train"]).max_shuffle_blocks(16) == 16
     block = 1024 * 3 * 16 * 2
     tight = FeatureStore.open(coded.path, cache_bytes=2 * block).splits["train"]
-    assert samples_of(tight).window_blocks(16) == 2
-    assert samples_of(tight).window_blocks(1) == 1
+    assert samples_of(tight).max_shuffle_blocks(16) == 2
+    assert samples_of(tight).max_shuffle_blocks(1) == 1
     both = ConcatSplit([coded.splits["val"], tight], list(PATHS.values()))
-    assert samples_of(both).window_blocks(16) == 2
+    assert samples_of(both).max_shuffle_blocks(16) == 2
 
 
 def test_kd_train_reads_integers_behind_a_url(

@@ -15,7 +15,7 @@ from kd_train.loader.data import CachedSamples, read_paths
 from kd_train.loader.split import Split
 from kd_train.trainer.setup import store_normalizer
 from pipeline.errors import SpecError, StoreError
-from pipeline.graphs.neighbors import GraphRule
+from pipeline.graphs.neighbors import NeighborSpec
 from pipeline.models.normalizer import Normalizer
 from pipeline.store.reader import FeatureStore, SplitReader
 from tests.frames import collision_frames, write_frames
@@ -30,7 +30,7 @@ from tests.stores import (
     write_spec,
 )
 
-RULE = GraphRule(5.0, 20, symmetric=True)
+RULE = NeighborSpec(5.0, 20, symmetric=True)
 FIELDS = ("node_features", "edge_features", "per_atom_energy")
 PARTS = ("train", "more", "third")
 

@@ -11,7 +11,7 @@ from pipeline.fields import PREDICTION_FIELDS
 from pipeline.spec.cache_spec import TeacherSpec
 from pipeline.store.reader import FeatureStore
 from pipeline.structure import Sample
-from pipeline.teachers.runner import Teacher
+from pipeline.teachers.runner import TeacherRunner
 from tests.kd_train.live import assert_trains_alike, samples_by_id, with_live_teacher
 from tests.stores import FEATURES, train_config
 
@@ -31,8 +31,8 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def teacher(teacher_file: Path) -> Teacher:
-    return Teacher.load(TeacherSpec(model="painn", checkpoint=str(teacher_file)))
+def teacher(teacher_file: Path) -> TeacherRunner:
+    return TeacherRunner.load(TeacherSpec(model="painn", checkpoint=str(teacher_file)))
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_cached_and_live_teacher_train_alike(
     student: str,
     strategy: str,
     small_store: FeatureStore,
-    teacher: Teacher,
+    teacher: TeacherRunner,
     sources: dict[str, Sample],
     tmp_path: Path,
 ) -> None:
@@ -57,7 +57,7 @@ def test_cached_and_live_teacher_train_alike(
 
 def test_comparison_would_notice_swapped_samples(
     small_store: FeatureStore,
-    teacher: Teacher,
+    teacher: TeacherRunner,
     sources: dict[str, Sample],
     tmp_path: Path,
 ) -> None:

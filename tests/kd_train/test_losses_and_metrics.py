@@ -26,7 +26,7 @@ from pipeline.models.output import ModelOutput
 from pipeline.spec.cache_spec import TeacherSpec
 from pipeline.store.reader import FeatureStore
 from pipeline.structure import Sample
-from pipeline.teachers.runner import Teacher
+from pipeline.teachers.runner import TeacherRunner
 from tests.stores import train_config
 
 SIZES = [3, 1, 4, 2, 5, 2]
@@ -258,7 +258,9 @@ def test_stored_teacher_is_measured_like_the_live_one(
 ) -> None:
     split = small_store.splits["val"]
     samples = [val_sources[str(name)] for name in split.sample_ids]
-    teacher = Teacher.load(TeacherSpec(model="painn", checkpoint=str(teacher_file)))
+    teacher = TeacherRunner.load(
+        TeacherSpec(model="painn", checkpoint=str(teacher_file))
+    )
     live = _brute_force(_results(samples, teacher.predict(samples, ())))
     measured = teacher_metrics(split)
     assert measured is not None
@@ -297,7 +299,9 @@ def test_evaluation_equals_predictions_of_single_samples(
     assert student.training
     assert student.modes == {False}
 
-    teacher = Teacher.load(TeacherSpec(model="painn", checkpoint=str(teacher_file)))
+    teacher = TeacherRunner.load(
+        TeacherSpec(model="painn", checkpoint=str(teacher_file))
+    )
     ordered = [val_sources[str(name)] for name in split.sample_ids]
     alone = [teacher.predict([sample], ()) for sample in ordered]
     joined = {key: np.concatenate([a[key] for a in alone]) for key in alone[0]}

@@ -13,7 +13,7 @@ from kd_train.cli.evaluate import eval_main
 from kd_train.cli.train import cka_main, main, report_main
 from pipeline.cli.main import main as cache_main
 from pipeline.errors import BusyError
-from pipeline.files.atomic import held
+from pipeline.files.atomic import hold_lock
 from pipeline.store.reader import FeatureStore
 from tests.commands import refusal, run_command
 from tests.stores import STUDENTS
@@ -23,8 +23,8 @@ STUDENT = "painn-small-demo"
 HOLD = """
 import sys
 from pathlib import Path
-from pipeline.files.atomic import held
-with held(Path(sys.argv[1])):
+from pipeline.files.atomic import hold_lock
+with hold_lock(Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -125,11 +125,15 @@ def test_other_commands_write_alone_too(
 
 
 def test_a_folder_is_left_as_it_was_found(tmp_path: Path) -> None:
-    with held(tmp_path / "a" / "b"):
+    with hold_lock(tmp_path / "a" / "b"):
         assert (tmp_path / "a" / "b" / ".lock").exists()
     assert not (tmp_path / "a").exists()
     (tmp_path / "mine").mkdir()
-    with held(tmp_path / "mine"), pytest.raises(BusyError), held(tmp_path / "mine"):
+    with (
+        hold_lock(tmp_path / "mine"),
+        pytest.raises(BusyError),
+        hold_lock(tmp_path / "mine"),
+    ):
         raise AssertionError
     assert list((tmp_path / "mine").iterdir()) == []
 

@@ -9,7 +9,7 @@ import yaml
 
 from kd_train.cli.train import main
 from pipeline.build.build import build_store
-from pipeline.build.worker import Filling
+from pipeline.build.worker import FillOptions
 from pipeline.spec.cache_spec import load_spec
 from pipeline.store.reader import FeatureStore
 from tests.commands import refusal, run_command
@@ -194,7 +194,7 @@ def test_unsealed_store_names_its_missing_blocks(
 ) -> None:
     store = tmp_path / "partial.zarr"
     spec = load_spec(small_spec, [f"store.path={store}"])
-    assert not build_store(spec, filling=Filling(blocks=(0, 2)))
+    assert not build_store(spec, filling=FillOptions(blocks=(0, 2)))
     sentence = refusal(main, _arguments(store, tmp_path / "run"))
     assert "block 2 of split 'train'" in sentence
     assert "'val'" not in sentence

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.graphs.batch import collate
-from pipeline.graphs.neighbors import GraphRule, neighbor_edges
+from pipeline.graphs.neighbors import NeighborSpec, neighbor_edges
 from pipeline.models.zoo import MODELS, build_model
 from pipeline.structure import Structure
 
@@ -134,7 +134,7 @@ def atom():
 def batch_of():
     """Batch of structures with edges of a rule, in double precision unless told."""
 
-    def make(structures: Sequence[Structure], rule: GraphRule, dtype=torch.float64):
+    def make(structures: Sequence[Structure], rule: NeighborSpec, dtype=torch.float64):
         return collate(structures, [neighbor_edges(s, rule) for s in structures], dtype)
 
     return make

@@ -95,9 +95,9 @@ def test_block_equals_loops_over_all_paths(make_structure, seed):
         bases = model.make_bases(batch, batch.positions, tables, geometry, radial)
         states = torch.from_numpy(h.copy()), torch.from_numpy(m.copy())
         actual = model.int_blocks[0](*states, bases)
-    graphs = [edges_of(structure, e) for e in (edges, *edges.sides.values())]
-    assert list(edges.sides) == ["ae", "quad", "aa"]
-    assert int(tables.quads.closes.sum()) > 10
+    graphs = [edges_of(structure, e) for e in (edges, *edges.extra_graphs.values())]
+    assert list(edges.extra_graphs) == ["ae", "quad", "aa"]
+    assert int(tables.quads.quad_mask.sum()) > 10
     state = {name: value.numpy() for name, value in model.state_dict().items()}
     expected = NaiveBlock(state, model.options, *graphs)(h, m)
     for mine, naive in zip(actual, expected, strict=True):

@@ -119,7 +119,7 @@ def quadruplets(model, structures, batch_of):
     """Number of paths; None without any middle edge."""
     batch = batch_of(structures, model.graph_rule)
     quads = make_tables(batch, model.options).quads
-    return None if quads is None else int(quads.closes.sum())
+    return None if quads is None else int(quads.quad_mask.sum())
 
 
 @pytest.fixture
@@ -242,7 +242,7 @@ def test_straight_angles_are_finite_with_all_gradients(
     model = make_model(variant).to(dtype).train()
     batch = batch_of([chain, atom, salt], model.graph_rule, dtype)
     if variant != "gemnet_oc-triplets":
-        assert make_tables(batch, model.options).quads.closes.any()
+        assert make_tables(batch, model.options).quads.quad_mask.any()
     output = model(batch)
     values = values_of(output)
     total = sum(value.square().mean() for value in values.values())

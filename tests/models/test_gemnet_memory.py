@@ -27,7 +27,8 @@ def block_of_atoms(*sides):
 def predicted(model, structures):
     edges = [neighbor_edges(s, model.graph_rule) for s in structures]
     return sum(
-        model.memory_of(own, len(s)) for own, s in zip(edges, structures, strict=True)
+        model.estimate_memory(own, len(s))
+        for own, s in zip(edges, structures, strict=True)
     )
 
 

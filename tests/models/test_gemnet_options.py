@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pipeline.errors import SpecError
-from pipeline.graphs.neighbors import SideGraph
+from pipeline.graphs.neighbors import ExtraGraph
 from pipeline.models.zoo import build_model
 from tests.models.conftest import VARIANTS
 
@@ -82,7 +82,7 @@ def test_graphs_of_interactions_that_are_off_are_not_made():
     assert (rule.cutoff, rule.max_neighbors) == (4.0, 50)
     assert rule.symmetric
     assert rule.base is None
-    assert rule.sides == ()
+    assert rule.extra_graphs == ()
 
 
 def test_side_graphs_follow_the_main_graph_where_nothing_is_said():
@@ -91,10 +91,10 @@ def test_side_graphs_follow_the_main_graph_where_nothing_is_said():
     )
     rule = rule_of(**switches, max_neighbors=7, cutoff_qint=None)
     assert rule.base == (4.0, 7)
-    assert rule.sides == (
-        SideGraph("ae", 4.0, 7),
-        SideGraph("quad", 4.0, 7, (0, 1, 2)),
-        SideGraph("aa", 4.0, 7),
+    assert rule.extra_graphs == (
+        ExtraGraph("ae", 4.0, 7),
+        ExtraGraph("quad", 4.0, 7, (0, 1, 2)),
+        ExtraGraph("aa", 4.0, 7),
     )
 
 
@@ -103,10 +103,10 @@ def test_the_base_graph_is_the_largest_of_all():
     rule = rule_of(**sides, atom_edge_interaction=True, cutoff_aint=9.0)
     # No pair interaction, so its own cutoff does not count.
     assert rule.base == (6.0, 60)
-    assert [side.name for side in rule.sides] == ["ae"]
+    assert [side.name for side in rule.extra_graphs] == ["ae"]
     rule = rule_of(**sides, atom_edge_interaction=True, atom_interaction=True)
     assert rule.base == (6.0, 60)
-    assert rule.sides[-1] == SideGraph("aa", 6.0, 60)
+    assert rule.extra_graphs[-1] == ExtraGraph("aa", 6.0, 60)
     rule = rule_of(**sides, atom_interaction=True, max_neighbors_aint=1000)
     # No atom-edge interaction, so the keys of its graph do not count.
     assert rule.base == (4.0, 1000)
@@ -115,7 +115,7 @@ def test_the_base_graph_is_the_largest_of_all():
 def test_quadruplets_alone_are_cut_out_of_the_main_graph():
     rule = rule_of(quad_interaction=True, cutoff_qint=3.0, qint_tags=[2])
     assert rule.base is None
-    assert rule.sides == (SideGraph("quad", 3.0, 50, (2,)),)
+    assert rule.extra_graphs == (ExtraGraph("quad", 3.0, 50, (2,)),)
     rule = rule_of(enforce_max_neighbors_strictly=False, use_pbc=False)
     assert (rule.strict, rule.periodic) == (False, False)
 

@@ -174,8 +174,11 @@ def test_partners_and_counts(model, reference, structures):
         counts |= dict.fromkeys(("triplets_a2e", "triplets_e2a"), tables.edge_atom)
     if tables.quads is not None:
         quads = tables.quads
-        counts |= {"quad_triplets_out": quads.meets, "quad_triplets_in": quads.enters}
-        counts["quadruplets"] = quads.closes
+        counts |= {
+            "quad_triplets_out": quads.out_mask,
+            "quad_triplets_in": quads.in_mask,
+        }
+        counts["quadruplets"] = quads.quad_mask
     given = {k for k in reference.files if k.startswith("count/")}
     assert {f"count/{key}" for key in counts} == given
     for key, mask in counts.items():
@@ -192,7 +195,7 @@ def test_limits_that_are_not_strict(parity_folder, crystal):
     (structure,) = structures_in(reference, f"{crystal}/")
     edges = neighbor_edges(structure, rule)
     for theirs, mine in GRAPHS.items():
-        graph = edges.sides[mine] if mine else edges
+        graph = edges.extra_graphs[mine] if mine else edges
         actual = edge_rows(graph.edge_index, graph.cell_offsets)
         expected = edge_rows(
             reference[f"{crystal}/{theirs}/edge_index"],
@@ -201,6 +204,6 @@ def test_limits_that_are_not_strict(parity_folder, crystal):
         np.testing.assert_array_equal(
             actual[order_of(actual)], expected[order_of(expected)]
         )
-    degree = np.bincount(edges.sides["aa"].edge_index[1])
+    degree = np.bincount(edges.extra_graphs["aa"].edge_index[1])
     expected = reference[f"{crystal}/a2a/neighbours_per_atom"]
     np.testing.assert_array_equal(degree, expected)

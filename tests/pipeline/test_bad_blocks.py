@@ -11,17 +11,21 @@ import pytest
 import torch
 
 from pipeline.build.build import build_store, plan_store
-from pipeline.build.inputs import Source
-from pipeline.build.status import Progress
-from pipeline.build.worker import Block, BlockFiller, Filling
+from pipeline.build.inputs import BuildInputs
+from pipeline.build.status import BuildStatus
+from pipeline.build.worker import Block, BlockWorker, FillOptions
 from pipeline.cli.main import main
 from pipeline.errors import BusyError, DataError, StoreError
-from pipeline.parallel.devices import in_halves, is_device_failure, is_out_of_memory
+from pipeline.parallel.devices import (
+    is_device_failure,
+    is_out_of_memory,
+    run_halving_on_oom,
+)
 from pipeline.spec.cache_spec import load_spec
 from pipeline.store.reader import FeatureStore
 from pipeline.store.writer import StoreWriter
 from pipeline.structure import Sample
-from pipeline.teachers.runner import Teacher
+from pipeline.teachers.runner import TeacherRunner
 from tests.commands import refusal, run_command
 from tests.frames import collision_frames, frame, write_frames
 from tests.pipeline.builds import shards
@@ -117,14 +121,16 @@ def test_what_planning_sees_is_refused_before_anything_is_written(
 def test_all_blocks_but_the_bad_one_are_written(
     tmp_path: Path, teacher_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    predict = Teacher.predict
+    predict = TeacherRunner.predict
 
-    def failing(self: Teacher, samples: Sequence[Sample], fields: Sequence[str]) -> Any:
+    def failing(
+        self: TeacherRunner, samples: Sequence[Sample], fields: Sequence[str]
+    ) -> Any:
         if any(sample.sample_id == "large" for sample in samples):
             raise DataError("Sample 'large' does not fit.")
         return predict(self, samples, fields)
 
-    monkeypatch.setattr(Teacher, "predict", failing)
+    monkeypatch.setattr(TeacherRunner, "predict", failing)
     sound = collision_frames(300)
     spec = _spec(tmp_path, [*sound[:3], LARGE, *sound[3:]], teacher_file)
     said = refusal(main, ["build", spec, "--device", "cpu"])
@@ -146,11 +152,13 @@ def test_builds_that_only_fail_end_soon(
 ) -> None:
     asked: list[int] = []
 
-    def failing(self: Source, writer: Any, split: str, block: int, before: Any) -> int:
+    def failing(
+        self: BuildInputs, writer: Any, split: str, block: int, before: Any
+    ) -> int:
         asked.append(block)
         raise DataError("Sample 'x' is bad.")
 
-    monkeypatch.setattr(Source, "fill_block", failing)
+    monkeypatch.setattr(BuildInputs, "fill_block", failing)
     spec = load_spec(_spec(tmp_path, collision_frames(300), teacher_file))
     with pytest.raises(DataError, match="3 of "):
         build_store(spec)
@@ -161,11 +169,13 @@ def test_a_cpu_makes_one_block_at_a_time(
     tmp_path: Path, teacher_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two would need the memory of two and wait for each other."""
-    fill = Source.fill_block
+    fill = BuildInputs.fill_block
     now: list[int] = []
     most: list[int] = []
 
-    def watched(self: Source, writer: Any, split: str, block: int, before: Any) -> int:
+    def watched(
+        self: BuildInputs, writer: Any, split: str, block: int, before: Any
+    ) -> int:
         now.append(block)
         most.append(len(now))
         time.sleep(0.1)
@@ -173,7 +183,7 @@ def test_a_cpu_makes_one_block_at_a_time(
         now.remove(block)
         return done
 
-    monkeypatch.setattr(Source, "fill_block", watched)
+    monkeypatch.setattr(BuildInputs, "fill_block", watched)
     build_store(load_spec(_spec(tmp_path, collision_frames(300), teacher_file)))
     assert len(most) > 1
     assert max(most) == 1
@@ -188,18 +198,20 @@ def test_a_dataset_that_comes_back_is_read_again(
     files = shards(whole.path)
     StoreWriter(whole.path).discard_block("train", 1)
     StoreWriter(whole.path).discard_block("train", 2)
-    fill = Source.fill_block
+    fill = BuildInputs.fill_block
     failures = {1: 1, 2: 9}
 
-    def failing(self: Source, writer: Any, split: str, block: int, before: Any) -> int:
+    def failing(
+        self: BuildInputs, writer: Any, split: str, block: int, before: Any
+    ) -> int:
         failures[block] -= 1
         if failures[block] >= 0:
             raise OSError(5, "Input/output error")
         return fill(self, writer, split, block, before)
 
-    monkeypatch.setattr(Source, "fill_block", failing)
+    monkeypatch.setattr(BuildInputs, "fill_block", failing)
     with pytest.raises(StoreError, match=r"1 of 2 blocks .*block 2 of .*Input/output"):
-        build_store(load_spec(spec), filling=Filling(retries=1))
+        build_store(load_spec(spec), filling=FillOptions(retries=1))
     assert failures == {1: -1, 2: 7}
     failures[2] = 0
     assert build_store(load_spec(spec))
@@ -212,7 +224,7 @@ def test_no_error_of_a_block_is_its_own_cause(
     """Dask follows causes to their end, and would take all memory on the way."""
     spec = load_spec(_spec(tmp_path, collision_frames(12), teacher_file))
     path = plan_store(spec)
-    fill = BlockFiller(Source.open(spec), StoreWriter(path), None)
+    fill = BlockWorker(BuildInputs.open(spec), StoreWriter(path), None)
     with (
         StoreWriter(path).claim_block("train", 0),
         pytest.raises(BusyError) as caught,
@@ -234,24 +246,24 @@ def test_passes_that_do_not_fit_are_halved(
 ) -> None:
     """A device with room for 50 atoms, none of which is real but its error."""
     spec = load_spec(_spec(tmp_path, collision_frames(12), teacher_file))
-    source = Source.open(spec)
+    source = BuildInputs.open(spec)
     teacher = source.teacher
     assert teacher is not None
     samples = [source.datasets["train"][i] for i in range(12)]
     fields = tuple(spec.features)
     wanted = teacher.predict(samples, fields)
-    run = Teacher._predict_group
+    run = TeacherRunner._predict_group
     passes: list[int] = []
     room = 50
 
-    def limited(self: Teacher, group: Any, names: Any) -> Any:
+    def limited(self: TeacherRunner, group: Any, names: Any) -> Any:
         passes.append(sum(len(graph.structure) for graph in group))
         if passes[-1] > room:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
         return run(self, group, names)
 
-    monkeypatch.setattr(Teacher, "_predict_group", limited)
-    progress = Progress()
+    monkeypatch.setattr(TeacherRunner, "_predict_group", limited)
+    progress = BuildStatus()
     assert build_store(spec, progress=progress)
     assert progress.to_dict()["smaller_passes"] == progress.smaller_passes > 0
     passes.clear()
@@ -276,11 +288,11 @@ def test_halves_keep_order_and_pass_on_other_errors() -> None:
             raise ValueError("not about memory")
         return list(items)
 
-    parts = list(in_halves(run, range(11)))
+    parts = list(run_halving_on_oom(run, range(11)))
     assert [item for part in parts for item in part] == list(range(11))
     assert max(map(len, parts)) == 3
     with pytest.raises(ValueError, match="not about memory"):
-        list(in_halves(run, [1, 99]))
+        list(run_halving_on_oom(run, [1, 99]))
 
 
 def test_errors_of_devices_are_told_apart() -> None:

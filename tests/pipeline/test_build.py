@@ -11,14 +11,14 @@ import pytest
 import yaml
 
 from pipeline.build.build import build_store
-from pipeline.build.worker import Filling
+from pipeline.build.worker import FillOptions
 from pipeline.datasets import open_dataset
 from pipeline.errors import CheckpointError, DataError, SpecError, StoreError
 from pipeline.spec.cache_spec import CacheSpec, load_spec
 from pipeline.store.reader import FeatureStore
 from pipeline.store.verify import verify_store
 from pipeline.structure import Structure
-from pipeline.teachers.runner import Teacher
+from pipeline.teachers.runner import TeacherRunner
 from tests.frames import collision_frames, frame, write_frames
 from tests.labels import label_statistics
 from tests.stores import build, save_teacher, spec_document, write_spec
@@ -56,7 +56,7 @@ def test_dask_workers_write_the_same_bytes(
     told: list[tuple[str, int, int]] = []
     sealed = build_store(
         _spec_at(small_spec, store),
-        filling=Filling(workers=1, threads=1),
+        filling=FillOptions(workers=1, threads=1),
         report=lambda split, samples, left: told.append((split, samples, left)),
     )
     assert sealed
@@ -89,11 +89,11 @@ def test_ranges_of_blocks_then_the_rest_write_the_same_bytes(
 ) -> None:
     store = tmp_path / "s.zarr"
     spec = _spec_at(many_blocks[0], store)
-    assert not build_store(spec, filling=Filling(blocks=(1, 3)))
+    assert not build_store(spec, filling=FillOptions(blocks=(1, 3)))
     with pytest.raises(StoreError, match="blocks 0, 3, 4, 5 of split 'train'"):
         FeatureStore.open(store)
-    assert not build_store(spec, filling=Filling(blocks=(9, 99)))
-    assert not build_store(spec, filling=Filling(blocks=(2, 99)))
+    assert not build_store(spec, filling=FillOptions(blocks=(9, 99)))
+    assert not build_store(spec, filling=FillOptions(blocks=(2, 99)))
     assert build_store(spec)
     assert _shards(store) == many_blocks[1]
 
@@ -116,7 +116,7 @@ def test_lost_parts_of_an_unsealed_store_are_built_again(
     """A deleted, a changed and a torn shard, and a block without its record."""
     store = tmp_path / "s.zarr"
     spec = _spec_at(many_blocks[0], store)
-    assert not build_store(spec, filling=Filling(blocks=(0, 5)))
+    assert not build_store(spec, filling=FillOptions(blocks=(0, 5)))
     shards = store / "train" / "features" / "node_features" / "c"
     (shards / "0" / "0").unlink()
     content = bytearray((shards / "1" / "0").read_bytes())
@@ -139,17 +139,17 @@ def test_killed_builds_go_on_where_they_stopped(
 ) -> None:
     store = tmp_path / "s.zarr"
     spec = _spec_at(many_blocks[0], store)
-    predict = Teacher.predict
+    predict = TeacherRunner.predict
     seen: list[int] = []
 
-    def failing(self: Teacher, samples: Any, fields: Any) -> Any:
+    def failing(self: TeacherRunner, samples: Any, fields: Any) -> Any:
         if fields:  # the first look asks for energies only
             seen.append(len(samples))
         if len(seen) == 3:
             raise KeyboardInterrupt
         return predict(self, samples, fields)
 
-    monkeypatch.setattr(Teacher, "predict", failing)
+    monkeypatch.setattr(TeacherRunner, "predict", failing)
     with pytest.raises(KeyboardInterrupt):
         build_store(spec)
     assert build_store(spec)
@@ -163,7 +163,7 @@ def test_stored_numbers_equal_the_teacher_run_on_single_samples(
 ) -> None:
     spec = load_spec(small_spec)
     assert spec.teacher is not None
-    teacher = Teacher.load(spec.teacher)
+    teacher = TeacherRunner.load(spec.teacher)
     fields = tuple(spec.features)
     paths = {
         "teacher_energy": "teacher/energy",

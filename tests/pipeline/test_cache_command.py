@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from pipeline.build.build import build_store
-from pipeline.build.worker import Filling
+from pipeline.build.worker import FillOptions
 from pipeline.cli.main import main
 from pipeline.models.checkpoint import save_model
 from pipeline.models.zoo import build_model
@@ -423,7 +423,7 @@ def test_two_builds_do_not_fight_over_a_block(small_spec: Path, tmp_path: Path) 
 
     store = tmp_path / "s.zarr"
     spec = load_spec(small_spec, [f"store.path={store}"])
-    assert not build_store(spec, filling=Filling(blocks=(7, 8)))
+    assert not build_store(spec, filling=FillOptions(blocks=(7, 8)))
     with StoreWriter(store).claim_block("train", 1) as missing:
         assert missing
         sentence = refusal(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.build.build import prepare
+from pipeline.build.build import make_build_plan
 from pipeline.build.contents import Contents, Gap
 from pipeline.build.preflight import ForceMatch, likely_cause, match_forces
 from pipeline.cli.main import main
@@ -224,10 +224,10 @@ def test_periodic_images_count_as_atoms(tmp_path: Path) -> None:
     narrow = frame("n", "C", [[0.0] * 3], header=header.format(0.55))
     apart = frame("x", "CC", [[0.1] * 3, [7.9, 0.1, 0.1]], header='pbc="F F F"')
     with pytest.raises(DataError, match=r"'x': atoms 0 \(C\) and 1 \(C\).* 0\.2 Å"):
-        prepare(load_spec(_spec(tmp_path, train=[across])))
+        make_build_plan(load_spec(_spec(tmp_path, train=[across])))
     with pytest.raises(DataError, match=r"'n': atom 0 \(C\).*its periodic image"):
-        prepare(load_spec(_spec(tmp_path, train=[narrow])))
-    prepare(load_spec(_spec(tmp_path, train=[apart])))
+        make_build_plan(load_spec(_spec(tmp_path, train=[narrow])))
+    make_build_plan(load_spec(_spec(tmp_path, train=[apart])))
 
 
 @pytest.mark.parametrize("label", ["energy", "forces", "position"])
@@ -259,11 +259,11 @@ def test_lonely_atoms_are_skipped_without_a_teacher(tmp_path: Path) -> None:
     far = frame("f", "HH", [[0, 0, 0], [0, 0, 30]], energy=-27.0, forces=[[0] * 3] * 2)
     frames = [alone, _labelled("w"), far]
     spec = _spec(tmp_path, train={"frames": frames, "on_bad_sample": "skip"})
-    job = prepare(load_spec(spec))
+    job = make_build_plan(load_spec(spec))
     bad = job.attributes["provenance"]["bad_samples"]["train"]
     assert [name for name, _ in bad] == ["h", "f"]
     assert "no neighbours" in bad[0][1]
-    kept = prepare(load_spec(_spec(tmp_path, train=frames)))
+    kept = make_build_plan(load_spec(_spec(tmp_path, train=frames)))
     assert kept.scans["train"].contents.frames == 3
 
 

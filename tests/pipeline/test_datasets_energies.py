@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import yaml
 
-from pipeline.build.build import prepare
+from pipeline.build.build import make_build_plan
 from pipeline.datasets import open_dataset
-from pipeline.datasets.label_statistics import differing_kinds
+from pipeline.datasets.label_statistics import find_differing_kinds
 from pipeline.errors import DataError, SpecError
 from pipeline.spec.cache_spec import CacheSpec, load_spec, read_reference_energies
 from pipeline.structure import Sample
@@ -104,7 +104,7 @@ def test_references_of_a_file_are_subtracted(tmp_path: Path) -> None:
     split = {"format": "extxyz", "path": path.name, "reference_energies": "e.json"}
     spec = _spec(tmp_path, train=split)
     assert spec.splits["train"].reference_energies == str(tmp_path / "e.json")
-    found = prepare(spec).attributes["label_statistics"]["train"]
+    found = make_build_plan(spec).attributes["label_statistics"]["train"]
     references = np.array(found["element_references"])
     assert {int(z): references[z] for z in np.flatnonzero(references)} == {
         1: -3.0,
@@ -151,9 +151,9 @@ def test_splits_of_different_kinds_are_refused_by_name(tmp_path: Path) -> None:
         r"0\.123 eV .*splits\.val\.compare_energies: false"
     )
     with pytest.raises(DataError, match=words):
-        prepare(_spec(tmp_path, **splits))
+        make_build_plan(_spec(tmp_path, **splits))
     splits["val"]["compare_energies"] = False
-    assert prepare(_spec(tmp_path, **splits)).plans
+    assert make_build_plan(_spec(tmp_path, **splits)).plans
 
 
 def test_splits_of_one_kind_and_without_labels_pass(tmp_path: Path) -> None:
@@ -163,14 +163,14 @@ def test_splits_of_one_kind_and_without_labels_pass(tmp_path: Path) -> None:
     splits = {
         name: {"format": "extxyz", "path": f"{name}.extxyz"} for name in ("a", "b", "c")
     }
-    assert prepare(_spec(tmp_path, **splits)).plans
+    assert make_build_plan(_spec(tmp_path, **splits)).plans
 
 
 def test_small_energies_are_of_any_kind(tmp_path: Path) -> None:
     """Adsorption energies may differ by any factor, not by electronvolts per atom."""
     first = _dataset(tmp_path / "a.extxyz", _water(3, -1.0))
     second = _dataset(tmp_path / "b.extxyz", _water(3, 0.001))
-    assert differing_kinds(list(first), list(second)) is None
+    assert find_differing_kinds(list(first), list(second)) is None
 
 
 def _samples(folder: Path, names: list[str], every: int) -> list[Sample]:
@@ -192,16 +192,16 @@ def test_real_totals_and_adsorption_energies_are_told_apart() -> None:
         for system in systems
         for sample in system
     ]
-    found = differing_kinds(totals, adsorption)
+    found = find_differing_kinds(totals, adsorption)
     assert found is not None
     assert found[0] < -2 < abs(found[1])
-    assert differing_kinds(adsorption, totals) == (found[1], found[0])
+    assert find_differing_kinds(adsorption, totals) == (found[1], found[0])
     halves = [part for system in systems for part in system[::2]]
-    assert differing_kinds(totals, halves) is None
-    assert differing_kinds(adsorption, adsorption[::2]) is None
+    assert find_differing_kinds(totals, halves) is None
+    assert find_differing_kinds(adsorption, adsorption[::2]) is None
     for first in range(len(systems)):
         for second in range(first):
-            assert differing_kinds(systems[first], systems[second]) is None
+            assert find_differing_kinds(systems[first], systems[second]) is None
 
 
 def test_real_sets_of_one_kind_are_never_told_apart() -> None:
@@ -220,8 +220,8 @@ def test_real_sets_of_one_kind_are_never_told_apart() -> None:
     for group in (molecules, solids):
         for first in group:
             for second in group:
-                assert differing_kinds(first, second) is None
+                assert find_differing_kinds(first, second) is None
     for first in molecules:
         assert all(np.isfinite(s.energy) for s in first)
         shifted = [replace(s, energy=s.energy + 600 * len(s.structure)) for s in first]
-        assert differing_kinds(first, shifted) is not None
+        assert find_differing_kinds(first, shifted) is not None

@@ -18,10 +18,10 @@ from pipeline.errors import BusyError, DataError, WorkersError
 from pipeline.parallel.local_cluster import local_workers
 from pipeline.parallel.task_pool import (
     DaskPool,
-    Outcome,
     TaskLost,
+    TaskResult,
     ThreadPool,
-    connected,
+    connect,
     run_tasks,
 )
 from tests.pipeline.builds import ROOT
@@ -147,7 +147,7 @@ def test_tasks_of_dead_workers_are_done_by_others(tmp_path: Path) -> None:
         assert [e.result for e in run_tasks(pool, abs, [-7])] == [7]
         address = client.scheduler.address
     words = f"No Dask scheduler answers at {address}"
-    with pytest.raises(WorkersError, match=words), connected(address, 0.5):
+    with pytest.raises(WorkersError, match=words), connect(address, 0.5):
         pass
 
 
@@ -177,7 +177,7 @@ def test_items_in_other_hands_are_waited_for(threads: ThreadPool) -> None:
     """Which is no try of theirs, and has an end."""
     busy = BusyError("Block 1 is being written by another process")
 
-    def end_of_one(times: int, longest_wait: float) -> tuple[Outcome[int, int], int]:
+    def end_of_one(times: int, longest_wait: float) -> tuple[TaskResult[int, int], int]:
         tasks = Tasks({1: [busy] * times})
         ends = run_tasks(
             threads,

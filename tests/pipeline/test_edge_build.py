@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.build.build import prepare
+from pipeline.build.build import make_build_plan
 from pipeline.build.plan import plan_split
 from pipeline.build.scan import scan_dataset
 from pipeline.cli.info import render_description
@@ -21,7 +21,7 @@ from pipeline.spec.cache_spec import CacheSpec, load_spec
 from pipeline.store.describe import describe_store
 from pipeline.store.reader import FeatureStore
 from pipeline.store.verify import verify_store
-from pipeline.teachers.runner import Teacher
+from pipeline.teachers.runner import TeacherRunner
 from tests.stores import build, spec_document, teacher_normalizer, write_spec
 
 TINY_GEMNET: dict[str, Any] = {
@@ -97,7 +97,7 @@ def test_edge_arrays_are_planned_and_their_size_is_told(
     spec: CacheSpec, train: Dataset, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert spec.teacher is not None
-    teacher = Teacher.load(spec.teacher)
+    teacher = TeacherRunner.load(spec.teacher)
     rule = teacher.potential.loaded.model.graph_rule
     scan = scan_dataset(train, "none", lambda s: len(neighbor_edges(s, rule)))
     assert scan.n_edges is not None
@@ -129,7 +129,7 @@ def test_stored_edges_are_the_teachers(
 ) -> None:
     assert verify_store(store.path) == []
     assert spec.teacher is not None
-    teacher = Teacher.load(spec.teacher)
+    teacher = TeacherRunner.load(spec.teacher)
     split = store.splits["train"]
     assert split.n_edges.sum() > 200
     for index in range(N_TRAIN):
@@ -168,11 +168,11 @@ def test_splits_without_features_have_no_edges(store: FeatureStore) -> None:
 def test_continuing_counts_no_edges_again(
     spec: CacheSpec, store: FeatureStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(self: Teacher, structure: Any) -> int:
+    def fail(self: TeacherRunner, structure: Any) -> int:
         raise AssertionError("counted")
 
-    monkeypatch.setattr(Teacher, "count_edges", fail)
-    assert prepare(spec).attributes["fingerprint"] == store.fingerprint
+    monkeypatch.setattr(TeacherRunner, "count_edges", fail)
+    assert make_build_plan(spec).attributes["fingerprint"] == store.fingerprint
 
 
 def _run(store: FeatureStore, folder: Path, student: str, **sizes: Any) -> Any:

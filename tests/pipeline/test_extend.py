@@ -13,11 +13,11 @@ import yaml
 from filelock import FileLock
 
 from pipeline.build import extend
-from pipeline.build.inputs import Source
+from pipeline.build.inputs import BuildInputs
 from pipeline.cli.main import main
 from pipeline.store.reader import FeatureStore
 from pipeline.store.verify import verify_store
-from pipeline.teachers.runner import Teacher
+from pipeline.teachers.runner import TeacherRunner
 from tests.commands import refusal, run_command
 from tests.pipeline.test_profiles import files_of
 from tests.stores import save_gemnet, save_teacher, spec_document, write_spec
@@ -82,7 +82,7 @@ def test_an_extended_store_is_one_built_at_once(
     assert kept
     assert all(after[name] == before[name] for name in kept)
     assert verify_store(store) == []
-    names = ["s.zarr", "s.zarr.index", "s.zarr.log", "s.zarr.status.json"]
+    names = ["s.zarr", "s.zarr.scan-cache", "s.zarr.log", "s.zarr.status.json"]
     assert sorted(f.name for f in tmp_path.iterdir() if "s.zarr" in f.name) == names
     shutil.rmtree(store)
     kd_cache("build", spec)
@@ -99,13 +99,13 @@ def test_only_new_fields_are_computed(
 ) -> None:
     kd_cache("build", spec_of(tmp_path, document))
     asked: list[tuple[str, ...]] = []
-    predict = Source._arrays
+    predict = BuildInputs._arrays
 
-    def watching(source: Source, index: Any, positions: range, fields: Any) -> Any:
+    def watching(source: BuildInputs, index: Any, positions: range, fields: Any) -> Any:
         asked.append((index.name, *fields))
         return predict(source, index, positions, fields)
 
-    monkeypatch.setattr(Source, "_arrays", watching)
+    monkeypatch.setattr(BuildInputs, "_arrays", watching)
     kd_cache("add-field", spec_of(tmp_path, extended(document, collisions)))
     assert set(asked) == {
         ("train", "vector_features"),
@@ -268,9 +268,9 @@ def test_the_teacher_works_while_a_block_is_written(
 
     second = threading.Event()
     calls: list[int] = []
-    predict, write = Teacher.predict, StoreWriter.write_block
+    predict, write = TeacherRunner.predict, StoreWriter.write_block
 
-    def predicting(teacher: Teacher, samples: Any, fields: Any) -> Any:
+    def predicting(teacher: TeacherRunner, samples: Any, fields: Any) -> Any:
         if fields:  # the first look asks for energies only
             calls.append(len(samples))
             if len(calls) > 2:  # one of them calibrates
@@ -284,7 +284,7 @@ def test_the_teacher_works_while_a_block_is_written(
             waited.append(second.wait(1800))
         write(*arguments)
 
-    monkeypatch.setattr(Teacher, "predict", predicting)
+    monkeypatch.setattr(TeacherRunner, "predict", predicting)
     monkeypatch.setattr(StoreWriter, "write_block", writing)
     monkeypatch.setattr(filling, "_blocks_at_once", lambda chosen: 2)
     del document["splits"]["test"]
@@ -310,15 +310,15 @@ def test_asking_the_teacher_again(
     said = refusal(main, [*verify, "--set", f"teacher.checkpoint={other}"])
     assert "The teacher's checkpoint_sha256 is" in said
     # Weights that say they are the old ones, and are not.
-    load = Teacher.load
+    load = TeacherRunner.load
 
-    def changed(*arguments: Any, **more: Any) -> Teacher:
+    def changed(*arguments: Any, **more: Any) -> TeacherRunner:
         teacher = load(*arguments, **more)
         first = next(iter(teacher.potential.loaded.model.parameters()))
         first.data.mul_(1.5)
         return teacher
 
-    monkeypatch.setattr(Teacher, "load", changed)
+    monkeypatch.setattr(TeacherRunner, "load", changed)
     done = run_command(main, verify)
     assert done.exit_code == 1
     assert "node_features is not what the teacher gives" in done.stderr

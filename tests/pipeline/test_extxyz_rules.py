@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from numcodecs import zstd
 
-from pipeline.build.filter_samples import Demands, bad_samples
+from pipeline.build.filter_samples import Demands, find_bad_samples
 from pipeline.datasets import ReadOptions, open_dataset
 from pipeline.errors import DataError
 from pipeline.structure import Sample
@@ -299,6 +299,6 @@ def test_bad_frames_are_skipped_by_name(tmp_path: Path) -> None:
     assert "atom 0 has 5 columns" in _refusal(path)
     dataset = open_dataset("extxyz", str(path), options=ReadOptions(keep_bad=True))
     assert list(dataset.sample_ids) == ["good", "wide", "infinite", "3", "last"]
-    found = bad_samples(dataset, Demands("train"))
+    found = find_bad_samples(dataset, Demands("train"))
     assert [name for name, _ in found] == ["wide", "infinite", "3"]
     assert dataset[4].energy == -2

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from pipeline.build.build import prepare
+from pipeline.build.build import make_build_plan
 from pipeline.spec.cache_spec import load_spec
 from tests.frames import collision_frames, frame, write_frames
 from tests.stores import save_teacher, spec_document, write_spec
 
 
 def _fingerprint(spec: Path, *overrides: str) -> str:
-    return str(prepare(load_spec(spec, overrides)).attributes["fingerprint"])
+    return str(make_build_plan(load_spec(spec, overrides)).attributes["fingerprint"])
 
 
 def test_fingerprint_follows_content_and_not_places(

@@ -17,7 +17,7 @@ from pipeline.models.checkpoint import load_checkpoint
 from pipeline.spec.cache_spec import TeacherSpec, load_spec
 from pipeline.store.describe import describe_store
 from pipeline.structure import Sample
-from pipeline.teachers.runner import Teacher
+from pipeline.teachers.runner import TeacherRunner
 from tests.frames import collision_frames, write_frames
 from tests.stores import build, save_gemnet, spec_document, write_spec
 
@@ -50,7 +50,7 @@ def _spec(path: Path, **changes: object) -> TeacherSpec:
 def test_edge_fields_name_their_edges_and_sum_to_the_node_fields(
     gemnet_file: Path, samples: list[Sample]
 ) -> None:
-    teacher = Teacher.load(_spec(gemnet_file, batch_atoms=30))
+    teacher = TeacherRunner.load(_spec(gemnet_file, batch_atoms=30))
     found = teacher.predict(samples, EDGE_FIELDS)
     row = edge = 0
     for sample in samples:
@@ -86,7 +86,7 @@ def test_layers_are_those_of_the_network(
     gemnet_file: Path, samples: list[Sample]
 ) -> None:
     layers = {"node_features": "regular_1", "edge_to_node_features": "X_0"}
-    teacher = Teacher.load(_spec(gemnet_file), layers=layers)
+    teacher = TeacherRunner.load(_spec(gemnet_file), layers=layers)
     found = teacher.predict(samples, (*layers, "vector_features"))
     model = load_checkpoint(gemnet_file).model
     structures = [sample.structure for sample in samples]
@@ -103,22 +103,22 @@ def test_layers_are_those_of_the_network(
     moved = (output.node_features - final.node_features).abs().max()
     assert moved > 1e-2
     assert teacher.widths["node_features"] == model.widths["node_features"]
-    assert teacher.identity != Teacher.load(_spec(gemnet_file)).identity
+    assert teacher.identity != TeacherRunner.load(_spec(gemnet_file)).identity
 
 
 def test_gradient_forces_offer_edges_at_inner_layers_only(
     gradient_file: Path, samples: list[Sample]
 ) -> None:
-    plain = Teacher.load(_spec(gradient_file))
+    plain = TeacherRunner.load(_spec(gradient_file))
     with pytest.raises(SpecError, match=r"no 'edge_features'.*layer: regular_0"):
         plain.check_fields(("edge_features",))
     layers = {"edge_features": "regular_2"}
-    teacher = Teacher.load(_spec(gradient_file), layers=layers)
+    teacher = TeacherRunner.load(_spec(gradient_file), layers=layers)
     teacher.check_fields(("edge_features",))
     found = teacher.predict(samples[:2], ("edge_features",))
     assert found["edge_features"].shape[1] == teacher.widths["edge_features"]
     with pytest.raises(SpecError, match=r"edge_features.layer is 'X_1'.*regular_0"):
-        Teacher.load(_spec(gradient_file), layers={"edge_features": "X_1"})
+        TeacherRunner.load(_spec(gradient_file), layers={"edge_features": "X_1"})
 
 
 @pytest.mark.parametrize("layer", ["U6", "regular_9", ""])
@@ -126,16 +126,18 @@ def test_unknown_layer_is_refused_with_the_known_ones(
     layer: str, gemnet_file: Path
 ) -> None:
     with pytest.raises(SpecError, match=r"node_features.layer.*concatmlp.*X_0"):
-        Teacher.load(_spec(gemnet_file), layers={"node_features": layer})
+        TeacherRunner.load(_spec(gemnet_file), layers={"node_features": layer})
 
 
 def test_painn_layers(teacher_file: Path, samples: list[Sample]) -> None:
     fields = ("node_features", "vector_features")
     spec = TeacherSpec(model="painn", checkpoint=str(teacher_file))
-    final = Teacher.load(spec).predict(samples, fields)
-    last = Teacher.load(spec, layers={"node_features": "u2"}).predict(samples, fields)
+    final = TeacherRunner.load(spec).predict(samples, fields)
+    last = TeacherRunner.load(spec, layers={"node_features": "u2"}).predict(
+        samples, fields
+    )
     np.testing.assert_array_equal(last["node_features"], final["node_features"])
-    inner = Teacher.load(spec, layers=dict.fromkeys(fields, "m2"))
+    inner = TeacherRunner.load(spec, layers=dict.fromkeys(fields, "m2"))
     found = inner.predict(samples, fields)
     for name in fields:
         assert np.abs(found[name] - final[name]).max() > 1e-3
@@ -145,14 +147,14 @@ def test_painn_layers(teacher_file: Path, samples: list[Sample]) -> None:
 def test_budgets_decide_the_passes_and_not_the_numbers(
     change: dict[str, object], gemnet_file: Path, samples: list[Sample]
 ) -> None:
-    teacher = Teacher.load(_spec(gemnet_file, **change))
+    teacher = TeacherRunner.load(_spec(gemnet_file, **change))
     sizes: list[int] = []
     teacher.potential.loaded.model.register_forward_pre_hook(
         lambda _, inputs: sizes.append(inputs[0].num_graphs)
     )
     found = teacher.predict(samples, EDGE_FIELDS)
     assert sizes == ([1] * len(samples) if change else [len(samples)])
-    expected = Teacher.load(_spec(gemnet_file)).predict(samples, EDGE_FIELDS)
+    expected = TeacherRunner.load(_spec(gemnet_file)).predict(samples, EDGE_FIELDS)
     for name, values in expected.items():
         scale = np.abs(values).max() + 1e-9
         np.testing.assert_allclose(found[name] / scale, values / scale, atol=2e-5)
@@ -161,9 +163,9 @@ def test_budgets_decide_the_passes_and_not_the_numbers(
 def test_reduced_precision_is_measured_and_told(
     gemnet_file: Path, samples: list[Sample], caplog: pytest.LogCaptureFixture
 ) -> None:
-    teacher = Teacher.load(_spec(gemnet_file, precision="bfloat16"))
+    teacher = TeacherRunner.load(_spec(gemnet_file, precision="bfloat16"))
     errors = teacher.precision_error(samples, EDGE_FIELDS)
-    exact = Teacher.load(_spec(gemnet_file)).predict(samples, EDGE_FIELDS)
+    exact = TeacherRunner.load(_spec(gemnet_file)).predict(samples, EDGE_FIELDS)
     rough = teacher.predict(samples, EDGE_FIELDS)
     for name in EDGE_FIELDS:
         difference = rough[name].astype(float) - exact[name]
@@ -184,7 +186,7 @@ class _Listed(list[Sample]):
 def test_other_kind_of_energies_is_told(
     gemnet_file: Path, samples: list[Sample], caplog: pytest.LogCaptureFixture
 ) -> None:
-    teacher = Teacher.load(_spec(gemnet_file))
+    teacher = TeacherRunner.load(_spec(gemnet_file))
     energies = teacher.predict(samples, ())["teacher_energy"]
 
     def labelled(shift: float) -> _Listed:

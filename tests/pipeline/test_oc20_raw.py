@@ -311,13 +311,13 @@ def test_unpacked_texts_are_dropped_beyond_the_budget(
     for name in "abc":
         (tmp_path / f"{name}.xz").write_bytes(lzma.compress(name.encode() * 100))
     unpacked = []
-    original = frames.unpacked_text
+    original = frames.read_unpacked
 
     def counted(path: Path) -> bytes:
         unpacked.append(path.stem)
         return original(path)
 
-    monkeypatch.setattr(frames, "unpacked_text", counted)
+    monkeypatch.setattr(frames, "read_unpacked", counted)
     cache = TextCache(budget=250)
     for name in "abababcbca":
         assert cache.piece(tmp_path / f"{name}.xz", 3, 6) == name.encode() * 3

@@ -14,10 +14,10 @@ import pytest
 from pipeline.build import filter_samples as screening
 from pipeline.build import inputs as source
 from pipeline.build import scan as scanning
-from pipeline.build.build import build_store, prepare
-from pipeline.build.filter_samples import Demands, bad_samples
+from pipeline.build.build import build_store, make_build_plan
+from pipeline.build.filter_samples import Demands, find_bad_samples
 from pipeline.build.scan import Scan, scan_dataset
-from pipeline.build.worker import Filling
+from pipeline.build.worker import FillOptions
 from pipeline.datasets import (
     Dataset,
     IndexedDataset,
@@ -29,13 +29,13 @@ from pipeline.datasets import (
 )
 from pipeline.datasets.label_statistics import LabelSums
 from pipeline.errors import DataError, SpecError, WorkersError
-from pipeline.graphs.neighbors import GraphRule, neighbor_edges
+from pipeline.graphs.neighbors import NeighborSpec, neighbor_edges
 from pipeline.parallel import local_cluster as clusters
-from pipeline.parallel.ordered_map import Run, processes
+from pipeline.parallel.ordered_map import OrderedMap, processes
 from pipeline.spec.cache_spec import TeacherSpec, load_spec
 from pipeline.store.reader import FeatureStore
 from pipeline.structure import Structure
-from pipeline.teachers.runner import Teacher
+from pipeline.teachers.runner import TeacherRunner
 from tests.frames import DEMO, collision_frames, frame, write_frames
 from tests.pipeline.oc20_files import (
     Slab,
@@ -49,11 +49,11 @@ from tests.pipeline.oc20_files import (
 from tests.pipeline.tasks import die_at_seven, refuse_seven
 from tests.stores import build, spec_document, write_spec
 
-RULE = GraphRule(4.0, 12, symmetric=True)
+RULE = NeighborSpec(4.0, 12, symmetric=True)
 
 
 @pytest.fixture(scope="module")
-def run() -> Iterator[Run]:
+def run() -> Iterator[OrderedMap]:
     """Two processes, which all tests of this module share."""
     with processes(2) as made:
         yield made
@@ -63,7 +63,7 @@ def _count(structure: Structure) -> int:
     return len(neighbor_edges(structure, RULE))
 
 
-def test_results_come_in_order_and_errors_in_their_place(run: Run) -> None:
+def test_results_come_in_order_and_errors_in_their_place(run: OrderedMap) -> None:
     assert list(run(refuse_seven, range(7))) == [n * n for n in range(7)]
     found = run(refuse_seven, range(50))
     assert [next(found) for _ in range(7)] == [n * n for n in range(7)]
@@ -71,7 +71,7 @@ def test_results_come_in_order_and_errors_in_their_place(run: Run) -> None:
         next(found)
 
 
-def test_only_some_items_are_taken_ahead(run: Run) -> None:
+def test_only_some_items_are_taken_ahead(run: OrderedMap) -> None:
     taken: list[int] = []
 
     def items() -> Iterator[int]:
@@ -167,14 +167,14 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scanning, "FOLD", 3)
 
 
-def _listed_by(run: Run) -> Callable[[IndexedDataset], Listing]:
+def _listed_by(run: OrderedMap) -> Callable[[IndexedDataset], Listing]:
     return lambda dataset: dataset.list_samples(run)
 
 
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("chosen", [{}, {"offset": 2, "every": 3, "limit": 4}])
 def test_processes_list_and_scan_as_one_does(
-    files: tuple[str, Path], chosen: dict[str, int], run: Run
+    files: tuple[str, Path], chosen: dict[str, int], run: OrderedMap
 ) -> None:
     format, folder = files
     alone = open_dataset(format, str(folder), **chosen)
@@ -189,9 +189,9 @@ def test_processes_list_and_scan_as_one_does(
 
 
 def _assert_alike(found: Scan, wanted: Scan) -> None:
-    assert found.content == wanted.content
+    assert found.content_sha256 == wanted.content_sha256
     assert found.labels == wanted.labels
-    for name in ("checksums", "hashes", "n_edges"):
+    for name in ("structure_hashes", "sample_hashes", "n_edges"):
         assert np.array_equal(getattr(found, name), getattr(wanted, name)), name
 
 
@@ -199,12 +199,12 @@ def test_every_part_of_a_sample_has_a_say_in_its_hash(
     collisions: Callable[..., Path], tmp_path: Path
 ) -> None:
     path = collisions(12)
-    hashes = scan_dataset(open_dataset("extxyz", str(path)), "none").hashes
+    hashes = scan_dataset(open_dataset("extxyz", str(path)), "none").sample_hashes
     assert len(set(hashes.tolist())) == 12
     text = path.read_text()
     energy = text.split("energy=")[1].split()[0]
     path.write_text(text.replace(f"energy={energy}", "energy=-1.5", 1))
-    changed = scan_dataset(open_dataset("extxyz", str(path)), "none").hashes
+    changed = scan_dataset(open_dataset("extxyz", str(path)), "none").sample_hashes
     assert (changed != hashes).tolist() == [True] + [False] * 11
 
 
@@ -249,10 +249,10 @@ def test_what_was_found_is_not_sought_again(
     files: tuple[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = load_spec(_spec(tmp_path, *files))
-    assert not build_store(spec, filling=Filling(blocks=(7, 8)))
-    job = prepare(spec)
+    assert not build_store(spec, filling=FillOptions(blocks=(7, 8)))
+    job = make_build_plan(spec)
     _refuse_passes(monkeypatch, job.source.datasets["train"])
-    again = prepare(spec)
+    again = make_build_plan(spec)
     assert again.attributes == job.attributes
     for index in range(20):
         sample = job.source.datasets["train"][index]
@@ -269,8 +269,8 @@ def test_passes_are_made_again_where_a_file_changed(
     data = _write_aselmdb(tmp_path / "data", slabs(20))
     path = _spec(tmp_path, "aselmdb", data)
     spec = load_spec(path)
-    before = prepare(spec).attributes["fingerprint"]
-    build_store(spec, filling=Filling(blocks=(7, 8)))
+    before = make_build_plan(spec).attributes["fingerprint"]
+    build_store(spec, filling=FillOptions(blocks=(7, 8)))
     os.utime(data / "a.aselmdb", (1, 1))
     made: list[str] = []
     monkeypatch.setattr(
@@ -278,7 +278,7 @@ def test_passes_are_made_again_where_a_file_changed(
         "scan_dataset",
         lambda *args: made.append("scan") or scan_dataset(*args),
     )
-    assert prepare(spec).attributes["fingerprint"] == before
+    assert make_build_plan(spec).attributes["fingerprint"] == before
     assert made == ["scan"]
     # Other samples than the store was planned for are refused.
     shutil.rmtree(data)
@@ -295,8 +295,8 @@ def test_a_damaged_sidecar_is_made_anew(
 ) -> None:
     data = _write_aselmdb(tmp_path / "data", slabs(20))
     spec = load_spec(_spec(tmp_path, "aselmdb", data))
-    build_store(spec, filling=Filling(blocks=(7, 8)))
-    kept = tmp_path / "s.zarr.index" / file
+    build_store(spec, filling=FillOptions(blocks=(7, 8)))
+    kept = tmp_path / "s.zarr.scan-cache" / file
     sound = kept.read_bytes()
     if damage is None:
         content = bytearray(sound)
@@ -327,7 +327,7 @@ def test_a_label_that_changes_unseen_is_refused_when_its_block_is_filled(
     write(1.25)
     size = data.stat().st_size
     spec = load_spec(_spec(tmp_path, "aselmdb", data))
-    build_store(spec, filling=Filling(blocks=(7, 8)))
+    build_store(spec, filling=FillOptions(blocks=(7, 8)))
     write(1.75)
     assert data.stat().st_size == size
     name = f"{made[4].sid}_{made[4].fid}"
@@ -338,17 +338,17 @@ def test_a_label_that_changes_unseen_is_refused_when_its_block_is_filled(
 
 
 def test_planning_by_several_processes_gives_the_same_store(
-    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, run: OrderedMap, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = _write_lmdb(tmp_path / "data", slabs(20))
-    alone = prepare(load_spec(_spec(tmp_path, "oc20_lmdb", data)))
+    alone = make_build_plan(load_spec(_spec(tmp_path, "oc20_lmdb", data)))
     monkeypatch.setattr("pipeline.build.build.processes", partial(_given, run))
-    shared = prepare(load_spec(_spec(tmp_path, "oc20_lmdb", data)), workers=2)
+    shared = make_build_plan(load_spec(_spec(tmp_path, "oc20_lmdb", data)), workers=2)
     assert shared.attributes == alone.attributes
 
 
 def test_bad_samples_are_found_by_any_number_of_processes(
-    tmp_path: Path, run: Run, teacher_file: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, run: OrderedMap, teacher_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In order and named alike, with at most four samples looked at in one go."""
     frames = collision_frames(20)
@@ -357,7 +357,9 @@ def test_bad_samples_are_found_by_any_number_of_processes(
     frames.insert(5, frame("heavy", ["U", "H"], [[0, 0, 0], [1, 0, 0]], energy=-13.0))
     data = write_frames(tmp_path / "d.extxyz", frames)
     dataset = open_dataset("extxyz", str(data))
-    teacher = Teacher.load(TeacherSpec(model="painn", checkpoint=str(teacher_file)))
+    teacher = TeacherRunner.load(
+        TeacherSpec(model="painn", checkpoint=str(teacher_file))
+    )
     pieces: list[range] = []
 
     def counting(function: Callable[..., Any], items: Any) -> Iterator[Any]:
@@ -365,32 +367,33 @@ def test_bad_samples_are_found_by_any_number_of_processes(
         return run(function, items)
 
     demands = Demands("train", teacher.potential.elements, teacher.potential.graph_rule)
-    alone = bad_samples(dataset, demands)
+    alone = find_bad_samples(dataset, demands)
     assert [name for name, _ in alone] == ["alone3", "heavy", "alone9", "alone17"]
     for sample_id, reason in alone:
         sample = dataset[dataset.sample_ids.index(sample_id)]
         with pytest.raises(DataError, match=re.escape(reason)):
             teacher.potential.graph(sample)
     monkeypatch.setattr(screening, "_PIECE", 4)
-    assert bad_samples(dataset, demands, counting) == alone
+    assert find_bad_samples(dataset, demands, counting) == alone
     assert len(pieces) == 6
     spec = load_spec(_spec(tmp_path, "extxyz", data, on_bad_sample="skip"))
     asked: list[Any] = []
     monkeypatch.setattr("pipeline.build.build.processes", partial(_given, run))
     monkeypatch.setattr(
-        "pipeline.build.build.bad_samples", lambda *given: asked.append(given[2]) or []
+        "pipeline.build.build.find_bad_samples",
+        lambda *given: asked.append(given[2]) or [],
     )
-    prepare(spec, workers=2)
+    make_build_plan(spec, workers=2)
     assert asked == [run]
 
 
 class _given:
     """The processes there are, in place of new ones."""
 
-    def __init__(self, run: Run, workers: int) -> None:
+    def __init__(self, run: OrderedMap, workers: int) -> None:
         self.run = run
 
-    def __enter__(self) -> Run:
+    def __enter__(self) -> OrderedMap:
         return self.run
 
     def __exit__(self, *error: object) -> None:
@@ -400,7 +403,7 @@ class _given:
 def test_content_of_a_dataset_has_the_digest_that_it_always_had() -> None:
     """Else no store that is there could be continued."""
     path = str(DEMO / "collisions_val.extxyz.xz")
-    found = scan_dataset(open_dataset("extxyz", path, limit=60), "none").content
+    found = scan_dataset(open_dataset("extxyz", path, limit=60), "none").content_sha256
     assert found == "c62b80cb445ef4ada802e9a59d65903f8f46013e5096700255f3b754f7c30eb5"
 
 
@@ -418,5 +421,5 @@ def test_a_store_of_labels_has_a_sidecar_that_may_be_removed(tmp_path: Path) -> 
     data = _write_lmdb(tmp_path / "data", slabs(20))
     path = _spec(tmp_path, "oc20_lmdb", data)
     store = build(path)
-    shutil.rmtree(tmp_path / "s.zarr.index")
+    shutil.rmtree(tmp_path / "s.zarr.scan-cache")
     assert build(path).fingerprint == store.fingerprint

@@ -11,9 +11,9 @@ from pipeline.cli.main import main
 from pipeline.datasets import open_split
 from pipeline.spec.cache_spec import SplitSpec, TeacherSpec
 from pipeline.store.reader import FeatureStore
-from pipeline.teachers.builtin import OwnPotential
-from pipeline.teachers.potential import Graph
-from pipeline.teachers.runner import Teacher
+from pipeline.teachers.builtin import BuiltinPotential
+from pipeline.teachers.potential import SampleGraph
+from pipeline.teachers.runner import TeacherRunner
 from tests.commands import refusal, run_command
 from tests.frames import collision_frames, frame, write_frames
 from tests.stores import save_teacher, spec_document, write_spec
@@ -76,14 +76,14 @@ def test_a_plug_in_that_makes_its_own_graphs_is_refused(
     blind: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A5: its rule counts, whatever its graphs are."""
-    teacher = Teacher.load(TeacherSpec(model="painn", checkpoint=str(blind)))
+    teacher = TeacherRunner.load(TeacherSpec(model="painn", checkpoint=str(blind)))
     _, section = spec_of(tmp_path, boxed(TWO), None)
     sample = open_split(SplitSpec.model_validate(section))[2]
 
-    def careless(self: OwnPotential, sample: Any) -> Graph:
+    def careless(self: BuiltinPotential, sample: Any) -> SampleGraph:
         raise AssertionError("no graph is to be made")
 
-    monkeypatch.setattr(OwnPotential, "graph", careless)
+    monkeypatch.setattr(BuiltinPotential, "graph", careless)
     with pytest.raises(Exception, match="'boxed': pbc is T T F"):
         teacher.predict([sample], ())
 

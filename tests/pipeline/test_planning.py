@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.build.build import Source, create_or_match, prepare
+from pipeline.build.build import create_or_match, make_build_plan
+from pipeline.build.inputs import BuildInputs
 from pipeline.build.scan import scan_dataset
 from pipeline.datasets import Dataset, open_dataset
 from pipeline.datasets import label_statistics as statistics
 from pipeline.errors import DataError
-from pipeline.graphs.neighbors import GraphRule, neighbor_edges
+from pipeline.graphs.neighbors import NeighborSpec, neighbor_edges
 from pipeline.spec.cache_spec import CacheSpec, load_spec
 from pipeline.store.writer import StoreWriter
 from pipeline.structure import Sample, Structure
@@ -20,7 +21,7 @@ from tests.frames import collision_frames, write_frames
 from tests.labels import label_statistics
 from tests.stores import spec_document, write_spec
 
-RULE = GraphRule(4.0, 12, symmetric=True)
+RULE = NeighborSpec(4.0, 12, symmetric=True)
 
 
 class Recorded(Dataset):
@@ -65,7 +66,7 @@ def test_every_sample_is_read_once(dataset: Dataset) -> None:
     assert recorded.read == list(range(30))
     assert len(hashed) == 30
     structures = [dataset[i].structure for i in range(30)]
-    assert found.checksums.tolist() == [s.checksum for s in structures]
+    assert found.structure_hashes.tolist() == [s.checksum for s in structures]
     assert found.n_edges is not None
     assert found.n_edges.tolist() == [_count(s) for s in structures]
     assert len(set(found.n_edges.tolist())) > 3
@@ -82,7 +83,7 @@ def test_content_is_all_ids_structures_and_labels_in_order(dataset: Dataset) -> 
         parts += [np.float64(sample.energy).tobytes(), sample.forces.tobytes()]
     expected = hashlib.sha256(b"".join(parts)).hexdigest()
     found = scan_dataset(dataset, "none")
-    assert found.content == expected
+    assert found.content_sha256 == expected
     assert found.n_edges is None
 
 
@@ -124,22 +125,22 @@ def test_a_dataset_that_changes_after_planning_is_refused(tmp_path: Path) -> Non
     texts = collision_frames(6)
     data = write_frames(tmp_path / "d.extxyz", texts)
     spec = _labels_spec(tmp_path, data)
-    create_or_match(prepare(spec), Path(spec.store.path))
+    create_or_match(make_build_plan(spec), Path(spec.store.path))
     write_frames(data, [*texts[:4], texts[5], texts[4]])
-    planned = prepare(spec).plans["train"].blocks.order
+    planned = make_build_plan(spec).plans["train"].blocks.order
     writer = StoreWriter(spec.store.path)
     moved = next(
         str(writer.splits["train"].sample_ids[p])
         for p in range(6)
         if planned[p] in (4, 5)
     )
-    source = Source.open(spec)
+    source = BuildInputs.open(spec)
     words = f"splits.train: sample '{moved}' is not what it was when .* was planned"
     with pytest.raises(DataError, match=words):
         source.fill_block(writer, "train", 0)
     assert writer.pending_blocks("train") == [0]
     write_frames(data, texts)
-    assert Source.open(spec).fill_block(writer, "train", 0) == 6
+    assert BuildInputs.open(spec).fill_block(writer, "train", 0) == 6
     assert writer.pending_blocks("train") == []
 
 
@@ -148,10 +149,10 @@ def test_filling_needs_no_pass_over_the_dataset(tmp_path: Path) -> None:
     spec = _labels_spec(
         tmp_path, write_frames(tmp_path / "d.extxyz", collision_frames(120))
     )
-    create_or_match(prepare(spec), Path(spec.store.path))
+    create_or_match(make_build_plan(spec), Path(spec.store.path))
     writer = StoreWriter(spec.store.path)
     assert writer.splits["train"].n_blocks > 1
-    source = Source.open(spec)
+    source = BuildInputs.open(spec)
     recorded = Recorded(source.datasets["train"])
     source.datasets["train"] = recorded
     positions = writer.splits["train"].block_positions(1)

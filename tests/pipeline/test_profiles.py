@@ -10,7 +10,7 @@ import pytest
 from distributed import LocalCluster
 
 from pipeline.build.build import build_store
-from pipeline.build.worker import Filling
+from pipeline.build.worker import FillOptions
 from pipeline.cli.main import main
 from pipeline.errors import StoreError
 from pipeline.spec.cache_spec import load_spec
@@ -269,7 +269,7 @@ def test_a_cluster_that_lives_on_opens_each_build_anew(
         memory_limit=0,
         dashboard_address=None,
     ) as cluster:
-        filling = Filling(scheduler=cluster.scheduler_address)
+        filling = FillOptions(scheduler=cluster.scheduler_address)
         assert build_store(chosen, filling=filling)
         first = FeatureStore.open(store)
         everyone = np.arange(len(first.splits["train"]))

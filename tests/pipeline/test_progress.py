@@ -15,14 +15,14 @@ import pytest
 
 from pipeline.build import status as module
 from pipeline.build.build import build_store, plan_store
-from pipeline.build.part import Part
-from pipeline.build.status import Progress, status_file
-from pipeline.build.worker import Filling
+from pipeline.build.part import BuildPart
+from pipeline.build.status import BuildStatus, status_file
+from pipeline.build.worker import FillOptions
 from pipeline.cli import progress as console
 from pipeline.cli.main import main
 from pipeline.parallel import ordered_map as passes
-from pipeline.parallel.ordered_map import Run
-from pipeline.parallel.signals import Stopped, stopped_by_signals
+from pipeline.parallel.ordered_map import OrderedMap
+from pipeline.parallel.signals import Stopped, stop_on_signals
 from pipeline.spec.cache_spec import load_spec
 from pipeline.store.writer import StoreWriter
 from tests.commands import run_command
@@ -41,7 +41,7 @@ def test_long_checks_show_how_far_they_are(
     store = tmp_path / "s.zarr"
     spec = load_spec(small_spec, [f"store.path={store}"])
     plan_store(spec)
-    assert not build_store(spec, filling=Filling(part=Part(1, 1)))
+    assert not build_store(spec, filling=FillOptions(part=BuildPart(1, 1)))
     blocks = sum(split.n_blocks for split in StoreWriter(store).splits.values())
     monkeypatch.setattr(console, "_MOMENT_S", 0.0)
     monkeypatch.setattr(console, "_interval_s", lambda: 0.0)
@@ -90,7 +90,7 @@ def test_planning_shows_how_many_samples_each_pass_has_read(
     split = {"format": "extxyz", "path": str(data), "on_bad_sample": "skip"}
     document = spec_document({"train": split}, tmp_path / "s.zarr")
     spec = write_spec(tmp_path / "s.yaml", document)
-    progress = Progress()
+    progress = BuildStatus()
     told: list[tuple[int, int]] = []
 
     def count(done: int, total: int) -> None:
@@ -118,19 +118,19 @@ def test_workers_seal_where_there_are_many_blocks(
 ) -> None:
     asked: list[int] = []
 
-    def counting(workers: int) -> AbstractContextManager[Run]:
+    def counting(workers: int) -> AbstractContextManager[OrderedMap]:
         asked.append(workers)
         return passes.processes(0)
 
     store = tmp_path / "s.zarr"
     spec = load_spec(write_spec(tmp_path / "s.yaml", spec_document(datasets, store)))
     plan_store(spec)
-    assert not build_store(spec, filling=Filling(part=Part(1, 1)))
+    assert not build_store(spec, filling=FillOptions(part=BuildPart(1, 1)))
     blocks = sum(split.n_blocks for split in StoreWriter(store).splits.values())
     monkeypatch.setattr(passes, "_FEW", blocks + more)
     monkeypatch.setattr("pipeline.build.build.processes", lambda _: passes.processes(0))
     monkeypatch.setattr("pipeline.store.writer.processes", counting)
-    assert build_store(spec, filling=Filling(workers=2))
+    assert build_store(spec, filling=FillOptions(workers=2))
     assert asked == [0 if more else 2]
 
 
@@ -140,7 +140,7 @@ def test_status_follows_the_build(
     monkeypatch.setattr(module, "INTERVAL_S", 0.01)
     clock = iter([5.0, 7.0, 7.5])
     path = tmp_path / "deep" / "s.status.json"
-    progress = Progress()
+    progress = BuildStatus()
     with status_file(path, progress):
         first = _read(path)
         assert first["state"] == "planning"
@@ -176,7 +176,7 @@ def test_status_tells_how_it_ended(
     error: BaseException, state: str, words: str | None, tmp_path: Path
 ) -> None:
     path = tmp_path / "s.status.json"
-    with pytest.raises(type(error)), status_file(path, Progress()):
+    with pytest.raises(type(error)), status_file(path, BuildStatus()):
         raise error
     assert (_read(path)["state"], _read(path)["error"]) == (state, words)
 
@@ -186,7 +186,7 @@ def test_readers_never_see_half_a_file(
 ) -> None:
     monkeypatch.setattr(module, "INTERVAL_S", 0.0)
     path = tmp_path / "s.status.json"
-    progress = Progress(failed={f"block {n}": "reason" * 20 for n in range(300)})
+    progress = BuildStatus(failed={f"block {n}": "reason" * 20 for n in range(300)})
     with status_file(path, progress):
         assert all(len(_read(path)["failed_blocks"]) == 300 for _ in range(200))  # type: ignore[arg-type]
 
@@ -200,7 +200,7 @@ def test_a_second_process_leaves_the_file_to_the_first(tmp_path: Path) -> None:
     )
     command = [sys.executable, "-c", program, str(path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    with status_file(path, Progress()):
+    with status_file(path, BuildStatus()):
         other = subprocess.run(command, env=environment, capture_output=True)
         assert other.returncode == 7, other.stderr
         assert _read(path)["pid"] == os.getpid()
@@ -211,7 +211,7 @@ def test_a_second_process_leaves_the_file_to_the_first(tmp_path: Path) -> None:
 
 def test_the_first_signal_stops_and_later_ones_do_not_disturb() -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    with pytest.raises(Stopped) as stopped, stopped_by_signals():
+    with pytest.raises(Stopped) as stopped, stop_on_signals():
         try:
             os.kill(os.getpid(), signal.SIGTERM)
             threading.Event().wait(10)
@@ -225,7 +225,7 @@ def test_the_first_signal_stops_and_later_ones_do_not_disturb() -> None:
 def test_signals_that_are_ignored_stay_ignored() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with stopped_by_signals():
+        with stop_on_signals():
             os.kill(os.getpid(), signal.SIGINT)
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:

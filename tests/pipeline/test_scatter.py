@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.build.part import Part
+from pipeline.build.part import BuildPart
 from pipeline.cli.main import main
 from pipeline.errors import SpecError
 from pipeline.store.reader import FeatureStore
@@ -32,7 +32,7 @@ def test_parts_cover_every_block_once_and_evenly(sizes: list[int], of: int) -> N
     shares = [
         [
             (split, block)
-            for split, blocks in Part(number, of).blocks(n_blocks).items()
+            for split, blocks in BuildPart(number, of).blocks(n_blocks).items()
             for block in blocks
         ]
         for number in range(1, of + 1)
@@ -44,10 +44,10 @@ def test_parts_cover_every_block_once_and_evenly(sizes: list[int], of: int) -> N
 
 
 def test_a_part_is_written_as_people_count() -> None:
-    assert Part.parse("3/32") == Part(3, 32)
+    assert BuildPart.parse("3/32") == BuildPart(3, 32)
     for text in ("0/4", "5/4", "1/0", "3", "a/b", "-1/4", "1/4/2", "", "١/٢"):
         with pytest.raises(SpecError, match="3/32"):
-            Part.parse(text)
+            BuildPart.parse(text)
 
 
 def test_parts_in_any_order_make_the_store_that_one_job_makes(
@@ -66,7 +66,7 @@ def test_parts_in_any_order_make_the_store_that_one_job_makes(
         assert "is not sealed" in done.stdout
         if number == 2:
             sizes = {n: s.n_blocks for n, s in small_store.splits.items()}
-            mine = Part(2, 3).blocks(sizes)
+            mine = BuildPart(2, 3).blocks(sizes)
             assert all(
                 set(mine[name]) <= set(has) for name, has in _done(store).items()
             )
@@ -91,7 +91,7 @@ def test_a_part_touches_its_own_blocks_alone(small_spec: Path, tmp_path: Path) -
     run_command(main, ["build", *common, "--part", "1/2"])
     first = _done(store)
     n_blocks = {name: s.n_blocks for name, s in StoreWriter(store).splits.items()}
-    mine = Part(1, 2).blocks(n_blocks)
+    mine = BuildPart(1, 2).blocks(n_blocks)
     assert first == {name: list(blocks) for name, blocks in mine.items()}
     # Damage outside of a part is left to whoever has that part.
     damaged = store / "train/features/node_features/c/0/0"

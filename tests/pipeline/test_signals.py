@@ -12,8 +12,8 @@ import pytest
 
 from pipeline.cli import progress as console
 from pipeline.cli.main import main
-from pipeline.parallel.signals import Stopped, stopped_by_signals
-from pipeline.store.backends import FolderPlace
+from pipeline.parallel.signals import Stopped, stop_on_signals
+from pipeline.store.backends import LocalBackend
 from pipeline.store.reader import FeatureStore
 from pipeline.store.transfer import FolderTarget, copy_store
 from tests.commands import run_command
@@ -61,7 +61,7 @@ def test_every_long_command_ends_with_one_sentence(
         ends.append((text, exit_code))
         raise SystemExit(exit_code)
 
-    def strike(self: FolderPlace, name: str) -> None:
+    def strike(self: LocalBackend, name: str) -> None:
         os.kill(os.getpid(), number)
 
     # The end of the process would be that of all tests.
@@ -75,7 +75,7 @@ def test_every_long_command_ends_with_one_sentence(
         arguments = [spec, "--device", "cpu"]
     elif command in ("compact", "hydrate", "push"):
         arguments = [store, tmp_path / "t.zarr"]
-    monkeypatch.setattr(FolderPlace, "size", strike)
+    monkeypatch.setattr(LocalBackend, "size", strike)
     done = run_command(main, [command, *arguments])
     assert done.exit_code == 128 + number
     ((text, _),) = ends
@@ -125,7 +125,7 @@ def test_a_stopped_copy_does_not_copy_the_rest_first(
         write(self, name, content)
 
     monkeypatch.setattr(FolderTarget, "write", slow)
-    with pytest.raises(Stopped), stopped_by_signals():
+    with pytest.raises(Stopped), stop_on_signals():
         copy_store(small_store.path, tmp_path / "t.zarr")
     assert not going_on.is_set()
     assert not list(tmp_path.rglob("index/commit/c/*/*/*"))

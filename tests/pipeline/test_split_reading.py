@@ -10,7 +10,7 @@ import pytest
 from pipeline.datasets import open_dataset, open_split
 from pipeline.errors import DataError, SpecError
 from pipeline.spec.cache_spec import CacheSpec, SplitSpec, load_spec
-from pipeline.spec.units import Units, units_from
+from pipeline.spec.units import Units, parse_units
 from tests.frames import frame, write_frames
 
 
@@ -158,7 +158,7 @@ def test_the_same_file_twice_is_refused(tmp_path: Path) -> None:
 def test_units_have_the_names_of_the_field(
     units: str, energy: float, forces: float
 ) -> None:
-    factors = units_from(units).factors
+    factors = parse_units(units).factors
     assert factors.energy == pytest.approx(energy, rel=1e-6)
     assert factors.forces == pytest.approx(forces, rel=1e-6)
 

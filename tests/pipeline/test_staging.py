@@ -13,7 +13,7 @@ from pipeline.datasets import open_split
 from pipeline.errors import DataError
 from pipeline.files import download as staging
 from pipeline.files import remote
-from pipeline.files.download import staged
+from pipeline.files.download import download
 from pipeline.spec.cache_spec import SplitSpec, load_spec
 from pipeline.store.reader import FeatureStore
 from tests.frames import collision_frames, write_frames
@@ -61,18 +61,18 @@ def _fetched(server: FolderServer) -> int:
 
 def test_a_file_is_fetched_once(server: FolderServer, data: Path, folder: Path) -> None:
     url = f"{server.url}/b.extxyz"
-    place = staged(url)
+    place = download(url)
     assert place.name == "b.extxyz"
     assert place.is_relative_to(folder)
     assert place.read_bytes() == (data / "b.extxyz").read_bytes()
     assert _fetched(server) == place.stat().st_size
-    assert staged(url) == place
+    assert download(url) == place
     assert _fetched(server) == place.stat().st_size
 
 
 def test_a_folder_is_fetched_whole(bucket: str, data: Path, folder: Path) -> None:
     for url in (bucket, bucket + "/", f"file://{data}"):
-        place = staged(url)
+        place = download(url)
         assert {file.name for file in place.iterdir()} == {"a.extxyz.xz", "b.extxyz"}
         for file in place.iterdir():
             assert file.read_bytes() == (data / file.name).read_bytes()
@@ -100,11 +100,11 @@ def test_a_transfer_that_is_cut_off_goes_on_where_it_stopped(
         patched.setattr(fsspec.get_filesystem_class("http"), "_cat_file", failing)
         fsspec.get_filesystem_class("http").clear_instance_cache()
         with pytest.raises(DataError, match="does not answer .*the cable is out"):
-            staged(url)
+            download(url)
     fsspec.get_filesystem_class("http").clear_instance_cache()
     assert [file.suffix for file in folder.iterdir() if file.is_dir()] == [".partial"]
     server.sent.clear()
-    assert staged(url).read_bytes() == (data / "b.extxyz").read_bytes()
+    assert download(url).read_bytes() == (data / "b.extxyz").read_bytes()
     assert len(server.sent) == pieces - 3
 
 
@@ -114,7 +114,7 @@ def test_of_several_that_ask_at_once_one_fetches(
     url = f"{server.url}/b.extxyz"
     places: list[Path] = []
     threads = [
-        threading.Thread(target=lambda: places.append(staged(url))) for _ in range(4)
+        threading.Thread(target=lambda: places.append(download(url))) for _ in range(4)
     ]
     for thread in threads:
         thread.start()
@@ -126,17 +126,17 @@ def test_of_several_that_ask_at_once_one_fetches(
 
 
 def test_what_changed_is_fetched_anew(bucket: str, data: Path, folder: Path) -> None:
-    before = staged(bucket)
+    before = download(bucket)
     write_frames(data / "b.extxyz", collision_frames(3, first=40))
     fsspec.filesystem("memory").put(str(data / "b.extxyz"), "/bucket/b.extxyz")
-    after = staged(bucket)
+    after = download(bucket)
     assert after != before
     assert (after / "b.extxyz").read_bytes() == (data / "b.extxyz").read_bytes()
     # A local file of the same size is told apart by its time.
     url = f"file://{data / 'b.extxyz'}"
-    place = staged(url)
+    place = download(url)
     os.utime(data / "b.extxyz", (5, 5))
-    assert staged(url) != place
+    assert download(url) != place
 
 
 def test_nothing_there_or_no_ranges(
@@ -144,13 +144,13 @@ def test_nothing_there_or_no_ranges(
 ) -> None:
     for url in (f"{server.url}/c.extxyz", f"{bucket}/c", "memory://nowhere/d"):
         with pytest.raises(DataError, match=f"{url} does not exist"):
-            staged(url)
+            download(url)
     with pytest.raises(DataError, match="cannot be opened .*remote"):
-        staged("nosuchprotocol://x/y.extxyz")
+        download("nosuchprotocol://x/y.extxyz")
     server.ranges = False
     monkeypatch.setattr(staging, "PIECE", 100)
     with pytest.raises(DataError, match="server sends .* serves byte ranges"):
-        staged(f"{server.url}/b.extxyz")
+        download(f"{server.url}/b.extxyz")
 
 
 def test_a_store_of_a_url_is_that_of_the_files(

@@ -15,7 +15,7 @@ from pipeline.models.checkpoint import load_checkpoint, save_model
 from pipeline.models.zoo import build_model
 from pipeline.spec.cache_spec import TeacherSpec
 from pipeline.structure import Sample
-from pipeline.teachers.runner import Teacher, width_shape
+from pipeline.teachers.runner import TeacherRunner, width_shape
 from tests.frames import collision_frames, frame, write_frames
 from tests.stores import STUDENTS, save_teacher, teacher_normalizer
 
@@ -42,7 +42,9 @@ def test_predictions_equal_single_forward_passes(
     teacher_file: Path, samples: list[Sample]
 ) -> None:
     """Units worked out by hand from the normaliser's numbers."""
-    found = Teacher.load(_spec(teacher_file, batch_atoms=50)).predict(samples, FIELDS)
+    found = TeacherRunner.load(_spec(teacher_file, batch_atoms=50)).predict(
+        samples, FIELDS
+    )
     assert set(found) == {"teacher_energy", "teacher_forces", *FIELDS}
     model = load_checkpoint(teacher_file).model
     units = teacher_normalizer()
@@ -72,7 +74,7 @@ def test_predictions_equal_single_forward_passes(
 def test_atom_energies_add_up_to_the_energy(
     teacher_file: Path, samples: list[Sample]
 ) -> None:
-    teacher = Teacher.load(_spec(teacher_file))
+    teacher = TeacherRunner.load(_spec(teacher_file))
     found = teacher.predict(samples, ("per_atom_energy",))
     units = teacher_normalizer()
     ends = np.cumsum([len(s.structure) for s in samples])
@@ -87,8 +89,8 @@ def test_atom_energies_add_up_to_the_energy(
 def test_batches_do_not_change_numbers_or_order(
     budget: int, teacher_file: Path, samples: list[Sample]
 ) -> None:
-    reference = Teacher.load(_spec(teacher_file)).predict(samples, FIELDS)
-    teacher = Teacher.load(_spec(teacher_file, batch_atoms=budget))
+    reference = TeacherRunner.load(_spec(teacher_file)).predict(samples, FIELDS)
+    teacher = TeacherRunner.load(_spec(teacher_file, batch_atoms=budget))
     sizes: list[int] = []
 
     def noted(module: torch.nn.Module, inputs: tuple) -> None:
@@ -105,13 +107,13 @@ def test_batches_do_not_change_numbers_or_order(
 
 
 def test_teacher_is_frozen_and_in_evaluation_mode(teacher_file: Path) -> None:
-    model = Teacher.load(_spec(teacher_file)).potential.loaded.model
+    model = TeacherRunner.load(_spec(teacher_file)).potential.loaded.model
     assert not model.training
     assert not any(p.requires_grad for p in model.parameters())
 
 
 def test_widths_and_shapes_follow_from_the_model(teacher_file: Path) -> None:
-    teacher = Teacher.load(_spec(teacher_file))
+    teacher = TeacherRunner.load(_spec(teacher_file))
     assert teacher.widths == {
         "per_atom_energy": 0,
         "node_features": 16,
@@ -128,21 +130,21 @@ def test_widths_and_shapes_follow_from_the_model(teacher_file: Path) -> None:
 def test_identity_changes_with_everything_that_decides_numbers(
     teacher_file: Path, tmp_path: Path
 ) -> None:
-    first = Teacher.load(_spec(teacher_file)).identity
-    assert first == Teacher.load(_spec(teacher_file)).identity
+    first = TeacherRunner.load(_spec(teacher_file)).identity
+    assert first == TeacherRunner.load(_spec(teacher_file)).identity
     other_weights = save_teacher(tmp_path / "a.safetensors", seed=4)
     other_cutoff = save_teacher(tmp_path / "b.safetensors", cutoff=4.5)
     others = [
-        Teacher.load(_spec(other_weights)).identity,
-        Teacher.load(_spec(other_cutoff)).identity,
-        Teacher.load(_spec(teacher_file, batch_atoms=99)).identity,
+        TeacherRunner.load(_spec(other_weights)).identity,
+        TeacherRunner.load(_spec(other_cutoff)).identity,
+        TeacherRunner.load(_spec(teacher_file, batch_atoms=99)).identity,
     ]
     assert all(other != first for other in others)
     loaded = load_checkpoint(teacher_file)
     units = replace(loaded.normalizer, force_std=2.0)
     path = tmp_path / "c.safetensors"
     save_model(path, "painn", loaded.model, units, {})
-    assert Teacher.load(_spec(path)).identity != first
+    assert TeacherRunner.load(_spec(path)).identity != first
 
 
 def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
@@ -150,20 +152,20 @@ def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     model = build_model("schnet", STUDENTS["schnet-demo"])
     save_model(path, "schnet", model, teacher_normalizer(), {})
     with pytest.raises(CheckpointError, match=r"holds a schnet.*teacher.model=schnet"):
-        Teacher.load(_spec(path))
+        TeacherRunner.load(_spec(path))
 
 
 def test_model_without_forces_is_refused(tmp_path: Path) -> None:
     path = save_teacher(tmp_path / "teacher.safetensors", regress_forces=False)
     with pytest.raises(CheckpointError, match="holds a model without forces"):
-        Teacher.load(_spec(path))
+        TeacherRunner.load(_spec(path))
 
 
 def test_schnet_teaches_too(tmp_path: Path, samples: list[Sample]) -> None:
     path = tmp_path / "schnet.safetensors"
     model = build_model("schnet", STUDENTS["schnet-demo"])
     save_model(path, "schnet", model, teacher_normalizer(), {})
-    teacher = Teacher.load(_spec(path, model="schnet"))
+    teacher = TeacherRunner.load(_spec(path, model="schnet"))
     found = teacher.predict(samples, ("node_features",))
     assert found["node_features"].shape[1] == 8
     # Forces are the gradient: a small move changes the energy by -F dx.
@@ -183,13 +185,13 @@ def test_schnet_teaches_too(tmp_path: Path, samples: list[Sample]) -> None:
 def test_sample_without_neighbours_is_named(teacher_file: Path, tmp_path: Path) -> None:
     lonely = _sample(tmp_path, frame("lonely", ["H", "H"], [[0, 0, 0], [9, 0, 0]]))
     with pytest.raises(DataError, match="'lonely' has no neighbours within 5"):
-        Teacher.load(_spec(teacher_file)).predict([lonely], ())
+        TeacherRunner.load(_spec(teacher_file)).predict([lonely], ())
 
 
 def test_unknown_element_is_named(tmp_path: Path, teacher_file: Path) -> None:
     heavy = _sample(tmp_path, frame("heavy", ["H", "U"], [[0, 0, 0], [1, 0, 0]]))
     with pytest.raises(DataError, match=r"'heavy'.*atomic number 92"):
-        Teacher.load(_spec(teacher_file)).predict([heavy], ())
+        TeacherRunner.load(_spec(teacher_file)).predict([heavy], ())
 
 
 def test_impossible_cell_is_named(tmp_path: Path, teacher_file: Path) -> None:
@@ -203,4 +205,4 @@ def test_impossible_cell_is_named(tmp_path: Path, teacher_file: Path) -> None:
         ),
     )
     with pytest.raises(DataError, match="'flat'"):
-        Teacher.load(_spec(teacher_file)).predict([flat], ())
+        TeacherRunner.load(_spec(teacher_file)).predict([flat], ())

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from ase.geometry import get_distances
 
-from pipeline.build.build import build_store, prepare
+from pipeline.build.build import build_store, make_build_plan
 from pipeline.cli.main import main
 from pipeline.datasets import Dataset, open_dataset, open_split
 from pipeline.datasets.rattled import CLOSEST_PAIR
@@ -22,7 +22,7 @@ from pipeline.spec.cache_spec import SplitSpec, load_spec
 from pipeline.store.reader import FeatureStore
 from pipeline.store.verify import verify_store
 from pipeline.structure import Sample
-from pipeline.teachers.runner import Teacher
+from pipeline.teachers.runner import TeacherRunner
 from tests.commands import run_command
 from tests.frames import collision_frames, frame, write_frames
 from tests.stores import build, spec_document, write_spec
@@ -259,7 +259,7 @@ def test_a_store_has_the_teachers_predictions_of_every_copy(
     spec = load_spec(store.path.with_name("s.yaml"))
     copies = open_split(spec.splits["rattled"])
     assert spec.teacher is not None
-    teacher = Teacher.load(spec.teacher)
+    teacher = TeacherRunner.load(spec.teacher)
     places = {name: k for k, name in enumerate(copies.sample_ids)}
     paths = ["structures/positions", "teacher/energy", "teacher/forces"]
     for position in (0, 57, 199):
@@ -336,12 +336,12 @@ def test_energies_that_are_left_out_are_not_compared(
     )
     spec = write_spec(tmp_path / "s.yaml", document)
     with pytest.raises(DataError, match="different kinds"):
-        prepare(load_spec(spec))
+        make_build_plan(load_spec(spec))
     for change in (
         "splits.more.labels=none",
         "splits.more.rattle={copies: 1, sigma: 0.1}",
     ):
-        attributes = prepare(load_spec(spec, [change])).attributes
+        attributes = make_build_plan(load_spec(spec, [change])).attributes
         statistics = attributes["label_statistics"]
         assert statistics["more"]["force_std"] == 1.0
         assert statistics["train"]["force_std"] != 1.0
@@ -356,7 +356,7 @@ def test_fingerprints_know_what_is_left_out_and_how_copies_are_made(
     spec = write_spec(tmp_path / "s.yaml", document)
 
     def fingerprint(*changes: str) -> str:
-        return str(prepare(load_spec(spec, changes)).attributes["fingerprint"])
+        return str(make_build_plan(load_spec(spec, changes)).attributes["fingerprint"])
 
     rattle = "splits.train.rattle="
     found = {
@@ -382,7 +382,7 @@ def test_specs_without_these_keys_keep_their_fingerprints(
     """Written down before the keys were there."""
     document = spec_document({"train": collisions(4)}, tmp_path / "s.zarr")
     spec = load_spec(write_spec(tmp_path / "s.yaml", document))
-    assert prepare(spec).attributes["fingerprint"] == BEFORE
+    assert make_build_plan(spec).attributes["fingerprint"] == BEFORE
 
 
 def test_copies_are_added_to_a_finished_store(

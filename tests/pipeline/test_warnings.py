@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.cli.main import main
 from pipeline.console import one_sentence_errors
-from pipeline.logs import collected_warnings, log_to_file, tell_again, warnings_told
+from pipeline.logs import collect_warnings, log_again, log_to_file, report_warnings
 from pipeline.parallel.ordered_map import processes
 from tests.commands import run_command
 from tests.frames import collision_frames, write_frames
@@ -129,7 +129,7 @@ def test_passes_hand_warnings_on(
     capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     """Of the processes that read datasets."""
-    with warnings_told():
+    with report_warnings():
         log_to_file(tmp_path / "a.log")
         with processes(2) as run:
             assert list(run(_warning, range(4))) == [0, 1, 2, 3]
@@ -142,9 +142,9 @@ def test_what_a_thread_warns_of_can_be_told_elsewhere(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     logger = logging.getLogger("pipeline.parallel")
-    with warnings_told():  # as in a process that has handlers
-        with collected_warnings() as found:
+    with report_warnings():  # as in a process that has handlers
+        with collect_warnings() as found:
             logger.warning("here")
         assert found == []
-        tell_again(found)
+        log_again(found)
     assert [record.getMessage() for record in caplog.records] == ["here"]

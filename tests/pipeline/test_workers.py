@@ -17,10 +17,10 @@ import pytest
 
 from pipeline.build.build import build_store
 from pipeline.build.fill import check_workers
-from pipeline.build.worker import Filling
+from pipeline.build.worker import FillOptions
 from pipeline.cli.main import main
 from pipeline.errors import WorkersError
-from pipeline.parallel.task_pool import connected
+from pipeline.parallel.task_pool import connect
 from pipeline.spec.cache_spec import load_spec
 from pipeline.store.reader import FeatureStore
 from pipeline.store.writer import StoreWriter
@@ -56,7 +56,7 @@ def chains(
 def _held(spec: Path, store: Path) -> Iterator[None]:
     """A planned store whose block HELD nobody else can write."""
     planned = load_spec(spec, [f"store.path={store}"])
-    assert not build_store(planned, filling=Filling(blocks=(99, 100)))
+    assert not build_store(planned, filling=FillOptions(blocks=(99, 100)))
     with StoreWriter(store).claim_block("train", HELD) as missing:
         assert missing
         yield
@@ -201,7 +201,7 @@ def test_a_cluster_writes_the_same_bytes_and_may_be_lost(
     cluster = Cluster(tmp_path)
     build_there = [*build_it, "--scheduler", cluster.address, "--retries", 20]
     try:
-        with connected(cluster.address, 1800) as client:
+        with connect(cluster.address, 1800) as client:
             client.wait_for_workers(1, timeout=1800)
             with pytest.raises(WorkersError, match=r"does not see the store .*absent"):
                 check_workers(client, tmp_path / "absent", "a fingerprint")

@@ -6,7 +6,7 @@ import pytest
 import toy_store
 
 from pipeline.errors import DamagedStoreError, PipelineError
-from pipeline.store.backends import FolderPlace
+from pipeline.store.backends import LocalBackend
 from pipeline.store.metadata import read_split
 from pipeline.store.reader import FeatureStore, SplitReader
 from pipeline.store.verify import verify_store
@@ -38,7 +38,7 @@ def read_all(store: FeatureStore):
 
 def stored_paths(split: SplitReader) -> list[str]:
     return [
-        one for path, info in split.arrays.items() for one in (path, *info.companions)
+        one for path, info in split.arrays.items() for one in (path, *info.scale_arrays)
     ]
 
 
@@ -228,7 +228,7 @@ def test_a_shortened_shard_is_pending_without_reading_it(victim: Path):
 
 
 def test_rows_are_traced_to_their_samples(victim: Path):
-    index = read_split(FolderPlace(victim), "train")
+    index = read_split(LocalBackend(victim), "train")
     owners: dict[int, str] = {}
     for name, start, n in zip(
         index.sample_ids, index.start, index.n_atoms, strict=True
@@ -236,11 +236,11 @@ def test_rows_are_traced_to_their_samples(victim: Path):
         owners.update({row: str(name) for row in range(int(start), int(start + n))})
     for row in range(index.n_blocks * index.rows_per_block):
         expected = [owners[row]] if row in owners else []
-        assert index.samples_at("node", row, row + 1) == expected
+        assert index.find_samples("node", row, row + 1) == expected
     named = [str(name) for name in index.sample_ids]
     for name, row in zip(named, index.sample_row.tolist(), strict=True):
-        assert index.samples_at("sample", row, row + 1) == [name]
-    assert index.samples_at("node", 0, 10**9) == named
+        assert index.find_samples("sample", row, row + 1) == [name]
+    assert index.find_samples("node", 0, 10**9) == named
 
 
 def test_a_writer_clears_the_locks_that_a_killed_seal_left(victim: Path):

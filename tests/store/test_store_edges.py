@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pipeline.errors import DamagedStoreError, DataError, SpecError, StoreError
 from pipeline.store import creation as creation_module
 from pipeline.store import writer as writer_module
-from pipeline.store.backends import FolderPlace
+from pipeline.store.backends import LocalBackend
 from pipeline.store.layout import EdgeAxis, plan_blocks
 from pipeline.store.metadata import read_split
 from pipeline.store.reader import FeatureStore
@@ -233,7 +233,7 @@ def test_a_damaged_edge_shard_is_found_and_built_again(
 
 
 def test_edge_rows_are_traced_to_their_samples(bonds: Path):
-    index = read_split(FolderPlace(bonds), "bonds")
+    index = read_split(LocalBackend(bonds), "bonds")
     owners = {}
     for name, start, n in zip(
         PLAN.sample_ids, EDGES.start.tolist(), EDGES.n_edges.tolist(), strict=True
@@ -241,7 +241,7 @@ def test_edge_rows_are_traced_to_their_samples(bonds: Path):
         owners.update({row: name for row in range(start, start + n)})
     for row in range(index.n_blocks * index.rows("edge")):
         expected = [owners[row]] if row in owners else []
-        assert index.samples_at("edge", row, row + 1) == expected
+        assert index.find_samples("edge", row, row + 1) == expected
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ import zarr
 
 from pipeline.errors import DamagedStoreError, DataError
 from pipeline.store.calibration import calibrate
-from pipeline.store.compressed import PackedLayout
-from pipeline.store.quantization import DTYPES, Encoding, relative_error
+from pipeline.store.compressed import CompressedLayout
+from pipeline.store.quantization import DTYPES, Quantization, relative_error
 from pipeline.store.reader import FeatureStore, SplitReader
 from pipeline.store.verify import verify_store
 from pipeline.store.writer import StoreWriter, create_store
@@ -135,8 +135,8 @@ def test_integers_pack_nearly_to_their_entropy():
     for channel in integers.T:
         _, counts = np.unique(channel, return_counts=True)
         bits -= (counts * np.log2(counts / len(channel))).sum()
-    assert found.effort is not None
-    layout = PackedLayout(2048, integers.dtype, (64,), found.effort)
+    assert found.clevel is not None
+    layout = CompressedLayout(2048, integers.dtype, (64,), found.clevel)
     assert bits / 8 < len(layout.encode(integers)) < 1.1 * bits / 8
 
 
@@ -189,14 +189,14 @@ def test_row_scales_never_round_below_their_row():
         rng.standard_normal((5000, 6)) * 10 ** rng.uniform(-6, 4, (5000, 1))
     ).astype(np.float32)
     ones, none = np.ones(6, np.float32), np.zeros(6, np.float32)
-    encoding = Encoding("q8", ones, none)
+    encoding = Quantization("q8", ones, none)
     integers, scale = encoding.encode(values)
     assert np.abs(integers.astype(int)).max() == 127
     off = np.abs(encoding.decode(integers, scale) - values)
     assert (off <= 0.5001 * scale.astype(np.float32)[:, None]).all()
 
 
-def made_encoding(profile: str, rotated: bool) -> tuple[Encoding, np.ndarray, Any]:
+def made_encoding(profile: str, rotated: bool) -> tuple[Quantization, np.ndarray, Any]:
     """An encoding of 24 channels, integers and scales, equal on every machine."""
     rng = np.random.default_rng(11)
 
@@ -206,7 +206,7 @@ def made_encoding(profile: str, rotated: bool) -> tuple[Encoding, np.ndarray, An
     scale, mean = np.abs(floats(24)) + np.float32(0.01), floats(24)
     rotation = floats(24, 24) if rotated else None
     zero = np.full(24, 128, np.float32) if profile == "compact" else None
-    encoding = Encoding(profile, scale, mean, rotation, zero)
+    encoding = Quantization(profile, scale, mean, rotation, zero)
     limit = 2**15 - 1 if profile == "compact" else 127
     integers = rng.integers(-limit, limit, (700, 3, 24)).astype(DTYPES[profile])
     scales = np.abs(floats(700)).astype(np.float16) if profile == "q8" else None
@@ -226,7 +226,7 @@ def test_bits_of_a_row_do_not_depend_on_other_rows(profile, rotated):
         np.testing.assert_array_equal(
             encoding.decode(integers[rows], some), whole[rows]
         )
-    tables = {name: table.astype(np.float64) for name, table in encoding.tables.items()}
+    tables = {name: table.astype(np.float64) for name, table in encoding.params.items()}
     expected = decoded_in_plain_python(integers, scales, tables)
     np.testing.assert_allclose(whole, expected, rtol=1e-6, atol=1e-6 * expected.std())
 
@@ -315,13 +315,13 @@ def test_a_damaged_packed_chunk_is_named_and_nothing_else_lost(coded, tmp_path):
 
 def test_chunks_are_kept_up_to_a_limit(coded, monkeypatch):
     decoded = []
-    original = PackedLayout.decode_chunk
+    original = CompressedLayout.decode_chunk
 
     def counting(layout, stored):
         decoded.append(len(stored))
         return original(layout, stored)
 
-    monkeypatch.setattr(PackedLayout, "decode_chunk", counting)
+    monkeypatch.setattr(CompressedLayout, "decode_chunk", counting)
     path = "features/edge_to_node_features"
     everyone = np.arange(PLAN.blocks.n_samples)
     roomy = FeatureStore.open(coded).splits["coded"]
@@ -329,11 +329,11 @@ def test_chunks_are_kept_up_to_a_limit(coded, monkeypatch):
     once = len(decoded)
     roomy.read(everyone[::-1], [path])
     assert len(decoded) == once
-    assert roomy.window_blocks([path]) >= roomy.n_blocks
-    assert roomy.window_blocks(["features/node_features"]) is None
+    assert roomy.max_shuffle_blocks([path]) >= roomy.n_blocks
+    assert roomy.max_shuffle_blocks(["features/node_features"]) is None
     # Room for one block: every pass over all of them decodes everything again.
     tight = FeatureStore.open(coded, cache_bytes=2048 * 24).splits["coded"]
-    assert tight.window_blocks([path]) == 1
+    assert tight.max_shuffle_blocks([path]) == 1
     decoded.clear()
     for _ in range(2):
         for block in range(tight.n_blocks):

@@ -195,8 +195,8 @@ def test_a_window_of_a_remote_store_fits_into_memory(server: FolderServer):
     paths = ["features/node_features", "features/vector_features"]
     block = 2048 * (5 + 12) * 2
     tight = FeatureStore.open(url, cache_bytes=3 * block).splits["train"]
-    assert tight.window_blocks(paths) == 3
-    assert _splits(url)["train"].window_blocks(paths) > 1000
+    assert tight.max_shuffle_blocks(paths) == 3
+    assert _splits(url)["train"].max_shuffle_blocks(paths) > 1000
 
 
 def _splits(url: str) -> dict[str, SplitReader]:

@@ -202,7 +202,9 @@ def test_cold_pages_are_asked_for_ahead(store: FeatureStore, monkeypatch):
     faults = iter([1, 2, 2, 2])
     monkeypatch.setattr(module, "_COLD_READS", 1)
     monkeypatch.setattr(module, "disk_reads", lambda: next(faults))
-    monkeypatch.setattr(module, "prefetch", lambda view: asked.append(len(view)))
+    monkeypatch.setattr(
+        module, "advise_will_need", lambda view: asked.append(len(view))
+    )
     path = "features/node_features"
     reader = SplitReader(store.splits["train"].index, ChunkCache(0))
     reader.read([3], [path])

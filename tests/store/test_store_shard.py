@@ -5,7 +5,7 @@ import pytest
 import zarr
 from zarr.codecs import BloscCodec, BytesCodec, Crc32cCodec, TransposeCodec
 
-from pipeline.store.compressed import PackedLayout
+from pipeline.store.compressed import CompressedLayout
 from pipeline.store.shard import RawLayout, ShardLayout, with_crc, without_crc
 
 
@@ -39,13 +39,13 @@ def test_bytes_equal_those_of_zarr_python(tmp_path: Path, dtype, rows, shape):
     check_decoding(layout, shard, values)
 
 
-@pytest.mark.parametrize("effort", [1, 5])
+@pytest.mark.parametrize("clevel", [1, 5])
 @pytest.mark.parametrize(("rows", "shape"), [(2048, (5,)), (1024, (3, 4)), (300, (7,))])
 def test_zarr_python_reads_packed_shards_and_we_read_its(
-    tmp_path: Path, effort, rows, shape
+    tmp_path: Path, clevel, rows, shape
 ):
     values = np.random.default_rng(1).normal(0, 9, (rows, *shape)).astype(np.int16)
-    layout = PackedLayout(rows, values.dtype, shape, effort)
+    layout = CompressedLayout(rows, values.dtype, shape, clevel)
     array = zarr.create_array(
         tmp_path / "a",
         shape=values.shape,
@@ -57,7 +57,7 @@ def test_zarr_python_reads_packed_shards_and_we_read_its(
         compressors=[
             BloscCodec(
                 cname="zstd",
-                clevel=effort,
+                clevel=clevel,
                 shuffle="shuffle",
                 typesize=2,
                 blocksize=16384,
@@ -75,7 +75,7 @@ def test_zarr_python_reads_packed_shards_and_we_read_its(
 
 
 def check_decoding(layout: ShardLayout, shard: bytes, values: np.ndarray) -> None:
-    index = layout.index_of(as_bytes(shard))
+    index = layout.extract_index(as_bytes(shard))
     assert index is not None
     decoded, damaged = layout.decode(as_bytes(shard), index)
     assert damaged == []
@@ -91,7 +91,7 @@ def test_big_endian_input_is_stored_little():
 
 LAYOUTS = [
     RawLayout(2048, np.dtype("<u2"), ()),
-    PackedLayout(1024, np.dtype("<i2"), (3,), 2),
+    CompressedLayout(1024, np.dtype("<i2"), (3,), 2),
 ]
 
 
@@ -100,12 +100,12 @@ def test_every_flipped_byte_is_found_where_it_is(layout: ShardLayout):
     rng = np.random.default_rng(2)
     values = rng.integers(0, 90, (layout.rows, *layout.shape)).astype(layout.dtype)
     intact = as_bytes(layout.encode(values))
-    index = layout.index_of(intact)
+    index = layout.extract_index(intact)
     assert index is not None
     for place in range(0, len(intact), 7):
         shard = intact.copy()
         shard[place] ^= 1 << (place % 8)
-        found = layout.index_of(shard)
+        found = layout.extract_index(shard)
         if place >= index[-1, 1]:
             assert found is None
             continue
@@ -118,8 +118,8 @@ def test_every_flipped_byte_is_found_where_it_is(layout: ShardLayout):
 
 
 def test_hostile_packed_chunks_are_damage():
-    layout = PackedLayout(1024, np.dtype("<i2"), (4,), 2)
-    other = PackedLayout(1024, np.dtype("<i2"), (8,), 2)
+    layout = CompressedLayout(1024, np.dtype("<i2"), (4,), 2)
+    other = CompressedLayout(1024, np.dtype("<i2"), (8,), 2)
     values = np.arange(1024 * 8, dtype=np.int16).reshape(1024, 8)
     # Right checksum, but more inside than the array has room for.
     assert layout.decode_chunk(as_bytes(other.encode_chunk(values))) is None
@@ -133,7 +133,7 @@ def test_hostile_packed_chunks_are_damage():
 
 
 def test_packed_index_must_be_dense():
-    layout = PackedLayout(2048, np.dtype("<i2"), (), 2)
+    layout = CompressedLayout(2048, np.dtype("<i2"), (), 2)
     table = np.array([[0, 30], [30, 40]], "<u8")
     size = 70 + layout.index_bytes
     assert layout.read_index(with_crc(table.tobytes()), size).tolist() == [

@@ -12,9 +12,9 @@ from http_server import serving
 
 from pipeline.cli.main import main
 from pipeline.errors import DamagedStoreError, StoreError
-from pipeline.store.backends import RemotePlace
+from pipeline.store.backends import RemoteBackend
 from pipeline.store.reader import FeatureStore
-from pipeline.store.transfer import FolderTarget, copy_store, staged_store
+from pipeline.store.transfer import FolderTarget, copy_store, stage_store
 from pipeline.store.verify import verify_store
 from pipeline.store.writer import StoreWriter
 from tests.commands import refusal, run_command
@@ -72,16 +72,16 @@ def test_a_copy_that_is_cut_off_is_not_complete_and_goes_on(
     folder: Path, url: str, after: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writes = itertools.count()
-    write = RemotePlace.write
+    write = RemoteBackend.write
     limit = after % len(files_of(folder))
 
-    def failing(self: RemotePlace, name: str, content: bytes) -> None:
+    def failing(self: RemoteBackend, name: str, content: bytes) -> None:
         if next(writes) >= limit:
             raise _CutOffError
         write(self, name, content)
 
     with monkeypatch.context() as patched:
-        patched.setattr(RemotePlace, "write", failing)
+        patched.setattr(RemoteBackend, "write", failing)
         with pytest.raises(_CutOffError):
             copy_store(folder, url)
     if files_behind(url).get("zarr.json") is None:
@@ -154,10 +154,10 @@ def test_a_store_is_staged_once_and_completely(folder: Path, tmp_path: Path) -> 
     pytest.importorskip("aiohttp")
     with serving(folder.parent) as server:
         url = f"{server.url}/toy.zarr"
-        place = staged_store(url, tmp_path)
+        place = stage_store(url, tmp_path)
         assert files_of(place) == files_of(folder)
         server.sent.clear()
-        assert staged_store(url, tmp_path) == place
+        assert stage_store(url, tmp_path) == place
         shards = [n for n, _ in server.sent if "/features/" in n and "/c/" in n]
         assert shards == []
     assert FeatureStore.open(folder).fingerprint[:16] in place.name
@@ -179,11 +179,11 @@ def test_a_staging_that_is_cut_off_goes_on(
     with monkeypatch.context() as patched:
         patched.setattr(FolderTarget, "write", failing)
         with pytest.raises(_CutOffError):
-            staged_store(folder, tmp_path)
+            stage_store(folder, tmp_path)
     (place,) = tmp_path.glob("toy-*")
     with pytest.raises(StoreError, match="lacks block"):
         FeatureStore.open(place)
-    assert staged_store(folder, tmp_path) == place
+    assert stage_store(folder, tmp_path) == place
     assert files_of(place) == files_of(folder)
 
 
@@ -191,7 +191,7 @@ def test_an_unfinished_store_is_not_staged(folder: Path, tmp_path: Path) -> None
     part = Path(shutil.copytree(folder, tmp_path / "part.zarr"))
     StoreWriter(part).discard_block("bonds", 1)
     with pytest.raises(StoreError, match="lacks block 1 of split 'bonds'"):
-        staged_store(part, tmp_path / "stage")
+        stage_store(part, tmp_path / "stage")
 
 
 def test_push_as_it_is_typed(folder: Path, tmp_path: Path, url: str) -> None:

@@ -15,7 +15,7 @@ from pipeline.store.verify import verify_store
 from pipeline.structure import Sample
 from pipeline.teachers.checks import Subject, check_potential
 from pipeline.teachers.registry import load_potential
-from pipeline.teachers.runner import Teacher
+from pipeline.teachers.runner import TeacherRunner
 from tests.stores import spec_document, write_spec
 from tests.teachers.shared_data import made_samples, real_samples, shared_file
 
@@ -45,7 +45,7 @@ def test_equals_its_ase_calculator(samples: object) -> None:
 
     chosen = samples()  # type: ignore[operator]
     calculator = CHGNetCalculator(use_device="cpu", return_site_energies=True)
-    teacher = Teacher.load(TeacherSpec(model="chgnet"))
+    teacher = TeacherRunner.load(TeacherSpec(model="chgnet"))
     found = teacher.predict(chosen, FIELDS)
     references = np.array(teacher.potential.normalizer.element_references)
     row = 0
@@ -97,7 +97,7 @@ def test_bond_states_lie_on_the_right_edges() -> None:
 
 
 def test_sums_over_edges_end_in_their_targets() -> None:
-    teacher = Teacher.load(TeacherSpec(model="chgnet"))
+    teacher = TeacherRunner.load(TeacherSpec(model="chgnet"))
     samples = made_samples()
     found = teacher.predict(samples, FIELDS)
     first = edge = 0
@@ -135,7 +135,7 @@ def test_structures_without_angles_are_served_alone_and_in_company() -> None:
         structure.fixed,
     )
     lonely = Sample("spread", spread, sample.energy, sample.forces)
-    teacher = Teacher.load(TeacherSpec(model="chgnet"))
+    teacher = TeacherRunner.load(TeacherSpec(model="chgnet"))
     alone = teacher.predict([lonely], FIELDS)
     company = teacher.predict([lonely, sample], FIELDS)
     for name in FIELDS:

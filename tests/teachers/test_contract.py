@@ -16,7 +16,7 @@ from pipeline.models.zoo import build_model
 from pipeline.spec.cache_spec import TeacherSpec
 from pipeline.structure import Sample
 from pipeline.teachers.checks import CHECKS, Subject, check_potential
-from pipeline.teachers.potential import Claims, FieldOffer, Graph, Potential
+from pipeline.teachers.potential import FieldInfo, Guarantees, Potential, SampleGraph
 from pipeline.teachers.registry import load_potential
 from tests.stores import STUDENTS, save_gemnet, save_teacher, teacher_normalizer
 from tests.teachers.shared_data import made_samples
@@ -63,16 +63,16 @@ class Altered(Potential):
     def __init__(self, inner: Potential, change: Callable[..., Any] | None) -> None:
         self.inner = inner
         self.change = change
-        self.offers = {
-            **inner.offers,
-            "vector_features": FieldOffer("vector_features", 1),
-            "edge_features": FieldOffer("edge_features", 1),
+        self.available_fields = {
+            **inner.available_fields,
+            "vector_features": FieldInfo("vector_features", 1),
+            "edge_features": FieldInfo("edge_features", 1),
         }
         self.graph_rule = inner.graph_rule
         self.elements = inner.elements
         # Written over: tests that alter it do so on the instance.
         self.normalizer = replace(inner.normalizer, force_std=3.0)
-        self.claims = Claims()
+        self.guarantees = Guarantees()
         self.provenance = {}
         self.calls = 0
 
@@ -84,9 +84,12 @@ class Altered(Potential):
         self.inner.to(device)
 
     def forward(
-        self, graphs: Sequence[Graph], fields: Sequence[str], layers: Mapping[str, str]
+        self,
+        graphs: Sequence[SampleGraph],
+        fields: Sequence[str],
+        layers: Mapping[str, str],
     ) -> Values:
-        known = [name for name in fields if name in self.inner.offers]
+        known = [name for name in fields if name in self.inner.available_fields]
         values = dict(self.inner.forward(graphs, known, layers))
         scale = self.inner.normalizer.energy_std / self.inner.normalizer.force_std
         values["teacher_forces"] = values["teacher_forces"] * scale
@@ -103,7 +106,7 @@ class Altered(Potential):
         return values
 
 
-def _geometry(graph: Graph) -> tuple[Tensor, Tensor]:
+def _geometry(graph: SampleGraph) -> tuple[Tensor, Tensor]:
     """Sum of decaying vectors to the neighbours, (N, 3, 1), and lengths, (E, 1)."""
     structure, edges = graph.structure, graph.edges
     source, target = edges.edge_index
@@ -130,67 +133,69 @@ def test_the_unaltered_potential_keeps_every_check(folder: Path) -> None:
     assert _kept(_subject(folder)).keys() == set(CHECKS)
 
 
-def _scramble_xyz(values: Values, graphs: Sequence[Graph], calls: int) -> None:
+def _scramble_xyz(values: Values, graphs: Sequence[SampleGraph], calls: int) -> None:
     values["vector_features"] = values["vector_features"][:, [1, 2, 0]]
 
 
-def _leak_between_samples(values: Values, graphs: Sequence[Graph], calls: int) -> None:
+def _leak_between_samples(
+    values: Values, graphs: Sequence[SampleGraph], calls: int
+) -> None:
     values["node_features"] = values["node_features"] + 0.1 * len(graphs)
 
 
-def _count_calls(values: Values, graphs: Sequence[Graph], calls: int) -> None:
+def _count_calls(values: Values, graphs: Sequence[SampleGraph], calls: int) -> None:
     values["per_atom_energy"] = values["per_atom_energy"] + 0.01 * calls
 
 
-def _number_atoms(values: Values, graphs: Sequence[Graph], calls: int) -> None:
+def _number_atoms(values: Values, graphs: Sequence[SampleGraph], calls: int) -> None:
     rows = torch.cat([torch.arange(len(graph.structure)) for graph in graphs])
     values["node_features"] = values["node_features"] + rows[:, None]
 
 
-def _number_edges(values: Values, graphs: Sequence[Graph], calls: int) -> None:
+def _number_edges(values: Values, graphs: Sequence[SampleGraph], calls: int) -> None:
     rows = torch.cat([torch.arange(len(graph.edges)) for graph in graphs])
     values["edge_features"] = values["edge_features"] + rows[:, None]
 
 
-def _see_places(values: Values, graphs: Sequence[Graph], calls: int) -> None:
+def _see_places(values: Values, graphs: Sequence[SampleGraph], calls: int) -> None:
     x = torch.cat(
         [torch.from_numpy(graph.structure.positions[:, :1]) for graph in graphs]
     )
     values["node_features"] = values["node_features"] + x
 
 
-def _see_directions(values: Values, graphs: Sequence[Graph], calls: int) -> None:
+def _see_directions(values: Values, graphs: Sequence[SampleGraph], calls: int) -> None:
     values["node_features"] = values["node_features"] + values["vector_features"][:, 0]
 
 
-def _see_handedness(values: Values, graphs: Sequence[Graph], calls: int) -> None:
+def _see_handedness(values: Values, graphs: Sequence[SampleGraph], calls: int) -> None:
     """A triple product of the first atom's vectors: turns with, mirrors against."""
     vectors = values["vector_features"][:, :, 0]
     hand = torch.linalg.det(vectors[1:4])
     values["node_features"] = values["node_features"] + hand
 
 
-def _forget_atoms(values: Values, graphs: Sequence[Graph], calls: int) -> None:
+def _forget_atoms(values: Values, graphs: Sequence[SampleGraph], calls: int) -> None:
     values["teacher_energy"] = values["teacher_energy"] + 1.0
 
 
-def _double_forces(values: Values, graphs: Sequence[Graph], calls: int) -> None:
+def _double_forces(values: Values, graphs: Sequence[SampleGraph], calls: int) -> None:
     values["teacher_forces"] = 2 * values["teacher_forces"]
 
 
-def _widen(values: Values, graphs: Sequence[Graph], calls: int) -> None:
+def _widen(values: Values, graphs: Sequence[SampleGraph], calls: int) -> None:
     values["node_features"] = torch.cat([values["node_features"]] * 2, dim=1)
 
 
-def _divide_by_zero(values: Values, graphs: Sequence[Graph], calls: int) -> None:
+def _divide_by_zero(values: Values, graphs: Sequence[SampleGraph], calls: int) -> None:
     values["vector_features"] = values["vector_features"] / 0.0
 
 
-def _drop_edges(values: Values, graphs: Sequence[Graph], calls: int) -> None:
+def _drop_edges(values: Values, graphs: Sequence[SampleGraph], calls: int) -> None:
     values["edge_features"] = values["edge_features"][1:]
 
 
-def _keep_silent(values: Values, graphs: Sequence[Graph], calls: int) -> None:
+def _keep_silent(values: Values, graphs: Sequence[SampleGraph], calls: int) -> None:
     del values["edge_features"]
 
 
@@ -232,14 +237,14 @@ def test_what_is_not_claimed_is_not_checked(
     claim: str, change: Callable[..., Any], folder: Path
 ) -> None:
     subject = _subject(folder, change)
-    subject.potential.claims = replace(Claims(), **{claim: False})
+    subject.potential.guarantees = replace(Guarantees(), **{claim: False})
     assert _kept(subject).keys() == set(CHECKS) - {claim}
 
 
 class Unsorted(Altered):
     """Gives its edges from the last to the first."""
 
-    def graph(self, sample: Sample) -> Graph:
+    def graph(self, sample: Sample) -> SampleGraph:
         graph = super().graph(sample)
         edges = replace(
             graph.edges,
@@ -252,7 +257,7 @@ class Unsorted(Altered):
 class Doubled(Altered):
     """Has every edge twice."""
 
-    def graph(self, sample: Sample) -> Graph:
+    def graph(self, sample: Sample) -> SampleGraph:
         graph = super().graph(sample)
         edges = replace(
             graph.edges,
@@ -274,7 +279,7 @@ def test_edges_out_of_order_are_noticed(
 
 
 def _unknown_field(potential: Altered) -> None:
-    potential.offers = {"charges": FieldOffer("charges", 1)}
+    potential.available_fields = {"charges": FieldInfo("charges", 1)}
 
 
 def _no_cutoff(potential: Altered) -> None:

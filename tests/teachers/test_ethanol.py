@@ -11,7 +11,7 @@ from pipeline.errors import SpecError
 from pipeline.spec.cache_spec import TeacherSpec
 from pipeline.teachers.checks import Subject, check_potential
 from pipeline.teachers.registry import load_potential
-from pipeline.teachers.runner import Teacher
+from pipeline.teachers.runner import TeacherRunner
 from tests.teachers.shared_data import shared_file
 
 PACKAGE = Path(__file__).parents[2] / "benchmarks" / "teachers"
@@ -39,7 +39,7 @@ def test_it_keeps_the_contract_and_predicts_dft() -> None:
     potential.to(torch.device("cpu"))
     kept = [name for name, _ in check_potential(Subject(potential, samples[:3]))]
     assert {"sum_of_atoms", "gradient_forces", "reflections"} <= set(kept)
-    found = Teacher.load(spec).predict(samples, ())
+    found = TeacherRunner.load(spec).predict(samples, ())
     forces = np.concatenate([sample.forces for sample in samples])
     energies = np.array([sample.energy for sample in samples])
     assert np.abs(found["teacher_forces"] - forces).mean() < 0.009

@@ -147,7 +147,10 @@ def test_equals_its_ase_calculator(checkpoint: Path) -> None:
 
 def test_keeps_the_contract(checkpoint: Path) -> None:
     potential = load(_spec(checkpoint))
-    assert potential.offers["vector_features"].layers == {"block1": 8, "block2": 8}
+    assert potential.available_fields["vector_features"].layers == {
+        "block1": 8,
+        "block2": 8,
+    }
     kept = dict(check_potential(Subject(potential, made_samples())))
     assert {"rotation", "sum_of_atoms", "gradient_forces"} <= kept.keys()
     assert "reflections" not in kept

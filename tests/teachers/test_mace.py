@@ -103,7 +103,7 @@ def test_equals_its_ase_calculator(mace_file: Path, head: str) -> None:
 def test_keeps_the_contract(mace_file: Path) -> None:
     potential = load(_spec(mace_file))
     assert isinstance(potential, Mace)
-    assert potential.offers["vector_features"].layers == {"block1": 8}
+    assert potential.available_fields["vector_features"].layers == {"block1": 8}
     kept = dict(check_potential(Subject(potential, made_samples())))
     assert {"reflections", "sum_of_atoms", "gradient_forces"} <= kept.keys()
 

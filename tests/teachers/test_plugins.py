@@ -14,7 +14,7 @@ from pipeline.errors import CheckpointError, SpecError
 from pipeline.spec.cache_spec import TeacherSpec, load_spec
 from pipeline.teachers.irreps import invariants, vectors
 from pipeline.teachers.registry import PLUGINS, load_potential, teacher_names
-from pipeline.teachers.runner import Teacher
+from pipeline.teachers.runner import TeacherRunner
 from pipeline.teachers.trust import NUMPY_ARRAYS, refuse_code, weights_sha256
 from tests.commands import refusal, run_command
 from tests.frames import collision_frames, write_frames
@@ -123,7 +123,7 @@ def test_labels_are_the_teacher_s(tmp_path: Path, teacher_file: Path) -> None:
     samples = [before[number] for number in range(len(before))]
     chosen = load_spec(spec).teacher
     assert chosen is not None
-    wanted = Teacher.load(chosen).predict(samples, ())
+    wanted = TeacherRunner.load(chosen).predict(samples, ())
     assert after.sample_ids == before.sample_ids
     energies = [after[number].energy for number in range(5)]
     assert energies == wanted["teacher_energy"].tolist()

@@ -17,7 +17,7 @@ from pipeline.store.verify import verify_store
 from pipeline.structure import Sample
 from pipeline.teachers.checks import Subject, check_potential
 from pipeline.teachers.registry import load_potential
-from pipeline.teachers.runner import Teacher
+from pipeline.teachers.runner import TeacherRunner
 from tests.stores import STUDENTS, spec_document, write_spec
 from tests.teachers.shared_data import made_samples, real_samples, shared_file
 
@@ -44,7 +44,7 @@ def test_equals_its_ase_calculator(samples: object) -> None:
 
     chosen = samples()  # type: ignore[operator]
     calculator = SevenNetCalculator("7net-0", device="cpu")
-    teacher = Teacher.load(TeacherSpec(model="sevennet"))
+    teacher = TeacherRunner.load(TeacherSpec(model="sevennet"))
     found = teacher.predict(chosen, ("per_atom_energy",))
     references = np.array(teacher.potential.normalizer.element_references)
     row = 0
@@ -150,7 +150,7 @@ def test_wrong_options_are_named(changes: dict, said: str) -> None:
 
 def test_precision_that_it_lacks_is_named() -> None:
     with pytest.raises(SpecError, match=r"bfloat16.*runs in float32, tf32"):
-        Teacher.load(TeacherSpec(model="sevennet", precision="bfloat16"))
+        TeacherRunner.load(TeacherSpec(model="sevennet", precision="bfloat16"))
 
 
 def test_a_file_that_could_run_code_is_refused(tmp_path: Path) -> None:
@@ -164,11 +164,11 @@ def test_memory_estimate_bounds_the_passes() -> None:
     """A budget of one and a half structures makes passes of one."""
     potential = load_potential(TeacherSpec(model="sevennet"))
     samples = made_samples()
-    need = max(potential.memory_of(potential.graph(sample)) for sample in samples)
+    need = max(potential.estimate_memory(potential.graph(sample)) for sample in samples)
     assert need > 10_000 * len(potential.graph(samples[2]).edges)
     spec = TeacherSpec(model="sevennet", batch_gib=1.5 * need / 2**30)
     passes: list[int] = []
-    teacher = Teacher.load(spec)
+    teacher = TeacherRunner.load(spec)
     model = teacher.potential.model  # type: ignore[attr-defined]
     model.register_forward_pre_hook(
         lambda m, inputs: passes.append(len(inputs[0]["num_atoms"]))

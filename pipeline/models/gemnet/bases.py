@@ -47,7 +47,7 @@ def radial_projection(num_radial: int, out: int) -> Dense:
     return Dense(num_radial, out, activated=False)
 
 
-def summed_over_images(
+def sum_over_images(
     distance: Tensor, pair: Tensor, count: int, basis: nn.Module, linear: nn.Module
 ) -> Tensor:
     """Projected basis of ``distance`` (E,), summed over edges of one ``pair`` (E,).

@@ -15,8 +15,8 @@ from pipeline.models.gemnet.layers import (
     Dense,
     Scale,
     activate,
-    divided_sum,
-    mean_of,
+    average,
+    divide_sum,
     residuals,
     split_linear,
     through,
@@ -124,7 +124,7 @@ class OutputBlock(EdgesToAtoms):
         main = bases.tables.main
         atoms = self.gather(m, bases.output, main.target, main.slots.count)
         if len(self.seq_energy2):
-            atoms = through(self.seq_energy2, mean_of(h, atoms))
+            atoms = through(self.seq_energy2, average(h, atoms))
         if not self.direct:
             return atoms, None
         edges = through(self.seq_forces, m)
@@ -144,7 +144,7 @@ class EdgeEmbedding(nn.Module):
         # Atoms are fewer than edges, so the layer is applied before copying them.
         of_source, of_target, of_own = split_linear(weight, h, h, own)
         parts = (of_source.index_select(0, source), of_target.index_select(0, target))
-        return activate(divided_sum(of_own, parts, 1.0))
+        return activate(divide_sum(of_own, parts, 1.0))
 
 
 class InteractionBlock(nn.Module):
@@ -199,11 +199,11 @@ class InteractionBlock(nn.Module):
         edges = self._edge_messages(h, m, bases)
         atoms = self._atom_messages(h, m, bases)
         edges = through(self.layers_before_skip, edges)
-        m = through(self.layers_after_skip, mean_of(m, edges))
+        m = through(self.layers_after_skip, average(m, edges))
         atoms = through(self.atom_emb_layers, atoms)
-        h = mean_of(atoms, self.atom_update(m, bases))
+        h = average(atoms, self.atom_update(m, bases))
         fresh = self.concat_layer(h, m, main.source, main.target)
-        return h, mean_of(m, through(self.residual_m, fresh))
+        return h, average(m, through(self.residual_m, fresh))
 
     def _edge_messages(self, h: Tensor, m: Tensor, bases: Bases) -> Tensor:
         """Sum of all messages into edges, scaled to the variance of one."""
@@ -232,7 +232,7 @@ class InteractionBlock(nn.Module):
             parts.append(self._to_edges(layer, messages, ae.slots, basis, tables))
         # An interaction without any path counts although it adds nothing.
         kinds = 2 + self.options.quad_interaction + self.options.atom_edge_interaction
-        return divided_sum(self.dense_ca(m), parts, math.sqrt(kinds))
+        return divide_sum(self.dense_ca(m), parts, math.sqrt(kinds))
 
     def _to_edges(
         self,
@@ -259,7 +259,7 @@ class InteractionBlock(nn.Module):
                 self.atom_interaction(h, pair.weights, pair.source, pair.slots)
             )
         # A copy, because what is added to is overwritten.
-        return divided_sum(h.clone(), parts, math.sqrt(1 + len(parts)))
+        return divide_sum(h.clone(), parts, math.sqrt(1 + len(parts)))
 
     def _edge_to_atom(self, m: Tensor, basis: AngleBasis, tables: Tables) -> Tensor:
         layer = self.edge_atom_interaction

@@ -55,16 +55,16 @@ def legendre(cosine: Tensor, count: int) -> list[Tensor]:
 
 
 def pair_angles(
-    first: Tensor, second: Tensor, meets: Tensor, num_spherical: int
+    first: Tensor, second: Tensor, out_mask: Tensor, num_spherical: int
 ) -> Tensor:
     """Functions (N, D, S, G) of the angles between edges into the same atom.
 
     ``first`` (N, D, 3) and ``second`` (N, G, 3) are unit vectors by slot; where
-    ``meets`` (N, D, G) is False the result is zero.
+    ``out_mask`` (N, D, G) is False the result is zero.
     """
     cosine = _dot(first[:, :, None], second[:, None]).clamp(-1, 1)
     functions = torch.stack(legendre(cosine, num_spherical), dim=2)
-    return functions * meets[:, :, None]
+    return functions * out_mask[:, :, None]
 
 
 def quad_angles(
@@ -83,9 +83,9 @@ def quad_angles(
     cosine = _dihedral_cosine(outer, inner, middle)
     dihedral = torch.stack(legendre(cosine, num_spherical), dim=2)
     return QuadAngles(
-        out=out * tables.meets[:, :, None],
-        inside=inside * tables.enters[:, :, None],
-        dihedral=dihedral * tables.closes[:, :, None],
+        out=out * tables.out_mask[:, :, None],
+        inside=inside * tables.in_mask[:, :, None],
+        dihedral=dihedral * tables.quad_mask[:, :, None],
     )
 
 

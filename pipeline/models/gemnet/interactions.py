@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.gemnet.layers import Dense, Scale, mean_of
+from pipeline.models.gemnet.layers import Dense, Scale, average
 from pipeline.models.gemnet.slots import Slots
 
 
@@ -30,7 +30,7 @@ class BothDirections(nn.Module):
         own = self.up_projection_ca(y)
         # Mirrored while still narrow: moving (E, width) values costs more.
         mirrored = self.up_projection_ac(y.index_select(0, swap))
-        return mean_of(mirrored, own)
+        return average(mirrored, own)
 
 
 class AngularMessages(BothDirections):

@@ -39,7 +39,7 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Values of the shape of ``x``."""
-        return mean_of(x, self.dense_mlp(x))
+        return average(x, self.dense_mlp(x))
 
 
 class Scale(ScaleFactor):
@@ -51,7 +51,7 @@ class Scale(ScaleFactor):
 
     def forward(self, x: Tensor, reference: Tensor) -> Tensor:  # type: ignore[override]
         """Product of ``x`` and the factor."""
-        return multiplied(x, self.scale_factor.to(x.dtype))
+        return multiply(x, self.scale_factor.to(x.dtype))
 
 
 def activate(x: Tensor) -> Tensor:
@@ -61,19 +61,19 @@ def activate(x: Tensor) -> Tensor:
     return silu(x, inplace=True).mul_(_ACTIVATION_SCALE)
 
 
-def mean_of(first: Tensor, fresh: Tensor) -> Tensor:
+def average(first: Tensor, fresh: Tensor) -> Tensor:
     """``(first + fresh) / sqrt(2)``; overwrites ``fresh`` without gradients."""
     if torch.is_grad_enabled():
         return (first + fresh) * INV_SQRT_2
     return fresh.add_(first).mul_(INV_SQRT_2)
 
 
-def multiplied(fresh: Tensor, factor: Tensor) -> Tensor:
+def multiply(fresh: Tensor, factor: Tensor) -> Tensor:
     """``fresh * factor``; overwrites ``fresh`` without gradients."""
     return fresh * factor if torch.is_grad_enabled() else fresh.mul_(factor)
 
 
-def divided_sum(fresh: Tensor, others: Iterable[Tensor], divisor: float) -> Tensor:
+def divide_sum(fresh: Tensor, others: Iterable[Tensor], divisor: float) -> Tensor:
     """``(fresh + sum of others) / divisor``; overwrites ``fresh`` without gradients."""
     for other in others:
         fresh = fresh + other if torch.is_grad_enabled() else fresh.add_(other)

@@ -22,12 +22,12 @@ from pipeline.models.gemnet.geometry import EdgeGeometry, edge_geometry
 from pipeline.models.gemnet.layers import (
     Dense,
     activate,
-    divided_sum,
+    divide_sum,
     residuals,
     split_linear,
     through,
 )
-from pipeline.models.gemnet.memory import memory_of
+from pipeline.models.gemnet.memory import estimate_memory
 from pipeline.models.gemnet.options import GemNetOCOptions
 from pipeline.models.gemnet.shared import SharedBases
 from pipeline.models.gemnet.slots import Slots
@@ -82,9 +82,9 @@ class GemNetOC(SharedBases):
         offered = has_edges and field in _EDGE_FIELDS
         return self.options.emb_size_edge if offered else None
 
-    def memory_of(self, edges: Edges, n_atoms: int) -> int:
+    def estimate_memory(self, edges: Edges, n_atoms: int) -> int:
         """Bytes that one structure adds to the peak of a pass without gradients."""
-        return memory_of(self.options, edges, n_atoms)
+        return estimate_memory(self.options, edges, n_atoms)
 
     def fit(self, batch: Data) -> None:
         """Set the scale factors so that no layer changes the variance on ``batch``."""
@@ -211,7 +211,7 @@ def _global_state(layers: nn.ModuleList, parts: list[Tensor]) -> Tensor:
     first, *rest = layers
     assert isinstance(first, Dense)
     head, *others = split_linear(first.linear.weight, *parts)
-    return through(rest, activate(divided_sum(head, others, 1.0)))
+    return through(rest, activate(divide_sum(head, others, 1.0)))
 
 
 def _in_weights_precision(head: Dense, x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.errors import SpecError
-from pipeline.graphs.neighbors import GraphRule, SideGraph
+from pipeline.graphs.neighbors import ExtraGraph, NeighborSpec
 
 _COUNT = {"least": 0}
 # Choices that only one value of is known from released files.
@@ -129,24 +129,24 @@ class GemNetOCOptions:
         return cutoff, limit
 
     @property
-    def graph_rule(self) -> GraphRule:
+    def graph_rule(self) -> NeighborSpec:
         """Main graph with the side graphs ``ae``, ``quad`` and ``aa`` in use."""
-        sides = []
+        extra_graphs = []
         if self.atom_edge_interaction or self.edge_atom_interaction:
-            sides.append(SideGraph("ae", *self.atom_edge_graph))
+            extra_graphs.append(ExtraGraph("ae", *self.atom_edge_graph))
         if self.quad_interaction:
             tags = tuple(self.qint_tags)
-            sides.append(SideGraph("quad", *self.quad_graph, tags))
+            extra_graphs.append(ExtraGraph("quad", *self.quad_graph, tags))
         if self.atom_interaction:
-            sides.append(SideGraph("aa", *self.base_graph))
-        return GraphRule(
+            extra_graphs.append(ExtraGraph("aa", *self.base_graph))
+        return NeighborSpec(
             self.cutoff,
             self.max_neighbors,
             symmetric=True,
             periodic=self.use_pbc,
             strict=self.enforce_max_neighbors_strictly,
             base=self.base_graph if self.has_base_graph else None,
-            sides=tuple(sides),
+            extra_graphs=tuple(extra_graphs),
         )
 
     @property

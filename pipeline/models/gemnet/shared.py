@@ -9,7 +9,7 @@ from pipeline.models.gemnet.bases import (
     CosineBasis,
     RadialAngularProjection,
     radial_projection,
-    summed_over_images,
+    sum_over_images,
 )
 from pipeline.models.gemnet.blocks import AngleBasis, Bases, PairBasis, QuadBasis
 from pipeline.models.gemnet.geometry import (
@@ -172,7 +172,7 @@ class SharedBases(Network):
         pair = fresh.cumsum(0) - 1
         source, target = source[fresh], target[fresh]
         slots = Slots.of(target, batch.num_nodes)
-        weights = summed_over_images(
+        weights = sum_over_images(
             distance, pair, len(source), self.radial_basis_aint, self.mlp_rbf_aint
         )
         return PairBasis(slots.pad(weights).transpose(1, 2), source, slots)

@@ -11,7 +11,7 @@ from pipeline.models.gemnet.slots import Slots, partners, shift_code
 
 
 @dataclass(frozen=True)
-class Graph:
+class IndexedEdges:
     """Edges of one kind: ``image`` (E,) int64 names source atom and shift together."""
 
     source: Tensor
@@ -28,8 +28,8 @@ class QuadTables:
     Output edges (c -> a) are the main edges ``out_edges`` (O,) in ``out_slots``, whose
     rows are the atoms a; input edges (d -> b) are ``in_edges`` (I,) in ``in_slots``
     with the atoms b as rows. ``middle`` arranges the Q middle edges by a; ``out_row``
-    and ``in_row`` (Q,) are their rows. Masks are True where a path exists: ``meets``
-    (Q, out width), ``enters`` (Q, in width), ``closes`` (Q, out width, in width).
+    and ``in_row`` (Q,) are their rows. Masks are True where a path exists: ``out_mask``
+    (Q, out width), ``in_mask`` (Q, in width), ``quad_mask`` (Q, out width, in width).
     """
 
     out_edges: Tensor
@@ -39,9 +39,9 @@ class QuadTables:
     middle: Slots
     out_row: Tensor
     in_row: Tensor
-    meets: Tensor
-    enters: Tensor
-    closes: Tensor
+    out_mask: Tensor
+    in_mask: Tensor
+    quad_mask: Tensor
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,12 @@ class Tables:
     where an output edge (second axis) meets an input edge (third axis).
     """
 
-    main: Graph
+    main: IndexedEdges
     swap: Tensor
     edge_edge: Tensor
-    ae: Graph | None
+    ae: IndexedEdges | None
     edge_atom: Tensor | None
-    quad: Graph | None
+    quad: IndexedEdges | None
     quads: QuadTables | None
 
 
@@ -84,20 +84,20 @@ def make_tables(batch: Data, options: GemNetOCOptions) -> Tables:
         swap=partners(main.source, main.target, main.shift),
         edge_edge=filled[:, :, None] & filled[:, None] & ~own,
         ae=ae,
-        edge_atom=None if ae is None else _meeting(main, ae),
+        edge_atom=None if ae is None else _match_edges(main, ae),
         quad=quad,
         quads=None if quad is None else _quads(main, quad, spread),
     )
 
 
-def _graph(edge_index: Tensor, shift: Tensor, count: int, spread: int) -> Graph:
+def _graph(edge_index: Tensor, shift: Tensor, count: int, spread: int) -> IndexedEdges:
     source, target = edge_index
-    return Graph(
+    return IndexedEdges(
         source, target, shift, source * spread + shift, Slots.of(target, count)
     )
 
 
-def _meeting(first: Graph, second: Graph) -> Tensor:
+def _match_edges(first: IndexedEdges, second: IndexedEdges) -> Tensor:
     """Pairs of edges into one atom from different images, (N, slots, slots)."""
     filled = first.slots.filled[:, :, None] & second.slots.filled[:, None]
     one = first.slots.pad(first.image)[:, :, None]
@@ -105,20 +105,22 @@ def _meeting(first: Graph, second: Graph) -> Tensor:
     return filled & (one != other)
 
 
-def _quads(main: Graph, quad: Graph, spread: int) -> QuadTables | None:
+def _quads(main: IndexedEdges, quad: IndexedEdges, spread: int) -> QuadTables | None:
     """Tables of all quadruplets; None when the batch has no middle edge."""
     if not len(quad.source):
         return None
-    out_edges, out_slots, out_row = _into(main, quad.target)
-    in_edges, in_slots, in_row = _into(main, quad.source)
+    out_edges, out_slots, out_row = _select_into(main, quad.target)
+    in_edges, in_slots, in_row = _select_into(main, quad.source)
     rows = out_slots.count
     outer = out_slots.pad(main.image[out_edges])[out_row]  # (Q, O)
     # Image of d as seen from a: the shifts of both edges on the way add up.
     inner = in_slots.pad(main.image[in_edges])[in_row] + quad.shift[:, None]  # (Q, I)
-    meets = out_slots.filled[out_row] & (outer != quad.image[:, None])
+    out_mask = out_slots.filled[out_row] & (outer != quad.image[:, None])
     start = (quad.target * spread)[:, None]
-    enters = in_slots.filled[in_row] & (inner != start)
-    closes = meets[:, :, None] & enters[:, None] & (outer[:, :, None] != inner[:, None])
+    in_mask = in_slots.filled[in_row] & (inner != start)
+    quad_mask = (
+        out_mask[:, :, None] & in_mask[:, None] & (outer[:, :, None] != inner[:, None])
+    )
     return QuadTables(
         out_edges=out_edges,
         in_edges=in_edges,
@@ -127,13 +129,13 @@ def _quads(main: Graph, quad: Graph, spread: int) -> QuadTables | None:
         middle=Slots.of(out_row, rows),
         out_row=out_row,
         in_row=in_row,
-        meets=meets,
-        enters=enters,
-        closes=closes,
+        out_mask=out_mask,
+        in_mask=in_mask,
+        quad_mask=quad_mask,
     )
 
 
-def _into(main: Graph, atoms: Tensor) -> tuple[Tensor, Slots, Tensor]:
+def _select_into(main: IndexedEdges, atoms: Tensor) -> tuple[Tensor, Slots, Tensor]:
     """Main edges into any of ``atoms``, their slots, and the row of every atom."""
     chosen, row = torch.unique(atoms, return_inverse=True)
     row_of = torch.full((main.slots.count,), -1, device=atoms.device)
