@@ -1,6 +1,6 @@
 """Stage one: run a teacher once and cache its features in a Zarr store.
 
-What users import is here: ``from pipeline import FeatureStore, load_spec, build_store``.
+What users import is here: ``from pipeline import FeatureStore, load_spec``.
 A name is imported when it is first used, so that ``import pipeline`` stays fast.
 """
 

@@ -244,7 +244,7 @@ def read_run(folder: Path) -> FinishedRun:
 
 
 def _read_header(folder: Path) -> Header:
-    """Read ``config.yaml`` and ``run.json``; earlier versions wrote both in one file."""
+    """Read ``config.yaml`` and ``run.json``; the first versions had one file."""
     path = folder / "config.yaml"
     document = read_yaml(path)
     if "config" in document:

@@ -62,7 +62,7 @@ from kd_train.trainer.setup import (
 from kd_train.trainer.validate import Validator
 from kd_train.trainer.weighting import Weighting
 from pipeline.errors import PipelineError
-from pipeline.files.atomic import held, is_held
+from pipeline.files.atomic import hold_lock, is_held
 from pipeline.models.network import Network
 from pipeline.parallel.device_choice import choose_device
 from pipeline.store.reader import FeatureStore
@@ -140,7 +140,7 @@ class Trainer:
             A sample cannot be used; names it.
         """
         free = self.world.is_first and not is_held(self.folder)
-        with held(self.folder) if free else nullcontext():
+        with hold_lock(self.folder) if free else nullcontext():
             return self._train_or_resume(resume, extend)
 
     def _train_or_resume(self, resume: bool, extend: bool) -> dict[str, Any]:

@@ -243,7 +243,7 @@ class CacheSpec(ClosedModel):
 
 
 def load_spec(
-    path: Path, overrides: Iterable[str] = (), out: Path | None = None
+    path: Path | str, overrides: Iterable[str] = (), out: Path | None = None
 ) -> CacheSpec:
     """The spec at ``path`` with overrides applied and every path made absolute.
 
@@ -255,6 +255,7 @@ def load_spec(
         A key is unknown, missing or of the wrong kind, a field is unknown, an
         environment variable is unset, or a named file does not exist.
     """
+    path = Path(path)
     document = read_yaml(path)
     apply_overrides(document, overrides)
     if out is not None and isinstance(document.setdefault("store", {}), dict | None):

@@ -187,7 +187,8 @@ def test_folder_of_a_run_tells_the_same_everywhere(
     assert [int(row["step"]) for row in rows] == [5, 10, 12]
     assert {"train_loss", "train_l0", "train_n2n", "train_v2v"} <= rows[0].keys()
     summary = json.loads((finished / "metrics.json").read_text())
-    header = yaml.safe_load((finished / "config.yaml").read_text())
+    header = json.loads((finished / "run.json").read_text())
+    header["config"] = yaml.safe_load((finished / "config.yaml").read_text())
     assert summary["fingerprint"] == small_store.fingerprint == header["fingerprint"]
     asked = distilling(eval_every=5, recipe="none")
     assert header["config"] == asked.model_dump(mode="json")

@@ -59,6 +59,7 @@ def test_trains_and_resumes(small_store: FeatureStore, tmp_path: Path) -> None:
     names = {path.name for path in out.iterdir()}
     assert names == {
         "config.yaml",
+        "run.json",
         "last.pt",
         "metrics.csv",
         "metrics.json",
