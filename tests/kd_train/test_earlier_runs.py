@@ -1,8 +1,8 @@
 """A store and runs made at commit 4d6d151 are read, trained on and resumed.
 
 ``tests/fixtures/runs/4d6d151.zip`` was written by the code of that commit. It holds a
-store of 24 training and 8 validation samples, a run of 8 steps (``whole``), and the same
-run stopped after step 4 (``half``). The configuration has the keys of that commit.
+store of 24 training and 8 validation samples, a run of 8 steps (``whole``), and the
+same run stopped after step 4 (``half``). The configuration has the keys of that commit.
 """
 
 import json
