@@ -1,8 +1,10 @@
 """What the command lines of both stages share: errors as one sentence."""
 
+import os
 import sys
 from collections.abc import Callable
 from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import click
@@ -11,6 +13,29 @@ from pipeline.errors import PipelineError
 from pipeline.logs import report_warnings
 
 CHECK_FAILED, BAD_INPUT = 1, 2
+
+
+class _NamedPath(click.Path):
+    """A path that names something; an empty one would stand for the current folder."""
+
+    def convert(
+        self,
+        value: str | os.PathLike[str],
+        param: click.Parameter | None,
+        ctx: click.Context | None,
+    ) -> str | bytes | os.PathLike[str]:
+        """The path, refused if it is empty."""
+        if not os.fspath(value):
+            self.fail("it is empty; is a variable of the shell not set?", param, ctx)
+        return super().convert(value, param, ctx)
+
+
+PATH = _NamedPath(path_type=Path)
+FILE = _NamedPath(path_type=Path, dir_okay=False)
+# A folder, archive or URL.
+PLACE = _NamedPath(path_type=str)
+# More of them end in a crash of the libraries below torch.
+THREADS = click.IntRange(1, 1024)
 
 
 def one_sentence_errors(command: Callable[..., None]) -> Callable[..., None]:

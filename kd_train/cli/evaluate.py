@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.console import one_sentence_errors
+from pipeline.console import FILE, PATH, PLACE, THREADS, one_sentence_errors
 from pipeline.errors import SpecError
 from pipeline.files.atomic import hold_lock
 from pipeline.logs import log_to_file
@@ -25,8 +25,10 @@ MEASURED_SECONDS = 1.0
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option("--data", required=True, help="Store, or file or folder of a dataset.")
+@click.argument("run", type=PATH)
+@click.option(
+    "--data", required=True, type=PLACE, help="Store, or file or folder of a dataset."
+)
 @click.option("--split", "splits", multiple=True, help="Of a store; default: all.")
 @click.option("--format", type=click.Choice(FORMATS), help="Of a dataset.")
 @click.option(
@@ -40,7 +42,7 @@ MEASURED_SECONDS = 1.0
 @click.option("--units", help="Of a dataset: energy=kcal/mol,length=Å,forces=…")
 @click.option("--limit", type=click.IntRange(min=1), help="At most so many samples.")
 @click.option("--every", type=click.IntRange(min=1), default=1, help="Each n-th only.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for results.")
+@click.option("--out", type=PATH, help="Folder for results.")
 @click.option("--batch-size", type=click.IntRange(min=1), help="Samples in a batch.")
 @click.option(
     "--batch-atoms",
@@ -51,7 +53,7 @@ MEASURED_SECONDS = 1.0
 )
 @click.option("--throughput", is_flag=True, help="Measure samples per second, too.")
 @click.option("--device", help="cpu, cuda, cuda:1; default: a GPU if any.")
-@click.option("--threads", type=click.IntRange(1, 4096), help="CPU threads of torch.")
+@click.option("--threads", type=THREADS, help="CPU threads of torch.")
 @click.option(
     "--any-element",
     is_flag=True,
@@ -220,11 +222,11 @@ def _read_options(chosen: dict[str, Any]) -> "ReadOptions":
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("run", type=PATH)
 @click.option(
     "--out",
     required=True,
-    type=click.Path(path_type=Path, dir_okay=False),
+    type=FILE,
     help="File, by custom *.pt2.",
 )
 @click.option("--device", default="cpu", help="That the program runs on.")

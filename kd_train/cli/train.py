@@ -11,7 +11,7 @@ import click
 
 from kd_train.config.train_config import STRATEGIES, TrainConfig, load_config
 from kd_train.distributed import World, process_device, process_group, read_world
-from pipeline.console import one_sentence_errors
+from pipeline.console import PATH, PLACE, THREADS, one_sentence_errors
 from pipeline.errors import SpecError
 from pipeline.files.atomic import hold_lock
 from pipeline.logs import log_to_file, propagate_warnings
@@ -27,10 +27,12 @@ class _ResumeOptions(NamedTuple):
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--cache", required=True, help="Store: a folder, zip archive or URL.")
+@click.option(
+    "--cache", required=True, type=PLACE, help="Store: a folder, zip archive or URL."
+)
 @click.option(
     "--stage",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Local folder to copy the store to first, once, and to train from.",
 )
 @click.option(
@@ -38,9 +40,9 @@ class _ResumeOptions(NamedTuple):
     help=f"{', '.join(STRATEGIES)}, or several joined with +. Default: none.",
 )
 @click.option("--student", help="painn-small, painn-big, schnet, ...; see the README.")
-@click.option("--config", type=click.Path(path_type=Path), help="YAML configuration.")
+@click.option("--config", type=PATH, help="YAML configuration.")
 @click.option("--set", "overrides", multiple=True, help="a.b=value in the config.")
-@click.option("--out", type=click.Path(path_type=Path), help="Run folder.")
+@click.option("--out", type=PATH, help="Run folder.")
 @click.option("--resume", is_flag=True, help="Continue the run in --out.")
 @click.option("--auto-resume", is_flag=True, help="Like --resume if there is a run.")
 @click.option(
@@ -54,7 +56,7 @@ class _ResumeOptions(NamedTuple):
     "--device",
     help="cpu, cuda, cuda:1; default: a GPU if any (of each process its own).",
 )
-@click.option("--threads", type=click.IntRange(1, 4096), help="CPU threads of torch.")
+@click.option("--threads", type=THREADS, help="CPU threads of torch.")
 @one_sentence_errors
 def main(
     cache: str,
@@ -144,8 +146,8 @@ def _name(config: TrainConfig) -> str:
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder.")
+@click.argument("runs", nargs=-1, required=True, type=PATH)
+@click.option("--out", required=True, type=PATH, help="Folder.")
 @click.option(
     "--partial",
     is_flag=True,
@@ -154,7 +156,7 @@ def _name(config: TrainConfig) -> str:
 @click.option(
     "--cka",
     multiple=True,
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Folder that kd-cka wrote, to be shown as well.",
 )
 @one_sentence_errors
@@ -170,9 +172,11 @@ def report_main(
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("models", nargs=2, metavar="MODEL_A MODEL_B")
-@click.option("--data", required=True, help="Store: a folder, zip archive or URL.")
+@click.option(
+    "--data", required=True, type=PLACE, help="Store: a folder, zip archive or URL."
+)
 @click.option("--split", required=True, help="A split, or several joined with +.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder.")
+@click.option("--out", required=True, type=PATH, help="Folder.")
 @click.option("--limit", type=click.IntRange(min=1), help="Samples at most.")
 @click.option(
     "--batch-atoms", type=click.IntRange(min=1), default=2000, show_default=True
@@ -183,7 +187,7 @@ def report_main(
     help="Take samples with elements that the training data of a model lacked.",
 )
 @click.option("--device", help="cpu, cuda, cuda:1; default: a GPU if any.")
-@click.option("--threads", type=click.IntRange(1, 4096), help="CPU threads of torch.")
+@click.option("--threads", type=THREADS, help="CPU threads of torch.")
 @one_sentence_errors
 def cka_main(
     models: tuple[str, str],

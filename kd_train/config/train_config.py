@@ -196,11 +196,13 @@ class TrainConfig(ClosedModel):
     @classmethod
     def _milestones_ascend(cls, value: ScheduleConfig) -> ScheduleConfig:
         steps = value.milestones
-        if any(a >= b for a, b in itertools.pairwise(steps)):
-            raise ValueError("milestones must ascend")
+        if any(a >= b for a, b in itertools.pairwise((-1, *steps))):
+            raise ValueError("milestones must ascend, and none may be negative")
         # Where one of them is not set, a recipe may bring it.
         complete = value.model_fields_set >= {"kind", "milestones"}
-        if complete and (value.kind == "milestones") != bool(steps):
+        if complete and value.kind == "milestones" and not steps:
+            raise ValueError("kind milestones needs milestones, a list of steps")
+        if complete and value.kind != "milestones" and steps:
             raise ValueError("milestones belong to kind milestones, and to no other")
         return value
 
@@ -230,11 +232,16 @@ def load_config(
     """
     document = {} if path is None else _read_document(path)
     for dotted, value in flags.items():
+        if value == "":
+            option = dotted.removesuffix(".preset")
+            raise SpecError(f"--{option} is empty; name one or leave the option out.")
         if value is not None:
             *parents, last = dotted.split(".")
             target = document
             for key in parents:
-                target = target.setdefault(key, {})
+                if target.get(key) is None:
+                    target[key] = {}
+                target = target[key]
                 if not isinstance(target, dict):
                     raise SpecError(f"{path}: {key!r} must hold keys.")
             target[last] = value

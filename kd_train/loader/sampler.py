@@ -228,7 +228,9 @@ def _cumulate(atoms: Counts) -> Positions:
 
 def _reach(total: Positions, budget: int) -> Positions:
     """(n,) end of the longest batch within ``budget`` that begins at each sample."""
-    ends = np.searchsorted(total, total[:-1] + budget, side="right") - 1
+    # A budget beyond all atoms could leave the range of int64.
+    within = min(budget, int(total[-1]))
+    ends = np.searchsorted(total, total[:-1] + within, side="right") - 1
     return np.maximum(ends, np.arange(1, len(total)))
 
 

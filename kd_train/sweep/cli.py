@@ -4,9 +4,9 @@ from pathlib import Path
 
 import click
 
-from pipeline.console import one_sentence_errors
+from pipeline.console import PATH, one_sentence_errors
 
-_FILE = click.argument("file", type=click.Path(path_type=Path))
+_FILE = click.argument("file", type=PATH)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

@@ -4,6 +4,7 @@ import inspect
 import itertools
 import logging
 import math
+import sys
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing, nullcontext
@@ -313,7 +314,7 @@ class Trainer:
         left = config.accumulate * (config.steps - progress.step)
         return prefetch(
             lambda draw: (draw, load(draw.positions)),
-            itertools.islice(indices, left),
+            itertools.islice(indices, min(left, sys.maxsize)),
             threads=config.loader_threads,
         )
 
@@ -324,6 +325,12 @@ class Trainer:
             raise PipelineError(
                 f"{self.folder}: the loss is no longer a finite number by step "
                 f"{progress.step}; lower optimizer.lr and start again."
+            )
+        if not all(bool(w.isfinite().all()) for w in self.modules.parameters()):
+            raise PipelineError(
+                f"{self.folder}: weights are no longer finite numbers by step "
+                f"{progress.step}; lower optimizer.lr or raise optimizer.eps, and "
+                "start again."
             )
         result = self.validator(self.averaged_student)
         weights = self.weighting.weights(progress.step - 1)

@@ -87,8 +87,17 @@ def require_trained_outputs(
 
 
 def _terms(config: TrainConfig) -> set[str]:
-    """Distillation terms that have a weight."""
+    """Distillation terms that have a weight in some step."""
+    if _never_distils(config):
+        return set()
     return {name for name in config.strategies if getattr(config.distill, name) > 0}
+
+
+def _never_distils(config: TrainConfig) -> bool:
+    """Whether the factor of all distillation terms is 0 in every step."""
+    fading = config.distill.schedule
+    changes = fading.kind != "constant" and fading.first_step + 1 < config.steps
+    return fading.start == 0 and not (changes and fading.end > 0)
 
 
 def _weight(config: TrainConfig, output: str) -> float:
@@ -113,16 +122,40 @@ def _nothing_trained(config: TrainConfig, counts: LabelCounts) -> str:
             f"{counts.forces} forces, and loss.energy_weight and loss.force_weight are "
             f"{config.loss.energy_weight:g} and {config.loss.force_weight:g}"
         )
-    remedies = f"{_JOIN}, set loss.teacher_labels=1, add vanilla1 to the strategy, or"
     if config.strategy == "none":
-        return (
-            f"{cause}, so the strategy 'none' has nothing to learn from; {remedies} "
-            f"{_KEYS}."
+        effect = "so the strategy 'none' has nothing to learn from"
+    else:
+        effect = (
+            f"and {config.strategy} trains no energies or forces, so those of the "
+            "student would stay random"
         )
-    return (
-        f"{cause}, and {config.strategy} trains no energies or forces, so those of the "
-        f"student would stay random; {remedies} {_KEYS}."
+    return f"{cause}, {effect}; {_remedies(config, counts)}."
+
+
+def _remedies(config: TrainConfig, counts: LabelCounts) -> str:
+    """What would train an output, where nothing does."""
+    loss = config.loss
+    if not loss.energy_weight and not loss.force_weight:
+        return "set loss.energy_weight or loss.force_weight above 0"
+    silent = sorted({"vanilla1", "vanilla2"} & set(config.strategies))
+    if silent and _never_distils(config):
+        return "set distill.schedule.start above 0"
+    if silent and silent[0] not in _terms(config):
+        return f"set distill.{silent[0]} above 0"
+    unused = [f"set loss.{_key(o)}_weight above 0" for o in OUTPUTS if counts.count(o)]
+    return ", ".join(
+        [
+            *unused,
+            _JOIN,
+            "set loss.teacher_labels=1",
+            f"add vanilla1 to the strategy, or {_KEYS}",
+        ]
     )
+
+
+def _key(output: str) -> str:
+    """Of the loss, for weights: ``energy`` or ``force``."""
+    return output.removesuffix("s")
 
 
 def _require_l0(config: TrainConfig, counts: LabelCounts) -> None:
@@ -145,24 +178,13 @@ def _check_untrained(
     name, weight = counts.name, _weight(config, output)
     plural = {"energy": "energies", "forces": "forces"}[output]
     if not direct:
-        if output == "forces":
-            log.warning(
-                "train_split: %r has no reference forces; those of the student follow "
-                "from its energy alone",
-                name,
-            )
-        else:
-            log.warning(
-                "train_split: %r has no reference energies, so those of the student "
-                "are known up to a constant only",
-                name,
-            )
+        _warn_of_gradient(config, counts, output)
         return
     if not weight:
         log.warning(
             "loss.%s_weight is 0, so the %s of the student stay random; do not use "
             "them",
-            output.removesuffix("s"),
+            _key(output),
             plural,
         )
         return
@@ -175,8 +197,22 @@ def _check_untrained(
         f"replaces them, so the {plural} of the student would stay random; set "
         f"loss.teacher_labels=1, add vanilla1 to the strategy, "
         f"{gradient if output == 'forces' else ''}or set "
-        f"loss.{output.removesuffix('s')}_weight=0 if you do not need them."
+        f"loss.{_key(output)}_weight=0 if you do not need them."
     )
+
+
+def _warn_of_gradient(config: TrainConfig, counts: LabelCounts, output: str) -> None:
+    """Warn that one output of a student with gradient forces follows from the other."""
+    plural = "energies" if output == "energy" else "forces"
+    if counts.count(output) and not _weight(config, output):
+        cause = f"loss.{_key(output)}_weight is 0, so reference {plural} are not used"
+    else:
+        cause = f"train_split: {counts.name!r} has no reference {plural}"
+    if output == "forces":
+        effect = "follow from its energy alone"
+    else:
+        effect = "are known up to a constant only"
+    log.warning("%s; those of the student %s", cause, effect)
 
 
 def _warn_of_gaps(config: TrainConfig, counts: LabelCounts) -> None:

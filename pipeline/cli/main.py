@@ -11,7 +11,7 @@ import click
 
 from pipeline.cli.progress import build_progress, check_bar, end_on_signals
 from pipeline.cli.store import COMMANDS, log_path, workers_option
-from pipeline.console import CHECK_FAILED, one_sentence_errors
+from pipeline.console import CHECK_FAILED, PATH, THREADS, one_sentence_errors
 from pipeline.logs import log_to_file
 from pipeline.parallel.device_choice import choose_device
 
@@ -87,13 +87,11 @@ _device_option = click.option(
 _set_option = click.option(
     "--set", "overrides", multiple=True, help="key.subkey=value of the spec."
 )
-_threads_option = click.option(
-    "--threads", type=click.IntRange(1, 4096), help="CPU threads of torch."
-)
+_threads_option = click.option("--threads", type=THREADS, help="CPU threads of torch.")
 
 
 @main.command()
-@click.argument("spec", type=click.Path(path_type=Path))
+@click.argument("spec", type=PATH)
 @click.option("--out", help="Where the store goes; overrides store.path.")
 @_device_option
 @click.option(
@@ -122,7 +120,7 @@ _threads_option = click.option(
 @_threads_option
 @click.option(
     "--receipt",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="Written once the store is sealed: what a workflow engine waits for.",
 )
 @one_sentence_errors
@@ -201,7 +199,7 @@ def _write_receipt(receipt: Path, store: Path) -> None:
 
 
 @main.command()
-@click.argument("spec", type=click.Path(path_type=Path))
+@click.argument("spec", type=PATH)
 @click.option("--out", help="Where the store goes; overrides store.path.")
 @_device_option
 @_set_option
@@ -236,7 +234,7 @@ def plan(
 
 
 @main.command()
-@click.argument("store", type=click.Path(path_type=Path))
+@click.argument("store", type=PATH)
 @workers_option
 @one_sentence_errors
 @end_on_signals("the store is not sealed, and the same command checks all blocks again")
@@ -252,7 +250,7 @@ def seal(store: Path, workers: int) -> None:
 
 
 @main.command(name="add-field")
-@click.argument("spec", type=click.Path(path_type=Path))
+@click.argument("spec", type=PATH)
 @click.option("--out", help="Where the store lies; overrides store.path.")
 @_device_option
 @click.option("--workers", type=click.IntRange(min=0), default=0, show_default=True)
@@ -292,7 +290,7 @@ def add_field(
 
 
 @main.command("check-teacher")
-@click.argument("spec", type=click.Path(path_type=Path))
+@click.argument("spec", type=PATH)
 @click.option("--samples", type=click.IntRange(min=1), default=3, show_default=True)
 @click.option("--tolerance", type=float, default=1e-3, show_default=True)
 @_device_option
@@ -330,8 +328,8 @@ def check_teacher(
 
 
 @main.command()
-@click.argument("spec", type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path))
+@click.argument("spec", type=PATH)
+@click.option("--out", required=True, type=PATH)
 @_device_option
 @_set_option
 @one_sentence_errors

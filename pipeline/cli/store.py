@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 import click
 
 from pipeline.cli.progress import check_bar, end_on_signals, progress_bar
-from pipeline.console import CHECK_FAILED, one_sentence_errors
+from pipeline.console import CHECK_FAILED, PATH, PLACE, one_sentence_errors
 from pipeline.files.remote import is_url
 from pipeline.logs import log_to_file
 from pipeline.parallel.device_choice import choose_device
@@ -54,8 +54,8 @@ _field_option = click.option(
 
 
 @click.command()
-@click.argument("store")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("store", type=PLACE)
+@click.argument("out", type=PATH)
 @click.option(
     "--profile",
     type=click.Choice(["compact", "q8"]),
@@ -87,8 +87,8 @@ def compact(
 
 
 @click.command()
-@click.argument("store")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("store", type=PLACE)
+@click.argument("out", type=PATH)
 @click.option(
     "--profile",
     type=click.Choice(["faithful", "q8"]),
@@ -120,7 +120,7 @@ def hydrate(
 
 
 @click.command()
-@click.argument("store")
+@click.argument("store", type=PLACE)
 @click.argument("target")
 @click.option("--verify", "check", is_flag=True, help="Read every byte back.")
 @one_sentence_errors
@@ -145,7 +145,7 @@ def push(store: str, target: str, check: bool) -> None:
 
 
 @click.command()
-@click.argument("store")
+@click.argument("store", type=PLACE)
 @click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
 @click.option("--csv", "as_csv", is_flag=True, help="A table with a line per field.")
 @one_sentence_errors
@@ -164,7 +164,7 @@ def info(store: str, as_json: bool, as_csv: bool) -> None:
 
 
 @click.command()
-@click.argument("store")
+@click.argument("store", type=PLACE)
 @click.option("--repair", is_flag=True, help="Discard damaged blocks for `build`.")
 @click.option(
     "--teacher",

@@ -226,8 +226,10 @@ def _check(name: str, key: str, value: object, options: type) -> None:
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     least = known[key].metadata.get("least", None)
     if not any(_fits(value, kind, least) for kind in kinds):
+        most = f" of at most {_LARGEST}" if {int, float} & set(kinds) else ""
         raise SpecError(
-            f"{name}.{key} is {value!r}, but {_describe_needed(kinds)} is needed."
+            f"{name}.{key} is {value!r:.200}, but {_describe_needed(kinds)} is "
+            f"needed{most}."
         )
 
 
@@ -251,4 +253,6 @@ def _describe_needed(kinds: tuple[Any, ...]) -> str:
     """Name of the first of ``kinds`` for an error message."""
     kind = get_origin(kinds[0]) or kinds[0]
     names = {dict: "mapping", float: "positive float", int: "positive int"}
+    if kind is list:
+        return f"a list of {get_args(kinds[0])[0].__name__}s"
     return f"a {names.get(kind, kind.__name__)}"

@@ -18,6 +18,13 @@ from pipeline.files.strict_json import parse_json
 from pipeline.spec.plain_yaml import RepeatedKey, parse_value, parse_yaml
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}|\$(\w+)")
+_WANTED = {
+    "model_type": "a map of keys is wanted",
+    "dict_type": "a map of keys is wanted",
+    "tuple_type": "a list is wanted",
+}
+# Characters of a value in a message.
+_SHOWN = 200
 # Integers beyond have no place in arrays, generators and files.
 _LARGEST = 2**63 - 1
 
@@ -26,7 +33,7 @@ class ClosedModel(BaseModel):
     """A document part that refuses unknown keys and cannot change once read.
 
     Where a number is wanted, booleans and text are refused, and so are integers that
-    do not fit into 64 bits.
+    do not fit into 64 bits. Only ``true`` and ``false`` are booleans.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -59,11 +66,23 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except RepeatedKey as error:
         raise SpecError(f"{path}: {error.problem}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise SpecError(f"{path} is not valid YAML: {reason}.") from None
+        raise SpecError(f"{path} is not valid YAML: {_reason(error)}.") from None
     if not isinstance(loaded, dict):
         raise SpecError(f"{path} must hold a mapping of keys, found {loaded!r:.60}.")
     return loaded
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with YAML, where, and what helps against the usual causes."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(error).split())
+    reason = f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"  # type: ignore[attr-defined]
+    if "'\\t'" in reason:
+        return f"{reason}; use spaces"
+    if "cannot start any token" in reason or "not allowed here" in reason:
+        return f"{reason}; put text that is meant as it is in quotes"
+    return reason
 
 
 def read_json_map(path: Path) -> dict[str, Any]:
@@ -81,9 +100,9 @@ def apply_overrides(document: dict[str, Any], overrides: Iterable[str]) -> None:
     """Set ``a.b.c=value`` entries in place; values are read by `parse_value`."""
     for override in overrides:
         dotted, equals, text = override.partition("=")
-        if not equals or not dotted:
-            raise SpecError(f"--set {override!r} must look like key.subkey=value.")
         *parents, last = dotted.split(".")
+        if not equals or not all((*parents, last)):
+            raise SpecError(f"--set {override!r} must look like key.subkey=value.")
         target = document
         for key in parents:
             if target.get(key) is None:
@@ -95,11 +114,14 @@ def apply_overrides(document: dict[str, Any], overrides: Iterable[str]) -> None:
             target[last] = parse_value(text)
         except RepeatedKey as error:
             raise SpecError(f"--set {override!r}: {error.problem}.") from None
-        except yaml.YAMLError:
-            raise SpecError(
-                f"--set {override!r}: the value is not YAML; put text that begins with "
-                "a bracket or a quotation mark in quotes of its own."
-            ) from None
+        except yaml.YAMLError as error:
+            reason = _reason(error)
+            if text.strip().startswith(("[", "{", '"', "'")):
+                reason = (
+                    "the value is not YAML; put text that begins with a bracket or a "
+                    "quotation mark in quotes of its own"
+                )
+            raise SpecError(f"--set {_shown(override)}: {reason}.") from None
 
 
 def validate(model: type[Document], data: Mapping[str, Any], where: str) -> Document:
@@ -108,7 +130,7 @@ def validate(model: type[Document], data: Mapping[str, Any], where: str) -> Docu
         return model.model_validate(data)
     except ValidationError as failure:
         error = failure.errors()[0]
-    place = ".".join(str(part) for part in error["loc"]) or "the document"
+    place = ".".join(map(str, error["loc"])) if error["loc"] else "the document"
     if error["type"] == "extra_forbidden":
         key = str(error["loc"][-1])
         known = _known_keys(model, error["loc"][:-1])
@@ -121,11 +143,28 @@ def validate(model: type[Document], data: Mapping[str, Any], where: str) -> Docu
         raise SpecError(
             f"{where}: {parent}: the key {key!r} must be text; put it in quotes."
         )
+    raise SpecError(f"{where}: {place}: {_message(error)}.")
+
+
+def _message(error: Mapping[str, Any]) -> str:
+    """What pydantic's ``error`` is, what was found, and a remedy that is known."""
+    kind, value = error["type"], error["input"]
     message = error["msg"].removeprefix("Value error, ").rstrip(".")
-    if error["type"] == "string_type" and isinstance(error["input"], int | float):
+    if value is None:
+        return f"{message}, found nothing (null); leave the key out for its default"
+    if kind == "string_type" and isinstance(value, int | float):
         message = "text is wanted, so put the value in quotes"
-    found = "" if isinstance(error["input"], dict) else f", found {error['input']!r}"
-    raise SpecError(f"{where}: {place}: {message}{found}.")
+    elif kind in _WANTED:
+        message = _WANTED[kind]
+    if isinstance(value, dict):
+        return message if kind == "value_error" else f"{message}, found a map"
+    return f"{message}, found {_shown(value)}"
+
+
+def _shown(value: Any) -> str:
+    """``value`` as Python writes it, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -175,6 +214,8 @@ def _check_numbers(annotation: Any, value: Any) -> None:
     if value is None or len(kinds) != 1:
         return
     (kind,) = kinds
+    if kind is bool and not isinstance(value, bool):
+        raise ValueError("true or false is wanted")
     if kind in (int, float):
         _check_number(value)
     elif get_origin(kind) is tuple and isinstance(value, list | tuple):

@@ -295,7 +295,7 @@ def test_warm_up_and_milestones_agree_with_torch() -> None:
     ("schedule", "message"),
     [
         ({"kind": "cosine", "milestones": [3]}, "milestones belong to kind milestones"),
-        ({"kind": "milestones"}, "milestones belong to kind milestones"),
+        ({"kind": "milestones"}, "kind milestones needs milestones"),
         ({"milestones": [3]}, "milestones belong to kind milestones"),
         ({"kind": "milestones", "milestones": [3, 3]}, "milestones must ascend"),
     ],

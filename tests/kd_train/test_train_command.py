@@ -269,3 +269,54 @@ def test_damaged_store_is_named_with_the_repair(
     sentence = refusal(main, _arguments(store, tmp_path / "run"))
     assert "labels/energy" in sentence
     assert "--repair" in sentence
+
+
+@pytest.mark.parametrize("option", ["--out", "--cache", "--config", "--stage"])
+def test_an_empty_path_is_not_the_current_folder(
+    option: str,
+    labels_store: FeatureStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """B7: `--out "$UNSET"` trained in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    arguments = [*_arguments(labels_store.path, tmp_path / "r"), option, ""]
+    done = run_command(main, arguments)
+    assert done.exit_code == 2
+    assert "it is empty; is a variable of the shell not set?" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--student", "--strategy"])
+def test_an_empty_name_is_no_default(
+    option: str, labels_store: FeatureStore, tmp_path: Path
+) -> None:
+    arguments = _arguments(labels_store.path, tmp_path / "r", option, "")
+    told = refusal(main, arguments)
+    assert told == f"{option} is empty; name one or leave the option out."
+
+
+@pytest.mark.parametrize("name", ["meta", "gpu", "cuda:99"])
+def test_a_device_without_numbers_is_refused(
+    name: str, labels_store: FeatureStore, tmp_path: Path
+) -> None:
+    arguments = _arguments(labels_store.path, tmp_path / "r", "--device", name)
+    assert f"--device '{name}' cannot be used" in refusal(main, arguments)
+
+
+def test_the_largest_budget_is_no_traceback(
+    labels_store: FeatureStore, tmp_path: Path
+) -> None:
+    setting = ["--set", f"batch_atoms={2**63 - 1}", "--steps", 1]
+    arguments = _arguments(labels_store.path, tmp_path / "r", *setting)
+    assert run_command(main, arguments).exit_code == 0
+
+
+def test_weights_that_are_no_numbers_end_the_run(
+    labels_store: FeatureStore, tmp_path: Path
+) -> None:
+    """The student's file was said to be damaged."""
+    arguments = ["--set", "optimizer.eps=1e-300", "--set", "optimizer.lr=1e-3"]
+    told = refusal(main, _arguments(labels_store.path, tmp_path / "r", *arguments))
+    assert "weights are no longer finite numbers by step" in told
+    assert "optimizer.eps" in told

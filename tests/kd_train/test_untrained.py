@@ -293,3 +293,62 @@ def test_structures_of_training_in_validation_are_told(
     ) in caplog.text
     assert "test_split: 6 of the 6 samples of 'energies'" in caplog.text
     assert "'bare' have" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("split", "strategy", "changes", "remedy"),
+    [
+        (
+            "bare",
+            "vanilla1",
+            {"distill": {"schedule": {"start": 0}}},
+            "set distill.schedule.start above 0",
+        ),
+        (
+            "bare",
+            "n2n+vanilla1",
+            {"distill": {"schedule": {"kind": "linear", "start": 0}}},
+            "set distill.schedule.start above 0",
+        ),
+        (
+            "bare",
+            "vanilla2",
+            {"distill": {"vanilla2": 0}},
+            "set distill.vanilla2 above 0",
+        ),
+        (
+            "full",
+            "none",
+            {"loss": {"energy_weight": 0, "force_weight": 0}},
+            "set loss.energy_weight or loss.force_weight above 0",
+        ),
+        (
+            "energies",
+            "none",
+            {"loss": {"energy_weight": 0}},
+            "set loss.energy_weight above 0, join a split",
+        ),
+    ],
+)
+def test_what_a_weight_of_zero_switches_off(
+    split: str,
+    strategy: str,
+    changes: dict[str, Any],
+    remedy: str,
+    store: FeatureStore,
+    tmp_path: Path,
+) -> None:
+    """A1: a factor of 0 trained nothing, and remedies were those of other causes."""
+    with pytest.raises(SpecError, match=remedy):
+        _run(store, tmp_path, split, strategy=strategy, **changes)
+
+
+def test_gradients_of_labels_that_have_no_weight(
+    store: FeatureStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The labels are there, so no warning denies that."""
+    _run(store, tmp_path, "full", SCHNET, loss={"energy_weight": 0})
+    assert caplog.messages[0] == (
+        "loss.energy_weight is 0, so reference energies are not used; those of the "
+        "student are known up to a constant only"
+    )
