@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.build.contents import check_labels, warn_of_shared
+from pipeline.build.contents import check_labels, warn_of_repeated, warn_of_shared
 from pipeline.build.fill import Report, count_blocks, fill_blocks
 from pipeline.build.filter_samples import bad_samples, tell_left_out
 from pipeline.build.inputs import Source
@@ -108,10 +108,12 @@ def prepare(
 
 
 def _warn_of_labels(source: Source, scans: Mapping[str, Scan]) -> None:
-    """Warn of labels that are not everywhere, and of structures in two splits."""
+    """Warn of labels that are not everywhere, and of structures that are twice."""
     for name, split in source.spec.splits.items():
         if split.labelled:
             check_labels(name, split, scans[name].contents)
+        ids = source.datasets[name].sample_ids
+        warn_of_repeated(name, scans[name].checksums, ids)
     warn_of_shared(
         {name: scan.checksums for name, scan in scans.items()},
         {name: dataset.sample_ids for name, dataset in source.datasets.items()},

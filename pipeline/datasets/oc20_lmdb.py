@@ -185,6 +185,12 @@ def _as_record(
     for name in ("atomic_numbers", "cell"):
         if name not in values:
             raise DataError(f"{where} has no {name}.")
+    stated = np.ravel(properties.get("natoms", ()))
+    counted = np.size(values["atomic_numbers"])
+    if counted and stated.size == 1 and stated[0] != counted:
+        raise DataError(
+            f"{where} has {counted} atomic numbers, but natoms={stated[0]}."
+        )
     return Record(
         atomic_numbers=values["atomic_numbers"],
         positions=values.get("pos"),
