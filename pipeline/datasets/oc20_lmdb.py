@@ -102,10 +102,19 @@ class Oc20LmdbDataset(RecordDataset):
         ids, sizes = [], []
         for number, which, code in zip(*piece, strict=True):
             file = self._files[int(which)]
-            sample_id, size = _scan(file, file.key(int(code)))
+            try:
+                sample_id, size = _scan(file, file.key(int(code)))
+            except DataError:
+                if not self.options.keep_bad:
+                    raise
+                sample_id, size = None, 0
             ids.append(sample_id or str(number))
             sizes.append(size)
         return ids, sizes
+
+    def relist(self, index: int) -> None:
+        """Raise DataError again if the sample could not be listed."""
+        _scan(*self._place(index))
 
 
 def _scan(file: LmdbFile, key: bytes) -> tuple[str | None, int]:

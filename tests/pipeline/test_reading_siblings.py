@@ -3,6 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+import ase
+import ase.db
+import ase.io
+import numpy as np
 import pytest
 import torch
 
@@ -10,7 +14,14 @@ from pipeline.cli.main import main
 from pipeline.datasets import ReadOptions, open_dataset
 from pipeline.errors import DataError, SpecError
 from tests.commands import run_command
-from tests.pipeline.oc20_files import packed_json, pyg2, pyg_fields, slabs, write_lmdb
+from tests.pipeline.oc20_files import (
+    aselmdb_row,
+    packed_json,
+    pyg2,
+    pyg_fields,
+    slabs,
+    write_lmdb,
+)
 from tests.stores import spec_document, write_spec
 
 SPECIES = "Properties=species:S:1:pos:R:3"
@@ -196,3 +207,155 @@ def test_structures_that_are_twice_in_a_split_are_a_warning(tmp_path: Path) -> N
     told = _plan(tmp_path, tmp_path / "*.xyz")
     assert "splits.train: 2 of 4 samples have structures that an earlier one" in told
     assert "('2', '3')" in told
+
+
+def _npz(path: Path, **changes: Any) -> Path:
+    arrays = {
+        "nuclear_charges": np.array([1, 1]),
+        "coords": np.array([[[0, 0, 0], [0, 0, 0.7 + 0.1 * k]] for k in range(3)]),
+        "energies": np.arange(3.0),
+        "forces": np.ones((3, 2, 3)),
+    }
+    np.savez(path, **(arrays | changes))
+    return path
+
+
+@pytest.mark.parametrize("value", [np.nan, 1.5])
+def test_indices_of_npz_that_are_no_ids_are_refused(
+    value: float, tmp_path: Path
+) -> None:
+    """A15: a traceback, or ids that are cut to whole numbers."""
+    path = _npz(tmp_path / "a.npz", old_indices=np.array([4, value, 6]))
+    with pytest.raises(DataError, match=f"sample 1 has the old_indices {value}"):
+        _open(path, "npz")
+    dataset = _open(path, "npz", keep_bad=True)
+    assert dataset.sample_ids == ["4", "1", "6"]
+    with pytest.raises(DataError, match="old_indices"):
+        dataset[1]
+
+
+def test_indices_of_npz_in_a_column_are_ids(tmp_path: Path) -> None:
+    path = _npz(tmp_path / "a.npz", old_indices=np.array([[4], [2], [6]]))
+    assert _open(path, "npz").sample_ids == ["4", "2", "6"]
+
+
+def test_masks_of_npz_are_a_warning(tmp_path: Path, caplog: Any) -> None:
+    """A16: arrays that are named as constraints are not kept."""
+    _open(_npz(tmp_path / "a.npz", fixed=np.array([1, 0])), "npz")
+    assert "3 of 3 samples have constraints that are not kept: fixed (3)" in caplog.text
+
+
+def _ani(path: Path, *molecules: dict[str, Any]) -> Path:
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(path, "w") as file:
+        for number, changes in enumerate(molecules):
+            arrays = {
+                "atomic_numbers": np.array([1, 1]),
+                "coordinates": np.array([[[0, 0, 0], [0, 0, 0.7]]] * 3),
+                "wb97x_dz.energy": np.arange(3.0),
+                "wb97x_dz.forces": np.ones((3, 2, 3)),
+            } | changes
+            group = file.create_group(f"m{number}")
+            for name, values in arrays.items():
+                if values is not None:
+                    group[name] = values
+    return path
+
+
+@pytest.mark.parametrize(
+    "energies", [np.arange(2.0), np.arange(4.0), np.array([1.0]), np.float64(1)]
+)
+def test_labels_of_hdf5_of_other_lengths_are_refused(
+    energies: Any, tmp_path: Path
+) -> None:
+    """C: a traceback, surplus labels, or one label for all conformations."""
+    dataset = _open(_ani(tmp_path / "a.h5", {"wb97x_dz.energy": energies}), "hdf5")
+    with pytest.raises(DataError, match="but the molecule has 3 conformations"):
+        dataset[0]
+
+
+@pytest.mark.parametrize("name", ["pbc", "cell", "lattice_vectors"])
+def test_cells_in_hdf5_are_refused(name: str, tmp_path: Path) -> None:
+    """A4: the layouts have no cell, so one would be dropped."""
+    dataset = _open(_ani(tmp_path / "a.h5", {name: np.eye(3)}), "hdf5")
+    with pytest.raises(DataError, match=f"has '{name}', but the layout of ANI-1x has"):
+        dataset[0]
+
+
+@pytest.mark.parametrize("attribute", ["units", "unit"])
+def test_molecules_of_hdf5_in_two_units_are_refused(
+    attribute: str, tmp_path: Path
+) -> None:
+    """C: the units of the first molecule were taken for all."""
+    h5py = pytest.importorskip("h5py")
+    path = _ani(tmp_path / "a.h5", {}, {"wb97x_dz.forces": None}, {})
+    with h5py.File(path, "a") as file:
+        file["m2"]["wb97x_dz.energy"].attrs[attribute] = "kcal/mol"
+    dataset = _open(path, "hdf5")
+    assert dataset[3].energy == 0
+    with pytest.raises(DataError, match="'wb97x_dz.energy' is in another unit than in"):
+        dataset[6]
+
+
+def _bad_lmdb(folder: Path) -> Path:
+    values = [pyg2(pyg_fields(slab)) for slab in slabs(3)]
+    entries = {"0": values[0], "1": b"torn", "2": values[2]}
+    return write_lmdb(folder / "d.lmdb", entries)
+
+
+def _bad_aselmdb(folder: Path) -> Path:
+    rows = [aselmdb_row(slab) for slab in slabs(3)]
+    rows[1]["data"] = {"sid": [1, 2]}
+    entries = {str(i): packed_json(row) for i, row in enumerate(rows, 1)}
+    return write_lmdb(folder / "d.aselmdb", entries)
+
+
+def _bad_database(folder: Path) -> Path:
+    with ase.db.connect(str(folder / "d.db")) as database:
+        for sid in (7, [1, 2], 8):
+            atoms = ase.Atoms("H2", [[0, 0, 0], [0, 0, 0.7 + 0.01 * len(database)]])
+            database.write(atoms, data={"sid": sid})
+    return folder / "d.db"
+
+
+def _bad_trajectory(folder: Path) -> Path:
+    images = [ase.Atoms("H2", [[0, 0, 0], [0, 0, 0.7 + k]]) for k in (0.0, 0.1, 0.2)]
+    images[1].info["sid"] = [1, 2]
+    ase.io.write(folder / "d.traj", images)
+    return folder / "d.traj"
+
+
+@pytest.mark.parametrize(
+    ("format", "make"),
+    [
+        ("oc20_lmdb", _bad_lmdb),
+        ("aselmdb", _bad_aselmdb),
+        ("ase_db", _bad_database),
+        ("traj", _bad_trajectory),
+    ],
+)
+def test_rows_that_cannot_be_listed_are_skipped(
+    format: str, make: Any, tmp_path: Path
+) -> None:
+    """B3: ``skip`` leaves out what is found while samples are listed, too."""
+    path = make(tmp_path)
+    with pytest.raises(DataError):
+        _open(path, format)
+    dataset = _open(path, format, keep_bad=True)
+    assert len(dataset) == 3
+    assert [len(dataset[i].structure) for i in (0, 2)] == [
+        dataset.n_atoms[0],
+        dataset.n_atoms[2],
+    ]
+    with pytest.raises(DataError):
+        dataset[1]
+    told = _plan(tmp_path, path, format=format, on_bad_sample="skip")
+    assert "splits.train: 1 of 3 samples are left out" in told
+
+
+def test_conditions_do_not_hide_what_cannot_be_read(tmp_path: Path) -> None:
+    """A torn sample meets every condition, and is named."""
+    where = (("sid", (500,)),)
+    path = _bad_lmdb(tmp_path)
+    dataset = _open(path, "oc20_lmdb", where=where, keep_bad=True)
+    assert dataset.sample_ids == ["500_0", "1", "500_2"]
