@@ -102,10 +102,19 @@ class Oc20LmdbDataset(RecordDataset):
         ids, sizes = [], []
         for number, which, code in zip(*piece, strict=True):
             file = self._files[int(which)]
-            sample_id, size = _scan(file, file.key(int(code)))
+            try:
+                sample_id, size = _scan(file, file.key(int(code)))
+            except DataError:
+                if not self.options.keep_bad:
+                    raise
+                sample_id, size = None, 0
             ids.append(sample_id or str(number))
             sizes.append(size)
         return ids, sizes
+
+    def relist(self, index: int) -> None:
+        """Raise DataError again if the sample could not be listed."""
+        _scan(*self._place(index))
 
 
 def _scan(file: LmdbFile, key: bytes) -> tuple[str | None, int]:
@@ -185,6 +194,12 @@ def _as_record(
     for name in ("atomic_numbers", "cell"):
         if name not in values:
             raise DataError(f"{where} has no {name}.")
+    stated = np.ravel(properties.get("natoms", ()))
+    counted = np.size(values["atomic_numbers"])
+    if counted and stated.size == 1 and stated[0] != counted:
+        raise DataError(
+            f"{where} has {counted} atomic numbers, but natoms={stated[0]}."
+        )
     return Record(
         atomic_numbers=values["atomic_numbers"],
         positions=values.get("pos"),

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,10 @@ from pipeline.structure import Sample
 log = logging.getLogger("pipeline.datasets")
 Energy = Literal["adsorption", "total"]
 _texts = TextCache()
+# Columns that may be constraints; OC20's own frames have move_mask of one flag.
+_MASKED = re.compile(
+    rb"(?!move_mask:l:1\b)(fix|fro?[ze]|constr|select|mov|mobil)", re.I
+)
 
 
 @dataclass(frozen=True)
@@ -276,9 +281,9 @@ def _read_id(path: Path, text: bytes, number: int, span: Span) -> str | None:
 
 
 def _lost(path: Path, text: bytes, number: int, span: Span) -> tuple[str, ...]:
-    """Names of the frame's constraints that are not kept; parses a mask of all axes."""
+    """Names of the frame's constraints that are not kept; parses frames with masks."""
     frame = text[span.start : span.stop]
-    if b"move_mask:l:3" not in frame.split(b"\n", 2)[1].lower():
+    if not _MASKED.search(frame.split(b"\n", 2)[1]):
         return ()
     try:
         return FrameText.of(path, frame, number).record().lost
