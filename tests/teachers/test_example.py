@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,11 @@ from tests.stores import STUDENTS, spec_document, write_spec
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "teachers.md"
+_SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+MAIN = {
+    "pipeline": _SCRIPTS["kd-cache"].partition(":")[0],
+    "kd_train": _SCRIPTS["kd-train"].partition(":")[0],
+}
 
 
 def _blocks() -> tuple[str, str, str]:
@@ -47,7 +53,7 @@ def _run(
         [
             sys.executable,
             "-c",
-            f"from {program}.cli import main; main()",
+            f"from {MAIN[program]} import main; main()",
             *map(str, arguments),
         ],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
