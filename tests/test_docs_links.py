@@ -13,7 +13,7 @@ _HEADING = re.compile(r"^#{1,6} +(.*)$", re.MULTILINE)
 _FENCE = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 
 
-def _markdown_files() -> list[Path]:
+def markdown_files() -> list[Path]:
     """Return the Markdown files of the repository, new ones included."""
     command = ["git", "ls-files", "-co", "--exclude-standard", "*.md"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -47,7 +47,7 @@ def _links(page: Path) -> Iterator[tuple[str, Path, str]]:
             yield link, target.resolve(), anchor
 
 
-@pytest.mark.parametrize("page", _markdown_files(), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", markdown_files(), ids=lambda page: page.name)
 def test_links_lead_somewhere(page: Path) -> None:
     for link, target, anchor in _links(page):
         assert target.exists(), f"{page.name} links to {link}, which does not exist"
