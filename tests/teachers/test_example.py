@@ -4,7 +4,6 @@ import os
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
@@ -15,11 +14,6 @@ from tests.stores import STUDENTS, spec_document, write_spec
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "teachers.md"
-_SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
-MAIN = {
-    "pipeline": _SCRIPTS["kd-cache"].partition(":")[0],
-    "kd_train": _SCRIPTS["kd-train"].partition(":")[0],
-}
 
 
 def _blocks() -> tuple[str, str, str]:
@@ -53,7 +47,7 @@ def _run(
         [
             sys.executable,
             "-c",
-            f"from {MAIN[program]} import main; main()",
+            f"from {program} import main; main()",
             *map(str, arguments),
         ],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
@@ -80,19 +74,19 @@ def test_example_keeps_the_contract_and_its_store_trains_without_it(
     document["teacher"]["model"] = "toy"
     spec = write_spec(tmp_path / "toy.yaml", document)
 
-    checked = _run("pipeline", "check-teacher", spec, packages=package)
+    checked = _run("pipeline.cli.main", "check-teacher", spec, packages=package)
     assert checked.returncode == 0, checked.stderr
     kept = [line.split()[0] for line in checked.stdout.splitlines()]
     assert kept[-1] == "gradient_forces"
     assert "reflections" in kept
 
-    absent = _run("pipeline", "build", spec, packages=None)
+    absent = _run("pipeline.cli.main", "build", spec, packages=None)
     assert absent.returncode == 2
     assert "no teacher is called 'toy'" in absent.stderr
 
-    built = _run("pipeline", "build", spec, packages=package)
+    built = _run("pipeline.cli.main", "build", spec, packages=package)
     assert built.returncode == 0, built.stderr
-    verified = _run("pipeline", "verify", store, packages=None)
+    verified = _run("pipeline.cli.main", "verify", store, packages=None)
     assert verified.returncode == 0, verified.stderr
     assert FeatureStore.open(store).attributes["teacher"]["model"] == "toy"
 
@@ -102,7 +96,7 @@ def test_example_keeps_the_contract_and_its_store_trains_without_it(
         for key, value in STUDENTS["painn-small-demo"].items()
     ]
     trained = _run(
-        "kd_train",
+        "kd_train.cli.train",
         *("--cache", store, "--strategy", "n2n", "--student", "painn-small-demo"),
         *("--set", "steps=3", "--set", "batch_size=4", "--out", run, *student),
         packages=None,
