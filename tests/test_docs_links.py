@@ -71,3 +71,10 @@ def test_readme_is_a_first_page() -> None:
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 120
     assert len(text) <= 6500
+
+
+def test_architecture_names_files_that_exist() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    names = re.findall(r"`((?:pipeline|kd_train)/[\w/.]+)`", text)
+    assert len(names) >= 15
+    assert [name for name in names if not (ROOT / name).exists()] == []
