@@ -135,7 +135,7 @@ def rank_order(
     """The samples of a rank's part, shuffled within ``buffer_blocks`` pieces at a time.
 
     As good as a full shuffle where the store's own order is random, because then any
-    block is a fair sample of the split (docs/measurements/benchmarks.md has measurements).
+    block is a fair sample of the split (measured: docs/measurements/benchmarks.md).
     """
     # Seeds are padded with zeros, so (seed, epoch, 0) would repeat (seed, epoch).
     generator = np.random.default_rng((config.seed, epoch, 1 + rank))
