@@ -304,7 +304,8 @@ def _said(group: Any, keys: Mapping[str, str]) -> dict[str, str]:
             continue
         attributes = (data.attrs.get(name) for name in ("units", "unit"))
         words = [_plain(word) for word in attributes if word is not None]
-        found |= {part: word for word in words[:1] if isinstance(word, str)}
+        if words and isinstance(words[0], str):
+            found[part] = words[0]
     return found
 
 
