@@ -36,7 +36,7 @@ Energy = Literal["adsorption", "total"]
 _texts = TextCache()
 # Columns that may be constraints; OC20's own frames have move_mask of one flag.
 _MASKED = re.compile(
-    rb"(?!move_mask:l:1\b)(fix|fro?[ze]|constr|select|mov|mobil)", re.I
+    rb"(?!move_mask:l:1\b)(fix|froz|freez|free_?a|constr|select|mov|mobil)", re.I
 )
 
 
