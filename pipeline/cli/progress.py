@@ -70,7 +70,9 @@ def check_bar(what: str, unit: str = "block") -> Iterator[Count]:
 
         def count(done: int, total: int) -> None:
             if done == 0 and bar.n:
-                bar.reset()  # another pass
+                # Another pass. A reset would show a bar that is not due yet, and that
+                # then ends without a line break before the error that follows.
+                bar.n = bar.last_print_n = 0
             bar.total = total
             bar.update(done - bar.n)
 

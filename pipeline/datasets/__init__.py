@@ -86,7 +86,8 @@ def open_dataset(
     dataset.use(lister(dataset))
     if offset and not len(dataset):
         raise DataError(
-            f"{path} has no sample left after offset={offset}; lower the offset."
+            f"{dataset.path} has no sample left after offset={offset}; lower the "
+            "offset."
         )
     dataset.check_ids()
     return dataset

@@ -36,7 +36,7 @@ Energy = Literal["adsorption", "total"]
 _texts = TextCache()
 # Columns that may be constraints; OC20's own frames have move_mask of one flag.
 _MASKED = re.compile(
-    rb"(?!move_mask:l:1\b)(fix|fro?[ze]|constr|select|mov|mobil)", re.I
+    rb"(?!move_mask:l:1\b)(fix|froz|freez|free_?a|constr|select|mov|mobil)", re.I
 )
 
 
@@ -209,7 +209,8 @@ def _subtracts(chunks: list[Chunk], energy: Energy | None) -> bool:
     if energy == "total":
         return False
     bare = [c for c in chunks if c.lines is None and c.reference is None]
-    if bare and (energy == "adsorption" or len(bare) < len(chunks)):
+    listed = any(c.systems is not None for c in bare)
+    if bare and (energy == "adsorption" or len(bare) < len(chunks) or listed):
         first = bare[0]
         lack = "has no .txt file with reference energies beside it"
         if first.systems is not None:

@@ -1,5 +1,8 @@
 """Siblings of files that were read wrong: other names, other readers, other places."""
 
+import gzip
+import lzma
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import torch
 from pipeline.cli.main import main
 from pipeline.datasets import ReadOptions, open_dataset
 from pipeline.errors import DataError, SpecError
-from tests.commands import run_command
+from tests.commands import refusal, run_command
 from tests.pipeline.oc20_files import (
     aselmdb_row,
     packed_json,
@@ -359,3 +362,125 @@ def test_conditions_do_not_hide_what_cannot_be_read(tmp_path: Path) -> None:
     path = _bad_lmdb(tmp_path)
     dataset = _open(path, "oc20_lmdb", where=where, keep_bad=True)
     assert dataset.sample_ids == ["500_0", "1", "500_2"]
+
+
+def test_hard_links_are_the_same_file(tmp_path: Path) -> None:
+    """A9: one file under two names counts twice."""
+    path = _text(tmp_path, _frame(SPECIES))
+    os.link(path, tmp_path / "g.xyz")
+    with pytest.raises(DataError, match="are the same file twice"):
+        _open(tmp_path / "*.xyz")
+
+
+def test_hidden_files_are_no_data_and_case_does_not_matter(tmp_path: Path) -> None:
+    """A9: what other systems leave in folders is not read, what is data is."""
+    (tmp_path / "._a.xyz").write_bytes(b"\0\5\x16\7")
+    (tmp_path / ".old.xyz").write_text(_frame(SPECIES))
+    (tmp_path / "a.XYZ").write_text(_frame(SPECIES, shift=0.1))
+    (tmp_path / "b.xyz").write_text(_frame(SPECIES))
+    assert len(_open(tmp_path)) == 2
+
+
+def test_a_packed_name_of_plain_text_is_read(tmp_path: Path) -> None:
+    """B9: browsers unpack files and keep their names."""
+    path = tmp_path / "f.xyz.gz"
+    path.write_text(_frame(f"{SPECIES} energy=-1"))
+    assert _open(path)[0].energy == -1
+    assert _open(path, "oc20_raw")[0].energy == -1
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (gzip.compress(gzip.compress(b"1\n\nH 0 0 0\n")), "packed twice"),
+        (lzma.compress(b"1\n\nH 0 0 0\n", lzma.FORMAT_ALONE), "packed by lzma"),
+        (b"\x1f\x9d\x90abc", "packed by compress"),
+    ],
+)
+def test_other_packers_are_named(content: bytes, words: str, tmp_path: Path) -> None:
+    """B9: says what a file looks like."""
+    path = tmp_path / "f.xyz"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=f"{words}.*; unpack it first"):
+        _open(path)
+
+
+def test_trajectories_that_are_packed_or_empty_are_named(tmp_path: Path) -> None:
+    for name, content, words in (
+        ("a.traj", gzip.compress(b"x"), "it is packed; unpack it first"),
+        ("b.traj", b"", "it is empty"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=words):
+            _open(tmp_path / name, "traj")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("random7,-1.0", "has no reference energy in system.txt"),
+        ("random5 -1.0", "has no reference energy in system.txt"),
+        ("random5,-1.0\nrandom5,-2.0", "has two energies for the system 'random5'"),
+    ],
+)
+def test_systems_that_are_not_listed_once_are_refused(
+    line: str, words: str, tmp_path: Path
+) -> None:
+    """C: with a ``system.txt`` total energies are not taken without a word."""
+    (tmp_path / "random5.extxyz").write_text(_frame(f"{SPECIES} energy=-3"))
+    (tmp_path / "system.txt").write_text(line)
+    with pytest.raises(DataError, match=words):
+        open_dataset("oc20_raw", str(tmp_path))
+    (tmp_path / "system.txt").write_text("random5,-1.0")
+    assert open_dataset("oc20_raw", str(tmp_path))[0].energy == -2
+
+
+def test_a_selection_of_nothing_names_what_was_wanted(tmp_path: Path) -> None:
+    path = _text(tmp_path, _frame(f"{SPECIES} charge=0"), _frame(SPECIES))
+    with pytest.raises(DataError, match="charge is 0, absent, not '0'"):
+        _open(path, where=(("charge", ("0",)),))
+
+
+def test_an_offset_past_the_end_names_the_file(tmp_path: Path) -> None:
+    path = _text(tmp_path, _frame(SPECIES))
+    with pytest.raises(DataError, match=f"^{path} has no sample left after offset=7"):
+        open_dataset("extxyz", str(path), offset=7)
+
+
+def test_errors_after_a_pass_begin_a_line(tmp_path: Path) -> None:
+    """One sentence on a line of its own, whatever bars there are."""
+    path = _text(tmp_path, _frame(f"{SPECIES} energy=-1"))
+    spec = _spec(tmp_path, path, energy_key="REF_energy")
+    told = run_command(main, ["plan", spec])
+    assert told.exit_code == 2
+    assert "\nError: " in f"\n{told.stderr}"
+
+
+CLOSE = "2\nProperties=species:S:1:pos:R:3 sample_id=close\nH 0 0 0\nH 0 0 0.05\n"
+
+
+@pytest.mark.parametrize("words", [["check-teacher"], ["label", "--out", "labels"]])
+def test_commands_without_a_store_refuse_or_skip_bad_samples(
+    words: list[str], teacher_file: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """A12: planning refuses atoms that are too close, and so do trials and labels."""
+    monkeypatch.chdir(tmp_path)
+    path = _text(tmp_path, _frame(f"{SPECIES} sample_id=w"), CLOSE)
+    name, *more = words
+    options = ["--samples", 2] if name == "check-teacher" else []
+    command = [name, "s.yaml", *more, *options, "--device", "cpu"]
+    section = {"format": "extxyz", "path": str(path)}
+    for keys in ({}, {"on_bad_sample": "skip"}):
+        document = spec_document(
+            {"train": section | keys}, tmp_path / "s.zarr", teacher_file
+        )
+        write_spec(tmp_path / "s.yaml", document)
+        if not keys:
+            assert "Sample 'close': atoms 0 (H) and 1 (H)" in refusal(main, command)
+            continue
+        told = run_command(main, command)
+        assert "1 of 2 samples are left out: 'close'" in told.stderr
+        assert "the store names" not in told.stderr
+    if name == "label":
+        written = _open(tmp_path / "labels" / "train.extxyz")
+        assert written.sample_ids == ["w"]
