@@ -12,8 +12,8 @@ log = logging.getLogger("kd_train")
 OUTPUTS = ("energy", "forces")
 _JOIN = "join a split with labels to train_split"
 _KEYS = (
-    "set energy_key and forces_key of the split where the file has labels under other "
-    "names"
+    "if the file has labels under other names, set energy_key and forces_key of the "
+    "split"
 )
 
 
@@ -113,15 +113,15 @@ def _nothing_trained(config: TrainConfig, counts: LabelCounts) -> str:
             f"{counts.forces} forces, and loss.energy_weight and loss.force_weight are "
             f"{config.loss.energy_weight:g} and {config.loss.force_weight:g}"
         )
-    remedies = f"{_JOIN}, set loss.teacher_labels=1, add vanilla1 to the strategy, or"
+    remedies = f"{_JOIN}, set loss.teacher_labels=1, add vanilla1 to the strategy, or,"
     if config.strategy == "none":
         return (
             f"{cause}, so the strategy 'none' has nothing to learn from; {remedies} "
             f"{_KEYS}."
         )
     return (
-        f"{cause}, and {config.strategy} trains no energies or forces, so those of the "
-        f"student would stay random; {remedies} {_KEYS}."
+        f"{cause}, and {config.strategy} does not train energies or forces, so both "
+        f"outputs of the student would stay random; {remedies} {_KEYS}."
     )
 
 
@@ -133,9 +133,9 @@ def _require_l0(config: TrainConfig, counts: LabelCounts) -> None:
         if labels or loss.teacher_labels:
             return
         raise SpecError(
-            "distill.balance keeps the terms at a fraction of L0, which is always 0 "
-            f"because train_split {counts.name!r} has no labels for it; leave "
-            "distill.balance out or set loss.teacher_labels=1."
+            "distill.balance holds the terms at a fraction of L0, which is always 0 "
+            f"because train_split {counts.name!r} has no labels for it; omit "
+            "distill.balance or set loss.teacher_labels=1."
         )
 
 
@@ -147,14 +147,14 @@ def _check_untrained(
     if not direct:
         if output == "forces":
             log.warning(
-                "train_split: %r has no reference forces; those of the student follow "
-                "from its energy alone",
+                "train_split: %r has no reference forces; the student's forces "
+                "follow from its energy alone",
                 name,
             )
         else:
             log.warning(
-                "train_split: %r has no reference energies, so those of the student "
-                "are known up to a constant only",
+                "train_split: %r has no reference energies, so the student's "
+                "energies are known only up to a constant",
                 name,
             )
         return
@@ -190,8 +190,8 @@ def _warn_of_gaps(config: TrainConfig, counts: LabelCounts) -> None:
     ]
     if gaps:
         log.warning(
-            "train_split: of the %d samples of %r, %s; L0 leaves these out, and "
-            "loss.teacher_labels=1 takes the teacher's labels for them",
+            "train_split: of the %d samples of %r, %s; L0 skips these samples, and "
+            "loss.teacher_labels=1 adds pseudo-labels from the teacher",
             counts.samples,
             counts.name,
             " and ".join(gaps),
