@@ -105,8 +105,8 @@ class World:
         for rank, other in enumerate(found):
             if other != found[0]:
                 raise PipelineError(
-                    f"{what} are not the same for processes 0 and {rank}; let all "
-                    "processes see the same files, with one version of the code."
+                    f"{what} differ between processes 0 and {rank}; give all "
+                    "processes the same files and one version of the code."
                 )
 
 
@@ -137,8 +137,8 @@ def read_world(environment: Mapping[str, str]) -> World:
     local_rank = _number(environment, "LOCAL_RANK")
     if size < 1 or not 0 <= rank < size or local_rank < 0:
         raise SpecError(
-            f"WORLD_SIZE={size}, RANK={rank} and LOCAL_RANK={local_rank} do not fit "
-            "together; start kd-train with torchrun."
+            f"WORLD_SIZE={size}, RANK={rank} and LOCAL_RANK={local_rank} are "
+            "inconsistent; start kd-train with torchrun."
         )
     return World(rank, size, local_rank)
 
@@ -152,7 +152,7 @@ def _number(
     except ValueError:
         found = "not set" if value is None else f"{value!r}"
         raise SpecError(
-            f"{name} is {found}; it has to be a number, start kd-train with torchrun "
+            f"{name} is {found}, but must be a number; start kd-train with torchrun "
             "or set WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT."
         ) from None
 
@@ -173,13 +173,14 @@ def process_device(world: World, name: str | None) -> str | None:
 
     if name not in (None, "cuda"):
         raise SpecError(
-            f"--device {name!r} is one GPU for {world.size} processes; leave it out, "
-            "every process takes the one of its LOCAL_RANK."
+            f"--device {name!r} is one GPU for {world.size} processes; omit it, then "
+            "every process uses the GPU of its LOCAL_RANK."
         )
     if world.local_rank >= torch.cuda.device_count():
         raise SpecError(
-            f"Process {world.rank} has LOCAL_RANK={world.local_rank}, but its machine "
-            f"has {torch.cuda.device_count()} GPUs; start fewer processes a machine."
+            f"Process {world.rank} has LOCAL_RANK={world.local_rank}, but its "
+            f"machine has {torch.cuda.device_count()} GPUs; start fewer processes "
+            "per machine."
         )
     torch.cuda.set_device(world.local_rank)
     return f"cuda:{world.local_rank}"
@@ -242,7 +243,7 @@ def _meet(world: World, device: str | None) -> "Store":
     except (RuntimeError, ValueError) as error:
         reason = (str(error).splitlines() or ["no reason given"])[0]
         raise PipelineError(
-            f"Process {world.rank} of {world.size} did not reach the others "
+            f"Process {world.rank} of {world.size} did not reach the other processes "
             f"({reason}); check MASTER_ADDR and MASTER_PORT."
         ) from error
     return store

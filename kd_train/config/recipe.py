@@ -90,7 +90,7 @@ def _choose_recipe(wished: str, student: str) -> str:
     if student not in known:
         raise SpecError(
             f"Recipe {wished!r} has no student {student!r} (known: "
-            f"{', '.join(known)}); choose one of these or set recipe: none."
+            f"{', '.join(known)}); choose a known student or set recipe: none."
         )
     return wished
 
@@ -108,9 +108,9 @@ def _share(whole: int, name: str, processes: int, accumulate: int) -> int:
     share, rest = divmod(whole, processes * accumulate)
     if rest:
         raise SpecError(
-            f"Recipe {name!r} steps on {whole} samples, which {processes} process(es) "
-            f"with accumulate={accumulate} cannot share evenly; set batch_size, the "
-            "samples in a batch of one process."
+            f"Recipe {name!r} uses {whole} samples per step, which cannot be divided "
+            f"evenly by {processes} process(es) with accumulate={accumulate}; set "
+            "batch_size, the samples in a batch of one process."
         )
     return share
 
@@ -129,8 +129,8 @@ def _weights(
         weights = next(iter(known.values()), {})
         source = f"those of {next(iter(known))}" if known else "the defaults"
         log.warning(
-            "recipe %s has no weights for %s to %s; %s are taken, so look for better "
-            "ones (distill.*)",
+            "recipe %s has no weights for %s to %s; the run uses %s, so tune the "
+            "weights (distill.*)",
             name,
             teacher,
             student,
@@ -139,7 +139,7 @@ def _weights(
     for strategy in unset:
         if weights and strategy not in weights:
             log.warning(
-                "recipe %s has no weight of %s for %s; the default %g is taken",
+                "recipe %s has no weight of %s for %s; the run uses the default %g",
                 name,
                 strategy,
                 student,

@@ -28,10 +28,12 @@ class StudentConfig(ClosedModel):
 
     preset: str = Key(
         "",
-        description="a name of `kd-train --help`; default: the teacher's in the paper",
+        description="Name of the student network; `kd-train --help` lists the names "
+        "(default: the paper's student for the teacher in the store).",
     )
     hyperparameters: dict[str, Any] = Key(
-        default_factory=dict, description="changes to the preset"
+        default_factory=dict,
+        description="Hyperparameters that replace values of the preset.",
     )
 
 
@@ -41,11 +43,18 @@ class OptimizerConfig(ClosedModel):
     lr: float = Key(1e-3, gt=0)
     weight_decay: float = Key(2e-6, ge=0)
     decayed: Literal["all", "matrices"] = Key(
-        "all", description="matrices: no decay of biases, embeddings and scalars"
+        "all",
+        description="Parameters with weight decay (default: all); matrices "
+        "excludes biases, embeddings and scalars.",
     )
     amsgrad: bool = True
     eps: float = Key(1e-7, gt=0)
-    clip_norm: float | None = Key(10.0, gt=0, description="of all gradients together")
+    clip_norm: float | None = Key(
+        10.0,
+        gt=0,
+        description="Maximum norm of the gradient over all parameters; null disables "
+        "clipping.",
+    )
 
 
 class ScheduleConfig(ClosedModel):
@@ -53,16 +62,23 @@ class ScheduleConfig(ClosedModel):
 
     kind: Literal["constant", "exponential", "cosine", "milestones"] = Key(
         "exponential",
-        description="exponential: decay_rate^(step / decay_steps); cosine: to 0; "
-        "milestones: decay_rate at each of them",
+        description="Decay after the warm-up (default: exponential); exponential is "
+        "decay_rate^(step / decay_steps), cosine falls to 0, milestones multiplies "
+        "by decay_rate at each milestone.",
     )
     warmup_steps: int = Key(3750, ge=0)
     warmup_start: float = Key(
-        0.0, ge=0, le=1, description="share of the rate that the warm-up begins from"
+        0.0,
+        ge=0,
+        le=1,
+        description="Fraction of the learning rate at which the warm-up starts "
+        "(default: 0).",
     )
     decay_rate: float = Key(0.01, gt=0, le=1)
     decay_steps: int = Key(4_000_000, ge=1)
-    milestones: tuple[int, ...] = Key((), description="steps, ascending")
+    milestones: tuple[int, ...] = Key(
+        (), description="Steps of the schedule milestones, in ascending order."
+    )
 
 
 class LossConfig(ClosedModel):
@@ -71,13 +87,15 @@ class LossConfig(ClosedModel):
     energy_weight: float = Key(1.0, ge=0)
     force_weight: float = Key(100.0, ge=0)
     force_error: Literal["l2", "mae"] = Key(
-        "l2", description="l2: mean of |dF|; mae: mean over components"
+        "l2",
+        description="Force error in the loss (default: l2); l2 is the mean of "
+        "|dF|, mae is the mean over components.",
     )
     teacher_labels: float = Key(
         0.0,
         ge=0,
-        description="weight in L0 of samples without reference labels, with the "
-        "teacher's energy and forces; 0 leaves them to the distillation terms",
+        description="Weight of pseudo-labels in L0: the teacher's energy and forces "
+        "replace missing reference labels (default: 0, no pseudo-labels).",
     )
 
 
@@ -85,12 +103,24 @@ class LambdaSchedule(ClosedModel):
     """Factor of all distillation weights, by the step."""
 
     kind: Literal["constant", "linear", "cosine"] = Key(
-        "constant", description="how the factor goes from start to end; constant: start"
+        "constant",
+        description="Shape of the change from start to end (default: constant, "
+        "the factor stays at start).",
     )
     start: float = Key(1.0, ge=0)
     end: float = Key(0.0, ge=0)
-    first_step: int = Key(0, ge=0, description="the factor is start before")
-    steps: int | None = Key(None, ge=1, description="default: to the end of training")
+    first_step: int = Key(
+        0,
+        ge=0,
+        description="Step at which the change begins; the factor is start before "
+        "(default: 0).",
+    )
+    steps: int | None = Key(
+        None,
+        ge=1,
+        description="Number of steps of the change (default: up to the end of "
+        "training).",
+    )
 
 
 class DistillConfig(ClosedModel):
@@ -106,77 +136,119 @@ class DistillConfig(ClosedModel):
     balance: float | None = Key(
         None,
         gt=0,
-        description="keep the weighted terms together at this fraction of L0; the "
-        "weights then only say how they share it",
+        description="Ratio of all weighted distillation terms to L0, held by a "
+        "common factor; the weights then only set the shares of the terms (default: "
+        "no common factor).",
     )
 
 
 class TrainConfig(ClosedModel):
     """Everything that decides a run beside the store."""
 
-    strategy: str = Key("none", description="one of the strategies, or several with +")
+    strategy: str = Key(
+        "none",
+        description="Distillation strategy, or several strategies joined with + "
+        "(default: none, a baseline without distillation).",
+    )
     student: StudentConfig = StudentConfig()
     recipe: Literal["auto", "none", "coll", "oc20"] = Key(
         "auto",
-        description="where values come from that are not set: the paper's for this "
-        "student on COLL or OC20, or none; auto: by the student",
+        description="Source of unset values: the paper's settings for COLL or OC20, "
+        "or none; auto takes the recipe that contains the student (default: auto).",
     )
     seed: int = Key(0, ge=0)
-    steps: int = Key(10_000, ge=1, description="optimiser steps")
+    steps: int = Key(
+        10_000, ge=1, description="Number of optimiser steps (default: 10000)."
+    )
     accumulate: int = Key(
-        1, ge=1, description="batches in a step, of every process; as one large batch"
+        1,
+        ge=1,
+        description="Batches per optimiser step and process (gradient "
+        "accumulation); the step equals a step on one large batch (default: 1).",
     )
     batch_size: int = Key(
         32,
         ge=1,
-        description="samples in a batch of one process at most; default: of the "
-        "recipe's batch this process's share",
+        description="Maximum number of samples in a batch of one process (default: "
+        "the process's share of the recipe's batch; 32 without a recipe).",
     )
     batch_atoms: int | None = Key(
-        None, ge=1, description="atoms in a batch at most; replaces batch_size when set"
+        None,
+        ge=1,
+        description="Maximum number of atoms in a batch; replaces batch_size if set.",
     )
     buffer_blocks: int = Key(
-        16, ge=1, description="blocks of the store among which samples are shuffled"
+        16,
+        ge=1,
+        description="Blocks of the store among which samples are shuffled "
+        "(default: 16).",
     )
-    loader_threads: int = Key(2, ge=1, description="threads that make batches ahead")
-    train_split: str = Key("train", description="a split, or several joined with +")
-    val_split: str = Key("val", description="likewise")
+    loader_threads: int = Key(
+        2, ge=1, description="Threads that prepare batches in advance (default: 2)."
+    )
+    train_split: str = Key(
+        "train",
+        description="Split of the training samples, or several splits joined with +.",
+    )
+    val_split: str = Key(
+        "val",
+        description="Split of the validation samples, or several splits joined with +.",
+    )
     test_split: str | None = Key(
         None,
-        description="what the final metrics are of, by default val_split; of several "
-        "joined with + they are the plain mean",
+        description="Split of the final metrics (default: val_split); metrics of "
+        "several splits joined with + are averaged.",
     )
     normalizer: Literal["store", "unit"] = Key(
         "store",
-        description="store: the teacher's, or that of the labels; unit: energies and "
-        "forces as they are, as the paper has it for COLL",
+        description="Units of student and losses (default: store); store takes the "
+        "normaliser of the teacher or of the labels, unit leaves energies and forces "
+        "unscaled, as the paper does for COLL.",
     )
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     loss: LossConfig = LossConfig()
     distill: DistillConfig = DistillConfig()
     ema_decay: float = Key(
-        0.999, ge=0, lt=1, description="of the moving average; 0: the last weights"
+        0.999,
+        ge=0,
+        lt=1,
+        description="Decay of the moving average of the weights; 0 exports the "
+        "last weights (default: 0.999).",
     )
     precision: Literal["float32", "tf32", "bfloat16"] = Key(
-        "float32", description="of matrix products; bfloat16 by autocast"
+        "float32",
+        description="Precision of matrix products (default: float32); bfloat16 "
+        "uses autocast.",
     )
-    compile: bool = Key(False, description="torch.compile the student")
+    compile: bool = Key(
+        False,
+        description="Whether to compile the student with torch.compile (default: "
+        "false).",
+    )
     deterministic: bool = Key(
-        False, description="refuse operations that may differ between two runs"
+        False,
+        description="Whether to refuse operations that may differ between two "
+        "runs (default: false).",
     )
-    eval_every: int = Key(1000, ge=1, description="steps between validations")
+    eval_every: int = Key(
+        1000, ge=1, description="Steps between validations (default: 1000)."
+    )
     export: Literal["best", "last"] = Key(
-        "best", description="which weights student.safetensors holds"
+        "best",
+        description="Weights that student.safetensors holds: of the best or of "
+        "the last validation (default: best).",
     )
     best_by: Literal["loss", "energy_mae", "forces_mae", "forces_cos", "efwt"] = Key(
         "loss",
-        description="what the best validation is chosen by; loss is L0 over the split",
+        description="Metric that selects the best validation (default: loss, which "
+        "is L0 over the split).",
     )
     patience: int | None = Key(
         None,
         ge=1,
-        description="stop after so many validations without a better one",
+        description="Number of validations without improvement before early stopping "
+        "(default: no early stopping).",
     )
 
     @field_validator("strategy")
@@ -188,7 +260,7 @@ class TrainConfig(ClosedModel):
         names = value.split("+")
         if len(set(names)) < len(names) or ("none" in names and len(names) > 1):
             raise ValueError(
-                "strategies may be joined with + once each, none only alone"
+                "strategies may be joined with + once each, and none cannot be joined"
             )
         return value
 
@@ -211,7 +283,7 @@ class TrainConfig(ClosedModel):
     def _each_split_once(cls, value: str | None) -> str | None:
         names = [] if value is None else value.split("+")
         if len(set(names)) < len(names):
-            raise ValueError("splits may be joined with + once each")
+            raise ValueError("each split may be joined with + only once")
         return value
 
     @property
@@ -243,7 +315,7 @@ def load_config(
                     target[key] = {}
                 target = target[key]
                 if not isinstance(target, dict):
-                    raise SpecError(f"{path}: {key!r} must hold keys.")
+                    raise SpecError(f"{path}: {key!r} must contain keys, not a value.")
             target[last] = value
     apply_overrides(document, overrides)
     return validate(TrainConfig, document, str(path or "configuration"))

@@ -114,8 +114,8 @@ class StudentCalculator(Calculator):
         if len(edges) == 0:
             raise DataError(
                 f"No atom has a neighbour within {model.graph_rule.cutoff} Å, the "
-                "cutoff of the student, so there is nothing to calculate; check that "
-                "positions are in Å."
+                "cutoff of the student, so there is no interaction to calculate; "
+                "check that positions are in Å."
             )
         self._warn_of(atoms, edges)
         return collate([structure], [edges], self.dtype).to(self.device)
@@ -149,17 +149,17 @@ class StudentCalculator(Calculator):
             self._warn(
                 "lone",
                 f"Atom {lone[0]} ({symbol}) has no neighbour within {rule.cutoff} Å; "
-                "students have hardly seen free atoms",
+                "students are hardly trained on free atoms",
             )
         self._warn("limit", limit_warning(rule, edges.crowded, len(atoms)))
         arbitrary = undetermined_elements(self.student, atoms.numbers)
         if arbitrary:
             self._warn(
                 "references",
-                f"the training compositions did not determine the reference energies "
+                "the training compositions do not determine the reference energies "
                 f"of {list_symbols(arbitrary)}, and {atoms.get_chemical_formula()} is "
-                "no combination of them, so its energy means nothing beside those of "
-                "other compositions",
+                "not a combination of these compositions, so do not compare its "
+                "energy with energies of other compositions",
             )
 
     def _warn(self, kind: str, text: str | None) -> None:

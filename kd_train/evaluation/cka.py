@@ -161,7 +161,7 @@ class StoredSide:
         self._path = FIELDS["node_features"].path
         if self._path not in split.arrays:
             raise SpecError(
-                f"Split {split.name!r} holds no node_features of the teacher; choose "
+                f"Split {split.name!r} has no node_features of the teacher; choose "
                 "another --split, or name the teacher's checkpoint as a model."
             )
         self._split = split
@@ -241,6 +241,6 @@ def _model_file(path: Path) -> Path:
     if (path / "student.safetensors").is_file():
         return path / "student.safetensors"
     raise SpecError(
-        f"{path} holds no student.safetensors; name a run folder that was validated at "
-        "least once, a model file, or teacher for the features in the store."
+        f"{path} has no student.safetensors; name a run folder with at least one "
+        "validation, a model file, or teacher for the features in the store."
     )

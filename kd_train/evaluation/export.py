@@ -109,8 +109,8 @@ def export_student(student: LoadedModel, path: Path) -> dict[str, float]:
     """
     if student.name not in EXPORTABLE:
         raise CheckpointError(
-            f"A {student.name} cannot be exported; {' and '.join(EXPORTABLE)} can. Use "
-            "StudentCalculator or load_student of kd_train."
+            f"A {student.name} cannot be exported; export {' or '.join(EXPORTABLE)}, "
+            "or use StudentCalculator or load_student of kd_train."
         )
     buffer = io.BytesIO()
     program = export_program(student)
@@ -155,9 +155,9 @@ def compare_program(student: LoadedModel, content: bytes) -> dict[str, float]:
             deviation = float((found - wanted).abs().max())
             if not deviation <= TOLERANCE * float(wanted.abs().max().clamp(min=1.0)):
                 raise CheckpointError(
-                    f"The exported program is wrong on a batch of {len(natoms)} "
-                    f"samples: its {name} is up to {deviation:.2g} away from the "
-                    "model's; nothing was written."
+                    "The exported program differs from the model on a batch of "
+                    f"{len(natoms)} samples: its {name} deviates by up to "
+                    f"{deviation:.2g}; no file was written."
                 )
             worst[name] = max(worst[name], deviation)
     return worst

@@ -37,12 +37,14 @@ def student_file(place: Path) -> Path:
     """
     if not place.is_dir():
         if not place.exists():
-            raise CheckpointError(f"There is no run folder or model file {place}.")
+            raise CheckpointError(
+                f"{place} does not exist; name a run folder or a model file."
+            )
         return place
     if not (place / STUDENT_FILE).exists():
         raise CheckpointError(
-            f"{place} has no {STUDENT_FILE}, so it is not the folder of a run that was "
-            "validated at least once; train with `kd-train` or name a model file."
+            f"{place} has no {STUDENT_FILE}, so it is not the folder of a run with "
+            "at least one validation; train with `kd-train` or name a model file."
         )
     return place / STUDENT_FILE
 
@@ -117,8 +119,8 @@ def unlisted_elements_warning(student: LoadedModel) -> str | None:
     if trained_elements(student.normalizer, student.provenance) is not None:
         return None
     return (
-        "the file of the model does not say which elements it was trained on, so "
-        "others are not refused"
+        "the model file does not list the elements of its training data, so no "
+        "element is refused"
     )
 
 

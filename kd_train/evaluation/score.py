@@ -85,16 +85,16 @@ class Score:
         if self.unknown:
             symbols = ", ".join(chemical_symbols[z] for z in self.unknown)
             found.append(
-                f"{self.name}: the student's training data held no {symbols}; its "
-                "numbers for samples with it mean nothing."
+                f"{self.name}: the student's training data has no {symbols}; results "
+                "for samples with these elements are not meaningful."
             )
         elif self.energy_offset > KIND_DIFFERENCE:
             found.append(
-                f"{self.name}: half of the energies are more than "
-                f"{self.energy_offset:.3g} eV per atom away from the labels, so either "
-                "those are of another kind than the student's (total, adsorption, "
-                "another level of theory) or it is hardly trained; energy MAE and EFwT "
-                "do not say how good it is."
+                f"{self.name}: half of the energies differ from the labels by more "
+                f"than {self.energy_offset:.3g} eV per atom; either the labels are "
+                "of another kind than the student's energies (total, adsorption, "
+                "another level of theory), or the student is hardly trained; energy "
+                "MAE and EFwT do not measure its accuracy."
             )
         if math.isnan(self.metrics["energy_mae"]):
             found.append(f"{self.name}: no sample has a reference energy.")
@@ -215,9 +215,9 @@ class _SeenSamples:
         ]
         if self._arbitrary:
             found.append(
-                "the training compositions did not determine the reference energies of "
-                f"{list_symbols(sorted(self._arbitrary))}, so energies of compositions "
-                "that are no combination of them mean nothing"
+                "the training compositions do not determine the reference energies "
+                f"of {list_symbols(sorted(self._arbitrary))}, so energies of "
+                "compositions that are not combinations of them are not meaningful"
             )
         return [text for text in found if text is not None]
 
@@ -246,8 +246,8 @@ def _mean(values: list[float]) -> float:
 def _require_forces(student: LoadedModel) -> None:
     if not student.model.hyperparameters.get("regress_forces", True):
         raise SpecError(
-            "The model predicts no forces (regress_forces is false), so it cannot be "
-            "evaluated."
+            "The model does not predict forces (regress_forces is false), so it cannot "
+            "be evaluated."
         )
 
 

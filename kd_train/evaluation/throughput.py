@@ -63,9 +63,9 @@ class Throughput:
     def __str__(self) -> str:
         return (
             f"{self.samples_per_second:.4g} samples/s without and "
-            f"{self.samples_per_second_with_graphs:.4g} with graph building, batches "
-            f"of {self.batch_size}, {self.mean_atoms:.1f} atoms on average, "
-            f"{self.threads} thread(s), {self.device_name}"
+            f"{self.samples_per_second_with_graphs:.4g} samples/s with graph "
+            f"building, batches of {self.batch_size}, {self.mean_atoms:.1f} atoms on "
+            f"average, {self.threads} thread(s), {self.device_name}"
         )
 
 
@@ -104,7 +104,7 @@ def measure(
             stopped_by = "rate"
             break
     if not tried:
-        raise SpecError(f"Not even one sample fits into the memory of {device}.")
+        raise SpecError(f"A single sample does not fit into the memory of {device}.")
     best = max(tried, key=lambda size: tried[size])
     return Throughput(
         samples_per_second=tried[best],

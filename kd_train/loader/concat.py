@@ -65,7 +65,10 @@ class ConcatSplit:
 
     @cached_property
     def n_edges(self) -> Indices:
-        """(n,) edges of every sample; StoreError where a split has none stored."""
+        """(n,) edges of every sample.
+
+        Raises StoreError if a split stores no edges.
+        """
         return np.concatenate([part.n_edges for part in self._parts])
 
     @property
@@ -79,7 +82,7 @@ class ConcatSplit:
         return int(self._first_block[-1])
 
     def block_positions(self, block: int) -> range:
-        """Positions of the samples of ``block``, counted over all splits."""
+        """Return the positions of the samples of ``block``, counted over all splits."""
         part = int(np.searchsorted(self._first_block, block, side="right")) - 1
         if not 0 <= part < len(self._parts):
             raise StoreError(
@@ -90,19 +93,19 @@ class ConcatSplit:
         return range(own.start + shift, own.stop + shift)
 
     def encoding(self, path: str) -> None:
-        """None: each split has its own encoding, so this class reads decoded rows."""
+        """Return None: encodings differ between splits, so rows are read decoded."""
 
     def max_shuffle_blocks(self, paths: Sequence[str]) -> int | None:
-        """Blocks to read samples of these arrays from at a time; None for any."""
+        """Return the maximum number of blocks to read at a time, None if unlimited."""
         limits = [part.max_shuffle_blocks(paths) for part in self._parts]
         return min((limit for limit in limits if limit is not None), default=None)
 
     def read_stored(self, positions: npt.ArrayLike, paths: Sequence[str]) -> Arrays:
-        """The same as `read`."""
+        """Read decoded rows, as `read` does."""
         return self.read(positions, paths)
 
     def read(self, positions: npt.ArrayLike, paths: Sequence[str]) -> Arrays:
-        """Rows of the samples at ``positions``, in that order, as fresh arrays.
+        """Read rows of the samples at ``positions``, in that order, as new arrays.
 
         Shapes are those of ``SplitReader.read``; each split is read once.
         """
@@ -142,7 +145,7 @@ class ConcatSplit:
                 )
 
     def _counts(self, level: Level, chosen: Indices) -> Indices:
-        """Rows of every asked sample on the axis of ``level``."""
+        """Count the rows of every requested sample on the axis of ``level``."""
         if level == "node":
             return self._n_atoms[chosen].astype(np.int64)
         if level == "edge":
@@ -151,7 +154,7 @@ class ConcatSplit:
 
 
 def _rows(counts: Indices, place: Indices) -> Indices:
-    """Index that brings rows of samples into order.
+    """Compute the index that brings rows of samples into order.
 
     ``counts`` (m,) are rows of the samples in the order wanted, ``place`` (m,) says
     which in the given order each of them is.
@@ -180,8 +183,8 @@ def _require_alike(parts: Sequence[Split], path: str) -> None:
     for part in parts:
         if part not in having:
             raise SpecError(
-                f"Split {part.name!r} lacks {path!r}, which split {first.name!r} has, "
-                f"so they cannot be joined; leave {part.name!r} out, or set "
+                f"Split {part.name!r} lacks {path!r}, which split {first.name!r} "
+                f"has, so they cannot be joined; omit {part.name!r}, or set "
                 f"splits.{part.name}.features: true in the spec and build the store "
                 "again."
             )
@@ -213,7 +216,7 @@ def _require_distinct(parts: Sequence[Split]) -> None:
 
 
 def shared_structures(split: Split, other: Split) -> tuple[int, str]:
-    """Samples of ``split`` whose structure ``other`` has too, and the id of the first.
+    """Count samples of ``split`` whose structure is in ``other``; name the first.
 
     The id is empty where there are none.
     """

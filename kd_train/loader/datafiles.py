@@ -35,7 +35,7 @@ class DatasetSamples:
         return len(self.dataset)
 
     def batch(self, positions: Positions) -> Data:
-        """The samples at ``positions`` as one graph, see ``pipeline.graphs.batch``.
+        """Read samples at ``positions`` as one graph, see ``pipeline.graphs.batch``.
 
         Adds ``energy`` (B,) float64 in eV and ``forces`` (N, 3) float32 in eV/Å, NaN
         where the source has none.
@@ -70,14 +70,14 @@ def guess_format(path: Path) -> str:
     found = _of_folder(path) if path.is_dir() else _of_file(path)
     if found == "extxyz" and _has_energies_beside(path):
         raise SpecError(
-            f"--data {path} may be a raw chunk of OC20, since a .txt file lies beside; "
-            "add --format oc20_raw or --format extxyz."
+            f"--data {path} may be a raw chunk of OC20, because a .txt file is next "
+            "to it; add --format oc20_raw or --format extxyz."
         )
     if found is None:
         known = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
         raise SpecError(
-            f"--data {path} is no store and does not tell its format; add --format "
-            f"{known}."
+            f"--data {path} is not a store, and its name does not show its format; "
+            f"add --format {known}."
         )
     return found
 

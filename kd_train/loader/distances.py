@@ -23,7 +23,7 @@ class WarnsOfClosePairs(DerivedDataset):
         sample = self._inner[index]
         if not self._warned:
             try:
-                remedy = "or leave such samples out; they count in all metrics"
+                remedy = "or exclude such samples; they count in all metrics"
                 check_distances(sample, MIN_PAIR_DISTANCE, remedy)
             except DataError as error:
                 self._warned = True

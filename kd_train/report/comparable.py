@@ -20,7 +20,7 @@ class Mismatch:
         """Return the mismatch as an error."""
         return SpecError(
             f"{self.run.folder} cannot be compared with {self.other.folder}: "
-            f"{self.reason}; leave one of them out or report them separately."
+            f"{self.reason}; remove one of the runs or report them separately."
         )
 
     def as_skipped(self) -> SkippedRun:
@@ -52,7 +52,7 @@ _REQUIREMENTS = (
     _Requirement(
         lambda run: "all",
         lambda run: run.summary.val_split,
-        "metrics of different splits, test_split or else val_split ({} and {})",
+        "different splits for the metrics, test_split or else val_split ({} and {})",
     ),
     # Learning curves share their axes.
     _Requirement(
@@ -68,14 +68,14 @@ _REQUIREMENTS = (
     _Requirement(
         lambda run: run.summary.student,
         lambda run: run.batch,
-        "different batches in a step ({} and {}: batch_size or batch_atoms, times "
+        "different batches per step ({} and {}: batch_size or batch_atoms, times "
         "accumulate, times processes)",
     ),
     _Requirement(
         lambda run: (run.summary.student, run.summary.seed),
         lambda run: run.header.initial_weights,
-        "different initial weights ({:.12}… and {:.12}…) though both have seed {seed}, "
-        "so their hyperparameters or versions are not the same",
+        "different initial weights ({:.12}… and {:.12}…) although both have seed "
+        "{seed}, so hyperparameters or versions differ",
     ),
 )
 
@@ -148,7 +148,7 @@ def _once_each(
         summary = run.summary
         reason = (
             f"both are {summary.student} with strategy {summary.strategy} and seed "
-            f"{summary.seed}, in equal settings"
+            f"{summary.seed}, with the same settings"
         )
         mismatches.append(Mismatch(run, first, reason))
     return kept, mismatches

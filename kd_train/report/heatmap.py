@@ -73,8 +73,8 @@ def read_similarity(folder: Path) -> tuple[Description, bytes]:
         document, image = None, b""
     if not isinstance(document, dict) or not image.startswith(PNG_START):
         raise SpecError(
-            f"{folder} does not hold a whole cka.json and cka.png; write them with "
-            f"`kd-cka … --out {folder}`."
+            f"{folder} does not contain a complete cka.json and cka.png; write them "
+            f"with `kd-cka … --out {folder}`."
         )
     return validate(Description, document, str(folder / "cka.json")), image
 

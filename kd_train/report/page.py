@@ -14,7 +14,7 @@ from kd_train.report.summary import training_command
 from kd_train.report.tables import COLUMNS, MISSING, TEACHER, Row, Table
 
 WITHOUT_RESULTS = "Runs without results"
-NOT_COMPARABLE = "Finished runs that cannot be compared with the others"
+NOT_COMPARABLE = "Finished runs that are not comparable with the other runs"
 _PACKAGES = ("kd-train", "torch", "numpy", "matplotlib")
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 76rem;
@@ -153,7 +153,7 @@ def _provenance(report: PageContent) -> str:
     if runs:
         fingerprint = escape(runs[0].summary.fingerprint)
         parts.append(f"<p>Store fingerprint <code>{fingerprint}</code></p>\n")
-    parts.append(f"<p>Report made by {escape(_versions())}.</p>\n")
+    parts.append(f"<p>Report written by {escape(_versions())}.</p>\n")
     trained = dict.fromkeys(_format_versions(run.header.versions) for run in runs)
     parts += [f"<p>Trained by {escape(one)}.</p>\n" for one in trained if one]
     if runs:

@@ -22,8 +22,8 @@ from kd_train.report.tables import COLUMNS, TEACHER, Column, Spread
 _ERRORS = (COLUMNS[1], COLUMNS[0])  # forces first: they tell more of a potential
 _MARKERS = "os^Dv*"
 _RATES = (
-    ("samples_per_second_with_graphs", "graphs included"),
-    ("samples_per_second", "graphs made before"),
+    ("samples_per_second_with_graphs", "with graph building"),
+    ("samples_per_second", "without graph building"),
 )
 
 Array = npt.NDArray[np.float64]
@@ -191,16 +191,16 @@ def throughput_caption(points: Sequence[Point]) -> str:
     sizes = sorted({one.batch_size for one in measured})
     atoms = sorted({round(one.mean_atoms, 1) for one in measured})
     text = (
-        "Error of exported students against samples per second of inference, making "
-        "of graphs included (left) and excluded (right); batch size "
-        f"{_range(sizes)}, {_range(atoms)} atoms a sample on average. "
+        "Error of exported students against samples per second of inference, with "
+        f"graph building (left) and without (right); batch size {_range(sizes)}, "
+        f"{_range(atoms)} atoms per sample on average. "
     )
     several = _machines(points)
     if several is None:
         return f"{text}Measured on {measured[0].machine}."
     return (
-        f"{text}Measured on different machines ({several}): compare speeds within one "
-        "kind of marker only."
+        f"{text}Measured on different machines ({several}): compare speeds only "
+        "between markers of one kind."
     )
 
 

@@ -30,16 +30,16 @@ _FIGURES = {
     "curves": (
         "Learning curves",
         "Validation errors of averaged weights during training, against optimiser "
-        "steps and against wall time, validations included. Lines are means over "
-        "seeds, bands the standard deviation.",
+        "steps and against wall time, which includes validation. Lines are means "
+        "over seeds, bands are standard deviations.",
     ),
     "throughput": ("Accuracy against throughput", ""),
     "parity": (
         "Parity",
         "Predictions of the exported student of the lowest seed on the validation "
-        "split. Above: energy error against reference energy per atom, triangles lie "
-        "beyond the edge. Below: force components, colour by the logarithm of their "
-        "number.",
+        "split. Top: energy error against reference energy per atom; triangles mark "
+        "points beyond the edge. Bottom: force components, coloured by the logarithm "
+        "of their number.",
     ),
 }
 

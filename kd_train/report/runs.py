@@ -188,12 +188,12 @@ class FinishedRun:
         command = shlex.join(
             ["kd-eval", str(self.folder), "--data", "STORE", "--throughput"]
         )
-        again = f"measure it anew with `{command}` (STORE is the store)"
+        again = f"measure it again with `{command}` (STORE is the store)"
         return _json_document(ThroughputRecord, path, again)
 
     def _damaged(self, name: str) -> SpecError:
         return SpecError(
-            f"{self.folder / name} is missing or damaged; write it anew with "
+            f"{self.folder / name} is missing or damaged; write it again with "
             f"{_resume_hint(self.folder)}."
         )
 
@@ -235,7 +235,7 @@ def read_run(folder: Path) -> FinishedRun:
     path = folder / "metrics.json"
     if not path.exists():
         raise SpecError(_describe_unfinished(folder))
-    again = f"write it anew with {_resume_hint(folder)}"
+    again = f"write it again with {_resume_hint(folder)}"
     summary = _json_document(Summary, path, again)
     header = _read_header(folder)
     settings = flat_defaults() | flatten_settings(header.config)
@@ -281,8 +281,8 @@ def _resume_hint(folder: Path) -> str:
     """How to go on with a run, in words; its settings must be those of before."""
     command = ["kd-train", "--cache", "STORE", "--out", str(folder), "--resume"]
     return (
-        f"`{shlex.join(command)}` (STORE is the store) and the settings that it was "
-        "started with"
+        f"`{shlex.join(command)}` (STORE is the store) and the original settings of "
+        "the run"
     )
 
 

@@ -52,7 +52,7 @@ def summarize(
         sentences.append(f"{_count(len(missing), 'run')} without results: see below.")
     if incomparable:
         count = _count(len(incomparable), "finished run")
-        sentences.append(f"{count} not comparable with the others: see below.")
+        sentences.append(f"{count} not comparable with the other runs: see below.")
     for cohort in cohorts:
         rows = [row for row in table.rows if row.student == cohort.student]
         if any(row.gaps is not None for row in rows):

@@ -142,7 +142,7 @@ def _general_notes(groups: Sequence[Group], *, has_teacher: bool) -> list[str]:
             "seed to the teacher."
         )
     else:
-        notes.append("The store holds no teacher predictions, so no gap is given.")
+        notes.append("The store has no teacher predictions, so the table shows no gap.")
     if any(row.seeds > 1 for group in groups for row in group.rows):
         notes.append("± is the standard deviation over seeds.")
     return notes
@@ -185,7 +185,7 @@ def _rows(
         tuple(run.summary.seed for run in variant.runs) for variant in cohort.variants
     }
     if len(seeds) > 1:
-        notes.append(f"{cohort.student}: rows do not have the same seeds.")
+        notes.append(f"{cohort.student}: the rows have different seeds.")
     return plain, distilled
 
 
@@ -214,7 +214,8 @@ def _comparable_columns(cohort: Cohort, notes: list[str]) -> set[str]:
         return set()
     if not baselines:
         notes.append(
-            f"{cohort.student} has no run with strategy none: no gap is given."
+            f"{cohort.student} has no run with strategy none, so the table shows no "
+            "gap."
         )
         return set()
     found = set()
@@ -225,8 +226,8 @@ def _comparable_columns(cohort: Cohort, notes: list[str]) -> set[str]:
             found.add(column.name)
         elif all(isfinite(value) for value in (goal, *plain)):
             notes.append(
-                f"{cohort.student}, {column.title}: the teacher is not better than the "
-                "plain student, so no gap is given."
+                f"{cohort.student}, {column.title}: the teacher is not better than "
+                "the plain student, so the table shows no gap."
             )
     return found
 
@@ -238,7 +239,11 @@ def _gaps(
     pairs = [(cohort.baseline_of(run), run) for run in variant.runs]
     paired = [(plain, run) for plain, run in pairs if plain is not None]
     if cohort.plain and len(paired) < len(pairs):
-        rest = "the gap is over those" if paired else "so no gap is given"
+        rest = (
+            "so the gap is a mean over these seeds"
+            if paired
+            else "so the table shows no gap"
+        )
         notes.append(
             f"{cohort.student} {variant.label}: {len(paired)} of {len(pairs)} seeds "
             f"have a baseline with the same settings, {rest}."

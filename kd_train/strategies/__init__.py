@@ -1,4 +1,4 @@
-"""One file a strategy; ``make_strategy`` is the registry."""
+"""Distillation strategies, one file each; ``REGISTRY`` finds them by name."""
 
 from kd_train.strategies.base import Strategy
 from kd_train.strategies.e2e import EdgeToEdge

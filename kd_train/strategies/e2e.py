@@ -27,7 +27,7 @@ class EdgeToEdge(Strategy):
         super().__init__(setting)
 
     def build_adapter(self) -> nn.Module:
-        """Linear with bias from the student's edge states or invariants."""
+        """Build a linear map with bias from the student's edge states or invariants."""
         assert self.student_field is not None
         return linear_adapter(
             self.setting.student_widths[self.student_field],
@@ -37,11 +37,11 @@ class EdgeToEdge(Strategy):
         )
 
     def counts(self, batch: Data) -> Tensor:
-        """(1,) E·C."""
+        """Return E·C, shape (1,)."""
         return count_values(batch.edge_features)
 
     def totals(self, output: ModelOutput, batch: Data) -> Tensor:
-        """(1,) feature error of the batch.
+        """Return the feature error of the batch, shape (1,).
 
         Raises
         ------
@@ -57,9 +57,9 @@ class EdgeToEdge(Strategy):
             if batch.edge_mismatch:
                 raise DataError(
                     f"Strategy 'e2e' compares {self.setting.student_name!r} with the "
-                    f"teacher edge by edge, but their graphs of sample "
-                    f"{batch.edge_mismatch!r} differ; give the student the teacher's "
-                    "cutoff and neighbour limit or choose e2n."
+                    "teacher edge by edge, but their graphs of sample "
+                    f"{batch.edge_mismatch!r} differ; set the teacher's cutoff and "
+                    "neighbour limit for the student, or choose e2n."
                 )
             assert output.edge_features is not None
             return output.edge_features

@@ -56,8 +56,8 @@ def require_equal(
         values = f"{value(configs[first])} and {value(configs[second])}"
         raise SpecError(
             f"{where}: {first} and {second} differ in {key!r} ({values}), so the "
-            "report could not compare them; set it for all runs alike, or make a sweep "
-            "of each."
+            "report cannot compare them; set the same value for all runs, or split "
+            "the sweep."
         )
 
 
@@ -83,6 +83,6 @@ def _require_no_patience(configs: Mapping[str, TrainConfig], where: str) -> None
     for name, config in configs.items():
         if config.patience is not None and len(configs) > 1:
             raise SpecError(
-                f"{where}, run {name}: 'patience' lets runs end after different "
-                "steps, which the report could not compare; leave it out."
+                f"{where}, run {name}: 'patience' can end runs after different "
+                "numbers of steps, which the report cannot compare; omit it."
             )

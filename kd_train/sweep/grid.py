@@ -31,30 +31,37 @@ Seed = Annotated[int, Key(ge=0)]
 class SweepConfig(ClosedModel):
     """What a sweep file may hold; paths are relative to its folder."""
 
-    store: str = Key(description="folder, zip archive or URL of the store")
-    out: str = Key(description="folder of the runs and their report")
-    config: str | None = Key(None, description="settings that all runs share")
+    store: str = Key(description="Folder, zip archive or URL of the store.")
+    out: str = Key(description="Folder for the runs and their report.")
+    config: str | None = Key(
+        None, description="Configuration file with the settings of all runs."
+    )
     settings: Document = Key(
-        default_factory=dict, description="changes to them; keys may be dotted"
+        default_factory=dict,
+        description="Settings that replace settings of the file; keys may be dotted.",
     )
     students: tuple[str, ...] = Key(min_length=1)
     strategies: tuple[str, ...] = Key(min_length=1)
     weights: dict[str, tuple[Weight, ...]] = Key(
-        default_factory=dict, description="values to try of the weight of a term"
+        default_factory=dict,
+        description="Weights to try, a list for each distillation term.",
     )
     seeds: tuple[Seed, ...] = Key((0,), min_length=1)
     variants: dict[str, Document] = Key(
-        default_factory=dict, description="named changes to the settings"
+        default_factory=dict,
+        description="Named changes of the settings; each is a variant of the runs.",
     )
     skip_impossible: bool = Key(
         True,
-        description="leave out strategies for which a student has no such features; "
-        "false: refuse them",
+        description="Whether to skip strategies whose features a student lacks "
+        "(default: true); false refuses the sweep.",
     )
-    threads: int = Key(1, ge=1, description="CPU threads of a run")
-    gpus: int = Key(0, ge=0, le=1, description="GPUs that a run reserves")
+    threads: int = Key(1, ge=1, description="CPU threads of each run (default: 1).")
+    gpus: int = Key(
+        0, ge=0, le=1, description="GPUs that each run reserves, 0 or 1 (default: 0)."
+    )
     device: str | None = Key(
-        None, description="as of kd-train; default: cpu where gpus is 0, else cuda"
+        None, description="Device of kd-train (default: cpu if gpus is 0, else cuda)."
     )
 
     def own_baseline(self, variant: str | None) -> bool:
@@ -88,7 +95,8 @@ class SweepConfig(ClosedModel):
         for name in variants:
             if not _VARIANT.fullmatch(name):
                 raise ValueError(
-                    f"the name {name!r} may hold letters, digits, dots and hyphens only"
+                    f"the name {name!r} may contain only letters, digits, dots and "
+                    "hyphens"
                 )
         return variants
 
@@ -277,15 +285,15 @@ def _check_terms(config: SweepConfig, where: str) -> None:
         if term not in used:
             raise SpecError(
                 f"{where}: weights: no strategy of the sweep has the term {term!r}; "
-                "add one or leave its weights out."
+                "add a strategy with it or remove its weights."
             )
     seen: dict[frozenset[str], str] = {}
     for strategy in config.strategies:
         terms = frozenset(strategy.split("+"))
         if terms in seen:
             raise SpecError(
-                f"{where}: strategies: {seen[terms]!r} and {strategy!r} are the same; "
-                "leave one of them out."
+                f"{where}: strategies: {seen[terms]!r} and {strategy!r} are the "
+                "same; remove one."
             )
         seen[terms] = strategy
 
@@ -300,8 +308,8 @@ def _check_free(config: SweepConfig, where: str) -> None:
         for key in _leaves(changes):
             if key in decided:
                 raise SpecError(
-                    f"{where}: {part} sets {key!r}, which {decided[key]} decides; set "
-                    "it there alone."
+                    f"{where}: {part} sets {key!r}, which {decided[key]} sets for "
+                    f"the sweep; remove it from {part}."
                 )
 
 
@@ -311,12 +319,12 @@ def _require_different(runs: Sequence[SweepRun], where: str) -> None:
         other = seen.setdefault(run.config.model_dump_json(), run.name)
         if other != run.name:
             raise SpecError(
-                f"{where}: {other} and {run.name} would be the same run; leave out "
-                "one of the variants or let them differ."
+                f"{where}: {other} and {run.name} are the same run; remove one of "
+                "the variants or change its settings."
             )
 
 
 def _require_distinct(values: Sequence[Any]) -> None:
     for number, value in enumerate(values):
         if value in values[:number]:
-            raise ValueError(f"{value!r} is there twice")
+            raise ValueError(f"{value!r} occurs twice")

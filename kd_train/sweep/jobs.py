@@ -22,8 +22,8 @@ from pipeline.spec.yaml_model import ClosedModel
 # Of a process that was killed, as by a machine without memory.
 _ATTEMPTS = 3
 _NO_GPU = (
-    "The sweep reserves a GPU for every run (gpus: 1), but there is none here; set "
-    "gpus: 0 to train on the CPU, or device: cuda to let CUDA look for one."
+    "The sweep reserves a GPU for every run (gpus: 1), but this machine has none; "
+    "set gpus: 0 to train on the CPU, or device: cuda to let CUDA choose one."
 )
 _PROGRAM = "from kd_train.cli.train import main; main()"
 
@@ -113,7 +113,7 @@ def _train_once(command: list[str], log: Path, sweep: Sweep, lock: int) -> str |
 
 def _log_waiting(log: Path, names: Sequence[str]) -> None:
     with log.open("a") as stream:
-        stream.write(f"waiting: other runs have all GPUs ({', '.join(names)})\n")
+        stream.write(f"waiting: other runs use all GPUs ({', '.join(names)})\n")
 
 
 def run_to_its_end(
@@ -144,8 +144,8 @@ def run_to_its_end(
             return None if code == 0 else _last_words(log, begin, code)
     cause = signal.Signals(-code).name
     return (
-        f"The training was killed by {cause} {_ATTEMPTS} times; if memory ran out, let "
-        "fewer runs share the machine or lower batch_size."
+        f"{cause} killed the training {_ATTEMPTS} times; if memory ran out, run "
+        "fewer runs at a time or lower batch_size."
     )
 
 
@@ -175,7 +175,7 @@ def _last_words(log: Path, begin: int, code: int) -> str:
     sentences = [line for line in lines if line.startswith("Error: ")]
     if sentences:
         return sentences[-1].removeprefix("Error: ")
-    last = lines[-1].strip() if lines else "it said nothing"
+    last = lines[-1].strip() if lines else "it printed nothing"
     return f"kd-train ended with exit code {code}: {last}"
 
 

@@ -81,7 +81,8 @@ def make_plan(path: Path) -> Plan:
         raise SpecError(f"{path}, run {name}: {reason}")
     if len(skipped) == len(sweep.runs):
         raise SpecError(
-            f"{path}: every run is impossible, so nothing would be trained."
+            f"{path}: every run is impossible, so there is nothing to train; choose "
+            "other students or strategies."
         )
     require_comparable(configs, str(path))
     checks.require_equal_starts(configs, str(path))

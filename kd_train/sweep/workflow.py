@@ -64,7 +64,7 @@ class Jobs:
             No sweep was asked for.
         """
         if not self.file:
-            raise SpecError("Name the sweep: --config sweep=FILE.")
+            raise SpecError("Name the sweep file: --config sweep=FILE.")
         return [f"{self.out}/runs/{name}/outcome.json" for name in self.identities]
 
 

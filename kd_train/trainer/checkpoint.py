@@ -36,13 +36,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             raise ValueError("other keys")
     except FileNotFoundError:
         raise CheckpointError(
-            f"{path} does not exist, so there is nothing to resume; leave out --resume "
+            f"{path} does not exist, so there is nothing to resume; omit --resume "
             "and --extend."
         ) from None
     except Exception:
         # torch raises many classes for torn and for hostile files alike.
         raise CheckpointError(
-            f"{path} is damaged or not a checkpoint of this version of kd-train; start "
-            "the run anew."
+            f"{path} is damaged or is not a checkpoint of this version of kd-train; "
+            "start a new run."
         ) from None
     return dict(state)

@@ -149,8 +149,8 @@ def _require_periodic_graphs(
         raise SpecError(
             f"{key}: sample {contents.periodic!r} of {split.name!r} is periodic, but "
             "the student's graphs ignore periodic images; set "
-            "student.hyperparameters.use_pbc=true, or build the store with "
-            "splits.NAME.pbc: none if its structures are molecules in a box."
+            "student.hyperparameters.use_pbc=true, or, if the structures are "
+            "molecules in a box, build the store with splits.NAME.pbc: none."
         )
 
 
@@ -164,8 +164,9 @@ def _warn_of_new_elements(
     ids = dict.fromkeys(name for z in new for name in found.samples[z])
     named = ", ".join(repr(name) for name in [*ids][:_NAMED])
     log.warning(
-        "%s: %r has samples with %s (such as %s), which the training split lacks; its "
-        "errors will mean little, so leave such samples out or train on others",
+        "%s: %r has samples with %s (such as %s), which the training split lacks; "
+        "errors on them mean little, so exclude these samples or train on other "
+        "samples",
         key,
         split.name,
         list_symbols(new),
@@ -181,10 +182,10 @@ def _warn_without_reference(
     bare = [z for z in known.elements if references[z] == 0.0]
     if any(references) and bare:
         log.warning(
-            "train_split: %r has samples with %s (such as %r), for which there is no "
-            "reference energy beside those of others, so the student has to learn the "
-            "whole energy of these atoms; put the split that has them first, or name "
-            "a file in reference_energies",
+            "train_split: %r has samples with %s (such as %r), which have no "
+            "reference energy although other elements have one; the student must "
+            "learn the whole energy of these atoms, so name the split with these "
+            "elements first, or name a file in reference_energies",
             train.name,
             list_symbols(bare),
             known.samples[bare[0]][0],

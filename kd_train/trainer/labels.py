@@ -32,8 +32,8 @@ def require_measured(config: TrainConfig, val: Split) -> None:
     _require_measure(config, val)
     if not has_labels(val):
         log.warning(
-            "val_split: %r has no reference labels, so errors stay unknown; choose "
-            "another split",
+            "val_split: %r has no reference labels, so validation errors are "
+            "unknown; choose another split",
             val.name,
         )
 
@@ -46,8 +46,8 @@ def warn_of_training_samples(train: Split, val: Split, tests: Sequence[Split]) -
         count, first = shared_structures(split, train)
         if count:
             log.warning(
-                "%s: %d of the %d samples of %r have structures that train_split %r "
-                "has too, the first is %r; errors on them are too low",
+                "%s: %d of the %d samples of %r have structures that are also in "
+                "train_split %r (first: %r); errors on them are too low",
                 key,
                 count,
                 len(split),
@@ -60,7 +60,7 @@ def warn_of_training_samples(train: Split, val: Split, tests: Sequence[Split]) -
 def _require_measure(config: TrainConfig, val: Split) -> None:
     """Refuse to stop, or to choose weights as asked for, by what is never a number."""
     if config.patience is not None:
-        wish, instead = f"patience={config.patience}", "leave patience out"
+        wish, instead = f"patience={config.patience}", "omit patience"
     elif config.export == "best" and config.model_fields_set & {"export", "best_by"}:
         wish, instead = "export=best", "set export=last"
     else:
@@ -68,7 +68,7 @@ def _require_measure(config: TrainConfig, val: Split) -> None:
     if not is_measured(val, config.best_by):
         raise SpecError(
             f"val_split: {val.name!r} has no labels for best_by={config.best_by}, "
-            f"which {wish} goes by; choose another split or best_by, or {instead}."
+            f"which {wish} needs; choose another split or best_by, or {instead}."
         )
 
 

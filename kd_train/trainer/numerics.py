@@ -80,8 +80,8 @@ def determinism(wanted: bool, device: torch.device) -> Iterator[None]:
         if not found:
             raise
         raise SpecError(
-            f"deterministic: {first} has no deterministic form on {device.type}; set "
-            "deterministic=false or train on another device."
+            f"deterministic: {first} has no deterministic implementation on "
+            f"{device.type}; set deterministic=false or train on another device."
         ) from error
     finally:
         torch.use_deterministic_algorithms(before)
@@ -97,9 +97,9 @@ def compile_student(student: Network) -> None:
     """
     if not student.hyperparameters.get("direct_forces"):
         raise SpecError(
-            "compile: the student's forces are gradients of its energy, and the "
-            "compiler knows no second derivatives; set compile=false or choose a "
-            "student with direct forces."
+            "compile: the student's forces are gradients of its energy, but the "
+            "compiler does not support second derivatives; set compile=false or "
+            "choose a student with direct forces."
         )
     # It would tell of every place where a network reads a number from the device.
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)

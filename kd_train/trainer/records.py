@@ -55,7 +55,7 @@ def require_same_run(
     if saved["fingerprint"] != current["fingerprint"]:
         raise SpecError(
             f"{folder} was trained on a store with fingerprint "
-            f"{saved['fingerprint'][:12]}…, this store has "
+            f"{saved['fingerprint'][:12]}…, but this store has "
             f"{current['fingerprint'][:12]}…; use the same store or another --out."
         )
     if saved["config"] == current["config"]:
@@ -64,14 +64,14 @@ def require_same_run(
         if saved["config"].get(key) != value:
             before = saved["config"].get(key)
             raise SpecError(
-                f"{folder} was started with {key} = {before!r}, now it is {value!r}; "
-                f"resume with the same configuration{_or_extend(key, before, value)} "
-                "or use another --out."
+                f"{folder} was started with {key} = {before!r}, but now it is "
+                f"{value!r}; resume with the same "
+                f"configuration{_or_extend(key, before, value)} or use another --out."
             )
 
 
 def _or_extend(key: str, before: Any, value: Any) -> str:
-    return ", add --extend to go on with more steps," * (
+    return ", add --extend to continue with more steps," * (
         key == "steps" and value > before
     )
 

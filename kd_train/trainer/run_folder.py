@@ -97,9 +97,9 @@ def read_saved_run(
     require_same_run(saved, header, folder)
     if progress.world_size != processes:
         raise SpecError(
-            f"{folder} was trained by {progress.world_size} processes, now "
-            f"there are {processes}; the order of samples depends "
-            "on it, so resume with as many or use another --out."
+            f"{folder} was trained by {progress.world_size} processes, but now there "
+            f"are {processes}; the order of samples depends on this number, so "
+            f"resume with {progress.world_size} processes or use another --out."
         )
     return SavedRun(
         progress,

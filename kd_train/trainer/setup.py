@@ -173,7 +173,7 @@ def _require_forces(student: Network) -> None:
     if not student.hyperparameters["regress_forces"]:
         raise SpecError(
             "student.hyperparameters.regress_forces is false, but losses and metrics "
-            "need forces; leave it out, and set loss.force_weight=0 to learn from "
+            "need forces; omit it, and set loss.force_weight=0 to learn from "
             "energies alone."
         )
 
@@ -222,15 +222,15 @@ def _warn_of_recipe(config: TrainConfig, split: Split) -> None:
     if recipe == "none":
         if preset in PRESETS and not preset.endswith(_DEMO):
             log.warning(
-                "no recipe has the student %s, so built-in defaults stand for all that "
-                "is not set, such as steps=%d; look at docs/training.md",
+                "no recipe contains the student %s, so unset values are the built-in "
+                "defaults, such as steps=%d; see docs/training.md",
                 preset,
                 config.steps,
             )
     elif (recipe == _PERIODIC_RECIPE) != _is_periodic(split):
         log.warning(
-            "the student %s takes the recipe %s, but the structures of %r %s; choose "
-            "another student, or set recipe to say that this is meant",
+            "the student %s selects the recipe %s, but the structures of %r %s; "
+            "choose another student, or set recipe to confirm the choice",
             preset,
             recipe,
             split.name,
@@ -291,8 +291,8 @@ def run_normalizer(config: TrainConfig, store: FeatureStore) -> Normalizer:
     unit, teacher = Normalizer(), store.attributes["teacher"]
     if teacher is not None and Normalizer.from_dict(teacher["normalizer"]) != unit:
         raise SpecError(
-            "normalizer: unit needs a teacher that works in eV and eV/Å, this store's "
-            "has a scale of its own; set normalizer: store."
+            "normalizer: unit needs a teacher that works in eV and eV/Å, but the "
+            "teacher of this store has its own scale; set normalizer: store."
         )
     return unit
 
@@ -324,9 +324,9 @@ def _energies_agree(split: Split) -> bool:
     if not labelled.any() or np.median(difference[labelled]) <= KIND_DIFFERENCE:
         return True
     log.warning(
-        "the teacher's energies are %.3g eV per atom away from the labels; the student "
-        "uses units of the labels, and neither vanilla losses nor loss.teacher_labels "
-        "make sense",
+        "the teacher's energies differ from the labels by %.3g eV per atom; the "
+        "student uses units of the labels, and neither vanilla losses nor "
+        "loss.teacher_labels are meaningful",
         np.median(difference[labelled]),
     )
     return False

@@ -323,7 +323,7 @@ class Trainer:
         means = window.means(self.world)
         if not math.isfinite(means["train_loss"]):
             raise PipelineError(
-                f"{self.folder}: the loss is no longer a finite number by step "
+                f"{self.folder}: the training loss is no longer finite at step "
                 f"{progress.step}; lower optimizer.lr and start again."
             )
         if not all(bool(w.isfinite().all()) for w in self.modules.parameters()):

@@ -12,8 +12,8 @@ log = logging.getLogger("kd_train")
 OUTPUTS = ("energy", "forces")
 _JOIN = "join a split with labels to train_split"
 _KEYS = (
-    "set energy_key and forces_key of the split where the file has labels under other "
-    "names"
+    "if the file has labels under other names, set energy_key and forces_key of the "
+    "split"
 )
 
 
@@ -126,8 +126,8 @@ def _nothing_trained(config: TrainConfig, counts: LabelCounts) -> str:
         effect = "so the strategy 'none' has nothing to learn from"
     else:
         effect = (
-            f"and {config.strategy} trains no energies or forces, so those of the "
-            "student would stay random"
+            f"and {config.strategy} does not train energies or forces, so both outputs "
+            "of the student would stay random"
         )
     return f"{cause}, {effect}; {_remedies(config, counts)}."
 
@@ -148,7 +148,7 @@ def _remedies(config: TrainConfig, counts: LabelCounts) -> str:
             *unused,
             _JOIN,
             "set loss.teacher_labels=1",
-            f"add vanilla1 to the strategy, or {_KEYS}",
+            f"add vanilla1 to the strategy, or, {_KEYS}",
         ]
     )
 
@@ -166,9 +166,9 @@ def _require_l0(config: TrainConfig, counts: LabelCounts) -> None:
         if labels or loss.teacher_labels:
             return
         raise SpecError(
-            "distill.balance keeps the terms at a fraction of L0, which is always 0 "
-            f"because train_split {counts.name!r} has no labels for it; leave "
-            "distill.balance out or set loss.teacher_labels=1."
+            "distill.balance holds the terms at a fraction of L0, which is always 0 "
+            f"because train_split {counts.name!r} has no labels for it; omit "
+            "distill.balance or set loss.teacher_labels=1."
         )
 
 
@@ -209,10 +209,10 @@ def _warn_of_gradient(config: TrainConfig, counts: LabelCounts, output: str) -> 
     else:
         cause = f"train_split: {counts.name!r} has no reference {plural}"
     if output == "forces":
-        effect = "follow from its energy alone"
+        effect = "forces follow from its energy alone"
     else:
-        effect = "are known up to a constant only"
-    log.warning("%s; those of the student %s", cause, effect)
+        effect = "energies are known only up to a constant"
+    log.warning("%s; the student's %s", cause, effect)
 
 
 def _warn_of_gaps(config: TrainConfig, counts: LabelCounts) -> None:
@@ -226,8 +226,8 @@ def _warn_of_gaps(config: TrainConfig, counts: LabelCounts) -> None:
     ]
     if gaps:
         log.warning(
-            "train_split: of the %d samples of %r, %s; L0 leaves these out, and "
-            "loss.teacher_labels=1 takes the teacher's labels for them",
+            "train_split: of the %d samples of %r, %s; L0 skips these samples, and "
+            "loss.teacher_labels=1 adds pseudo-labels from the teacher",
             counts.samples,
             counts.name,
             " and ".join(gaps),

@@ -127,9 +127,13 @@ FADING = {"schedule": {"kind": "linear"}}
 @pytest.mark.parametrize(
     ("changes", "steps", "words"),
     [
-        ({"schedule": {"kind": "cosine"}}, 8, "schedule.kind=cosine lets the learning"),
+        (
+            {"schedule": {"kind": "cosine"}},
+            8,
+            "schedule.kind=cosine decays the learning",
+        ),
         ({"distill": FADING}, 8, "distill.schedule.kind=linear goes on"),
-        ({}, 3, "steps = 4, and --extend makes a run longer; set steps to more than 4"),
+        ({}, 3, "steps = 4, but --extend needs more steps; set steps to more than 4"),
         ({"seed": 1}, 8, "seed = 0, now it is 1"),
         (
             {"patience": 1, "eval_every": 1, "best_by": "efwt"},

@@ -146,7 +146,7 @@ def test_no_gpu_is_no_reason_to_train_on_the_cpu(
     assert sweep.device == "cuda"
     outcome = run_job(sweep, name)
     assert outcome.state == "failed"
-    assert "(gpus: 1), but there is none here" in str(outcome.error)
+    assert "(gpus: 1), but this machine has none" in str(outcome.error)
     assert read_outcome(sweep, name) == outcome
     assert not (sweep.out / "logs" / f"{name}.log").exists()
 

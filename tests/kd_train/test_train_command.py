@@ -76,7 +76,7 @@ def test_trains_and_resumes(small_store: FeatureStore, tmp_path: Path) -> None:
     resumed = run_command(main, [*again, "--resume"])
     assert resumed.exit_code == 0
     longer = [*again, "--steps", 5]
-    assert "add --extend to go on with more" in refusal(main, [*longer, "--resume"])
+    assert "add --extend to continue with more" in refusal(main, [*longer, "--resume"])
     assert run_command(main, [*longer, "--extend"]).exit_code == 0
     assert json.loads((out / "metrics.json").read_text())["steps"] == 5
 

@@ -109,7 +109,7 @@ REFUSED: list[tuple[Any, tuple[str, ...], list[str]]] = [
     ({"strategy": "n2m"}, (), ["n2m", "'n2n'"]),
     ({"strategy": ""}, (), ["strategy"]),
     ({"strategy": "n2n+n2n"}, (), ["once"]),
-    ({"strategy": "none+n2n"}, (), ["none only alone"]),
+    ({"strategy": "none+n2n"}, (), ["none cannot be joined"]),
     ({"schedule": {"kind": "step"}}, (), ["schedule.kind", "'step'"]),
     ({"student": "painn"}, (), ["student"]),
     (None, ("steps",), ["--set", "'steps'", "key.subkey=value"]),

@@ -103,9 +103,9 @@ def _arguments(
 
 NOTHING = (
     "train_split: 'bare' has no reference labels, {}; join a split with labels to "
-    "train_split, set loss.teacher_labels=1, add vanilla1 to the strategy, or set "
-    "energy_key and forces_key of the split where the file has labels under other "
-    "names."
+    "train_split, set loss.teacher_labels=1, add vanilla1 to the strategy, or, if "
+    "the file has labels under other names, set energy_key and forces_key of the "
+    "split."
 )
 NO_FORCES = (
     "train_split: 'bare' has no reference forces, and no term of the loss replaces "
@@ -118,8 +118,8 @@ NO_FORCES = (
 
 def _features_alone(strategy: str) -> str:
     return NOTHING.format(
-        f"and {strategy} trains no energies or forces, so those of the student would "
-        "stay random"
+        f"and {strategy} does not train energies or forces, so both outputs of the "
+        "student would stay random"
     )
 
 
@@ -172,7 +172,11 @@ def _train(arguments: list[Any], sentence: str) -> None:
         ("full", {}, ""),
         ("bare", {"loss": {"teacher_labels": 1}}, ""),
         ("bare", {"strategy": "n2n", "loss": {"teacher_labels": 0.1}}, ""),
-        ("bare", {"strategy": "vanilla1", "distill": {"vanilla1": 0}}, "no energies"),
+        (
+            "bare",
+            {"strategy": "vanilla1", "distill": {"vanilla1": 0}},
+            "train energies",
+        ),
         ("bare", {"strategy": "vanilla1", "loss": {"force_weight": 0}}, ""),
         ("bare", {"strategy": "vanilla2", "loss": {"force_weight": 0}}, ""),
         ("bare", {"strategy": "vanilla1", "distill": {"balance": 0.1}}, "balance"),
@@ -217,10 +221,10 @@ def test_forces_that_are_gradients_need_no_labels_of_their_own(
 ) -> None:
     monkeypatch.setitem(STUDENTS, student, STUDENTS[student] | hyperparameters)
     _run(store, tmp_path, "energies", student)
-    assert "no reference forces; those of the student follow from its" in caplog.text
+    assert "no reference forces; the student's forces follow from its" in caplog.text
     _run(store, tmp_path, "forces", student)
-    assert "known up to a constant only" in caplog.text
-    with pytest.raises(SpecError, match="n2n trains no energies"):
+    assert "known only up to a constant" in caplog.text
+    with pytest.raises(SpecError, match="n2n does not train energies"):
         _run(store, tmp_path, "bare", student, strategy="n2n")
 
 
@@ -230,7 +234,7 @@ def test_samples_that_l0_leaves_out_are_counted(
     _run(store, tmp_path, "full+energies+bare", strategy="n2n")
     assert (
         "train_split: of the 18 samples of 'full+energies+bare', 6 have no reference "
-        "energy and 12 have no reference forces; L0 leaves these out"
+        "energy and 12 have no reference forces; L0 skips these samples"
     ) in caplog.text
     caplog.clear()
     _run(store, tmp_path, "full+bare", loss={"teacher_labels": 1})
@@ -288,8 +292,8 @@ def test_structures_of_training_in_validation_are_told(
         _run(store, tmp_path, "full+energies", test_split="bare+energies")
     first = store.splits["full"].sample_ids[0]
     assert (
-        "val_split: 6 of the 6 samples of 'full' have structures that train_split "
-        f"'full+energies' has too, the first is '{first}'; errors on them are too low"
+        "val_split: 6 of the 6 samples of 'full' have structures that are also in "
+        f"train_split 'full+energies' (first: '{first}'); errors on them are too low"
     ) in caplog.text
     assert "test_split: 6 of the 6 samples of 'energies'" in caplog.text
     assert "'bare' have" not in caplog.text
