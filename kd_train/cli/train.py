@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import click
 
-from kd_train.config.train_config import STRATEGIES, TrainConfig, load_config
+from kd_train.config.strategy_names import STRATEGIES
+from kd_train.config.train_config import TrainConfig, load_config
 from kd_train.distributed import World, process_device, process_group, read_world
 from pipeline.console import one_sentence_errors
 from pipeline.errors import SpecError
@@ -35,7 +36,8 @@ class _ResumeOptions(NamedTuple):
 )
 @click.option(
     "--strategy",
-    help=f"{', '.join(STRATEGIES)}, or several joined with +. Default: none.",
+    help=f"{', '.join(STRATEGIES.built_in)}, an installed plug-in, or several joined "
+    "with +. Default: none.",
 )
 @click.option("--student", help="painn-small, painn-big, schnet, ...; see the README.")
 @click.option("--config", type=click.Path(path_type=Path), help="YAML configuration.")

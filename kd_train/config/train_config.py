@@ -3,11 +3,17 @@
 import itertools
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field as Key
-from pydantic import field_validator
+from pydantic import (
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
+from kd_train.config.strategy_names import BASELINE, BUILT_IN, STRATEGIES, term_names
 from pipeline.errors import SpecError
 from pipeline.spec.yaml_model import (
     ClosedModel,
@@ -19,8 +25,6 @@ from pipeline.spec.yaml_model import (
 
 # Datasets of the paper; a file each in recipes/.
 RECIPES = ("coll", "oc20")
-BASELINE = "none"
-STRATEGIES = ("none", "n2n", "e2n", "e2e", "v2v", "vanilla1", "vanilla2")
 
 
 class StudentConfig(ClosedModel):
@@ -102,6 +106,10 @@ class DistillConfig(ClosedModel):
     v2v: float = Key(10000.0, ge=0)
     vanilla1: float = Key(1.0, ge=0)
     vanilla2: float = Key(100.0, ge=0)
+    weights: dict[str, Annotated[float, Key(ge=0)]] = Key(
+        default_factory=dict,
+        description="weight of a term by the name of its strategy, built in or plug-in",
+    )
     schedule: LambdaSchedule = LambdaSchedule()
     balance: float | None = Key(
         None,
@@ -109,6 +117,49 @@ class DistillConfig(ClosedModel):
         description="keep the weighted terms together at this fraction of L0; the "
         "weights then only say how they share it",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _built_in_weights(cls, document: Any) -> Any:
+        """Give weights of built-in strategies the keys of their own."""
+        weights = document.get("weights") if isinstance(document, dict) else None
+        if not isinstance(weights, dict):
+            return document
+        for name in weights:
+            if name in BUILT_IN and name in document:
+                raise ValueError(
+                    f"{name} and weights.{name} are one key; leave one out"
+                )
+        own = {name: weights[name] for name in weights if name in BUILT_IN}
+        rest = {name: weights[name] for name in weights if name not in BUILT_IN}
+        return {**document, **own, "weights": rest}
+
+    @field_validator("weights")
+    @classmethod
+    def _known_terms(cls, weights: dict[str, float]) -> dict[str, float]:
+        for name in weights:
+            if name not in (known := term_names()):
+                raise ValueError(f"unknown strategy {name!r}{nearest(name, known)}")
+        return weights
+
+    @model_serializer(mode="wrap")
+    def _without_no_weights(
+        self, dump: SerializerFunctionWrapHandler
+    ) -> dict[str, Any]:
+        # Runs from before there were plug-ins resume, since they have no such key.
+        document: dict[str, Any] = dump(self)
+        return {k: v for k, v in document.items() if k != "weights" or v}
+
+    def weight(self, strategy: str) -> float | None:
+        """Weight of the term of ``strategy``; None if it is the plug-in's default."""
+        if strategy in BUILT_IN:
+            return float(getattr(self, strategy))
+        return self.weights.get(strategy)
+
+    @property
+    def set_weights(self) -> frozenset[str]:
+        """Strategies whose weight was set."""
+        return frozenset(self.weights) | self.model_fields_set & BUILT_IN.keys()
 
 
 class TrainConfig(ClosedModel):
@@ -183,10 +234,10 @@ class TrainConfig(ClosedModel):
     @classmethod
     def _known_strategies(cls, value: str) -> str:
         for name in value.split("+"):
-            if name not in STRATEGIES:
-                raise ValueError(f"unknown strategy{nearest(name, STRATEGIES)}")
+            if name not in (known := STRATEGIES.names()):
+                raise ValueError(f"unknown strategy{nearest(name, known)}")
         names = value.split("+")
-        if len(set(names)) < len(names) or ("none" in names and len(names) > 1):
+        if len(set(names)) < len(names) or (BASELINE in names and len(names) > 1):
             raise ValueError(
                 "strategies may be joined with + once each, none only alone"
             )
@@ -215,7 +266,7 @@ class TrainConfig(ClosedModel):
     @property
     def strategies(self) -> tuple[str, ...]:
         """Names of the distillation terms; empty for a baseline."""
-        return () if self.strategy == "none" else tuple(self.strategy.split("+"))
+        return () if self.strategy == BASELINE else tuple(self.strategy.split("+"))
 
 
 def load_config(

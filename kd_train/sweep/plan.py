@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kd_train.config.train_config import TrainConfig
 from kd_train.loader.choose_split import choose_split, stored_widths
-from kd_train.strategies import REGISTRY
+from kd_train.strategies import load_strategy
 from kd_train.strategies.base import Setting
 from kd_train.sweep.comparison import require_comparable, require_equal
 from kd_train.sweep.grid import Sweep, SweepRun, load_sweep
@@ -183,9 +183,9 @@ class _Checks:
         )
         for name in config.strategies:
             try:
-                REGISTRY[name](setting)
+                load_strategy(name)(setting)
             except SpecError as error:
-                if not teacher.keys() >= set(REGISTRY[name].fields):
+                if not teacher.keys() >= set(load_strategy(name).fields):
                     raise
                 return str(error)
         return None

@@ -13,11 +13,12 @@ from torch import nn
 from torch_geometric.data import Data
 
 from kd_train.config.recipe import apply_recipe
+from kd_train.config.strategy_names import BUILT_IN
 from kd_train.config.train_config import LossConfig, TrainConfig
 from kd_train.loader.choose_split import choose_split, stored_widths
 from kd_train.loader.data import CachedSamples
 from kd_train.loader.split import Split
-from kd_train.strategies import REGISTRY, Strategy
+from kd_train.strategies import Strategy, load_strategy, term_weight
 from kd_train.strategies.base import Setting
 from kd_train.strategies.losses import (
     Labels,
@@ -100,7 +101,7 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
         loss=config.loss,
         seed=config.seed,
     )
-    strategies = tuple(REGISTRY[s](setting) for s in config.strategies)
+    strategies = tuple(load_strategy(s)(setting) for s in config.strategies)
     require_measured(config, choose_split(store, config.val_split))
     known = count_labels(store, config.train_split)
     require_trained_outputs(config, known, has_direct_forces(student))
@@ -150,7 +151,7 @@ def _reference_split(
 
 def required_fields(config: TrainConfig) -> tuple[str, ...]:
     """Store fields that the terms of the loss read, without repetition."""
-    names = [field for s in config.strategies for field in REGISTRY[s].fields]
+    names = [field for s in config.strategies for field in load_strategy(s).fields]
     if config.loss.teacher_labels:
         names += PREDICTION_FIELDS
     return tuple(dict.fromkeys(names))
@@ -196,13 +197,25 @@ def resolve_config(
     split = choose_split(store, config.train_split)
     stored = stored_widths(split)
     for strategy in config.strategies:
-        REGISTRY[strategy].require_fields(stored)
+        load_strategy(strategy).require_fields(stored)
     if "normalizer" not in config.model_fields_set and _has_units(store, config):
         config = config.model_copy(update={"normalizer": "store"})
     chosen = apply_recipe(config, _teacher_model(store), processes)
+    chosen = _with_plugin_weights(chosen)
     if config.recipe == "auto":
         _warn_of_recipe(chosen, split)
     return chosen
+
+
+def _with_plugin_weights(config: TrainConfig) -> TrainConfig:
+    """``config`` with the default weights of strategies that are plug-ins."""
+    names = [name for name in config.strategies if name not in BUILT_IN]
+    if not names:
+        return config
+    weights = {name: term_weight(config.distill, name) for name in names}
+    weights = {**config.distill.weights, **weights}
+    distill = config.distill.model_copy(update={"weights": weights})
+    return config.model_copy(update={"distill": distill})
 
 
 def _has_units(store: FeatureStore, config: TrainConfig) -> bool:
