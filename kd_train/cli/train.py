@@ -142,7 +142,7 @@ def _train(
 def _name(config: TrainConfig) -> str:
     """Of the run folder, where the user names none."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    return f"{config.student.preset}-{config.strategy}-s{config.seed}-{stamp}"
+    return f"{config.student.name}-{config.strategy}-s{config.seed}-{stamp}"
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

@@ -30,6 +30,11 @@ RECIPES = ("coll", "oc20")
 class StudentConfig(ClosedModel):
     """Which network learns."""
 
+    model: str = Key(
+        "",
+        description="a network without a preset: gemnet_oc | painn | schnet | the name "
+        "of an installed plug-in; in place of preset",
+    )
     preset: str = Key(
         "",
         description="a name of `kd-train --help`; default: the teacher's in the paper",
@@ -37,6 +42,23 @@ class StudentConfig(ClosedModel):
     hyperparameters: dict[str, Any] = Key(
         default_factory=dict, description="changes to the preset"
     )
+
+    @model_validator(mode="after")
+    def _one_name(self) -> "StudentConfig":
+        if self.model and self.preset:
+            raise ValueError("model and preset exclude each other; leave one out")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_no_model(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Runs from before there were plug-ins resume, since they have no such key.
+        document: dict[str, Any] = dump(self)
+        return {k: v for k, v in document.items() if k != "model" or v}
+
+    @property
+    def name(self) -> str:
+        """The preset, or the network without one; empty if neither is chosen."""
+        return self.preset or self.model
 
 
 class OptimizerConfig(ClosedModel):

@@ -287,7 +287,8 @@ def _skipped_run(folder: Path, error: str) -> SkippedRun:
     """What a report says of a folder that :func:`read_run` refused with ``error``."""
     try:
         config = read_yaml(folder / "config.yaml").get("config", {})
-        names = config["student"]["preset"], config["strategy"], config["seed"]
+        student = config["student"]["preset"] or config["student"]["model"]
+        names = student, config["strategy"], config["seed"]
         description = "{}, {}, seed {}".format(*names)
     except (SpecError, KeyError, TypeError, AttributeError):
         description = ""

@@ -74,7 +74,7 @@ def training_command(run: FinishedRun) -> str:
         words = ["torchrun", "--nproc-per-node", count, "-m", "kd_train", *words[1:]]
     settings, left_out = _split_settings(run)
     for key, flag in _FLAGS.items():
-        words += [flag, str(settings[key])]
+        words += [flag, str(settings[key])] if settings[key] != "" else []
     for key, value in settings.items():
         if key not in _FLAGS and (key not in left_out or left_out[key] != value):
             words += ["--set", f"{key}={_yaml_value(value)}"]

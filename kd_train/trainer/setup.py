@@ -33,15 +33,15 @@ from kd_train.trainer.labels import (
     require_measured,
     require_predictions,
 )
+from kd_train.trainer.students import find_student
 from kd_train.trainer.untrained import count_labels, require_trained_outputs
 from pipeline.datasets.label_statistics import KIND_DIFFERENCE
 from pipeline.errors import SpecError
 from pipeline.fields import FIELDS, PREDICTION_FIELDS
 from pipeline.models.network import Network
 from pipeline.models.normalizer import Normalizer
-from pipeline.models.zoo import PRESETS, build_model
+from pipeline.models.zoo import build_model, model_names, student_names
 from pipeline.spec.cache_spec import PER_ELEMENT
-from pipeline.spec.yaml_model import nearest
 from pipeline.store.reader import FeatureStore
 
 log = logging.getLogger("kd_train")
@@ -81,20 +81,17 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
         The preset is unknown, the student predicts no forces, a strategy needs what
         store or student lack, or nothing would train an output of the student.
     """
-    preset = config.student.preset
-    if preset not in PRESETS:
-        raise SpecError(f"Unknown student {preset!r}{nearest(preset, PRESETS)}.")
+    name, hyperparameters = find_student(config.student)
     fields = required_fields(config)
     split = choose_split(store, config.train_split, fields)
     if config.loss.teacher_labels:
         require_predictions(split)
-    name, hyperparameters = PRESETS[preset]
     torch.manual_seed(config.seed)
-    student = build_model(name, hyperparameters | config.student.hyperparameters)
+    student = build_model(name, hyperparameters)
     _require_forces(student)
     normalizer = run_normalizer(config, store)
     setting = Setting(
-        student_name=preset,
+        student_name=config.student.name,
         student_widths=student.widths,
         teacher_widths=stored_widths(split),
         normalizer=normalizer,
@@ -171,7 +168,7 @@ def has_direct_forces(student: Network) -> bool:
 
 def _require_forces(student: Network) -> None:
     """Refuse a student that neither L0 nor its validation could be computed of."""
-    if not student.hyperparameters["regress_forces"]:
+    if not student.hyperparameters.get("regress_forces", True):
         raise SpecError(
             "student.hyperparameters.regress_forces is false, but losses and metrics "
             "need forces; leave it out, and set loss.force_weight=0 to learn from "
@@ -231,9 +228,10 @@ def _has_units(store: FeatureStore, config: TrainConfig) -> bool:
 
 def _warn_of_recipe(config: TrainConfig, split: Split) -> None:
     """Warn where the recipe that the student's name chose is not of such data."""
-    preset, recipe = config.student.preset, config.recipe
+    preset, recipe = config.student.name, config.recipe
     if recipe == "none":
-        if preset in PRESETS and not preset.endswith(_DEMO):
+        known = {*student_names(), *model_names()}
+        if preset in known and not preset.endswith(_DEMO):
             log.warning(
                 "no recipe has the student %s, so built-in defaults stand for all that "
                 "is not set, such as steps=%d; look at docs/training.md",
@@ -262,7 +260,7 @@ def choose_student(config: TrainConfig, store: FeatureStore) -> TrainConfig:
     SpecError
         The store has no such split.
     """
-    if config.student.preset:
+    if config.student.name:
         return config
     preset = "painn-big" if _teacher_model(store) == "gemnet_oc" else "painn-small"
     if _is_periodic(choose_split(store, config.train_split)):
