@@ -12,7 +12,6 @@ from pipeline.errors import SpecError
 from pipeline.files.atomic import hold_lock
 from pipeline.logs import log_to_file
 from pipeline.parallel.device_choice import choose_device
-from pipeline.spec.formats import FORMATS
 
 if TYPE_CHECKING:
     from kd_train.loader.split import Split
@@ -30,7 +29,7 @@ MEASURED_SECONDS = 1.0
     "--data", required=True, type=PLACE, help="Store, or file or folder of a dataset."
 )
 @click.option("--split", "splits", multiple=True, help="Of a store; default: all.")
-@click.option("--format", type=click.Choice(FORMATS), help="Of a dataset.")
+@click.option("--format", help="Format of a dataset, as in a spec.")
 @click.option(
     "--energy",
     type=click.Choice(("adsorption", "total")),

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 import click
 
-from kd_train.config.train_config import STRATEGIES, TrainConfig, load_config
+from kd_train.config.strategy_names import STRATEGIES
+from kd_train.config.train_config import TrainConfig, load_config
 from kd_train.distributed import World, process_device, process_group, read_world
 from pipeline.console import PATH, PLACE, THREADS, one_sentence_errors
 from pipeline.errors import SpecError
@@ -37,7 +38,8 @@ class _ResumeOptions(NamedTuple):
 )
 @click.option(
     "--strategy",
-    help=f"{', '.join(STRATEGIES)}, or several joined with +. Default: none.",
+    help=f"{', '.join(STRATEGIES.built_in)}, an installed plug-in, or several joined "
+    "with +. Default: none.",
 )
 @click.option("--student", help="painn-small, painn-big, schnet, ...; see the README.")
 @click.option("--config", type=PATH, help="YAML configuration.")
@@ -142,7 +144,7 @@ def _train(
 def _name(config: TrainConfig) -> str:
     """Of the run folder, where the user names none."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    return f"{config.student.preset}-{config.strategy}-s{config.seed}-{stamp}"
+    return f"{config.student.name}-{config.strategy}-s{config.seed}-{stamp}"
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import Field as Key
 
+from kd_train.config.strategy_names import BUILT_IN
 from kd_train.config.train_config import RECIPES, DistillConfig, TrainConfig
 from pipeline.errors import SpecError
 from pipeline.spec.yaml_model import ClosedModel, read_yaml, validate
@@ -119,8 +120,9 @@ def _weights(
     recipe: Recipe, name: str, teacher: str | None, config: TrainConfig
 ) -> dict[str, float]:
     """Table 6 for the pair; of another teacher where the paper has not this one."""
-    student, own = config.student.preset, config.distill.model_fields_set
-    unset = [strategy for strategy in config.strategies if strategy not in own]
+    student, own = config.student.preset, config.distill.set_weights
+    # The paper has no weights of plug-ins, which bring a default of their own.
+    unset = [name for name in config.strategies if name in BUILT_IN and name not in own]
     if teacher is None or not unset:
         return {}
     known = {t: pairs[student] for t, pairs in recipe.pairs.items() if student in pairs}

@@ -3,11 +3,17 @@
 import itertools
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field as Key
-from pydantic import field_validator
+from pydantic import (
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
+from kd_train.config.strategy_names import BASELINE, BUILT_IN, STRATEGIES, term_names
 from pipeline.errors import SpecError
 from pipeline.spec.yaml_model import (
     ClosedModel,
@@ -19,13 +25,16 @@ from pipeline.spec.yaml_model import (
 
 # Datasets of the paper; a file each in recipes/.
 RECIPES = ("coll", "oc20")
-BASELINE = "none"
-STRATEGIES = ("none", "n2n", "e2n", "e2e", "v2v", "vanilla1", "vanilla2")
 
 
 class StudentConfig(ClosedModel):
     """Which network learns."""
 
+    model: str = Key(
+        "",
+        description="a network without a preset: gemnet_oc | painn | schnet | the name "
+        "of an installed plug-in; in place of preset",
+    )
     preset: str = Key(
         "",
         description="Name of the student network; `kd-train --help` lists the names "
@@ -35,6 +44,23 @@ class StudentConfig(ClosedModel):
         default_factory=dict,
         description="Hyperparameters that replace values of the preset.",
     )
+
+    @model_validator(mode="after")
+    def _one_name(self) -> "StudentConfig":
+        if self.model and self.preset:
+            raise ValueError("model and preset exclude each other; leave one out")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_no_model(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Runs from before there were plug-ins resume, since they have no such key.
+        document: dict[str, Any] = dump(self)
+        return {k: v for k, v in document.items() if k != "model" or v}
+
+    @property
+    def name(self) -> str:
+        """The preset, or the network without one; empty if neither is chosen."""
+        return self.preset or self.model
 
 
 class OptimizerConfig(ClosedModel):
@@ -132,6 +158,10 @@ class DistillConfig(ClosedModel):
     v2v: float = Key(10000.0, ge=0)
     vanilla1: float = Key(1.0, ge=0)
     vanilla2: float = Key(100.0, ge=0)
+    weights: dict[str, Annotated[float, Key(ge=0)]] = Key(
+        default_factory=dict,
+        description="weight of a term by the name of its strategy, built in or plug-in",
+    )
     schedule: LambdaSchedule = LambdaSchedule()
     balance: float | None = Key(
         None,
@@ -140,6 +170,49 @@ class DistillConfig(ClosedModel):
         "common factor; the weights then only set the shares of the terms (default: "
         "no common factor).",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _built_in_weights(cls, document: Any) -> Any:
+        """Give weights of built-in strategies the keys of their own."""
+        weights = document.get("weights") if isinstance(document, dict) else None
+        if not isinstance(weights, dict):
+            return document
+        for name in weights:
+            if name in BUILT_IN and name in document:
+                raise ValueError(
+                    f"{name} and weights.{name} are one key; leave one out"
+                )
+        own = {name: weights[name] for name in weights if name in BUILT_IN}
+        rest = {name: weights[name] for name in weights if name not in BUILT_IN}
+        return {**document, **own, "weights": rest}
+
+    @field_validator("weights")
+    @classmethod
+    def _known_terms(cls, weights: dict[str, float]) -> dict[str, float]:
+        for name in weights:
+            if name not in (known := term_names()):
+                raise ValueError(f"unknown strategy {name!r}{nearest(name, known)}")
+        return weights
+
+    @model_serializer(mode="wrap")
+    def _without_no_weights(
+        self, dump: SerializerFunctionWrapHandler
+    ) -> dict[str, Any]:
+        # Runs from before there were plug-ins resume, since they have no such key.
+        document: dict[str, Any] = dump(self)
+        return {k: v for k, v in document.items() if k != "weights" or v}
+
+    def weight(self, strategy: str) -> float | None:
+        """Weight of the term of ``strategy``; None if it is the plug-in's default."""
+        if strategy in BUILT_IN:
+            return float(getattr(self, strategy))
+        return self.weights.get(strategy)
+
+    @property
+    def set_weights(self) -> frozenset[str]:
+        """Strategies whose weight was set."""
+        return frozenset(self.weights) | self.model_fields_set & BUILT_IN.keys()
 
 
 class TrainConfig(ClosedModel):
@@ -255,10 +328,10 @@ class TrainConfig(ClosedModel):
     @classmethod
     def _known_strategies(cls, value: str) -> str:
         for name in value.split("+"):
-            if name not in STRATEGIES:
-                raise ValueError(f"unknown strategy{nearest(name, STRATEGIES)}")
+            if name not in (known := STRATEGIES.names()):
+                raise ValueError(f"unknown strategy{nearest(name, known)}")
         names = value.split("+")
-        if len(set(names)) < len(names) or ("none" in names and len(names) > 1):
+        if len(set(names)) < len(names) or (BASELINE in names and len(names) > 1):
             raise ValueError(
                 "strategies may be joined with + once each, and none cannot be joined"
             )
@@ -289,7 +362,7 @@ class TrainConfig(ClosedModel):
     @property
     def strategies(self) -> tuple[str, ...]:
         """Names of the distillation terms; empty for a baseline."""
-        return () if self.strategy == "none" else tuple(self.strategy.split("+"))
+        return () if self.strategy == BASELINE else tuple(self.strategy.split("+"))
 
 
 def load_config(

@@ -119,7 +119,8 @@ def _describe(student: LoadedModel, place: Path) -> dict[str, Any]:
     trained = {}
     if isinstance(config, dict):
         trained = {key: config.get(key) for key in ("strategy", "seed")}
-        trained["student"] = (config.get("student") or {}).get("preset")
+        chosen = config.get("student") or {}
+        trained["student"] = chosen.get("preset") or chosen.get("model")
     return {
         "path": str(place),
         "sha256": student.sha256,

@@ -102,7 +102,7 @@ class CachedSamples:
         return data
 
     def max_shuffle_blocks(self, wished: int) -> int:
-        """Return the number of blocks to shuffle among: ``wished``, or fewer for memory.
+        """Return the number of blocks to shuffle among, ``wished`` or fewer.
 
         Chunks that have to be decoded or fetched would otherwise be so many times.
         """

@@ -10,11 +10,12 @@ from torch_geometric.data import Data
 from kd_train.loader.sampler import Positions
 from pipeline.datasets import Dataset
 from pipeline.datasets.paths import PACKED
+from pipeline.datasets.registry import format_of_suffix
 from pipeline.errors import SpecError
 from pipeline.graphs.batch import collate
 from pipeline.graphs.neighbors import NeighborSpec, sample_edges
 from pipeline.models.elements import check_elements
-from pipeline.spec.formats import BY_SUFFIX, FORMATS
+from pipeline.spec.formats import FORMATS
 
 
 class DatasetSamples:
@@ -68,13 +69,15 @@ def guess_format(path: Path) -> str:
     if not path.exists():
         raise SpecError(f"--data {path} does not exist.")
     found = _of_folder(path) if path.is_dir() else _of_file(path)
+    found = found or _of_plugin(path)
     if found == "extxyz" and _has_energies_beside(path):
         raise SpecError(
             f"--data {path} may be a raw chunk of OC20, because a .txt file is next "
             "to it; add --format oc20_raw or --format extxyz."
         )
     if found is None:
-        known = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+        *others, last = FORMATS.names()
+        known = f"{', '.join(others)} or {last}"
         raise SpecError(
             f"--data {path} is not a store, and its name does not show its format; "
             f"add --format {known}."
@@ -82,9 +85,16 @@ def guess_format(path: Path) -> str:
     return found
 
 
-def _of_file(path: Path) -> str | None:
+def _of_file(path: Path, *, plugins: bool = False) -> str | None:
     suffixes = [suffix for suffix in path.suffixes if suffix not in PACKED]
-    return BY_SUFFIX.get(suffixes[-1]) if suffixes else None
+    return format_of_suffix(suffixes[-1], plugins=plugins) if suffixes else None
+
+
+def _of_plugin(path: Path) -> str | None:
+    """Format of a plug-in that all files of its kind at ``path`` have."""
+    files = path.iterdir() if path.is_dir() else [path]
+    found = {_of_file(file, plugins=True) for file in files} - {None}
+    return found.pop() if len(found) == 1 else None
 
 
 def _of_folder(path: Path) -> str | None:

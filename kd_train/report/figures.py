@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kd_train.config.train_config import BASELINE
+from kd_train.config.strategy_names import BASELINE
 from kd_train.report.grouping import Cohort
 from pipeline.errors import PipelineError
 

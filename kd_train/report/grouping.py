@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kd_train.config.train_config import STRATEGIES
+from kd_train.config.strategy_names import STRATEGIES
 from kd_train.report.runs import FinishedRun, Metrics, format_number
 
 # Settings that may differ between a run and its baseline beside those of distillation,
@@ -119,8 +119,7 @@ def _lambdas(run: FinishedRun) -> dict[str, Any]:
     """Distillation weights in force, by the words of a label."""
     several = len(run.strategies) > 1
     return {
-        f"λ({name})=" if several else "λ=": run.settings.get(f"distill.{name}")
-        for name in run.strategies
+        f"λ({name})=" if several else "λ=": run.weight(name) for name in run.strategies
     }
 
 
@@ -187,5 +186,6 @@ def _bound(run: FinishedRun) -> dict[str, Any]:
 def _rank(strategy: str) -> tuple[int, int, str]:
     """Single strategies in their documented order, then the joined ones."""
     parts = strategy.split("+")
-    rank = STRATEGIES.index(parts[0]) if parts[0] in STRATEGIES else len(STRATEGIES)
+    known = STRATEGIES.names()
+    rank = known.index(parts[0]) if parts[0] in known else len(known)
     return len(parts), rank, strategy

@@ -18,7 +18,8 @@ import numpy.typing as npt
 from pydantic import BeforeValidator, ConfigDict
 from pydantic import Field as Key
 
-from kd_train.config.train_config import BASELINE, TrainConfig
+from kd_train.config.strategy_names import BASELINE
+from kd_train.config.train_config import TrainConfig
 from pipeline.errors import SpecError
 from pipeline.spec.yaml_model import ClosedModel, read_yaml, validate
 
@@ -142,9 +143,14 @@ class FinishedRun:
         name = self.summary.strategy
         return () if name == BASELINE else tuple(name.split("+"))
 
+    def weight(self, strategy: str) -> Any:
+        """Configured weight of a term; None if the run does not have one."""
+        plugin = self.settings.get(f"distill.weights.{strategy}")
+        return self.settings.get(f"distill.{strategy}", plugin)
+
     def weights(self) -> str:
         """Distillation weights in force, such as ``n2n=100``; empty for a baseline."""
-        known = {name: self.settings.get(f"distill.{name}") for name in self.strategies}
+        known = {name: self.weight(name) for name in self.strategies}
         return ", ".join(
             f"{name}={format_number(value)}" for name, value in known.items()
         )
@@ -291,7 +297,8 @@ def _skipped_run(folder: Path, error: str) -> SkippedRun:
     try:
         config = read_yaml(folder / "config.yaml")
         config = config.get("config", config)
-        names = config["student"]["preset"], config["strategy"], config["seed"]
+        student = config["student"]["preset"] or config["student"]["model"]
+        names = student, config["strategy"], config["seed"]
         description = "{}, {}, seed {}".format(*names)
     except (SpecError, KeyError, TypeError, AttributeError):
         description = ""

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from kd_train.config.recipe import apply_recipe
-from kd_train.config.train_config import STRATEGIES, TrainConfig
+from kd_train.config.strategy_names import BUILT_IN
+from kd_train.config.train_config import TrainConfig
 from kd_train.report.grouping import Cohort
 from kd_train.report.layouts import format_mean_sd, gap_text
 from kd_train.report.runs import (
@@ -73,7 +74,7 @@ def training_command(run: FinishedRun) -> str:
         words = ["torchrun", "--nproc-per-node", count, "-m", "kd_train", *words[1:]]
     settings, left_out = _split_settings(run)
     for key, flag in _FLAGS.items():
-        words += [flag, str(settings[key])]
+        words += [flag, str(settings[key])] if settings[key] != "" else []
     for key, value in settings.items():
         if key not in _FLAGS and (key not in left_out or left_out[key] != value):
             words += ["--set", f"{key}={_yaml_value(value)}"]
@@ -92,7 +93,7 @@ def _split_settings(run: FinishedRun) -> tuple[dict[str, Any], dict[str, Any]]:
     if name in ("auto", "none"):  # from before there were recipes
         return run.settings | {"recipe": "none"}, defaults
     # Weights of the terms depend on the teacher, so none comes about by itself.
-    weights = {f"distill.{term}" for term in STRATEGIES}
+    weights = {f"distill.{term}" for term in BUILT_IN}
     alone = {
         key: value
         for key, value in defaults.items()

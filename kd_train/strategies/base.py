@@ -32,11 +32,15 @@ class Strategy(ABC):
     """A distillation term, with an ``adapter`` if it has trainable parameters.
 
     A term as in :mod:`kd_train.strategies.losses`: it returns sums and counts, which
-    batches and processes add up before they divide.
+    batches and processes add up before they divide. ``default_weight`` is the weight
+    of the term if neither the user nor a recipe sets one. ``trains`` names the outputs
+    (``energy``, ``forces``) that the term trains without labels.
     """
 
     name: str
     fields: tuple[str, ...]
+    default_weight: float = 1.0
+    trains: tuple[str, ...] = ()
     student_field: str | None = None
     part_weights: tuple[float, ...] = (1.0,)
 

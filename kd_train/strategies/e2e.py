@@ -20,6 +20,7 @@ class EdgeToEdge(Strategy):
 
     name = "e2e"
     fields = ("edge_features",)
+    default_weight = 10.0
 
     def __init__(self, setting: Setting) -> None:
         own = "edge_features" in setting.student_widths

@@ -13,6 +13,7 @@ class NodeToNode(Strategy):
 
     name = "n2n"
     fields = ("node_features",)
+    default_weight = 100.0
     student_field = "node_features"
 
     def build_adapter(self) -> nn.Module:

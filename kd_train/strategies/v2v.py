@@ -13,6 +13,7 @@ class VectorToVector(Strategy):
 
     name = "v2v"
     fields = ("vector_features",)
+    default_weight = 10000.0
     student_field = "vector_features"
 
     def build_adapter(self) -> nn.Module:

@@ -13,6 +13,7 @@ class Vanilla1(Strategy):
 
     name = "vanilla1"
     fields = ("teacher_energy", "teacher_forces")
+    default_weight = 1.0
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)

@@ -12,6 +12,8 @@ class Vanilla2(Strategy):
 
     name = "vanilla2"
     fields = ("per_atom_energy",)
+    default_weight = 100.0
+    trains = ("energy",)
 
     def counts(self, batch: Data) -> Tensor:
         """Return the number of atoms, shape (1,)."""

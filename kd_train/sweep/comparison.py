@@ -27,7 +27,7 @@ def require_comparable(configs: Mapping[str, TrainConfig], where: str) -> None:
     require_equal(configs, where, "test_split", lambda c: c.test_split or c.val_split)
     students: dict[str, dict[str, TrainConfig]] = {}
     for name, config in configs.items():
-        students.setdefault(config.student.preset, {})[name] = config
+        students.setdefault(config.student.name, {})[name] = config
     for runs in students.values():
         require_equal(runs, where, "steps", lambda c: c.steps)
         require_equal(runs, where, "student.hyperparameters", _hyperparameters)

@@ -10,7 +10,8 @@ from typing import Annotated, Any
 from pydantic import Field as Key
 from pydantic import field_validator
 
-from kd_train.config.train_config import BASELINE, STRATEGIES, TrainConfig
+from kd_train.config.strategy_names import BASELINE, BUILT_IN, term_names
+from kd_train.config.train_config import TrainConfig
 from pipeline.errors import SpecError
 from pipeline.spec.yaml_model import (
     ClosedModel,
@@ -80,7 +81,7 @@ class SweepConfig(ClosedModel):
     def _known_terms(
         cls, weights: dict[str, tuple[float, ...]]
     ) -> dict[str, tuple[float, ...]]:
-        terms = [name for name in STRATEGIES if name != BASELINE]
+        terms = term_names()
         for name, values in weights.items():
             if name not in terms:
                 raise ValueError(f"unknown strategy {name!r}{nearest(name, terms)}")
@@ -208,13 +209,19 @@ def _make_run(
 ) -> SweepRun:
     changes = {} if variant is None else config.variants[variant]
     chosen: Document = {"student.preset": student, "strategy": strategy, "seed": seed}
-    chosen |= {_DISTILL + term: value for term, value in weights}
+    chosen |= {_weight_keys(term)[-1]: value for term, value in weights}
     document = _merge(_merge(base, changes), chosen)
     name = _name(student, strategy, variant, dict(weights), seed)
     train_config = validate(TrainConfig, document, f"{where}, run {name}")
     return SweepRun(
         name, student, strategy, weights, seed, variant, document, train_config
     )
+
+
+def _weight_keys(term: str) -> tuple[str, ...]:
+    """Keys that set the weight of ``term``; built-in strategies have a second one."""
+    own = (_DISTILL + term,) if term in BUILT_IN else ()
+    return (f"{_DISTILL}weights.{term}", *own)
 
 
 def _name(
@@ -301,7 +308,7 @@ def _check_terms(config: SweepConfig, where: str) -> None:
 def _check_free(config: SweepConfig, where: str) -> None:
     """Refuse settings of what the grid decides."""
     decided = {"student.preset": "students", "strategy": "strategies", "seed": "seeds"}
-    decided |= {_DISTILL + term: "weights" for term in config.weights}
+    decided |= {key: "weights" for term in config.weights for key in _weight_keys(term)}
     parts = {"settings": config.settings}
     parts |= {f"variants.{name}": part for name, part in config.variants.items()}
     for part, changes in parts.items():

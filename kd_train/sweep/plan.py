@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kd_train.config.train_config import TrainConfig
 from kd_train.loader.choose_split import choose_split, stored_widths
-from kd_train.strategies import REGISTRY
+from kd_train.strategies import load_strategy
 from kd_train.strategies.base import Setting
 from kd_train.sweep.comparison import require_comparable, require_equal
 from kd_train.sweep.grid import Sweep, SweepRun, load_sweep
@@ -18,10 +18,11 @@ from kd_train.trainer.setup import (
     resolve_config,
     run_normalizer,
 )
+from kd_train.trainer.students import find_student
 from kd_train.trainer.untrained import count_labels, require_trained_outputs
 from pipeline.errors import SpecError
 from pipeline.models.normalizer import Normalizer
-from pipeline.models.zoo import PRESETS, build_model
+from pipeline.models.zoo import build_model, student_names
 from pipeline.spec.yaml_model import nearest
 from pipeline.store.reader import FeatureStore
 
@@ -58,10 +59,10 @@ def make_plan(path: Path) -> Plan:
     """
     sweep = load_sweep(path)
     for student in sweep.config.students:
-        if student not in PRESETS:
+        if student not in (known := student_names()):
             raise SpecError(
                 f"{path}: students: unknown student {student!r}"
-                f"{nearest(student, PRESETS)}."
+                f"{nearest(student, known)}."
             )
     store = FeatureStore.open(sweep.store)
     checks = _Checks(store)
@@ -158,7 +159,7 @@ class _Checks:
         fitted: dict[str, dict[str, TrainConfig]] = {}
         for name, config in configs.items():
             if not self._network(config).is_fitted:
-                fitted.setdefault(config.student.preset, {})[name] = config
+                fitted.setdefault(config.student.name, {})[name] = config
         for runs in fitted.values():
             require_equal(runs, where, "train_split", lambda c: c.train_split)
 
@@ -175,7 +176,7 @@ class _Checks:
         known = count_labels(self.store, config.train_split)
         require_trained_outputs(config, known, self._network(config).direct)
         setting = Setting(
-            student_name=config.student.preset,
+            student_name=config.student.name,
             student_widths=self._network(config).widths,
             teacher_widths=teacher,
             normalizer=Normalizer(),  # plays no part in what is checked
@@ -184,9 +185,9 @@ class _Checks:
         )
         for name in config.strategies:
             try:
-                REGISTRY[name](setting)
+                load_strategy(name)(setting)
             except SpecError as error:
-                if not teacher.keys() >= set(REGISTRY[name].fields):
+                if not teacher.keys() >= set(load_strategy(name).fields):
                     raise
                 return str(error)
         return None
@@ -194,8 +195,7 @@ class _Checks:
     def _network(self, config: TrainConfig) -> "_Traits":
         student = config.student.model_dump_json()
         if student not in self._networks:
-            model, preset = PRESETS[config.student.preset]
-            network = build_model(model, preset | config.student.hyperparameters)
+            network = build_model(*find_student(config.student))
             self._networks[student] = _Traits(
                 network.widths, network.is_fitted, has_direct_forces(network)
             )

@@ -92,7 +92,7 @@ def progress_bar(config: TrainConfig, done: int, shown: bool = True) -> "tqdm[An
         total=config.steps,
         initial=done,
         unit="step",
-        desc=f"{config.student.preset} {config.strategy} seed {config.seed}",
+        desc=f"{config.student.name} {config.strategy} seed {config.seed}",
         mininterval=0.5 if sys.stderr.isatty() else 15.0,
     )
 

@@ -50,7 +50,7 @@ def write_results(
     results = [v(student.to(v.device)) for v in validators]
     of_teacher = [teacher_metrics(v.samples.split) for v in validators]
     summary = {
-        "student": config.student.preset,
+        "student": config.student.name,
         "teacher": (store.attributes["teacher"] or {}).get("model"),
         "strategy": config.strategy,
         "seed": config.seed,

@@ -13,11 +13,12 @@ from torch import nn
 from torch_geometric.data import Data
 
 from kd_train.config.recipe import apply_recipe
+from kd_train.config.strategy_names import BUILT_IN
 from kd_train.config.train_config import LossConfig, TrainConfig
 from kd_train.loader.choose_split import choose_split, stored_widths
 from kd_train.loader.data import CachedSamples
 from kd_train.loader.split import Split
-from kd_train.strategies import REGISTRY, Strategy
+from kd_train.strategies import Strategy, load_strategy, term_weight
 from kd_train.strategies.base import Setting
 from kd_train.strategies.losses import (
     Labels,
@@ -32,15 +33,15 @@ from kd_train.trainer.labels import (
     require_measured,
     require_predictions,
 )
+from kd_train.trainer.students import find_student
 from kd_train.trainer.untrained import count_labels, require_trained_outputs
 from pipeline.datasets.label_statistics import KIND_DIFFERENCE
 from pipeline.errors import SpecError
 from pipeline.fields import FIELDS, PREDICTION_FIELDS
 from pipeline.models.network import Network
 from pipeline.models.normalizer import Normalizer
-from pipeline.models.zoo import PRESETS, build_model
+from pipeline.models.zoo import build_model, model_names, student_names
 from pipeline.spec.cache_spec import PER_ELEMENT
-from pipeline.spec.yaml_model import nearest
 from pipeline.store.reader import FeatureStore
 
 log = logging.getLogger("kd_train")
@@ -80,27 +81,24 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
         The preset is unknown, the student predicts no forces, a strategy needs what
         store or student lack, or nothing would train an output of the student.
     """
-    preset = config.student.preset
-    if preset not in PRESETS:
-        raise SpecError(f"Unknown student {preset!r}{nearest(preset, PRESETS)}.")
+    name, hyperparameters = find_student(config.student)
     fields = required_fields(config)
     split = choose_split(store, config.train_split, fields)
     if config.loss.teacher_labels:
         require_predictions(split)
-    name, hyperparameters = PRESETS[preset]
     torch.manual_seed(config.seed)
-    student = build_model(name, hyperparameters | config.student.hyperparameters)
+    student = build_model(name, hyperparameters)
     _require_forces(student)
     normalizer = run_normalizer(config, store)
     setting = Setting(
-        student_name=preset,
+        student_name=config.student.name,
         student_widths=student.widths,
         teacher_widths=stored_widths(split),
         normalizer=normalizer,
         loss=config.loss,
         seed=config.seed,
     )
-    strategies = tuple(REGISTRY[s](setting) for s in config.strategies)
+    strategies = tuple(load_strategy(s)(setting) for s in config.strategies)
     require_measured(config, choose_split(store, config.val_split))
     known = count_labels(store, config.train_split)
     require_trained_outputs(config, known, has_direct_forces(student))
@@ -150,7 +148,7 @@ def _reference_split(
 
 def required_fields(config: TrainConfig) -> tuple[str, ...]:
     """Store fields that the terms of the loss read, without repetition."""
-    names = [field for s in config.strategies for field in REGISTRY[s].fields]
+    names = [field for s in config.strategies for field in load_strategy(s).fields]
     if config.loss.teacher_labels:
         names += PREDICTION_FIELDS
     return tuple(dict.fromkeys(names))
@@ -170,7 +168,7 @@ def has_direct_forces(student: Network) -> bool:
 
 def _require_forces(student: Network) -> None:
     """Refuse a student that neither L0 nor its validation could be computed of."""
-    if not student.hyperparameters["regress_forces"]:
+    if not student.hyperparameters.get("regress_forces", True):
         raise SpecError(
             "student.hyperparameters.regress_forces is false, but losses and metrics "
             "need forces; omit it, and set loss.force_weight=0 to learn from "
@@ -196,13 +194,25 @@ def resolve_config(
     split = choose_split(store, config.train_split)
     stored = stored_widths(split)
     for strategy in config.strategies:
-        REGISTRY[strategy].require_fields(stored)
+        load_strategy(strategy).require_fields(stored)
     if "normalizer" not in config.model_fields_set and _has_units(store, config):
         config = config.model_copy(update={"normalizer": "store"})
     chosen = apply_recipe(config, _teacher_model(store), processes)
+    chosen = _with_plugin_weights(chosen)
     if config.recipe == "auto":
         _warn_of_recipe(chosen, split)
     return chosen
+
+
+def _with_plugin_weights(config: TrainConfig) -> TrainConfig:
+    """``config`` with the default weights of strategies that are plug-ins."""
+    names = [name for name in config.strategies if name not in BUILT_IN]
+    if not names:
+        return config
+    weights = {name: term_weight(config.distill, name) for name in names}
+    weights = {**config.distill.weights, **weights}
+    distill = config.distill.model_copy(update={"weights": weights})
+    return config.model_copy(update={"distill": distill})
 
 
 def _has_units(store: FeatureStore, config: TrainConfig) -> bool:
@@ -218,9 +228,10 @@ def _has_units(store: FeatureStore, config: TrainConfig) -> bool:
 
 def _warn_of_recipe(config: TrainConfig, split: Split) -> None:
     """Warn where the recipe that the student's name chose is not of such data."""
-    preset, recipe = config.student.preset, config.recipe
+    preset, recipe = config.student.name, config.recipe
     if recipe == "none":
-        if preset in PRESETS and not preset.endswith(_DEMO):
+        known = {*student_names(), *model_names()}
+        if preset in known and not preset.endswith(_DEMO):
             log.warning(
                 "no recipe contains the student %s, so unset values are the built-in "
                 "defaults, such as steps=%d; see docs/training.md",
@@ -249,7 +260,7 @@ def choose_student(config: TrainConfig, store: FeatureStore) -> TrainConfig:
     SpecError
         The store has no such split.
     """
-    if config.student.preset:
+    if config.student.name:
         return config
     preset = "painn-big" if _teacher_model(store) == "gemnet_oc" else "painn-small"
     if _is_periodic(choose_split(store, config.train_split)):

@@ -4,6 +4,7 @@ import logging
 from dataclasses import dataclass
 
 from kd_train.config.train_config import TrainConfig
+from kd_train.strategies import load_strategy, term_weight
 from kd_train.trainer.labels import has_energies, has_forces
 from pipeline.errors import SpecError
 from pipeline.store.reader import FeatureStore
@@ -90,7 +91,7 @@ def _terms(config: TrainConfig) -> set[str]:
     """Distillation terms that have a weight in some step."""
     if _never_distils(config):
         return set()
-    return {name for name in config.strategies if getattr(config.distill, name) > 0}
+    return {name for name in config.strategies if term_weight(config.distill, name) > 0}
 
 
 def _never_distils(config: TrainConfig) -> bool:
@@ -107,7 +108,7 @@ def _weight(config: TrainConfig, output: str) -> float:
 
 def _is_trained(config: TrainConfig, counts: LabelCounts, output: str) -> bool:
     terms = _terms(config)
-    if output == "energy" and "vanilla2" in terms:
+    if any(output in load_strategy(name).trains for name in terms):
         return True
     targets = counts.count(output) or config.loss.teacher_labels or "vanilla1" in terms
     return bool(targets and _weight(config, output))

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kd_train.config.train_config import LambdaSchedule, TrainConfig
+from kd_train.strategies import term_weight
 
 # Of the running means; they look back about fifty steps.
 _DECAY = 0.98
@@ -38,7 +39,7 @@ class Weighting:
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         self._config = config
         self._fixed = {
-            name: float(getattr(config.distill, name)) for name in config.strategies
+            name: term_weight(config.distill, name) for name in config.strategies
         }
         self._balance = config.distill.balance if self._fixed else None
         # L0, and the terms by their configured weights.

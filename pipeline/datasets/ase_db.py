@@ -33,6 +33,8 @@ class AseDbDataset(RecordDataset):
     of the metadata, where it names them.
     """
 
+    format: ClassVar[str] = "ase_db"
+    suffixes: ClassVar[tuple[str, ...]] = SUFFIXES
     columns: ClassVar[dict[str, str]] = {"file": "int32", "row": "int64"}
 
     def __init__(

@@ -39,13 +39,15 @@ class AselmdbDataset(RecordDataset):
     row's number, after the file's name if there are several.
     """
 
+    format: ClassVar[str] = "aselmdb"
+    suffixes: ClassVar[tuple[str, ...]] = (".aselmdb",)
     columns: ClassVar[dict[str, str]] = {"file": "int32", "key": "int64"}
 
     def __init__(
         self, paths: Sequence[Path], selection: Selection, options: ReadOptions
     ) -> None:
         super().__init__(paths, selection, options)
-        self._files = lmdb_files(paths, ".aselmdb")
+        self._files = lmdb_files(paths, self.suffixes[0])
         self._units = [_units(file, options) for file in self._files]
 
     def files(self) -> list[Path]:

@@ -140,6 +140,9 @@ class IndexedDataset(Dataset):
     listing in use, the sample at an index must follow from ``places`` alone.
     """
 
+    # Name in `splits.NAME.format`, and endings by which files tell their format.
+    format: ClassVar[str]
+    suffixes: ClassVar[tuple[str, ...]] = ()
     # Dtypes of the places that a listing has.
     columns: ClassVar[dict[str, str]] = {}
 

@@ -99,6 +99,7 @@ class Hdf5Dataset(NumberedDataset):
     of the layout's publication, unless the file or the split names others.
     """
 
+    format: ClassVar[str] = "hdf5"
     suffixes: ClassVar[tuple[str, ...]] = (".h5", ".hdf5", ".hdf")
 
     def __init__(

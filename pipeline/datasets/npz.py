@@ -80,6 +80,7 @@ class NpzDataset(NumberedDataset):
     are in kcal/mol and lengths in Å, unless the file or the split names other units.
     """
 
+    format: ClassVar[str] = "npz"
     suffixes: ClassVar[tuple[str, ...]] = (".npz",)
 
     def __init__(

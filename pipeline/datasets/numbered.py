@@ -72,8 +72,6 @@ class NumberedDataset(RecordDataset):
     """
 
     columns: ClassVar[dict[str, str]] = {"file": "int32", "frame": "int64"}
-    # Endings of the files that are looked for in folders.
-    suffixes: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self, paths: Sequence[Path], selection: Selection, options: ReadOptions

@@ -35,13 +35,15 @@ class Oc20LmdbDataset(RecordDataset):
     periodic in three directions, as all of OC20 is.
     """
 
+    format: ClassVar[str] = "oc20_lmdb"
+    suffixes: ClassVar[tuple[str, ...]] = (".lmdb",)
     columns: ClassVar[dict[str, str]] = {"file": "int32", "key": "int64"}
 
     def __init__(
         self, paths: Sequence[Path], selection: Selection, options: ReadOptions
     ) -> None:
         super().__init__(paths, selection, options)
-        self._files = lmdb_files(paths, ".lmdb")
+        self._files = lmdb_files(paths, self.suffixes[0])
 
     def files(self) -> list[Path]:
         """All files with samples."""

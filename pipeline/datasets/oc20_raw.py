@@ -88,6 +88,9 @@ class Oc20RawDataset(RecordDataset):
     the number of the frame in its own file.
     """
 
+    format: ClassVar[str] = "oc20_raw"
+    # The frames end in .extxyz, too, so no ending tells this format.
+    suffixes: ClassVar[tuple[str, ...]] = ()
     columns: ClassVar[dict[str, str]] = {
         "chunk": "int32",
         "start": "int64",

@@ -27,6 +27,7 @@ class TrajDataset(NumberedDataset):
     its number. Labels are what the image's calculator has computed.
     """
 
+    format: ClassVar[str] = "traj"
     suffixes: ClassVar[tuple[str, ...]] = (".traj",)
 
     @staticmethod

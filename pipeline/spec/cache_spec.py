@@ -11,7 +11,7 @@ from pipeline.errors import SpecError
 from pipeline.fields import CACHEABLE_FIELDS, FIELDS
 from pipeline.files.globs import glob_matches, is_glob
 from pipeline.files.remote import is_url, refuse_credentials
-from pipeline.spec.formats import FORMATS, Format
+from pipeline.spec.formats import FORMATS
 from pipeline.spec.reference_energies import read_reference_energies
 from pipeline.spec.units_spec import UnitsSpec
 from pipeline.spec.yaml_model import (
@@ -75,7 +75,11 @@ class RattleSpec(ClosedModel):
 class SplitSpec(ClosedModel):
     """One dataset, stored as one group."""
 
-    format: Format = Key(description=f"{' | '.join(FORMATS)}; text also packed")
+    format: str = Key(
+        description=f"{' | '.join(FORMATS.built_in)} | the name of an installed "
+        "plug-in; text also packed",
+        examples=list(FORMATS.built_in),
+    )
     path: str | list[str] = Key(
         description="file or folder, relative to the spec or absolute; its URL; a glob "
         "(* ? [); or a list of these"
@@ -139,6 +143,13 @@ class SplitSpec(ClosedModel):
     rattle: RattleSpec | None = Key(
         None, description="displaced copies instead of the samples themselves"
     )
+
+    @field_validator("format")
+    @classmethod
+    def _known_format(cls, value: str) -> str:
+        if value not in FORMATS.names():
+            raise ValueError(f"unknown dataset format{FORMATS.known()}")
+        return value
 
     @field_validator("path", mode="before")
     @classmethod

@@ -353,6 +353,6 @@ def test_gradients_of_labels_that_have_no_weight(
     """The labels are there, so no warning denies that."""
     _run(store, tmp_path, "full", SCHNET, loss={"energy_weight": 0})
     assert caplog.messages[0] == (
-        "loss.energy_weight is 0, so reference energies are not used; those of the "
-        "student are known up to a constant only"
+        "loss.energy_weight is 0, so reference energies are not used; the student's "
+        "energies are known only up to a constant"
     )
