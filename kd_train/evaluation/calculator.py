@@ -85,7 +85,7 @@ class StudentCalculator(Calculator):
         self._warn("elements", unlisted_elements_warning(self.student))
 
     def reference_energies(self) -> dict[str, float]:
-        """Energies of isolated atoms in eV by symbol, which total energies contain.
+        """Return energies of isolated atoms (eV), which total energies contain.
 
         A formation energy is the energy less the sum of these over the atoms. Empty
         where the student's energies have no such references.
@@ -98,7 +98,10 @@ class StudentCalculator(Calculator):
         properties: Sequence[str] = ("energy",),
         system_changes: Sequence[str] = tuple(all_changes),
     ) -> None:
-        """Fill ``results`` for ``atoms``; constraints are the business of ASE."""
+        """Fill ``results`` for ``atoms``.
+
+        ASE applies constraints.
+        """
         super().calculate(atoms, properties, system_changes)
         assert self.atoms is not None
         batch = self._batch(self.atoms)
@@ -121,7 +124,7 @@ class StudentCalculator(Calculator):
         return collate([structure], [edges], self.dtype).to(self.device)
 
     def _structure(self, atoms: Atoms) -> Structure:
-        """``atoms`` as stage one would read them from a file."""
+        """Convert ``atoms`` as stage one reads a sample from a file."""
         where = "The Atoms object"
         if atoms.pbc.any() and not self.student.model.graph_rule.periodic:
             raise DataError(

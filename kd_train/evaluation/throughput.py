@@ -56,7 +56,7 @@ class Throughput:
     tried: dict[int, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
+        """Return a JSON-able form."""
         tried = {str(size): rate for size, rate in self.tried.items()}
         return {**vars(self), "tried": tried}
 
@@ -75,7 +75,7 @@ def measure(
     device: torch.device,
     seconds: float = 1.0,
 ) -> Throughput:
-    """Rates of ``student`` on ``structures``, at least ``seconds`` for each number.
+    """Measure ``student`` on ``structures``, for at least ``seconds`` per number.
 
     The batch size doubles from one until the rate stops growing, the memory would not
     hold twice as much, or a batch has all structures; the one with the highest rate
@@ -123,7 +123,7 @@ def measure(
 
 
 def unbatch_structures(batch: Data) -> list[Structure]:
-    """The structures of a collated batch, with its precision."""
+    """Return the structures of a collated batch, with its precision."""
     ends = batch.natoms.cumsum(0).tolist()
     starts = [0, *ends[:-1]]
     return [
@@ -140,7 +140,7 @@ def unbatch_structures(batch: Data) -> list[Structure]:
 
 
 def device_name(device: torch.device) -> str:
-    """What the device calls itself."""
+    """Return the name that the device reports."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     models = _values(Path("/proc/cpuinfo"), "model name")
@@ -148,7 +148,7 @@ def device_name(device: torch.device) -> str:
 
 
 def _values(path: Path, key: str) -> list[str]:
-    """Values of ``key`` in one of the system's tables; none where it has no such."""
+    """Return the values of ``key`` in a table of the system, if there are any."""
     if not path.exists():
         return []
     pairs = (line.partition(":") for line in path.read_text().splitlines())
@@ -156,7 +156,7 @@ def _values(path: Path, key: str) -> list[str]:
 
 
 def _memory_is_short(device: torch.device) -> bool:
-    """Whether a pass that takes twice as much as any so far might not fit.
+    """Return whether a pass with twice the peak memory might not fit.
 
     A GPU says so itself; a machine without room begins to swap, or ends the process.
     """
@@ -171,13 +171,13 @@ def _memory_is_short(device: torch.device) -> bool:
 
 
 def _has_levelled_off(rates: list[float]) -> bool:
-    """Whether the last sizes gained nothing over the best before them."""
+    """Return whether the last sizes gained nothing over the best earlier size."""
     before, last = rates[:-_PATIENCE], rates[-_PATIENCE:]
     return bool(before) and max(last) < _GAIN * max(before)
 
 
 def _groups(structures: Sequence[Structure], size: int) -> list[list[Structure]]:
-    """All structures in batches of ``size``; the last is filled from the start."""
+    """Group all structures in batches of ``size``, the last filled from the start."""
     endless = itertools.cycle(structures)
     count = -(-len(structures) // size)
     return [list(itertools.islice(endless, size)) for _ in range(count)]
@@ -221,7 +221,7 @@ def _whole_rate(
 
 
 def _rate(call: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Calls per second: the median over passes of equal length."""
+    """Measure calls per second, as a median over passes of equal length."""
     call()  # allocations and kernels of the first call are not those of the others
     _wait_for(device)
     calls = 1
