@@ -28,7 +28,7 @@ def require_predictions(split: Split) -> None:
 
 
 def require_measured(config: TrainConfig, val: Split) -> None:
-    """Refuse, or warn, where nothing can be validated against."""
+    """Refuse, or warn of, a validation split without labels."""
     _require_measure(config, val)
     if not has_labels(val):
         log.warning(
@@ -73,12 +73,12 @@ def _require_measure(config: TrainConfig, val: Split) -> None:
 
 
 def has_labels(split: Split) -> bool:
-    """Whether a sample has a reference energy, or one of the first has forces."""
+    """Return whether a sample has a reference energy, or an early one has forces."""
     return has_energies(split) or has_forces(split)
 
 
 def has_energies(split: Split) -> bool:
-    """Whether a sample has a reference energy."""
+    """Return whether a sample has a reference energy."""
     path = FIELDS["energy"].path
     # Where any sample has one, a sample of the first block does.
     blocks = map(split.block_positions, range(split.n_blocks))
@@ -86,19 +86,19 @@ def has_energies(split: Split) -> bool:
 
 
 def has_forces(split: Split) -> bool:
-    """Whether one of the first samples has reference forces."""
+    """Return whether one of the first samples has reference forces."""
     path = FIELDS["forces"].path
     first = np.arange(min(FIRST_SAMPLES, len(split)))
     return bool(np.isfinite(split.read(first, [path])[path]).any())
 
 
 def is_measured(split: Split, metric: str) -> bool:
-    """Whether any sample has the labels that ``metric`` (of ``best_by``) needs."""
+    """Return whether any sample has the labels of ``metric`` (of ``best_by``)."""
     return any(_measured(split, block)[metric] for block in range(split.n_blocks))
 
 
 def _measured(split: Split, block: int) -> dict[str, bool]:
-    """For every metric whether a sample of ``block`` has its labels."""
+    """Return for every metric whether a sample of ``block`` has its labels."""
     positions = np.asarray(split.block_positions(block))
     paths = [FIELDS[name].path for name in ("energy", "forces", "fixed")]
     values = split.read(positions, paths)

@@ -32,7 +32,7 @@ class LabelCounts:
     exact: bool = True
 
     def count(self, output: str) -> int:
-        """Samples that have labels of ``output``."""
+        """Return the number of samples with labels of ``output``."""
         return self.energy if output == "energy" else self.forces
 
 
@@ -65,7 +65,7 @@ def _count_in_split(
 def require_trained_outputs(
     config: TrainConfig, counts: LabelCounts, direct: bool
 ) -> None:
-    """Refuse a run that trains neither output, or not the one that is wished for.
+    """Refuse a run that leaves an output untrained although its weight is not 0.
 
     ``direct`` says that the student's forces are no gradient of its energy, so that
     each output needs labels of its own. Warns of samples that L0 leaves out.
@@ -87,7 +87,7 @@ def require_trained_outputs(
 
 
 def _terms(config: TrainConfig) -> set[str]:
-    """Distillation terms that have a weight."""
+    """Return the distillation terms that have a weight."""
     return {name for name in config.strategies if getattr(config.distill, name) > 0}
 
 
@@ -180,7 +180,7 @@ def _check_untrained(
 
 
 def _warn_of_gaps(config: TrainConfig, counts: LabelCounts) -> None:
-    """Say how many samples L0 leaves out."""
+    """Warn of the number of samples that L0 skips."""
     if config.loss.teacher_labels or not counts.exact:
         return
     gaps = [
