@@ -103,7 +103,7 @@ def _text(
     missing: Sequence[SkippedRun],
     incomparable: Sequence[SkippedRun],
 ) -> str:
-    """Store, table, and what became of the other runs."""
+    """Format store, table, and the state of skipped runs."""
     parts = []
     if cohorts:
         parts.append(f"Store {cohorts[0].runs[0].summary.fingerprint[:12]}\n")
@@ -122,7 +122,7 @@ def _figure_files(cohorts: Sequence[Cohort]) -> dict[str, bytes]:
 
 
 def _page_figures(files: dict[str, bytes], cohorts: Sequence[Cohort]) -> list[Figure]:
-    """Figures of the page with their captions."""
+    """Return the figures of the page with their captions."""
     figures = []
     for stem, (title, caption) in _FIGURES.items():
         if (png := files.get(f"{stem}.png")) is None:
