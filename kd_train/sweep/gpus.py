@@ -1,4 +1,4 @@
-"""Which GPU of the machine a run takes, where several run beside each other."""
+"""Assignment of GPUs to runs that share a machine."""
 
 import fcntl
 import os
@@ -19,7 +19,7 @@ def free_gpu(
     folder: Path | None = None,
     waiting: Callable[[Sequence[str]], object] | None = None,
 ) -> Iterator[tuple[str, int] | None]:
-    """A GPU that no other run has: its name for CUDA, and the descriptor of its lock.
+    """Reserve a free GPU; yield its name for CUDA and the descriptor of its lock.
 
     Waits while all are taken, and first tells ``waiting`` their names. None where there
     are none. The GPU is free again when every process that holds the descriptor has
@@ -28,7 +28,7 @@ def free_gpu(
     """
     place = Path(tempfile.gettempdir()) if folder is None else folder
     names = visible_gpus()
-    told = waiting is None
+    reported = waiting is None
     while names:
         for name in names:
             with (place / _lock_name(name)).open("a") as lock:
@@ -38,15 +38,15 @@ def free_gpu(
                     continue
                 yield name, lock.fileno()
                 return
-        if waiting is not None and not told:
+        if waiting is not None and not reported:
             waiting(names)
-            told = True
+            reported = True
         time.sleep(_PAUSE)
     yield None
 
 
 def visible_gpus() -> list[str]:
-    """GPUs that this process may use, as CUDA numbers or names them."""
+    """List the GPUs that this process may use, as CUDA numbers or names them."""
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is not None:
         names = [name.strip() for name in listed.split(",") if name.strip()]
@@ -58,7 +58,7 @@ def visible_gpus() -> list[str]:
 
 
 def _lock_name(gpu: str) -> str:
-    """Of one user, and of one Slurm job, each of which numbers its GPUs from 0."""
+    """Name the lock of a GPU by user and Slurm job, which numbers its GPUs from 0."""
     job = os.environ.get("SLURM_JOB_ID")
     owner = f"{os.getuid()}" if job is None else f"{os.getuid()}-job{job}"
     return f"kd-sweep-gpu-{gpu.replace('/', '-')}-{owner}.lock"
