@@ -30,7 +30,7 @@ class Recipe(ClosedModel):
 
 @cache
 def read_recipe(name: str) -> Recipe:
-    """The recipe of dataset ``name``, one of ``RECIPES``."""
+    """Read the recipe of dataset ``name``, one of ``RECIPES``."""
     path = _FOLDER / f"{name}.yaml"
     return validate(Recipe, read_yaml(path), path.name)
 
@@ -38,7 +38,7 @@ def read_recipe(name: str) -> Recipe:
 def apply_recipe(
     config: TrainConfig, teacher: str | None, processes: int = 1
 ) -> TrainConfig:
-    """``config`` with the paper's values for everything that was not set.
+    """Return ``config`` with the paper's values for all unset keys.
 
     Parameters
     ----------
@@ -75,7 +75,7 @@ def apply_recipe(
 
 
 def _check(config: TrainConfig) -> TrainConfig:
-    """``config``, with what depends on more than one value checked for all of them."""
+    """Return ``config`` after the checks that depend on several values."""
     validate(TrainConfig, config.model_dump(), f"configuration, recipe {config.recipe}")
     return config
 
@@ -96,7 +96,7 @@ def _choose_recipe(wished: str, student: str) -> str:
 
 
 def _schedule(schedule: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
-    """``schedule`` without what belongs to a kind that the user replaced by another."""
+    """Return ``schedule`` without keys of a kind that the user replaced."""
     own = config.schedule
     if "kind" not in own.model_fields_set or own.kind == schedule["kind"]:
         return schedule
@@ -104,7 +104,7 @@ def _schedule(schedule: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
 
 
 def _share(whole: int, name: str, processes: int, accumulate: int) -> int:
-    """Samples of one batch of one process where a step takes ``whole``."""
+    """Return the samples in a batch of one process if a step takes ``whole``."""
     share, rest = divmod(whole, processes * accumulate)
     if rest:
         raise SpecError(
@@ -118,7 +118,7 @@ def _share(whole: int, name: str, processes: int, accumulate: int) -> int:
 def _weights(
     recipe: Recipe, name: str, teacher: str | None, config: TrainConfig
 ) -> dict[str, float]:
-    """Table 6 for the pair; of another teacher where the paper has not this one."""
+    """Return weights of Table 6 for the pair, or for another teacher if missing."""
     student, own = config.student.preset, config.distill.model_fields_set
     unset = [strategy for strategy in config.strategies if strategy not in own]
     if teacher is None or not unset:
@@ -149,7 +149,7 @@ def _weights(
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """``below`` with the keys of ``above`` on top, section by section."""
+    """Return ``below`` with the keys of ``above`` on top, section by section."""
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)

@@ -24,7 +24,7 @@ STRATEGIES = ("none", "n2n", "e2n", "e2e", "v2v", "vanilla1", "vanilla2")
 
 
 class StudentConfig(ClosedModel):
-    """Which network learns."""
+    """The network that learns."""
 
     preset: str = Key(
         "",
@@ -58,7 +58,7 @@ class OptimizerConfig(ClosedModel):
 
 
 class ScheduleConfig(ClosedModel):
-    """Linear warm-up, then the learning rate falls."""
+    """Linear warm-up, followed by decay of the learning rate."""
 
     kind: Literal["constant", "exponential", "cosine", "milestones"] = Key(
         "exponential",
@@ -100,7 +100,7 @@ class LossConfig(ClosedModel):
 
 
 class LambdaSchedule(ClosedModel):
-    """Factor of all distillation weights, by the step."""
+    """Factor of all distillation weights as a function of the step."""
 
     kind: Literal["constant", "linear", "cosine"] = Key(
         "constant",
@@ -143,7 +143,7 @@ class DistillConfig(ClosedModel):
 
 
 class TrainConfig(ClosedModel):
-    """Everything that decides a run beside the store."""
+    """Everything that decides a run, except for the store."""
 
     strategy: str = Key(
         "none",
@@ -288,14 +288,14 @@ class TrainConfig(ClosedModel):
 
     @property
     def strategies(self) -> tuple[str, ...]:
-        """Names of the distillation terms; empty for a baseline."""
+        """Names of the distillation terms, empty for a baseline."""
         return () if self.strategy == "none" else tuple(self.strategy.split("+"))
 
 
 def load_config(
     path: Path | None, flags: dict[str, Any], overrides: Iterable[str]
 ) -> TrainConfig:
-    """Configuration from defaults, then the file, then flags, then ``--set``.
+    """Build a configuration from defaults, then the file, then flags, then ``--set``.
 
     Raises
     ------

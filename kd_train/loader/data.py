@@ -25,7 +25,7 @@ from pipeline.store.quantization import PIECE_ROWS, SCALE, dequantized
 from pipeline.structure import Structure
 
 EDGE_CACHE_BYTES = 1 << 30
-# What Python takes for the edges of a sample beside the numbers (measured).
+# Bytes that Python takes for the edges of a sample, without the numbers (measured).
 _EDGE_OVERHEAD = 600
 
 Tables = dict[str, torch.Tensor]
@@ -102,9 +102,9 @@ class CachedSamples:
         return data
 
     def window_blocks(self, wished: int) -> int:
-        """Return how many blocks to shuffle among: ``wished``, or what fits into memory.
+        """Return how many blocks to shuffle among: at most what fits into memory.
 
-        Chunks that have to be decoded or fetched would otherwise be so many times.
+        Beyond that limit, chunks would be decoded or fetched several times.
         """
         limit = self.split.window_blocks(tuple(self._paths.values()))
         return wished if limit is None else min(wished, limit)

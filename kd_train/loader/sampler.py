@@ -52,7 +52,7 @@ def training_batches(
     rank: int = 0,
     start: tuple[int, int] = (0, 0),
 ) -> Iterator[BatchIndex]:
-    """Yield batches of ``rank`` for ever, from batch ``start[1]`` of epoch ``start[0]``.
+    """Yield batches of ``rank`` without end, from ``start``: epoch and batch.
 
     What comes does not depend on where it starts: a run resumed at the place after its
     last batch sees what it would have seen. A place past the last batch of an epoch is
@@ -219,7 +219,7 @@ def ordered_batches(count: int, batch_size: int) -> list[Positions]:
 
 
 def ordered_within(n_atoms: Counts, budget: int) -> list[Positions]:
-    """Return all positions in order, in groups of up to ``budget`` atoms or one sample."""
+    """Group all positions in order, up to ``budget`` atoms or one sample each."""
     bounds = full_bounds(n_atoms, budget)
     return [np.arange(begin, end) for begin, end in itertools.pairwise(bounds)]
 
