@@ -163,7 +163,7 @@ def _number(
 def process_device(world: World, name: str | None) -> str | None:
     """Choose the device of a process of ``world``; the user named ``name``.
 
-    Every process has the GPU of its ``LOCAL_RANK``; None where the choice is free.
+    Every process has the GPU of its ``LOCAL_RANK``; None if the choice is free.
 
     Raises
     ------
@@ -220,7 +220,7 @@ def process_group(world: World, device: str | None) -> Iterator[None]:
             _leave(_STATUS)
         atexit.register(_leave, _STATUS if expected else 1)
         raise
-    # Before the first process, which may keep the keys, can be gone.
+    # Before the first process, which may hold the keys, can end.
     watch.stop()
     world.barrier()
     atexit.register(_leave, 0)

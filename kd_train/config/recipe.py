@@ -46,7 +46,7 @@ def apply_recipe(
         ``recipe: auto`` takes the recipe that has the student, if any; a dataset's
         name takes that of the dataset; ``none`` leaves the built-in defaults.
     teacher
-        Model of the store's teacher; None where no teacher ran.
+        Model of the store's teacher, None if no teacher ran.
     processes
         How many train together. The recipe's batch is that of a whole step, so each of
         them gets its share of it as ``batch_size``.
@@ -55,7 +55,7 @@ def apply_recipe(
     ------
     SpecError
         The named recipe has no such student, its batch has no equal shares, or what
-        was set does not fit to the rest.
+        the set values contradict other values.
     """
     student = config.student.preset
     name = _choose_recipe(config.recipe, student)
@@ -127,7 +127,9 @@ def _weights(
     weights = known.get(teacher)
     if weights is None:
         weights = next(iter(known.values()), {})
-        source = f"those of {next(iter(known))}" if known else "the defaults"
+        source = (
+            f"the weights of {next(iter(known))}" if known else "the default weights"
+        )
         log.warning(
             "recipe %s has no weights for %s to %s; the run uses %s, so tune the "
             "weights (distill.*)",

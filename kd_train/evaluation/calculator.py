@@ -34,15 +34,15 @@ _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 class StudentCalculator(Calculator):
     """Energy (eV) and forces (eV/Å) of a student for ``atoms.calc``.
 
-    Graphs are those of training, so that results are those of ``kd-eval``. There is no
-    stress. ``free_energy`` is the energy.
+    Graphs are built as in training, so results equal the results of ``kd-eval``. The
+    calculator has no stress. ``free_energy`` is the energy.
 
     Parameters
     ----------
     model
-        A run folder, its ``student.safetensors``, or any model file of ours.
+        A run folder, its ``student.safetensors``, or any model file of this project.
     device
-        ``cpu``, ``cuda``, ``cuda:1``; without, a GPU if there is one.
+        ``cpu``, ``cuda`` or ``cuda:1`` (default: a GPU if there is one).
     dtype
         ``float64`` for finite differences and phonons; training had ``float32``.
     any_element
@@ -87,8 +87,8 @@ class StudentCalculator(Calculator):
     def reference_energies(self) -> dict[str, float]:
         """Return energies of isolated atoms (eV), which total energies contain.
 
-        A formation energy is the energy less the sum of these over the atoms. Empty
-        where the student's energies have no such references.
+        A formation energy is the energy minus the sum of these over the atoms. Empty if
+        the student's energies have no such references.
         """
         return reference_energies(self.student)
 
@@ -144,7 +144,7 @@ class StudentCalculator(Calculator):
         return structure
 
     def _warn_of(self, atoms: Atoms, edges: Edges) -> None:
-        """Warn once each of what makes results doubtful."""
+        """Warn of reasons to doubt the results, once each."""
         rule = self.student.model.graph_rule
         lone = np.setdiff1d(np.arange(len(atoms)), edges.edge_index[1])
         if len(lone):

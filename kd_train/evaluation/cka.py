@@ -1,6 +1,6 @@
 """Linear CKA between the layers of two models over the atoms of a split, streaming.
 
-Atoms pass once in batches; what is kept are sums in the space of features.
+Atoms pass once, in batches. Only sums in the space of features stay in memory.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ _CONSTANT = 1e-12
 
 
 class LinearCKA:
-    """Linear centred kernel alignment of all layers of a model with those of another.
+    """Linear centred kernel alignment of all layers of two models.
 
     For centred features X (N, C) and Y (N, D) of the same atoms it is
     ‖XᵀY‖² / (‖XᵀX‖ ‖YᵀY‖) in Frobenius norms (Kornblith et al. 2019, arXiv:1905.00414,
@@ -156,7 +156,7 @@ class ModelSide:
 
 
 class StoredSide:
-    """The teacher's node features as a store keeps them."""
+    """The stored node features of the teacher."""
 
     title = "teacher (stored)"
 
@@ -199,7 +199,7 @@ def compare_models(
     Raises
     ------
     SpecError
-        There is no such split, or it holds no features where ``teacher`` is asked for.
+        There is no such split, or ``teacher`` is named and there are no features.
     CheckpointError
         A file is not a model.
     DataError

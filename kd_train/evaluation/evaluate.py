@@ -25,7 +25,7 @@ from pipeline.models.normalizer import Normalizer
 class Evaluation:
     """Metrics, the supervised loss L0, and predictions in eV and eV/Å.
 
-    The loss is NaN where no sample has a label.
+    The loss is NaN if no sample has a label.
     """
 
     metrics: dict[str, float]

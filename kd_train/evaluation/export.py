@@ -97,10 +97,9 @@ def tensor_inputs(batch: Data) -> tuple[Tensor, ...]:
 def export_student(student: LoadedModel, path: Path) -> dict[str, float]:
     """Write ``student`` to ``path`` (.pt2) and return its deviations from the model.
 
-    The numbers of atoms, edges and samples stay free. What was written is read again
-    and compared with the model on two batches of other sizes, one of them periodic
-    where the model is; the deviations are the largest of energies (eV) and of forces
-    (eV/Å).
+    The numbers of atoms, edges and samples are variable. The program is read again and
+    compared with the model on two batches of other sizes, one of them periodic if the
+    model is. Returns the largest deviations of energies (eV) and of forces (eV/Å).
 
     Raises
     ------

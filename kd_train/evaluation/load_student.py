@@ -22,7 +22,7 @@ from pipeline.models.elements import (
 )
 
 STUDENT_FILE = "student.safetensors"
-# Parts of a composition, per atom, that are none.
+# Parts of a composition, per atom, that count as zero.
 _ROUNDING = 1e-6
 Elements = Container[int]
 
@@ -69,7 +69,7 @@ def load_student(place: Path, device: torch.device | None = None) -> LoadedModel
 def predict(student: LoadedModel, batch: Data) -> tuple[Tensor, Tensor | None]:
     """Predict energies (B,) float64 in eV and forces (N, 3) in eV/Å of a batch.
 
-    Forces are None of a model that has none.
+    Forces are None if the model does not predict forces.
     """
     normalizer = student.normalizer
     with torch.no_grad():
@@ -97,7 +97,7 @@ def known_elements(student: LoadedModel, option: str, any_element: bool) -> Elem
 
     With ``any_element`` these are all elements that the network can embed.
 
-    ``option`` is how that is spelled where the student is used.
+    ``option`` is the caller's spelling of ``any_element``, for messages.
     """
     trained = trained_elements(student.normalizer, student.provenance)
     known = None if any_element else trained
@@ -109,7 +109,7 @@ def untrained_elements(
 ) -> list[int]:
     """Return elements that the training data of ``student`` lacked, ascending.
 
-    None of them where its file does not list those that were there.
+    Empty if the file does not list the elements of the training data.
     """
     trained = trained_elements(student.normalizer, student.provenance)
     numbers = set(map(int, atomic_numbers))
@@ -131,7 +131,7 @@ def undetermined_elements(
 ) -> list[int]:
     """Return elements whose reference energies make a structure's energy arbitrary.
 
-    ``atomic_numbers`` (N,) of its atoms. Empty where the composition is one of the
+    ``atomic_numbers`` (N,) of its atoms. Empty if the composition is one of the
     training data, or a combination of such.
     """
     about = student.provenance.get(TRAINING_DATA)

@@ -16,8 +16,7 @@ METRICS = ("energy_mae", "forces_mae", "forces_cos", "efwt")
 class MetricSums:
     """Sums over samples and free atoms seen so far.
 
-    Samples without a reference energy or with missing forces are left out of the
-    metrics that need them.
+    Metrics that need a missing energy or missing forces skip the sample.
     """
 
     sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(METRICS, 0.0))

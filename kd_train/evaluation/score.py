@@ -51,7 +51,7 @@ class Samples(Protocol):
 class EvalSet:
     """A row of the results: samples with their (n,) ids and atom counts.
 
-    ``split`` is set where they are those of a store.
+    ``split`` is set if the samples are from a store.
     """
 
     name: str

@@ -1,8 +1,8 @@
 """Samples per second of inference at the best batch size, with graphs and without.
 
-Without: forward pass and conversion to eV, on batches that lie on the device. With:
-from structures in memory through neighbour lists, packing and copying to energies and
-forces in memory, one after the other in one thread.
+Without graphs: forward pass and conversion to eV, on batches on the device. With
+graphs: all steps from structures to energies and forces in memory, in one thread
+(neighbour lists, collation, copies, forward pass).
 """
 
 import itertools
@@ -27,11 +27,11 @@ from pipeline.graphs.neighbors import sample_edges
 from pipeline.models.checkpoint import LoadedModel
 from pipeline.structure import Structure
 
-# Distinct samples that are measured on, over and over.
+# Number of distinct samples, which are measured repeatedly.
 POOL = 512
-# A larger batch must be faster by so much to be worth its memory.
+# Least gain in rate that justifies the memory of a larger batch.
 _GAIN = 1.03
-# Batch sizes without such a gain before no larger one is tried.
+# Batch sizes without this gain before the search stops.
 _PATIENCE = 2
 _PASSES = 3
 
@@ -40,8 +40,8 @@ _PASSES = 3
 class Throughput:
     """Rates in samples per second at ``batch_size``, and what they hold for.
 
-    ``tried`` has the rate without graphs of every batch size; ``stopped_by`` says why
-    no larger one was tried: rate, memory, or samples.
+    ``tried`` has the rate without graphs of every batch size. ``stopped_by`` is the
+    reason to try no larger batch: rate, memory or samples.
     """
 
     samples_per_second: float
@@ -158,7 +158,7 @@ def _values(path: Path, key: str) -> list[str]:
 def _memory_is_short(device: torch.device) -> bool:
     """Return whether a pass with twice the peak memory might not fit.
 
-    A GPU says so itself; a machine without room begins to swap, or ends the process.
+    A GPU raises an error; a machine without memory swaps or ends the process.
     """
     if device.type != "cpu":
         return False
@@ -222,7 +222,7 @@ def _whole_rate(
 
 def _rate(call: Callable[[], object], device: torch.device, seconds: float) -> float:
     """Measure calls per second, as a median over passes of equal length."""
-    call()  # allocations and kernels of the first call are not those of the others
+    call()  # the first call allocates memory and compiles kernels
     _wait_for(device)
     calls = 1
     while (spent := _time_calls(call, calls, device)) < seconds / (2 * _PASSES):

@@ -77,7 +77,7 @@ class CachedSamples:
         asked field as it is stored, see ``decode_batch``. With ``edge_features`` (E, C)
         come their edges ``teacher_edge_index`` (2, E) int64, source first,
         ``teacher_cell_offsets`` (E, 3) int8, and ``edge_mismatch``, the id of the first
-        sample whose edges are not those of the model's own graph, empty where all are.
+        sample whose edges differ from the model's own graph, empty if all agree.
 
         Raises
         ------

@@ -38,7 +38,7 @@ class DatasetSamples:
         """Read samples at ``positions`` as one graph, see ``pipeline.graphs.batch``.
 
         Adds ``energy`` (B,) float64 in eV and ``forces`` (N, 3) float32 in eV/Å, NaN
-        where the source has none.
+        if the source has no label.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""Which samples come when: numpy alone, and the same answer on every rank.
+"""Order of samples, with numpy alone and with the same result on every rank.
 
 An epoch permutes the blocks of a split and the samples in each, and cuts the sequence
 into one part per rank, so that a rank reads whole blocks except at the cuts. A rank
@@ -54,7 +54,7 @@ def training_batches(
 ) -> Iterator[BatchIndex]:
     """Yield batches of ``rank`` without end, from ``start``: epoch and batch.
 
-    What comes does not depend on where it starts: a run resumed at the place after its
+    The sequence does not depend on the start: a run resumed at the place after its
     last batch sees what it would have seen. A place past the last batch of an epoch is
     the begin of the next.
     """
@@ -137,7 +137,7 @@ def rank_order(
 ) -> Positions:
     """The samples of a rank's part, shuffled within ``buffer_blocks`` pieces at a time.
 
-    As good as a full shuffle where the store's own order is random, because then any
+    As good as a full shuffle if the store's own order is random, because then any
     block is a fair sample of the split (docs/benchmarks.md has measurements).
     """
     # Seeds are padded with zeros, so (seed, epoch, 0) would repeat (seed, epoch).
@@ -171,8 +171,8 @@ def full_bounds(atoms: Counts, budget: int) -> list[int]:
 def even_bounds(atoms: Counts, number: int, budget: int) -> list[int]:
     """Return bounds of ``number`` non-empty batches with nearly equal numbers of atoms.
 
-    Bounds lie where the cumulated atoms are nearest to equal shares, unless a batch
-    would then exceed ``budget`` or what is left not fit into the batches left. Needs
+    Bounds are where the cumulated atoms are nearest to equal shares, unless a batch
+    would then exceed ``budget`` or the remaining samples would not fit. Needs
     ``fewest_batches(atoms, budget) <= number <= len(atoms)`` and no sample above the
     budget; then it always succeeds.
     """

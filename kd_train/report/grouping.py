@@ -61,7 +61,7 @@ class Cohort:
     def baseline_of(self, run: FinishedRun) -> FinishedRun | None:
         """Find the baseline with the seed and settings of ``run``, except distillation.
 
-        It has the same training splits, or where no baseline has, some of them.
+        It has the same training splits, or some of them if no baseline has all.
         """
         seed, settings = run.summary.seed, _bound(run)
         found = {

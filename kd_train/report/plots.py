@@ -129,7 +129,7 @@ def _finish_panel(axes: Any, goal: float) -> None:
         axes.text(0.5, 0.5, "no values", ha="center", transform=axes.transAxes)
         return
     axes.set_yscale("log")
-    # Decades alone label too few lines where a run improves by less than tenfold.
+    # Decades alone label too few lines if a run improves by less than tenfold.
     low, high = axes.get_ylim()
     wide = high > 4 * low
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(5))

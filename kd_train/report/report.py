@@ -90,7 +90,7 @@ def write_report(
     with held(out):
         for name, data in files.items():
             write_atomically(out / name, data)
-        # Figures of an earlier report would pass for those of this one.
+        # Figures of an earlier report would look like figures of this report.
         for name in {f"{stem}.{kind}" for stem in _FIGURES for kind in ("png", "pdf")}:
             if name not in files:
                 (out / name).unlink(missing_ok=True)

@@ -64,7 +64,7 @@ class Summary(_Open):
 class Header(_Open):
     """Content of ``config.yaml``: configuration and start of training.
 
-    ``processes`` trained together; folders of before there could be several do not say.
+    ``processes`` trained together; old run folders lack this key.
     """
 
     config: dict[str, Any]

@@ -64,8 +64,8 @@ def summarize(
 def training_command(run: FinishedRun) -> str:
     """Return the command that repeats ``run``, or with ``--resume`` continues it.
 
-    It sets everything that is no default, and everything that the run's recipe would
-    fill in, so that it stands for the same run whatever the recipe comes to hold.
+    It sets every value that is not a default, and every value of the run's recipe, so
+    that later changes of the recipe do not change the run.
     """
     words = ["kd-train", "--cache", "STORE"]
     if run.header.processes > 1:
@@ -87,7 +87,7 @@ def _split_settings(run: FinishedRun) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         asked = validate(TrainConfig, bare, str(run.folder))
         recipe = flatten_settings(apply_recipe(asked, None).model_dump(mode="json"))
-    except SpecError:  # of a version that knew other recipes or students
+    except SpecError:  # from a version with other recipes or students
         name, recipe = "none", defaults
     if name in ("auto", "none"):  # from before there were recipes
         return run.settings | {"recipe": "none"}, defaults

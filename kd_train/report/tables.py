@@ -67,7 +67,7 @@ class Spread:
 class Row:
     """A variant of a student, or the teacher.
 
-    ``label`` names it within its group, ``gaps`` is None where a gap has no sense.
+    ``label`` names it within its group, ``gaps`` is None if a gap is not defined.
     ``best`` are the metrics on which no row of the same student has a better mean, and
     some have a worse one.
     """

@@ -10,7 +10,7 @@ from pathlib import Path
 
 # Seconds between two looks for a free GPU.
 _PAUSE = 2.0
-# What CUDA_VISIBLE_DEVICES holds where there is to be no GPU; Slurm writes the second.
+# Values of CUDA_VISIBLE_DEVICES that hide all GPUs; Slurm writes the second.
 _NO_GPU = ("-1", "NoDevFiles")
 
 
@@ -21,10 +21,10 @@ def free_gpu(
 ) -> Iterator[tuple[str, int] | None]:
     """Reserve a free GPU; yield its name for CUDA and the descriptor of its lock.
 
-    Waits while all are taken, and first tells ``waiting`` their names. None where there
-    are none. The GPU is free again when every process that holds the descriptor has
-    ended, also by being killed. Locks are files in ``folder``, by default the system's
-    for such.
+    Waits while all GPUs are in use, after one call of ``waiting`` with their names.
+    Yields None if there is no GPU. The GPU is free again when every process that holds
+    the descriptor has ended, even by a kill. Locks are files in ``folder``, by default
+    the system's folder for temporary files.
     """
     place = Path(tempfile.gettempdir()) if folder is None else folder
     names = visible_gpus()
@@ -50,7 +50,7 @@ def visible_gpus() -> list[str]:
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is not None:
         names = [name.strip() for name in listed.split(",") if name.strip()]
-        # CUDA sees no device after one that is none.
+        # CUDA sees no device after an invalid one.
         ends = [names.index(end) for end in _NO_GPU if end in names]
         return names[: min(ends, default=len(names))]
     count = len(list(Path("/dev").glob("nvidia[0-9]*")))

@@ -1,4 +1,4 @@
-"""One run of a sweep as a process of its own, and the record of how it ended."""
+"""One run of a sweep in a separate process, and the record of how it ended."""
 
 import csv
 import fcntl
@@ -97,7 +97,7 @@ def _command(sweep: Sweep, settings: Path, folder: Path) -> list[str]:
 
 
 def _train_once(command: list[str], log: Path, sweep: Sweep, lock: int) -> str | None:
-    """Run ``command``, on a GPU of its own where the sweep reserves one."""
+    """Run ``command``, on its own GPU if the sweep reserves one."""
     environment = {"OMP_NUM_THREADS": str(sweep.config.threads)}
     if not sweep.config.gpus or sweep.device == "cpu":
         return run_to_its_end(command, log, environment, (lock,))
@@ -137,7 +137,7 @@ def run_to_its_end(
                     stdout=stream,
                     stderr=stream,
                     env={**os.environ, **environment},
-                    # Held on to by the training, whatever becomes of this process.
+                    # The training holds the locks even if this process ends.
                     pass_fds=locks,
                 )
             )

@@ -1,4 +1,4 @@
-"""A sweep held against its store: what can be trained, what is left out and why."""
+"""A sweep checked against its store: runs to train, and skipped runs with reasons."""
 
 import json
 from collections.abc import Mapping

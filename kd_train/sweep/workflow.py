@@ -61,7 +61,7 @@ class Jobs:
         Raises
         ------
         SpecError
-            No sweep was asked for.
+            The configuration names no sweep.
         """
         if not self.file:
             raise SpecError("Name the sweep file: --config sweep=FILE.")

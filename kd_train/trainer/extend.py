@@ -1,4 +1,4 @@
-"""Resuming with more steps: where what came before is what a longer run would do."""
+"""Resuming with more steps, if the first steps of a longer run are the same."""
 
 from collections.abc import Mapping
 from pathlib import Path

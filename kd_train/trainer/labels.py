@@ -1,4 +1,4 @@
-"""Refuses what cannot be learned from, or validated against, for want of labels."""
+"""Refusal of splits without the labels that training or validation needs."""
 
 import logging
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from pipeline.errors import SpecError
 from pipeline.fields import FIELDS, PREDICTION_FIELDS
 
 log = logging.getLogger("kd_train")
-# First samples of a split that are looked at where all would take long.
+# First samples of a split, which are read if all would take long.
 FIRST_SAMPLES = 256
 
 
@@ -39,7 +39,7 @@ def require_measured(config: TrainConfig, val: Split) -> None:
 
 
 def warn_of_training_samples(train: Split, val: Split, tests: Sequence[Split]) -> None:
-    """Warn where splits that errors are measured on have structures of training."""
+    """Warn if validation or test splits have structures of the training split."""
     held_out = [("val_split", val)]
     held_out += [("test_split", test) for test in tests if test is not val]
     for key, split in held_out:
@@ -58,7 +58,7 @@ def warn_of_training_samples(train: Split, val: Split, tests: Sequence[Split]) -
 
 
 def _require_measure(config: TrainConfig, val: Split) -> None:
-    """Refuse to stop, or to choose weights as asked for, by what is never a number."""
+    """Refuse early stopping, or a choice of weights, by a metric without labels."""
     if config.patience is not None:
         wish, instead = f"patience={config.patience}", "omit patience"
     elif config.export == "best" and config.model_fields_set & {"export", "best_by"}:
@@ -80,7 +80,7 @@ def has_labels(split: Split) -> bool:
 def has_energies(split: Split) -> bool:
     """Return whether a sample has a reference energy."""
     path = FIELDS["energy"].path
-    # Where any sample has one, a sample of the first block does.
+    # If any sample has an energy, a sample of the first block has one.
     blocks = map(split.block_positions, range(split.n_blocks))
     return any(np.isfinite(split.read(block, [path])[path]).any() for block in blocks)
 

@@ -46,7 +46,7 @@ from pipeline.store.reader import FeatureStore
 log = logging.getLogger("kd_train")
 # Samples on which a fresh student sets its scale factors.
 _FITTING_SAMPLES = 32
-# Recipe of the paper's periodic dataset, and ending of presets that are none of its.
+# Recipe for periodic structures; presets with this suffix have no recipe.
 _PERIODIC_RECIPE = "oc20"
 _DEMO = "-demo"
 
@@ -72,7 +72,7 @@ class Learner:
 
 
 def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
-    """Build the student from its seed, then the adapters from a stream of their own.
+    """Build the student from its seed, and adapters from a separate random stream.
 
     Raises
     ------
@@ -183,7 +183,7 @@ def resolve_config(
 ) -> TrainConfig:
     """Return ``config`` with the student and the recipe that the store suggests.
 
-    Values that are not set are those of the recipe for a run of ``processes``, see
+    Unset values come from the recipe for a run of ``processes``, see
     ``kd_train.config.recipe``.
 
     Raises
@@ -241,7 +241,7 @@ def _warn_of_recipe(config: TrainConfig, split: Split) -> None:
 def choose_student(config: TrainConfig, store: FeatureStore) -> TrainConfig:
     """Return ``config`` with a student; the default is the paper's for the store.
 
-    PaiNN-big for GemNet-OC as teacher, else PaiNN-small; of the sizes for OC20 where
+    PaiNN-big for GemNet-OC as teacher, else PaiNN-small, in the sizes for OC20 if
     structures are periodic.
 
     Raises
@@ -300,10 +300,10 @@ def run_normalizer(config: TrainConfig, store: FeatureStore) -> Normalizer:
 def store_normalizer(store: FeatureStore, choice: str) -> Normalizer:
     """Return the teacher's normaliser, or the labels' if the teacher's does not fit.
 
-    It does not where no teacher ran, or where its energies are of another kind than
-    the labels. Baseline and distilled students of one store work in the same units. Of
-    joined splits the labels of the first that has some decide: the stored statistics
-    are fits, which cannot be combined.
+    It does not fit if no teacher ran, or if its energies are of another kind than the
+    labels. Baseline and distilled students of one store have the same units. Of joined
+    splits, the first split with labels decides, because the stored statistics are fits
+    and cannot be combined.
     """
     names = choice.split("+")
     teacher = store.attributes["teacher"]

@@ -1,4 +1,4 @@
-"""Refuses runs after which a student's energies or forces would still be random."""
+"""Refusal of runs after which a student's energies or forces would still be random."""
 
 import logging
 from dataclasses import dataclass
@@ -21,8 +21,8 @@ _KEYS = (
 class LabelCounts:
     """Number of samples of the training split that have a reference energy and forces.
 
-    ``exact`` is False for stores that do not count; a kind that occurs then counts for
-    all samples.
+    ``exact`` is False for stores without counts; a kind that occurs then counts for all
+    samples.
     """
 
     name: str
@@ -67,8 +67,8 @@ def require_trained_outputs(
 ) -> None:
     """Refuse a run that leaves an output untrained although its weight is not 0.
 
-    ``direct`` says that the student's forces are no gradient of its energy, so that
-    each output needs labels of its own. Warns of samples that L0 leaves out.
+    ``direct``: the student's forces are not a gradient of its energy, so each output
+    needs its own labels. Warns of samples that L0 skips.
 
     Raises
     ------

@@ -16,7 +16,7 @@ from pipeline.models.normalizer import Normalizer
 
 
 class Validator:
-    """Evaluates students on one split, in float32 whatever they train in.
+    """Evaluates students on one split, always in float32.
 
     A batch holds twice the samples or atoms of one in training.
     """
