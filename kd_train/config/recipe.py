@@ -31,7 +31,7 @@ class Recipe(ClosedModel):
 
 @cache
 def read_recipe(name: str) -> Recipe:
-    """The recipe of dataset ``name``, one of ``RECIPES``."""
+    """Read the recipe of dataset ``name``, one of ``RECIPES``."""
     path = _FOLDER / f"{name}.yaml"
     return validate(Recipe, read_yaml(path), path.name)
 
@@ -39,7 +39,7 @@ def read_recipe(name: str) -> Recipe:
 def apply_recipe(
     config: TrainConfig, teacher: str | None, processes: int = 1
 ) -> TrainConfig:
-    """``config`` with the paper's values for everything that was not set.
+    """Return ``config`` with the paper's values for all unset keys.
 
     Parameters
     ----------
@@ -47,7 +47,7 @@ def apply_recipe(
         ``recipe: auto`` takes the recipe that has the student, if any; a dataset's
         name takes that of the dataset; ``none`` leaves the built-in defaults.
     teacher
-        Model of the store's teacher; None where no teacher ran.
+        Model of the store's teacher, None if no teacher ran.
     processes
         How many train together. The recipe's batch is that of a whole step, so each of
         them gets its share of it as ``batch_size``.
@@ -56,7 +56,7 @@ def apply_recipe(
     ------
     SpecError
         The named recipe has no such student, its batch has no equal shares, or what
-        was set does not fit to the rest.
+        the set values contradict other values.
     """
     student = config.student.preset
     name = _choose_recipe(config.recipe, student)
@@ -76,7 +76,7 @@ def apply_recipe(
 
 
 def _check(config: TrainConfig) -> TrainConfig:
-    """``config``, with what depends on more than one value checked for all of them."""
+    """Return ``config`` after the checks that depend on several values."""
     validate(TrainConfig, config.model_dump(), f"configuration, recipe {config.recipe}")
     return config
 
@@ -97,7 +97,7 @@ def _choose_recipe(wished: str, student: str) -> str:
 
 
 def _schedule(schedule: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
-    """``schedule`` without what belongs to a kind that the user replaced by another."""
+    """Return ``schedule`` without keys of a kind that the user replaced."""
     own = config.schedule
     if "kind" not in own.model_fields_set or own.kind == schedule["kind"]:
         return schedule
@@ -105,7 +105,7 @@ def _schedule(schedule: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
 
 
 def _share(whole: int, name: str, processes: int, accumulate: int) -> int:
-    """Samples of one batch of one process where a step takes ``whole``."""
+    """Return the samples in a batch of one process if a step takes ``whole``."""
     share, rest = divmod(whole, processes * accumulate)
     if rest:
         raise SpecError(
@@ -129,7 +129,9 @@ def _weights(
     weights = known.get(teacher)
     if weights is None:
         weights = next(iter(known.values()), {})
-        source = f"those of {next(iter(known))}" if known else "the defaults"
+        source = (
+            f"the weights of {next(iter(known))}" if known else "the default weights"
+        )
         log.warning(
             "recipe %s has no weights for %s to %s; the run uses %s, so tune the "
             "weights (distill.*)",
@@ -151,7 +153,7 @@ def _weights(
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """``below`` with the keys of ``above`` on top, section by section."""
+    """Return ``below`` with the keys of ``above`` on top, section by section."""
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)

@@ -28,7 +28,7 @@ RECIPES = ("coll", "oc20")
 
 
 class StudentConfig(ClosedModel):
-    """Which network learns."""
+    """The network that learns."""
 
     model: str = Key(
         "",
@@ -84,7 +84,7 @@ class OptimizerConfig(ClosedModel):
 
 
 class ScheduleConfig(ClosedModel):
-    """Linear warm-up, then the learning rate falls."""
+    """Linear warm-up, followed by decay of the learning rate."""
 
     kind: Literal["constant", "exponential", "cosine", "milestones"] = Key(
         "exponential",
@@ -126,7 +126,7 @@ class LossConfig(ClosedModel):
 
 
 class LambdaSchedule(ClosedModel):
-    """Factor of all distillation weights, by the step."""
+    """Factor of all distillation weights as a function of the step."""
 
     kind: Literal["constant", "linear", "cosine"] = Key(
         "constant",
@@ -216,7 +216,7 @@ class DistillConfig(ClosedModel):
 
 
 class TrainConfig(ClosedModel):
-    """Everything that decides a run beside the store."""
+    """Everything that decides a run, except for the store."""
 
     strategy: str = Key(
         "none",
@@ -368,7 +368,7 @@ class TrainConfig(ClosedModel):
 def load_config(
     path: Path | None, flags: dict[str, Any], overrides: Iterable[str]
 ) -> TrainConfig:
-    """Configuration from defaults, then the file, then flags, then ``--set``.
+    """Build a configuration from defaults, then the file, then flags, then ``--set``.
 
     Raises
     ------

@@ -34,15 +34,15 @@ _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 class StudentCalculator(Calculator):
     """Energy (eV) and forces (eV/Å) of a student for ``atoms.calc``.
 
-    Graphs are those of training, so that results are those of ``kd-eval``. There is no
-    stress. ``free_energy`` is the energy.
+    Graphs are built as in training, so results equal the results of ``kd-eval``. The
+    calculator has no stress. ``free_energy`` is the energy.
 
     Parameters
     ----------
     model
-        A run folder, its ``student.safetensors``, or any model file of ours.
+        A run folder, its ``student.safetensors``, or any model file of this project.
     device
-        ``cpu``, ``cuda``, ``cuda:1``; without, a GPU if there is one.
+        ``cpu``, ``cuda`` or ``cuda:1`` (default: a GPU if there is one).
     dtype
         ``float64`` for finite differences and phonons; training had ``float32``.
     any_element
@@ -85,10 +85,10 @@ class StudentCalculator(Calculator):
         self._warn("elements", unlisted_elements_warning(self.student))
 
     def reference_energies(self) -> dict[str, float]:
-        """Energies of isolated atoms in eV by symbol, which total energies contain.
+        """Return energies of isolated atoms (eV), which total energies contain.
 
-        A formation energy is the energy less the sum of these over the atoms. Empty
-        where the student's energies have no such references.
+        A formation energy is the energy minus the sum of these over the atoms. Empty if
+        the student's energies have no such references.
         """
         return reference_energies(self.student)
 
@@ -98,7 +98,10 @@ class StudentCalculator(Calculator):
         properties: Sequence[str] = ("energy",),
         system_changes: Sequence[str] = tuple(all_changes),
     ) -> None:
-        """Fill ``results`` for ``atoms``; constraints are the business of ASE."""
+        """Fill ``results`` for ``atoms``.
+
+        ASE applies constraints.
+        """
         super().calculate(atoms, properties, system_changes)
         assert self.atoms is not None
         batch = self._batch(self.atoms)
@@ -121,7 +124,7 @@ class StudentCalculator(Calculator):
         return collate([structure], [edges], self.dtype).to(self.device)
 
     def _structure(self, atoms: Atoms) -> Structure:
-        """``atoms`` as stage one would read them from a file."""
+        """Convert ``atoms`` as stage one reads a sample from a file."""
         where = "The Atoms object"
         if atoms.pbc.any() and not self.student.model.graph_rule.periodic:
             raise DataError(
@@ -141,7 +144,7 @@ class StudentCalculator(Calculator):
         return structure
 
     def _warn_of(self, atoms: Atoms, edges: Edges) -> None:
-        """Warn once each of what makes results doubtful."""
+        """Warn of reasons to doubt the results, once each."""
         rule = self.student.model.graph_rule
         lone = np.setdiff1d(np.arange(len(atoms)), edges.edge_index[1])
         if len(lone):

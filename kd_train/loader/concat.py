@@ -16,8 +16,8 @@ from pipeline.store.reader import ArrayInfo
 class ConcatSplit:
     """The samples of several splits, one split after the other.
 
-    Every array in ``wanted`` that one split has must be in all, alike; other arrays
-    are seen where all have them alike.
+    Every array in ``wanted`` that one split has must be the same kind in all splits.
+    Other arrays are visible if they are the same kind in all splits.
 
     Raises
     ------
@@ -119,7 +119,7 @@ class ConcatSplit:
         ]
         if len(found) == 1:
             return found[0]
-        # Places of the asked samples in what was read, split after split.
+        # Places of the requested samples in the rows that were read, split after split.
         place = np.argsort(np.argsort(owner, kind="stable"))
         levels = {self._arrays[path].level for path in paths}
         order = {level: _rows(self._counts(level, chosen), place) for level in levels}
@@ -200,8 +200,8 @@ def _require_alike(parts: Sequence[Split], path: str) -> None:
 def _require_distinct(parts: Sequence[Split]) -> None:
     """Refuse a sample that occurs in two of the splits.
 
-    A sample is the same where id and structure are: ids may be running numbers of the
-    frames of a file.
+    A sample is the same if id and structure are: ids may be numbers of the frames of a
+    file.
     """
     owners: dict[tuple[str, int], str] = {}
     for part in parts:
@@ -218,7 +218,7 @@ def _require_distinct(parts: Sequence[Split]) -> None:
 def shared_structures(split: Split, other: Split) -> tuple[int, str]:
     """Count samples of ``split`` whose structure is in ``other``; name the first.
 
-    The id is empty where there are none.
+    The id is empty if there are none.
     """
     shared = np.flatnonzero(np.isin(split.checksums, other.checksums))
     return len(shared), str(split.sample_ids[shared[0]]) if len(shared) else ""

@@ -25,7 +25,7 @@ from pipeline.store.quantization import PIECE_ROWS, SCALE, dequantize
 from pipeline.structure import Structure
 
 EDGE_CACHE_BYTES = 1 << 30
-# What Python takes for the edges of a sample beside the numbers (measured).
+# Bytes that Python takes for the edges of a sample, without the numbers (measured).
 _EDGE_OVERHEAD = 600
 
 Tables = dict[str, torch.Tensor]
@@ -77,7 +77,7 @@ class CachedSamples:
         asked field as it is stored, see ``decode_batch``. With ``edge_features`` (E, C)
         come their edges ``teacher_edge_index`` (2, E) int64, source first,
         ``teacher_cell_offsets`` (E, 3) int8, and ``edge_mismatch``, the id of the first
-        sample whose edges are not those of the model's own graph, empty where all are.
+        sample whose edges differ from the model's own graph, empty if all agree.
 
         Raises
         ------
@@ -104,7 +104,7 @@ class CachedSamples:
     def max_shuffle_blocks(self, wished: int) -> int:
         """Return the number of blocks to shuffle among, ``wished`` or fewer.
 
-        Chunks that have to be decoded or fetched would otherwise be so many times.
+        Beyond that limit, chunks would be decoded or fetched several times.
         """
         limit = self.split.max_shuffle_blocks(tuple(self._paths.values()))
         return wished if limit is None else min(wished, limit)

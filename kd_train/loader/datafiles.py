@@ -39,7 +39,7 @@ class DatasetSamples:
         """Read samples at ``positions`` as one graph, see ``pipeline.graphs.batch``.
 
         Adds ``energy`` (B,) float64 in eV and ``forces`` (N, 3) float32 in eV/Å, NaN
-        where the source has none.
+        if the source has no label.
 
         Raises
         ------
@@ -64,7 +64,7 @@ def guess_format(path: Path) -> str:
     Raises
     ------
     SpecError
-        The path does not exist, or does not tell; names the option that does.
+        The path does not exist, or does not show the format; names the option.
     """
     if not path.exists():
         raise SpecError(f"--data {path} does not exist.")
@@ -101,7 +101,7 @@ def _of_folder(path: Path) -> str | None:
     if path.suffix == ".lmdb" or (path / "data.mdb").is_file():
         return "oc20_lmdb"
     found = {_of_file(entry) for entry in path.iterdir()} - {None}
-    # fairchem keeps a metadata.npz beside its files.
+    # fairchem stores a metadata.npz next to its files.
     for formats in ({"oc20_lmdb", "aselmdb"}, {"traj", "npz", "hdf5", "extxyz"}):
         if likely := found & formats:
             # Frames in a folder may be OC20's.

@@ -60,7 +60,7 @@ def pin_batches(
 ) -> Callable[[Item], Data]:
     """Return ``make``, for a GPU with batches in page-locked memory.
 
-    Only from there a copy to the device can run beside computation.
+    Only a copy from page-locked memory can overlap with computation.
     """
     if device.type != "cuda":
         return make

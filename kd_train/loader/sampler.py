@@ -1,4 +1,4 @@
-"""Which samples come when: numpy alone, and the same answer on every rank.
+"""Order of samples, with numpy alone and with the same result on every rank.
 
 An epoch permutes the blocks of a split and the samples in each, and cuts the sequence
 into one part per rank, so that a rank reads whole blocks except at the cuts. A rank
@@ -54,7 +54,7 @@ def training_batches(
 ) -> Iterator[BatchIndex]:
     """Yield batches of ``rank`` from batch ``start[1]`` of epoch ``start[0]`` on.
 
-    What comes does not depend on where it starts: a run resumed at the place after its
+    The sequence does not depend on the start: a run resumed at the place after its
     last batch sees what it would have seen. A place past the last batch of an epoch is
     the begin of the next.
     """
@@ -171,8 +171,8 @@ def full_bounds(atoms: Counts, budget: int) -> list[int]:
 def even_bounds(atoms: Counts, number: int, budget: int) -> list[int]:
     """Return bounds of ``number`` non-empty batches with nearly equal numbers of atoms.
 
-    Bounds lie where the cumulated atoms are nearest to equal shares, unless a batch
-    would then exceed ``budget`` or what is left not fit into the batches left. Needs
+    Bounds are where the cumulated atoms are nearest to equal shares, unless a batch
+    would then exceed ``budget`` or the remaining samples would not fit. Needs
     ``fewest_batches(atoms, budget) <= number <= len(atoms)`` and no sample above the
     budget; then it always succeeds.
     """

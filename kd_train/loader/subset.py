@@ -1,4 +1,4 @@
-"""Some samples of a split, read as a split of their own."""
+"""Some samples of a split, read as a separate split."""
 
 from collections.abc import Sequence
 

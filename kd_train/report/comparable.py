@@ -1,4 +1,4 @@
-"""Which runs can stand in one table: equal store, samples, training and start."""
+"""Comparability of runs: equal store, samples, training and initial weights."""
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from pipeline.errors import SpecError
 
 @dataclass(frozen=True)
 class Mismatch:
-    """A run that cannot stand in one table with ``other``, and what forbids it."""
+    """A run that is not comparable with ``other``, and the reason."""
 
     run: FinishedRun
     other: FinishedRun
@@ -34,7 +34,7 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class _Requirement:
-    """``value`` must be equal in all runs of a ``group``; ``words`` where it is not."""
+    """A ``value`` that all runs of a ``group`` must share, and the ``words`` if not."""
 
     group: Callable[[FinishedRun], Hashable]
     value: Callable[[FinishedRun], str]
@@ -81,7 +81,7 @@ _REQUIREMENTS = (
 
 
 def comparable(runs: Sequence[FinishedRun]) -> tuple[list[FinishedRun], list[Mismatch]]:
-    """Runs that can stand in one table, and those that do not fit to them.
+    """Divide runs into comparable runs and mismatches.
 
     What most runs have decides; of equally many, what a plain student has.
     """
@@ -99,7 +99,7 @@ def comparable(runs: Sequence[FinishedRun]) -> tuple[list[FinishedRun], list[Mis
 def _alike(
     runs: Sequence[FinishedRun], requirement: _Requirement
 ) -> tuple[list[FinishedRun], list[FinishedRun]]:
-    """Runs with the values of their groups, and the others."""
+    """Divide runs by whether they have the value of their group."""
     groups: dict[Hashable, dict[str, list[FinishedRun]]] = {}
     for run in runs:
         group = groups.setdefault(requirement.group(run), {})
@@ -123,7 +123,10 @@ def _alike(
 def _make_mismatch(
     run: FinishedRun, requirement: _Requirement, kept: Sequence[FinishedRun]
 ) -> Mismatch:
-    """``run`` against the first of its group that is ``kept``, which some always is."""
+    """Compare ``run`` with the first run of its group in ``kept``.
+
+    There is always such a run.
+    """
     other = next(
         one for one in kept if requirement.group(one) == requirement.group(run)
     )
@@ -136,7 +139,7 @@ def _make_mismatch(
 def _once_each(
     runs: Sequence[FinishedRun],
 ) -> tuple[list[FinishedRun], list[Mismatch]]:
-    """The first of every seed of every row, and those that are there again."""
+    """Return the first run of every seed and row, and mismatches for repeated runs."""
     kept: list[FinishedRun] = []
     mismatches = []
     rows = [(row_settings(run), run.summary.seed) for run in runs]

@@ -64,7 +64,7 @@ class PageContent:
 
 
 def page(report: PageContent) -> str:
-    """The page: summary, table, figures, runs left out, provenance."""
+    """Write the page: summary, table, figures, skipped runs, provenance."""
     sections = [
         _section("Summary", "".join(f"<p>{escape(s)}</p>\n" for s in report.sentences)),
         _section("Gap closed", _results(report.table)),
@@ -124,7 +124,7 @@ def _html_table(table: Table) -> str:
 
 
 def _html_row(row: Row, has_gaps: bool) -> str:
-    """One row; the best of a student on a metric is bold."""
+    """Format one row, with a student's best value of a metric in bold."""
     cells = [f"<td>{escape(row.label)}</td><td>{row.seeds or ''}</td>"]
     for column in COLUMNS:
         text = format_mean_sd(row.values[column.name], column.decimals)
@@ -182,7 +182,7 @@ def _shared_settings(runs: Sequence[FinishedRun]) -> str:
 
 
 def _versions() -> str:
-    """Versions of this program and of what it stands on."""
+    """Return the versions of this program and of its main packages."""
     found = {}
     for package in _PACKAGES:
         try:
@@ -197,7 +197,7 @@ def _format_versions(versions: dict[str, str]) -> str:
 
 
 def _run_table(cohorts: Sequence[Cohort]) -> str:
-    """Every run: what it was, and whether it started where its baseline did."""
+    """List every run, and whether it started from its baseline's weights."""
     titles = (
         "folder",
         "student",

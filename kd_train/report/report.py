@@ -90,7 +90,7 @@ def write_report(
     with hold_lock(out):
         for name, data in files.items():
             write_atomically(out / name, data)
-        # Figures of an earlier report would pass for those of this one.
+        # Figures of an earlier report would look like figures of this report.
         for name in {f"{stem}.{kind}" for stem in _FIGURES for kind in ("png", "pdf")}:
             if name not in files:
                 (out / name).unlink(missing_ok=True)
@@ -103,7 +103,7 @@ def _text(
     missing: Sequence[SkippedRun],
     incomparable: Sequence[SkippedRun],
 ) -> str:
-    """Store, table, and what became of the other runs."""
+    """Format store, table, and the state of skipped runs."""
     parts = []
     if cohorts:
         parts.append(f"Store {cohorts[0].runs[0].summary.fingerprint[:12]}\n")
@@ -122,7 +122,7 @@ def _figure_files(cohorts: Sequence[Cohort]) -> dict[str, bytes]:
 
 
 def _page_figures(files: dict[str, bytes], cohorts: Sequence[Cohort]) -> list[Figure]:
-    """Figures of the page with their captions."""
+    """Return the figures of the page with their captions."""
     figures = []
     for stem, (title, caption) in _FIGURES.items():
         if (png := files.get(f"{stem}.png")) is None:

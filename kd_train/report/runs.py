@@ -1,4 +1,4 @@
-"""Run folders: reading finished ones, and saying what became of the others."""
+"""Run folders: finished runs, and the state of skipped runs."""
 
 import csv
 import io
@@ -29,7 +29,7 @@ _LONGEST_REASON = 300
 
 
 class _Open(ClosedModel):
-    """Part of a run folder's documents; keys that a report does not need may follow."""
+    """Part of a document in a run folder; further keys are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=True)
 
@@ -38,7 +38,7 @@ Metric = Annotated[float, BeforeValidator(lambda x: math.nan if x is None else x
 
 
 class Metrics(_Open):
-    """meV, meV/Å, cosine, %; NaN where the split has no such labels."""
+    """Metrics in meV, meV/Å, cosine and %, NaN if the split lacks the labels."""
 
     energy_mae: Metric
     forces_mae: Metric
@@ -47,7 +47,7 @@ class Metrics(_Open):
 
 
 class Summary(_Open):
-    """What ``metrics.json`` says of a finished run."""
+    """Content of ``metrics.json`` of a finished run."""
 
     student: str
     strategy: str
@@ -82,7 +82,7 @@ class BatchSizes(_Open):
     accumulate: int
 
     def together(self, processes: int) -> str:
-        """All batches of a step, of all processes, as ``128 samples``."""
+        """Return the size of a step over all processes, as ``128 samples``."""
         atoms = self.batch_atoms
         size = self.batch_size if atoms is None else atoms
         total = size * self.accumulate * processes
@@ -90,7 +90,7 @@ class BatchSizes(_Open):
 
 
 class ThroughputRecord(_Open):
-    """What ``throughput.json`` says: samples per second of inference, and on what.
+    """Content of ``throughput.json``: samples per second of inference and machine.
 
     ``samples_per_second_with_graphs`` includes making the graphs. ``mean_atoms`` is
     that of the samples measured.
@@ -114,7 +114,7 @@ class ThroughputRecord(_Open):
 
 
 class Failure(_Open):
-    """What ``failure.json`` says of a run that ended with an error."""
+    """Content of ``failure.json`` of a run that ended with an error."""
 
     error: str
     step: int | None = None
@@ -122,7 +122,7 @@ class Failure(_Open):
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """One finished run; curves and predictions are read when asked for.
+    """One finished run, which reads curves and predictions on demand.
 
     ``batch`` is what an optimiser step sees, of all processes: ``128 samples``.
     """
@@ -134,12 +134,12 @@ class FinishedRun:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """Configuration with dotted keys; defaults where the run knew no such key."""
+        """Configuration with dotted keys, with defaults for keys newer than the run."""
         return flat_defaults() | flatten_settings(self.header.config)
 
     @property
     def strategies(self) -> tuple[str, ...]:
-        """Names of the distillation terms; empty for a baseline."""
+        """Names of the distillation terms, empty for a baseline."""
         name = self.summary.strategy
         return () if name == BASELINE else tuple(name.split("+"))
 
@@ -156,7 +156,7 @@ class FinishedRun:
         )
 
     def curve(self, column: str) -> npt.NDArray[np.float64]:
-        """Step, seconds and ``column`` at every validation, shape (V, 3)."""
+        """Read step, seconds and ``column`` at every validation, shape (V, 3)."""
         keys = ("step", "seconds", column)
         try:
             with (self.folder / "metrics.csv").open(newline="") as stream:
@@ -169,7 +169,7 @@ class FinishedRun:
         return curve
 
     def predictions(self) -> dict[str, npt.NDArray[Any]]:
-        """Energies (S,) in eV, force components (3N,) in eV/Å of free atoms, n_atoms.
+        """Read energies (S,) in eV, forces of free atoms (3N,) in eV/Å, and n_atoms.
 
         Names as in ``predictions.npz``: ``energy``, ``energy_label`` and so on.
         """
@@ -187,7 +187,7 @@ class FinishedRun:
         return found
 
     def throughput(self) -> ThroughputRecord | None:
-        """What ``kd-eval --throughput`` measured of the exported student, if it did."""
+        """Read the measurement of ``kd-eval --throughput``, if there is one."""
         path = self.folder / "throughput.json"
         if not path.exists():
             return None
@@ -216,7 +216,7 @@ class SkippedRun:
 def read_runs(
     folders: Sequence[Path], *, partial: bool = False
 ) -> tuple[list[FinishedRun], list[SkippedRun]]:
-    """Finished runs in ``folders``; with ``partial`` also what became of the others.
+    """Read finished runs in ``folders``; with ``partial`` also describe the others.
 
     Raises
     ------
@@ -237,7 +237,7 @@ def read_runs(
 
 
 def read_run(folder: Path) -> FinishedRun:
-    """The run in ``folder``; refuses one that is unfinished, failed or damaged."""
+    """Read the run in ``folder``, and refuse unfinished, failed or damaged runs."""
     path = folder / "metrics.json"
     if not path.exists():
         raise SpecError(_describe_unfinished(folder))
@@ -260,12 +260,12 @@ def _read_header(folder: Path) -> Header:
 
 
 def flat_defaults() -> dict[str, Any]:
-    """The default configuration with dotted keys."""
+    """Return the default configuration with dotted keys."""
     return flatten_settings(TrainConfig().model_dump(mode="json"))
 
 
 def format_number(value: object) -> str:
-    """``value`` for a label: shortest form of a number that loses no digit."""
+    """Format ``value`` for a label: the shortest form of a number without loss."""
     if not isinstance(value, int | float):
         return str(value)
     short = f"{value:g}"
@@ -284,7 +284,7 @@ def _describe_unfinished(folder: Path) -> str:
 
 
 def _resume_hint(folder: Path) -> str:
-    """How to go on with a run, in words; its settings must be those of before."""
+    """Describe how to continue a run, which needs its original settings."""
     command = ["kd-train", "--cache", "STORE", "--out", str(folder), "--resume"]
     return (
         f"`{shlex.join(command)}` (STORE is the store) and the original settings of "
@@ -293,7 +293,7 @@ def _resume_hint(folder: Path) -> str:
 
 
 def _skipped_run(folder: Path, error: str) -> SkippedRun:
-    """What a report says of a folder that :func:`read_run` refused with ``error``."""
+    """Describe a folder that :func:`read_run` refused with ``error``."""
     try:
         config = read_yaml(folder / "config.yaml")
         config = config.get("config", config)
@@ -326,7 +326,7 @@ def _failure(path: Path) -> str:
 
 
 def _last_step(path: Path) -> int | None:
-    """Step of the last validation that ``metrics.csv`` tells of, if any."""
+    """Return the step of the last validation in ``metrics.csv``, if any."""
     try:
         with path.open(newline="") as stream:
             steps = [int(row["step"]) for row in csv.DictReader(stream)]
@@ -353,7 +353,7 @@ def _json_map(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def flatten_settings(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``settings`` with dotted keys in place of sections."""
+    """Return ``settings`` with dotted keys in place of sections."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         name = f"{prefix}{key}"

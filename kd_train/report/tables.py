@@ -27,7 +27,7 @@ class Column:
     lower_is_better: bool
 
     def better(self, first: float, second: float) -> bool:
-        """Whether ``first`` beats ``second``; False if either is NaN."""
+        """Return whether ``first`` beats ``second``, False if either is NaN."""
         return first < second if self.lower_is_better else first > second
 
 
@@ -41,21 +41,21 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample standard deviation over seeds; NaN where undefined."""
+    """Mean and sample standard deviation over seeds, NaN if undefined."""
 
     mean: float
     deviation: float = nan
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """Of one value per seed; one missing value makes the mean missing too."""
+        """Compute the spread of one value per seed, NaN if a value is missing."""
         if not values or not all(isfinite(value) for value in values):
             return cls(nan)
         deviation = statistics.stdev(values) if len(values) > 1 else nan
         return cls(statistics.fmean(values), deviation)
 
     def parts(self, decimals: int) -> tuple[str, str]:
-        """Rounded mean and deviation; a dash for no mean, nothing for no deviation."""
+        """Format mean and deviation: a dash for no mean, nothing for no deviation."""
         if not isfinite(self.mean):
             return MISSING, ""
         deviation = f"{self.deviation:.{decimals}f}" if isfinite(self.deviation) else ""
@@ -67,7 +67,7 @@ class Spread:
 class Row:
     """A variant of a student, or the teacher.
 
-    ``label`` names it within its group, ``gaps`` is None where a gap has no sense.
+    ``label`` names it within its group, ``gaps`` is None if a gap is not defined.
     ``best`` are the metrics on which no row of the same student has a better mean, and
     some have a worse one.
     """
@@ -93,7 +93,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Table:
-    """Groups in order, footnotes in full sentences; gaps only where a teacher is."""
+    """Groups in order, footnotes in sentences, and gaps if there is a teacher."""
 
     groups: tuple[Group, ...]
     notes: tuple[str, ...]
@@ -107,7 +107,7 @@ class Table:
 
 
 def make_table(cohorts: Sequence[Cohort]) -> Table:
-    """Means over seeds, and gaps closed against the baseline of the same seed."""
+    """Make the table: means over seeds, gaps closed against the seed's baseline."""
     if not cohorts:
         return Table((), ("No run is finished.",), has_gaps=False)
     notes: list[str] = []
@@ -151,7 +151,7 @@ def _general_notes(groups: Sequence[Group], *, has_teacher: bool) -> list[str]:
 def _rows(
     cohort: Cohort, notes: list[str], *, named_steps: bool
 ) -> tuple[list[Row], list[Row]]:
-    """Baselines and distilled rows of one student.
+    """Make the baselines and distilled rows of one student.
 
     What a reader must know of them is added to ``notes``.
     """
@@ -196,7 +196,7 @@ def _values(metrics: Sequence[Metrics]) -> dict[str, Spread]:
 def _best_columns(
     own: dict[str, Spread], rows: Sequence[dict[str, Spread]]
 ) -> frozenset[str]:
-    """Metrics where no mean of ``rows`` is better than the own but some are worse."""
+    """Return metrics on which no row has a better mean and some have a worse one."""
     best = []
     for column in COLUMNS:
         mean = own[column.name].mean
@@ -208,7 +208,7 @@ def _best_columns(
 
 
 def _comparable_columns(cohort: Cohort, notes: list[str]) -> set[str]:
-    """Metrics on which the teacher beats the baseline of every seed."""
+    """Return metrics on which the teacher beats the baseline of every seed."""
     teacher, baselines = cohort.teacher, cohort.plain
     if teacher is None or len(baselines) == len(cohort.runs):
         return set()
@@ -235,7 +235,7 @@ def _comparable_columns(cohort: Cohort, notes: list[str]) -> set[str]:
 def _gaps(
     cohort: Cohort, variant: Variant, comparable: set[str], notes: list[str]
 ) -> dict[str, Spread]:
-    """Gap closed on every metric, over the seeds that have a baseline."""
+    """Compute the gap closed on every metric, over the seeds that have a baseline."""
     pairs = [(cohort.baseline_of(run), run) for run in variant.runs]
     paired = [(plain, run) for plain, run in pairs if plain is not None]
     if cohort.plain and len(paired) < len(pairs):

@@ -12,10 +12,10 @@ from pipeline.models.output import ModelOutput
 class EdgeToEdge(Strategy):
     """Mean over E·C of ‖M(edge_s,ji) − edge_t,ji‖² on the teacher's edges.
 
-    A student with edge states of its own gives those, and then has to have the
-    teacher's graph: its edges must be the stored ones, by source, target and shift. Of
-    other students edge_s,ji is vector_i · vector_j, which any graph allows. The batch
-    carries the stored edges as ``teacher_edge_index`` (2, E), row 0 the source.
+    For a student with edge states, edge_s,ji is its edge state. Its graph must be the
+    teacher's: the same edges by source, target and shift. For other students, edge_s,ji
+    is vector_i · vector_j, which any graph allows. The batch has the stored edges as
+    ``teacher_edge_index`` (2, E), with the source in row 0.
     """
 
     name = "e2e"

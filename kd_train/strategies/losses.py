@@ -1,7 +1,7 @@
 """Losses as sums and counts, so that batches and processes add up exactly.
 
 A term is a weighted sum of parts and every part a mean, ``total / count``. Counts
-follow from the batch alone, so those of a step are known before its first gradient.
+follow from the batch alone, so a step's counts are known before its first gradient.
 """
 
 from collections.abc import Callable, Sequence

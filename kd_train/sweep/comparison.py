@@ -15,7 +15,7 @@ _BATCH_KEYS = ("batch_atoms", "batch_size", "accumulate")
 
 
 def require_comparable(configs: Mapping[str, TrainConfig], where: str) -> None:
-    """Refuse runs that cannot stand in one table; ``configs`` by name, resolved.
+    """Refuse runs that are not comparable; ``configs`` are resolved, by name.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""A sweep file and the runs it stands for; opens no store and imports no torch."""
+"""A sweep file and its runs, without opening the store or importing torch."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,7 +30,7 @@ Seed = Annotated[int, Key(ge=0)]
 
 
 class SweepConfig(ClosedModel):
-    """What a sweep file may hold; paths are relative to its folder."""
+    """Content of a sweep file, with paths relative to its folder."""
 
     store: str = Key(description="Folder, zip archive or URL of the store.")
     out: str = Key(description="Folder for the runs and their report.")
@@ -66,7 +66,7 @@ class SweepConfig(ClosedModel):
     )
 
     def own_baseline(self, variant: str | None) -> bool:
-        """Whether a variant changes more than distillation: the plain student too."""
+        """Return whether a variant also changes the baseline, not only distillation."""
         changes = {} if variant is None else self.variants[variant]
         return not all(key.startswith(_DISTILL) for key in _leaves(changes))
 
@@ -118,7 +118,7 @@ class SweepRun:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep file with its runs; ``folder(run)`` is where one is trained."""
+    """A sweep file with its runs."""
 
     path: Path
     config: SweepConfig
@@ -132,11 +132,11 @@ class Sweep:
         return self.config.device or ("cuda" if self.config.gpus else "cpu")
 
     def folder(self, name: str) -> Path:
-        """Run folder of the run called ``name``."""
+        """Return the folder of the run called ``name``."""
         return self.out / "runs" / name
 
     def run(self, name: str) -> SweepRun:
-        """The run called ``name``.
+        """Return the run called ``name``.
 
         Raises
         ------
@@ -173,10 +173,11 @@ def load_sweep(path: Path) -> Sweep:
 def expand_runs(
     config: SweepConfig, shared: Mapping[str, Any], where: str
 ) -> tuple[SweepRun, ...]:
-    """All runs: students × strategies × variants × weights × seeds.
+    """Expand to all runs: students × strategies × variants × weights × seeds.
 
-    The weights of a term concern the strategies that have it. The baseline has none;
-    variants that change only distillation share one baseline, which bears no variant.
+    The weights of a term concern the strategies that have it. The baseline has none.
+    Variants that change only distillation share one baseline, whose name has no
+    variant.
 
     Raises
     ------
@@ -231,13 +232,16 @@ def _name(
     weights: Mapping[str, float],
     seed: int,
 ) -> str:
-    """Such as ``schnet-n2n=100+vanilla2-balanced-s0``; stable when the grid grows."""
+    """Name a run, such as ``schnet-n2n=100+vanilla2-balanced-s0``.
+
+    The name does not change when the grid grows.
+    """
     parts = [student, _strategy_label(strategy, weights), variant, f"s{seed}"]
     return "-".join(part for part in parts if part is not None)
 
 
 def _strategy_label(strategy: str, weights: Mapping[str, float]) -> str:
-    """``strategy`` with the weights of its terms, such as ``n2n=100+vanilla2``."""
+    """Format ``strategy`` with weights of its terms, such as ``n2n=100+vanilla2``."""
     # The shortest digits that read back as the same number.
     return "+".join(
         f"{term}={repr(weights[term]).removesuffix('.0')}" if term in weights else term
@@ -262,7 +266,7 @@ def _weights(
 
 
 def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> Document:
-    """``base`` with ``changes``, whose keys may be dotted; neither is altered."""
+    """Return ``base`` with ``changes``, whose keys may be dotted."""
     document = dict(base)
     for key, value in changes.items():
         first, dot, rest = key.partition(".")
@@ -278,7 +282,7 @@ def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> Document:
 
 
 def _leaves(document: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted names of everything that ``document`` sets."""
+    """Yield dotted names of everything that ``document`` sets."""
     for key, value in document.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}{key}.")

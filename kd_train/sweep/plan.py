@@ -1,4 +1,4 @@
-"""A sweep held against its store: what can be trained, what is left out and why."""
+"""A sweep checked against its store: runs to train, and skipped runs with reasons."""
 
 import json
 from collections.abc import Mapping
@@ -29,7 +29,7 @@ from pipeline.store.reader import FeatureStore
 
 @dataclass(frozen=True)
 class Plan:
-    """A sweep whose every run has been checked; ``skipped`` gives reasons by name."""
+    """A sweep with checked runs, and reasons for ``skipped`` runs by name."""
 
     sweep: Sweep
     fingerprint: str
@@ -37,11 +37,14 @@ class Plan:
 
     @property
     def runs(self) -> list[SweepRun]:
-        """Those to be trained."""
+        """Runs to be trained."""
         return [run for run in self.sweep.runs if run.name not in self.skipped]
 
     def identity(self, run: SweepRun) -> str:
-        """Everything that decides a run, as text; where it changes the run is due."""
+        """Return everything that decides a run, as text.
+
+        If the text changes, the run is trained again.
+        """
         return json.dumps([self.fingerprint, run.document], sort_keys=True)
 
 
@@ -109,7 +112,7 @@ class _Checks:
         self._reasons: dict[tuple[str, ...], str | None] = {}
 
     def resolve(self, config: TrainConfig) -> TrainConfig:
-        """``config`` as it is trained, with what recipe and store fill in.
+        """Return ``config`` with the values that recipe and store fill in.
 
         Raises
         ------
@@ -117,14 +120,14 @@ class _Checks:
             The recipe knows no such student, or its values and those that are set do
             not go together.
         """
-        # Seeds share an entry, so that what a recipe warns of is told once for them.
+        # Seeds share an entry, so that a warning of the recipe appears once for them.
         key = config.model_dump_json(exclude={"seed"}, exclude_unset=True)
         if key not in self._resolved:
             self._resolved[key] = resolve_config(config, self.store)
         return self._resolved[key].model_copy(update={"seed": config.seed})
 
     def reason(self, config: TrainConfig) -> str | None:
-        """Why the student cannot have the strategy; None where all is well.
+        """Return why the student cannot have the strategy, None if it can.
 
         Raises
         ------

@@ -9,7 +9,7 @@ from pipeline.files.atomic import write_atomically
 
 
 def write_sweep_report(chosen: Plan) -> str:
-    """Table of the finished runs and a list of the others, for a terminal.
+    """Write the report; return its table and a list of skipped runs.
 
     Writes all that ``kd-report --partial`` does in the folder ``report`` of the sweep,
     and this text in sweep.txt.
@@ -42,7 +42,7 @@ def write_sweep_report(chosen: Plan) -> str:
 
 
 def status_lines(chosen: Plan) -> str:
-    """One line for every run: its name, and how far it is or why it is left out."""
+    """Format a line for every run: its name and state, or why it is skipped."""
     sweep, lines = chosen.sweep, {}
     for run in sweep.runs:
         outcome = read_outcome(sweep, run.name)

@@ -1,4 +1,4 @@
-"""What the structures of a split are made of: looked at once, before a run begins."""
+"""Elements and compositions of a split, read once before a run begins."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -44,7 +44,7 @@ class Contents:
         return sorted(self.samples)
 
     def undetermined(self) -> list[dict[str, float]]:
-        """Changes of element energies that no composition notices, by atomic number."""
+        """Return changes of element energies that change no composition's energy."""
         present = np.flatnonzero(np.abs(self.span).max(axis=0, initial=0))
         if not len(present):
             return []
@@ -65,7 +65,7 @@ def check_contents(
     normalizer: Normalizer,
     fitted: Split | None,
 ) -> dict[str, Any]:
-    """What later uses of a student are checked against, JSON-able.
+    """Check the splits; return the facts that later uses of the student need.
 
     ``elements`` of the training split and ``undetermined`` (see Contents) of the one
     that reference energies were ``fitted`` to. Warns of elements that only the
@@ -92,7 +92,7 @@ def check_contents(
 
 
 def read_contents(split: Split) -> Contents:
-    """One pass over atomic numbers, periodic flags and energies of ``split``."""
+    """Read atomic numbers, periodic flags and energies of ``split`` in one pass."""
     found = Contents()
     for ids, numbers, periodic, labelled in _blocks(split):
         for z in np.flatnonzero(numbers.any(axis=0)).tolist():
@@ -109,7 +109,7 @@ def read_contents(split: Split) -> Contents:
 def _blocks(
     split: Split,
 ) -> Iterator[tuple[npt.NDArray[Any], Counts, npt.NDArray[Any], npt.NDArray[Any]]]:
-    """Ids, (n, 119) counts of elements, whether periodic, whether with an energy."""
+    """Yield ids, (n, 119) counts of elements, periodic flags and energy flags."""
     paths = [FIELDS[name].path for name in ("atomic_numbers", "pbc", "energy")]
     for block in range(split.n_blocks):
         positions = np.asarray(split.block_positions(block))
@@ -129,7 +129,7 @@ def _blocks(
 
 
 def _extend_span(span: Floats, counts: Counts) -> Floats:
-    """Orthonormal rows that span ``span`` and the rows of ``counts``."""
+    """Return orthonormal rows that span ``span`` and the rows of ``counts``."""
     present = np.flatnonzero(counts.any(axis=0) | span.any(axis=0))
     if len(span) == len(present):
         return span  # of all directions that there are, or of no sample

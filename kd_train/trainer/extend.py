@@ -1,4 +1,4 @@
-"""Resuming with more steps: where what came before is what a longer run would do."""
+"""Resuming with more steps, if the first steps of a longer run are the same."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ from pipeline.errors import SpecError
 def before_extension(
     saved: Mapping[str, Any], config: TrainConfig, progress: TrainingState, folder: Path
 ) -> dict[str, Any]:
-    """Header ``saved`` of the run in ``folder``, with the steps of ``config``.
+    """Return the header ``saved`` with the steps of ``config``.
 
     ``extended_from`` in it lists the steps that the run had before.
 
@@ -47,7 +47,7 @@ def before_extension(
 
 
 def _ends_with_the_run(config: TrainConfig) -> str | None:
-    """What of ``config`` depends on the number of steps, in words."""
+    """Name a setting of ``config`` that depends on the number of steps, if any."""
     if config.schedule.kind == "cosine":
         return "schedule.kind=cosine decays the learning rate to 0 at the last step"
     fading = config.distill.schedule

@@ -1,4 +1,4 @@
-"""What training minimises: student and terms of the loss in one forward pass."""
+"""Objective of training: student and terms of the loss in one forward pass."""
 
 from collections.abc import Sequence
 
@@ -28,7 +28,7 @@ class Objective(nn.Module):
         self._sizes = [len(term.part_weights) for term in self.terms]
 
     def forward(self, batch: Data) -> Tensor:
-        """(P,) summed errors of ``batch``, term after term, with their gradient."""
+        """Return summed errors of ``batch``, term by term, with gradients, (P,)."""
         with forward_precision(self._precision, batch.positions.device):
             output = self.learned["student"](batch)
         output = in_float32(output)
@@ -39,7 +39,7 @@ class Objective(nn.Module):
         return torch.cat([_parts(t, t.counts(batch)) for t in self.terms])
 
     def values(self, totals: Tensor, counts: Tensor) -> dict[str, Tensor]:
-        """Value of every term, scalars, by name.
+        """Return the scalar value of every term by name.
 
         With the ``counts`` of a whole step, a batch's share of its values.
         """

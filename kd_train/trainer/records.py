@@ -1,4 +1,4 @@
-"""Numbers of a run as it goes: window means, CSV rows, progress bar, comparison."""
+"""Running numbers of a run: window means, CSV rows, progress bar, comparison."""
 
 import csv
 import io
@@ -18,7 +18,7 @@ from pipeline.files.atomic import write_atomically
 
 
 class Window:
-    """Means and rate since the last validation; sums stay on the device."""
+    """Means and rate since the last validation, with sums on the device."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -35,7 +35,7 @@ class Window:
         self._samples += samples
 
     def means(self, world: World) -> dict[str, float]:
-        """Mean of every loss over steps, shares of processes summed: ``train_NAME``."""
+        """Return the mean of every loss over steps and processes as ``train_NAME``."""
         sums = world.all_sum(torch.stack(list(self._sums.values()))).tolist()
         return {
             f"train_{name}": total / self._steps
@@ -43,7 +43,7 @@ class Window:
         }
 
     def rate(self, world: World) -> float:
-        """Samples per second of all processes since the window was opened."""
+        """Return samples per second of all processes since the window was opened."""
         samples = int(world.all_sum(torch.tensor(self._samples)))
         return samples / (time.monotonic() - self._started)
 
@@ -51,7 +51,7 @@ class Window:
 def require_same_run(
     saved: dict[str, Any], current: dict[str, Any], folder: Path
 ) -> None:
-    """Refuse to continue a run whose store or configuration was another one."""
+    """Refuse to continue a run that had another store or configuration."""
     if saved["fingerprint"] != current["fingerprint"]:
         raise SpecError(
             f"{folder} was trained on a store with fingerprint "
@@ -86,7 +86,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def progress_bar(config: TrainConfig, done: int, shown: bool = True) -> "tqdm[Any]":
-    """Bar in steps with rate and ETA; lines where there is no terminal."""
+    """Make a progress bar in steps, which prints lines if there is no terminal."""
     return tqdm(
         disable=not shown,
         total=config.steps,
@@ -98,5 +98,5 @@ def progress_bar(config: TrainConfig, done: int, shown: bool = True) -> "tqdm[An
 
 
 def format_short(value: object) -> str:
-    """``value`` for a log line, numbers to four digits."""
+    """Format ``value`` for a log line, numbers to four digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -81,7 +81,9 @@ def read_saved_run(
     *,
     extend: bool,
 ) -> SavedRun:
-    """Read the checkpoint in ``folder``; with ``extend`` it may have fewer steps.
+    """Read the checkpoint in ``folder``.
+
+    With ``extend`` the saved run may have fewer steps.
 
     Raises
     ------

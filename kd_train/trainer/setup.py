@@ -1,4 +1,4 @@
-"""Student, adapters and normaliser of a run; refuses what a store cannot serve."""
+"""Student, adapters and normaliser of a run, checked against the store."""
 
 import hashlib
 import logging
@@ -47,7 +47,7 @@ from pipeline.store.reader import FeatureStore
 log = logging.getLogger("kd_train")
 # Samples on which a fresh student sets its scale factors.
 _FITTING_SAMPLES = 32
-# Recipe of the paper's periodic dataset, and ending of presets that are none of its.
+# Recipe for periodic structures; presets with this suffix have no recipe.
 _PERIODIC_RECIPE = "oc20"
 _DEMO = "-demo"
 
@@ -56,7 +56,7 @@ _DEMO = "-demo"
 class Learner:
     """The plain student, its training-only adapters, and the units it works in.
 
-    ``fields`` are what training reads from the store beside structures and labels;
+    ``fields`` are what training reads from the store besides structures and labels;
     ``supervised`` is L0, ``training_data`` (JSON-able) what later uses of the student
     are checked against.
     """
@@ -73,7 +73,7 @@ class Learner:
 
 
 def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
-    """Build the student from its seed, then the adapters from a stream of their own.
+    """Build the student from its seed, and adapters from a separate random stream.
 
     Raises
     ------
@@ -136,7 +136,7 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
 def _reference_split(
     config: TrainConfig, store: FeatureStore, normalizer: Normalizer
 ) -> Split | None:
-    """The split whose labels gave the reference energies; None where none did."""
+    """Return the split whose labels gave the reference energies, if any."""
     statistics = store.attributes["label_statistics"]
     for name in config.train_split.split("+"):
         choice = store.attributes["splits"][name].get("reference_energies")
@@ -155,14 +155,14 @@ def required_fields(config: TrainConfig) -> tuple[str, ...]:
 
 
 def supervised_labels(config: LossConfig) -> Callable[[Data], Labels]:
-    """Labels that L0 is trained with."""
+    """Return the function that gives the labels of L0."""
     if not config.teacher_labels:
         return reference_labels
     return partial(complete_labels, weight=config.teacher_labels)
 
 
 def has_direct_forces(student: Network) -> bool:
-    """Whether forces have a head of their own and are no gradient of the energy."""
+    """Return whether a separate head predicts forces, not the energy's gradient."""
     return bool(student.hyperparameters.get("direct_forces", False))
 
 
@@ -179,9 +179,9 @@ def _require_forces(student: Network) -> None:
 def resolve_config(
     config: TrainConfig, store: FeatureStore, processes: int = 1
 ) -> TrainConfig:
-    """``config`` with the student and the recipe that the store suggests.
+    """Return ``config`` with the student and the recipe that the store suggests.
 
-    Values that are not set are those of the recipe for a run of ``processes``, see
+    Unset values come from the recipe for a run of ``processes``, see
     ``kd_train.config.recipe``.
 
     Raises
@@ -216,7 +216,7 @@ def _with_plugin_weights(config: TrainConfig) -> TrainConfig:
 
 
 def _has_units(store: FeatureStore, config: TrainConfig) -> bool:
-    """Whether units of the store come before those of a recipe.
+    """Return whether units of the store replace units of a recipe.
 
     Students need the units of their teacher, and energies that the store has reference
     energies for are total energies, which no student learns as they are.
@@ -250,9 +250,9 @@ def _warn_of_recipe(config: TrainConfig, split: Split) -> None:
 
 
 def choose_student(config: TrainConfig, store: FeatureStore) -> TrainConfig:
-    """``config`` with a student: where none is named, the paper's for the store.
+    """Return ``config`` with a student; the default is the paper's for the store.
 
-    PaiNN-big for GemNet-OC as teacher, else PaiNN-small; of the sizes for OC20 where
+    PaiNN-big for GemNet-OC as teacher, else PaiNN-small, in the sizes for OC20 if
     structures are periodic.
 
     Raises
@@ -270,27 +270,27 @@ def choose_student(config: TrainConfig, store: FeatureStore) -> TrainConfig:
 
 
 def _teacher_model(store: FeatureStore) -> str | None:
-    """Kind of the store's teacher; None where no teacher ran."""
+    """Return the kind of the store's teacher, None if no teacher ran."""
     teacher = store.attributes["teacher"]
     return None if teacher is None else teacher["model"]
 
 
 def _is_periodic(split: Split) -> bool:
-    """Whether any of the first samples is periodic."""
+    """Return whether any of the first samples is periodic."""
     path = FIELDS["pbc"].path
     positions = np.arange(min(FIRST_SAMPLES, len(split)))
     return bool(split.read(positions, [path])[path].any())
 
 
 def _fitting_batch(student: Network, split: Split) -> Data:
-    """The first samples of a split, which its random order makes a fair mixture."""
+    """Read the first samples of a split; its random order makes a fair mixture."""
     count = min(_FITTING_SAMPLES, len(split))
     samples = CachedSamples(split, student.graph_rule, student.elements)
     return samples.batch(np.arange(count))
 
 
 def run_normalizer(config: TrainConfig, store: FeatureStore) -> Normalizer:
-    """The units that student and losses work in.
+    """Return the units of student and losses.
 
     Raises
     ------
@@ -309,12 +309,12 @@ def run_normalizer(config: TrainConfig, store: FeatureStore) -> Normalizer:
 
 
 def store_normalizer(store: FeatureStore, choice: str) -> Normalizer:
-    """The teacher's normaliser, or that of the split's labels where it does not fit.
+    """Return the teacher's normaliser, or the labels' if the teacher's does not fit.
 
-    It does not where no teacher ran, or where its energies are of another kind than
-    the labels. Baseline and distilled students of one store work in the same units. Of
-    joined splits the labels of the first that has some decide: the stored statistics
-    are fits, which cannot be combined.
+    It does not fit if no teacher ran, or if its energies are of another kind than the
+    labels. Baseline and distilled students of one store have the same units. Of joined
+    splits, the first split with labels decides, because the stored statistics are fits
+    and cannot be combined.
     """
     names = choice.split("+")
     teacher = store.attributes["teacher"]
@@ -326,7 +326,7 @@ def store_normalizer(store: FeatureStore, choice: str) -> Normalizer:
 
 
 def _energies_agree(split: Split) -> bool:
-    """Whether the teacher's energies are of the kind of the labels, by some samples."""
+    """Return whether teacher and labels agree on the kind of energy in some samples."""
     positions = np.arange(min(FIRST_SAMPLES, len(split)))
     paths = [FIELDS["energy"].path, FIELDS["teacher_energy"].path]
     values = split.read(positions, paths)
@@ -344,7 +344,7 @@ def _energies_agree(split: Split) -> bool:
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of all parameters, to show that two runs started alike."""
+    """Compute SHA-256 of all parameters, to show that two runs started alike."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())

@@ -158,7 +158,7 @@ class Trainer:
             return self._finish()
 
     def _train(self) -> None:
-        """Take all steps that are left."""
+        """Take all remaining steps."""
         config, progress = self.config, self.progress
         self.modules.train()
         self._settle()
@@ -184,13 +184,13 @@ class Trainer:
                     break
 
     def on_device(self, batch: Data) -> Data:
-        """``batch`` where the student is, its features decoded."""
+        """Move ``batch`` to the student's device and decode its features."""
         return decode_batch(
             move_to_device(batch, self.device), self.learner.fields, self.tables
         )
 
     def step(self, *batches: Data) -> dict[str, Tensor]:
-        """One optimiser step on ``batches`` of all processes, as if they were one.
+        """Take an optimiser step on ``batches`` of all processes, as on one batch.
 
         Returns this process's share of the loss and of its terms, detached: summed
         over processes they are the values of the joint batch.
@@ -213,7 +213,7 @@ class Trainer:
         return values
 
     def _accumulate(self, batches: Sequence[Data]) -> dict[str, Tensor]:
-        """Gradients of the joint loss; returns this process's share of its values."""
+        """Accumulate gradients of the joint loss, and return this process's values."""
         counts = torch.stack([self.objective.counts(batch) for batch in batches])
         counts = self.world.all_sum(counts.sum(dim=0))
         values: dict[str, Tensor] = {}
@@ -228,7 +228,7 @@ class Trainer:
         return values
 
     def losses(self, batch: Data) -> dict[str, Tensor]:
-        """L0, every distillation term unweighted, and their weighted sum ``loss``.
+        """Compute L0, all distillation terms unweighted, and the weighted sum ``loss``.
 
         Of ``batch`` alone, in this process alone.
         """
@@ -236,7 +236,7 @@ class Trainer:
         return self._weighted(self.objective.values(self.objective(batch), counts))
 
     def _weighted(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``terms`` behind their weighted sum ``loss``."""
+        """Put the weighted sum ``loss`` before ``terms``."""
         total = terms["l0"]
         for name, weight in self.weighting.weights(self.progress.step).items():
             total = total + weight * terms[name]
@@ -249,7 +249,7 @@ class Trainer:
         return cast(Network, modules["student"])
 
     def _synchronised(self) -> nn.Module:
-        """The objective; of several processes, one that averages their gradients."""
+        """Wrap the objective to average gradients if there are several processes."""
         if self.world.size == 1:
             return self.objective
         start = f"{self.header()} {weights_digest(self.modules)}"
@@ -274,7 +274,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _gradients_kept(self, kept: bool) -> Any:
-        """Context of a batch after which gradients are not yet exchanged."""
+        """Return the context of a batch; ``kept`` gradients are not exchanged yet."""
         if kept and isinstance(self._parallel, DistributedDataParallel):
             return self._parallel.no_sync()
         return nullcontext()
@@ -293,7 +293,7 @@ class Trainer:
         return Validator(self.config, samples, units, self.device, self.world)
 
     def _training_stream(self) -> Generator[tuple[BatchIndex, Data], None, None]:
-        """Batches from where the run stands to its last step, made ahead."""
+        """Prefetch batches from the current position of the run to its last step."""
         config, progress = self.config, self.progress
         split = self.train_samples.split
         rule = SamplerConfig(
@@ -365,7 +365,7 @@ class Trainer:
         )
 
     def header(self) -> dict[str, Any]:
-        """Resolved configuration and what it is applied to."""
+        """Return the resolved configuration and the facts that identify its inputs."""
         extended = {"extended_from": self.extended_from} if self.extended_from else {}
         return {
             "config": self.config.model_dump(mode="json"),
@@ -381,7 +381,7 @@ class Trainer:
 
     @property
     def _parts(self) -> dict[str, Stateful]:
-        """What a checkpoint holds the values of, by its key."""
+        """Parts of training that a checkpoint stores, by key."""
         return {
             "modules": self.modules,
             "average": self.average,

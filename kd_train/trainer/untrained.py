@@ -1,4 +1,4 @@
-"""Refuses runs after which a student's energies or forces would still be random."""
+"""Refusal of runs after which a student's energies or forces would still be random."""
 
 import logging
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ _KEYS = (
 class LabelCounts:
     """Number of samples of the training split that have a reference energy and forces.
 
-    ``exact`` is False for stores that do not count; a kind that occurs then counts for
-    all samples.
+    ``exact`` is False for stores without counts; a kind that occurs then counts for all
+    samples.
     """
 
     name: str
@@ -33,7 +33,7 @@ class LabelCounts:
     exact: bool = True
 
     def count(self, output: str) -> int:
-        """Samples that have labels of ``output``."""
+        """Return the number of samples with labels of ``output``."""
         return self.energy if output == "energy" else self.forces
 
 
@@ -66,10 +66,10 @@ def _count_in_split(
 def require_trained_outputs(
     config: TrainConfig, counts: LabelCounts, direct: bool
 ) -> None:
-    """Refuse a run that trains neither output, or not the one that is wished for.
+    """Refuse a run that leaves an output untrained although its weight is not 0.
 
-    ``direct`` says that the student's forces are no gradient of its energy, so that
-    each output needs labels of its own. Warns of samples that L0 leaves out.
+    ``direct``: the student's forces are not a gradient of its energy, so each output
+    needs its own labels. Warns of samples that L0 skips.
 
     Raises
     ------
@@ -217,7 +217,7 @@ def _warn_of_gradient(config: TrainConfig, counts: LabelCounts, output: str) -> 
 
 
 def _warn_of_gaps(config: TrainConfig, counts: LabelCounts) -> None:
-    """Say how many samples L0 leaves out."""
+    """Warn of the number of samples that L0 skips."""
     if config.loss.teacher_labels or not counts.exact:
         return
     gaps = [

@@ -14,7 +14,7 @@ _DECAY = 0.98
 
 
 def schedule_factor(schedule: LambdaSchedule, step: int, steps: int) -> float:
-    """Factor of all distillation weights in step ``step`` (from 0) of ``steps``.
+    """Return the factor of all distillation weights in ``step`` (from 0) of ``steps``.
 
     ``start`` up to ``first_step``, then to ``end`` within ``schedule.steps``, or by the
     end of training, and ``end`` from there on.
@@ -47,11 +47,11 @@ class Weighting:
 
     @property
     def needs_values(self) -> bool:
-        """Whether :meth:`note` has to be told the values of every step."""
+        """Whether :meth:`note` needs the values of every step."""
         return self._balance is not None
 
     def weights(self, step: int) -> dict[str, float] | dict[str, Tensor]:
-        """Weight of every term in step ``step`` (from 0); float32 where balanced."""
+        """Return the weight of every term in ``step`` (from 0), float32 if balanced."""
         factor = schedule_factor(
             self._config.distill.schedule, step, self._config.steps
         )
@@ -63,13 +63,13 @@ class Weighting:
         return {name: common * weight for name, weight in self._fixed.items()}
 
     def note(self, values: Mapping[str, Tensor]) -> None:
-        """Take in the values of a step, detached, of all processes together."""
+        """Record the values of a step, detached, summed over all processes."""
         terms = sum(weight * values[name] for name, weight in self._fixed.items())
         now = torch.stack([values["l0"], torch.as_tensor(terms)]).to(self._means)
         self._means = _DECAY * self._means + (1 - _DECAY) * now
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What resuming needs."""
+        """Return the values that resuming needs."""
         return {"means": self._means}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
