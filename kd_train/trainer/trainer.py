@@ -307,8 +307,8 @@ class Run:
         if not all(bool(w.isfinite().all()) for w in self.modules.parameters()):
             raise PipelineError(
                 f"{self.folder}: weights are no longer finite numbers by step "
-                f"{progress.step}; lower optimizer.lr or raise optimizer.eps, and start "
-                "again."
+                f"{progress.step}; lower optimizer.lr or raise optimizer.eps, and "
+                "start again."
             )
         result = self.validator(self.averaged_student)
         weights = self.weighting.weights(progress.step - 1)
