@@ -61,10 +61,12 @@ def check_elements(
     atomic_numbers: npt.ArrayLike,
     elements: Container[int],
     sample_ids: npt.ArrayLike | None = None,
+    noun: str = "Sample",
 ) -> None:
     """Raise :class:`DataError` for the first atom whose element is not in ``elements``.
 
-    ``sample_ids`` (N,) names each atom's sample, for the message.
+    ``sample_ids`` (N,) names each atom's sample, for the message; ``noun`` is what a
+    sample is called there.
     """
     numbers = np.asarray(atomic_numbers)
     unknown = [int(z) for z in np.unique(numbers) if int(z) not in elements]
@@ -80,7 +82,7 @@ def check_elements(
             f"nothing; leave such samples out, or set {elements.option} to go on."
         )
     raise DataError(
-        f"Sample{where} holds an atom with atomic number {number}, which "
+        f"{noun}{where} holds an atom with atomic number {number}, which "
         "this model cannot embed; leave such samples out or use a model with more "
         "elements."
     )
