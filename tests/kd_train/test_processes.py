@@ -194,7 +194,7 @@ def test_another_number_of_processes_is_refused(
     out = tmp_path / "run"
     shutil.copytree(trained, out)
     sentence = refusal(main, _arguments(small_store, out, "--resume"))
-    assert "trained by 2 processes, now there are 1" in sentence
+    assert "trained by 2 processes, but now there are 1" in sentence
 
 
 @pytest.mark.parametrize("failing", [0, 1])

@@ -97,7 +97,7 @@ def test_an_extended_run_ends_as_if_it_had_been_longer(
     straight, extended = tmp_path / "straight", tmp_path / "extended"
     make_run(small_store, straight, _longer(12)).train(resume=False)
     make_run(small_store, extended, _longer(6)).train(resume=False)
-    with pytest.raises(SpecError, match=r"steps = 6, now it is 12; .*add --extend"):
+    with pytest.raises(SpecError, match=r"steps = 6, but now it is 12; .*add --extend"):
         make_run(small_store, extended, _longer(12)).train(resume=True)
     going_on = make_run(small_store, extended, _longer(12))
     _interrupt(going_on, 7, extend=True)
@@ -132,9 +132,9 @@ FADING = {"schedule": {"kind": "linear"}}
             8,
             "schedule.kind=cosine decays the learning",
         ),
-        ({"distill": FADING}, 8, "distill.schedule.kind=linear goes on"),
+        ({"distill": FADING}, 8, "distill.schedule.kind=linear ends at the last step"),
         ({}, 3, "steps = 4, but --extend needs more steps; set steps to more than 4"),
-        ({"seed": 1}, 8, "seed = 0, now it is 1"),
+        ({"seed": 1}, 8, "seed = 0, but now it is 1"),
         (
             {"patience": 1, "eval_every": 1, "best_by": "efwt"},
             8,
@@ -218,7 +218,7 @@ def test_resume_refuses_another_number_of_processes(
     state = read_checkpoint(finished / "last.pt")
     state["progress"]["world_size"] = 2
     save_checkpoint(tmp_path / "last.pt", state)
-    with pytest.raises(SpecError, match="trained by 2 processes, now there are 1"):
+    with pytest.raises(SpecError, match="trained by 2 processes, but now there are 1"):
         make_run(small_store, tmp_path, distilling(eval_every=5)).train(resume=True)
 
 

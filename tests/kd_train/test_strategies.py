@@ -329,7 +329,7 @@ def test_edge_states_of_a_student_are_compared_edge_by_edge(case: Case) -> None:
 def test_edge_states_on_other_edges_are_refused_by_sample(case: Case) -> None:
     strategy = _with_edge_states(case)
     case.batch.edge_mismatch = "7_3"
-    with pytest.raises(DataError, match=r"'a student' .* sample '7_3' differ; give"):
+    with pytest.raises(DataError, match=r"'a student' .* sample '7_3' differ; set"):
         strategy.loss(case.output, case.batch)
 
 

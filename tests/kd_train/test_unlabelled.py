@@ -259,7 +259,7 @@ def test_metrics_that_are_never_a_number_cannot_be_gone_by(
         run(export="best")
         return
     message = rf"val_split: '{split}' has no labels for best_by={metric}, which "
-    with pytest.raises(SpecError, match=message + "patience=2 goes by"):
+    with pytest.raises(SpecError, match=message + "patience=2 needs"):
         run(patience=2)
-    with pytest.raises(SpecError, match=message + "export=best goes by"):
+    with pytest.raises(SpecError, match=message + "export=best needs"):
         run(export="best")

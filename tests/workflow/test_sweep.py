@@ -214,7 +214,7 @@ def test_changed_settings_of_a_trained_run_are_refused(
     before = sha256_of(changed.folder(FINE[0]) / "student.safetensors")
     outcome = run_job(changed, FINE[0])
     assert outcome.state == "failed"
-    assert "batch_size = 8, now it is 9" in str(outcome.error)
+    assert "batch_size = 8, but now it is 9" in str(outcome.error)
     assert sha256_of(changed.folder(FINE[0]) / "student.safetensors") == before
 
 
