@@ -4,12 +4,19 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor, nn
+from torch_geometric.data import Data
 
-from kd_train.config.train_config import StudentConfig, TrainConfig
+from kd_train.config.train_config import LossConfig, StudentConfig, TrainConfig
 from kd_train.strategies import load_strategy
+from kd_train.strategies.base import Setting
+from kd_train.strategies.n2n import NodeToNode
+from kd_train.trainer.objective import Objective
 from kd_train.trainer.students import find_student
 from pipeline.datasets.registry import format_of_suffix, load_reader
 from pipeline.errors import SpecError
+from pipeline.models.normalizer import Normalizer
 from pipeline.models.zoo import build_model
 from pipeline.spec.cache_spec import TeacherSpec
 from pipeline.teachers.registry import load_potential
@@ -168,3 +175,17 @@ def test_broken_shadowing_and_repeated_names_are_refused(
     installed("p2", "one = 2", group, "two=p2:one")
     with pytest.raises(SpecError, match=r"'two' has 2 entry points .*pkg-p1, pkg-p2"):
         load("two")
+
+
+def test_sums_and_counts_need_the_shape_of_the_part_weights() -> None:
+    class Wrong(NodeToNode):
+        name = "wrong"
+
+        def counts(self, batch: Data) -> Tensor:
+            return super().counts(batch).reshape(())
+
+    widths = {"node_features": 3}
+    setting = Setting("a student", widths, widths, Normalizer(), LossConfig(), 0)
+    objective = Objective(nn.ModuleDict(), [Wrong(setting)], "float32")
+    with pytest.raises(SpecError, match=r"'wrong' gives .* of shape \(\); .* \(1,\)"):
+        objective.counts(Data(node_features=torch.zeros(2, 3)))
