@@ -18,7 +18,6 @@ from pipeline.errors import SpecError
 from pipeline.spec.yaml_model import (
     ClosedModel,
     apply_overrides,
-    nearest,
     read_yaml,
     validate,
 )
@@ -191,8 +190,8 @@ class DistillConfig(ClosedModel):
     @classmethod
     def _known_terms(cls, weights: dict[str, float]) -> dict[str, float]:
         for name in weights:
-            if name not in (known := term_names()):
-                raise ValueError(f"unknown strategy {name!r}{nearest(name, known)}")
+            if name not in term_names():
+                raise ValueError(f"unknown strategy {name!r}{STRATEGIES.known()}")
         return weights
 
     @model_serializer(mode="wrap")
@@ -328,8 +327,8 @@ class TrainConfig(ClosedModel):
     @classmethod
     def _known_strategies(cls, value: str) -> str:
         for name in value.split("+"):
-            if name not in (known := STRATEGIES.names()):
-                raise ValueError(f"unknown strategy{nearest(name, known)}")
+            if name not in STRATEGIES.names():
+                raise ValueError(f"unknown strategy {name!r}{STRATEGIES.known()}")
         names = value.split("+")
         if len(set(names)) < len(names) or (BASELINE in names and len(names) > 1):
             raise ValueError(

@@ -200,6 +200,16 @@ def weighted(root, weight, seed=0, metrics=HALF, **changes):
     return make_run(root, "v2v", seed, metrics, config=config, name=name, **changes)
 
 
+def test_runs_of_a_plugin_are_reported_without_its_package(tmp_path):
+    runs = [make_run(tmp_path)]
+    for weight in (5.0, 50.0):
+        config = {"distill": {"weights": {"absent": weight}}}
+        name = f"absent_{weight}"
+        runs.append(make_run(tmp_path, "absent", 0, HALF, config=config, name=name))
+    _, rows = compare(runs)
+    assert {"absent λ=5", "absent λ=50"} <= {label for _, label in rows}
+
+
 def test_two_weights_of_a_strategy_are_two_rows(tmp_path):
     runs = [make_run(tmp_path, seed=seed) for seed in (0, 1)]
     runs += [weighted(tmp_path, 1000.0, seed) for seed in (0, 1)]

@@ -98,7 +98,7 @@ def test_file_flags_and_overrides_join(
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--strategy", "n2m"], ["n2m", "'n2n'"]),
+        (["--strategy", "n2m"], ["n2m", "known: none, n2n"]),
         (["--strategy", "e2n"], ["'edge_to_node_features'", "features:"]),
         (["--student", "painn-smal"], ["'painn-smal'", "'painn-small'"]),
         (["--set", "sted=1"], ["'sted'", "'seed'"]),
