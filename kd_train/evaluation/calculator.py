@@ -140,7 +140,7 @@ class StudentCalculator(Calculator):
             tags=atoms.arrays.get("tags"),
         )
         structure = make_sample("", fields, where).structure
-        check_elements(structure.atomic_numbers, self._elements)
+        check_elements(structure.atomic_numbers, self._elements, noun=where)
         return structure
 
     def _warn_of(self, atoms: Atoms, edges: Edges) -> None:

@@ -77,7 +77,7 @@ def check_elements(
     number = int(numbers[atom])
     if isinstance(elements, TrainedElements) and number in elements.embedded:
         raise DataError(
-            f"Sample{where} holds {list_symbols(number)}; the data that this model was "
+            f"{noun}{where} holds {list_symbols(number)}; the data that this model was "
             f"trained on held no {list_symbols(number)}, so its numbers would mean "
             f"nothing; leave such samples out, or set {elements.option} to go on."
         )

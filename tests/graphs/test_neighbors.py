@@ -140,10 +140,10 @@ def test_a_stray_atom_does_not_end_the_process(make_structure, far):
     for pbc in flags:
         structure = make_structure(positions, 10 * np.eye(3), pbc)
         if sum(pbc) == 2 and far == 1e4:
-            assert len(neighbor_edges(structure, GraphRule(5.0, 20, False)))
+            assert len(neighbor_edges(structure, NeighborSpec(5.0, 20, False)))
             continue
         with pytest.raises(DataError, match="too far for its few neighbours.*unit"):
-            neighbor_edges(structure, GraphRule(5.0, 20, False))
+            neighbor_edges(structure, NeighborSpec(5.0, 20, False))
 
 
 def test_flat_vectors_do_no_harm_where_nothing_repeats(make_structure):

@@ -396,6 +396,7 @@ def test_a_packed_name_of_plain_text_is_read(tmp_path: Path) -> None:
         (lzma.compress(b"1\n\nH 0 0 0\n", lzma.FORMAT_ALONE), "packed by lzma"),
         (b"\x1f\x9d\x90abc", "packed by compress"),
     ],
+    ids=["twice", "lzma", "compress"],
 )
 def test_other_packers_are_named(content: bytes, words: str, tmp_path: Path) -> None:
     """B9: says what a file looks like."""
