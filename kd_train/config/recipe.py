@@ -70,7 +70,7 @@ def apply_recipe(
     chosen = _merge(settings, config.model_dump(exclude_unset=True))
     if "batch_size" not in config.model_fields_set and config.batch_atoms is None:
         whole = settings["batch_size"]
-        chosen["batch_size"] = _share(whole, name, processes, config.accumulate)
+        chosen["batch_size"] = _share(whole, name, processes, config.accumulate_steps)
     return _check(validate(TrainConfig, {**chosen, "recipe": name}, f"recipe {name}"))
 
 
@@ -109,8 +109,8 @@ def _share(whole: int, name: str, processes: int, accumulate: int) -> int:
     if rest:
         raise SpecError(
             f"Recipe {name!r} steps on {whole} samples, which {processes} process(es) "
-            f"with accumulate={accumulate} cannot share evenly; set batch_size, the "
-            "samples in a batch of one process."
+            f"with accumulate_steps={accumulate} cannot share evenly; set batch_size, "
+            "the samples in a batch of one process."
         )
     return share
 

@@ -1,14 +1,15 @@
 """``TrainConfig``: the closed, documented configuration of one training run."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field as Key
 from pydantic import field_validator
 
 from pipeline.errors import SpecError
+from pipeline.spec.renamed_keys import rename_keys
 from pipeline.spec.yaml_model import (
     ClosedModel,
     apply_overrides,
@@ -21,6 +22,8 @@ from pipeline.spec.yaml_model import (
 RECIPES = ("coll", "oc20")
 BASELINE = "none"
 STRATEGIES = ("none", "n2n", "e2n", "e2e", "v2v", "vanilla1", "vanilla2")
+# Second names, for those who do not know the paper's.
+STRATEGY_ALIASES = {"energy_force": "vanilla1", "per_atom_energy": "vanilla2"}
 
 
 class StudentConfig(ClosedModel):
@@ -38,9 +41,11 @@ class StudentConfig(ClosedModel):
 class OptimizerConfig(ClosedModel):
     """AdamW over student and adapters."""
 
+    earlier_keys: ClassVar[Mapping[str, str]] = {"decayed": "weight_decay_on"}
+
     lr: float = Key(1e-3, gt=0)
     weight_decay: float = Key(2e-6, ge=0)
-    decayed: Literal["all", "matrices"] = Key(
+    weight_decay_on: Literal["all", "matrices"] = Key(
         "all", description="matrices: no decay of biases, embeddings and scalars"
     )
     amsgrad: bool = True
@@ -68,12 +73,17 @@ class ScheduleConfig(ClosedModel):
 class LossConfig(ClosedModel):
     """L0 = energy_weight * MAE(E) + force_weight * force error over free atoms."""
 
+    earlier_keys: ClassVar[Mapping[str, str]] = {
+        "force_error": "force_loss",
+        "teacher_labels": "pseudo_label_weight",
+    }
+
     energy_weight: float = Key(1.0, ge=0)
     force_weight: float = Key(100.0, ge=0)
-    force_error: Literal["l2", "mae"] = Key(
+    force_loss: Literal["l2", "mae"] = Key(
         "l2", description="l2: mean of |dF|; mae: mean over components"
     )
-    teacher_labels: float = Key(
+    pseudo_label_weight: float = Key(
         0.0,
         ge=0,
         description="weight in L0 of samples without reference labels, with the "
@@ -96,6 +106,9 @@ class LambdaSchedule(ClosedModel):
 class DistillConfig(ClosedModel):
     """Weights of the distillation terms (the paper's lambda, Table 6, COLL)."""
 
+    earlier_keys: ClassVar[Mapping[str, str]] = {"balance": "target_ratio"}
+    key_aliases: ClassVar[Mapping[str, str]] = STRATEGY_ALIASES
+
     n2n: float = Key(100.0, ge=0)
     e2n: float = Key(10.0, ge=0)
     e2e: float = Key(10.0, ge=0)
@@ -103,7 +116,7 @@ class DistillConfig(ClosedModel):
     vanilla1: float = Key(1.0, ge=0)
     vanilla2: float = Key(100.0, ge=0)
     schedule: LambdaSchedule = LambdaSchedule()
-    balance: float | None = Key(
+    target_ratio: float | None = Key(
         None,
         gt=0,
         description="keep the weighted terms together at this fraction of L0; the "
@@ -114,6 +127,16 @@ class DistillConfig(ClosedModel):
 class TrainConfig(ClosedModel):
     """Everything that decides a run beside the store."""
 
+    earlier_keys: ClassVar[Mapping[str, str]] = {
+        "accumulate": "accumulate_steps",
+        "best_by": "monitor",
+        "buffer_blocks": "shuffle_blocks",
+        "export": "export_weights",
+    }
+    earlier_values: ClassVar[Mapping[str, Mapping[str, str]]] = {
+        "normalizer": {"unit": "none"}
+    }
+
     strategy: str = Key("none", description="one of the strategies, or several with +")
     student: StudentConfig = StudentConfig()
     recipe: Literal["auto", "none", "coll", "oc20"] = Key(
@@ -123,7 +146,7 @@ class TrainConfig(ClosedModel):
     )
     seed: int = Key(0, ge=0)
     steps: int = Key(10_000, ge=1, description="optimiser steps")
-    accumulate: int = Key(
+    accumulate_steps: int = Key(
         1, ge=1, description="batches in a step, of every process; as one large batch"
     )
     batch_size: int = Key(
@@ -135,7 +158,7 @@ class TrainConfig(ClosedModel):
     batch_atoms: int | None = Key(
         None, ge=1, description="atoms in a batch at most; replaces batch_size when set"
     )
-    buffer_blocks: int = Key(
+    shuffle_blocks: int = Key(
         16, ge=1, description="blocks of the store among which samples are shuffled"
     )
     loader_threads: int = Key(2, ge=1, description="threads that make batches ahead")
@@ -146,9 +169,9 @@ class TrainConfig(ClosedModel):
         description="what the final metrics are of, by default val_split; of several "
         "joined with + they are the plain mean",
     )
-    normalizer: Literal["store", "unit"] = Key(
+    normalizer: Literal["store", "none"] = Key(
         "store",
-        description="store: the teacher's, or that of the labels; unit: energies and "
+        description="store: the teacher's, or that of the labels; none: energies and "
         "forces as they are, as the paper has it for COLL",
     )
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -166,18 +189,24 @@ class TrainConfig(ClosedModel):
         False, description="refuse operations that may differ between two runs"
     )
     eval_every: int = Key(1000, ge=1, description="steps between validations")
-    export: Literal["best", "last"] = Key(
+    export_weights: Literal["best", "last"] = Key(
         "best", description="which weights student.safetensors holds"
     )
-    best_by: Literal["loss", "energy_mae", "forces_mae", "forces_cos", "efwt"] = Key(
+    monitor: Literal["loss", "energy_mae", "forces_mae", "forces_cos", "efwt"] = Key(
         "loss",
-        description="what the best validation is chosen by; loss is L0 over the split",
+        description="metric that decides which validation is the best; loss is L0 over "
+        "the split",
     )
     patience: int | None = Key(
         None,
         ge=1,
         description="stop after so many validations without a better one",
     )
+
+    @field_validator("strategy", mode="before")
+    @classmethod
+    def _by_its_name(cls, value: object) -> object:
+        return strategy_name(value) if isinstance(value, str) else value
 
     @field_validator("strategy")
     @classmethod
@@ -218,6 +247,16 @@ class TrainConfig(ClosedModel):
         return () if self.strategy == "none" else tuple(self.strategy.split("+"))
 
 
+def strategy_name(text: str) -> str:
+    """Return ``text``, one strategy or several joined with +, without aliases."""
+    return "+".join(STRATEGY_ALIASES.get(name, name) for name in text.split("+"))
+
+
+def saved_settings(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the configuration of an earlier run by the names of today."""
+    return rename_keys(TrainConfig, settings, where, warn=False)
+
+
 def load_config(
     path: Path | None, flags: dict[str, Any], overrides: Iterable[str]
 ) -> TrainConfig:
@@ -228,7 +267,9 @@ def load_config(
     SpecError
         A key is unknown, or a value is of the wrong kind or out of range.
     """
-    document = {} if path is None else read_yaml(path)
+    document: dict[str, Any] = {}
+    if path is not None:
+        document = rename_keys(TrainConfig, read_yaml(path), str(path))
     for dotted, value in flags.items():
         if value is not None:
             *parents, last = dotted.split(".")
@@ -238,5 +279,5 @@ def load_config(
                 if not isinstance(target, dict):
                     raise SpecError(f"{path}: {key!r} must hold keys.")
             target[last] = value
-    apply_overrides(document, overrides)
+    apply_overrides(document, overrides, TrainConfig)
     return validate(TrainConfig, document, str(path or "configuration"))

@@ -25,12 +25,12 @@ class TrainingState:
     best: float = math.nan
     since_best: int = 0
 
-    def note(self, value: float, best_by: str) -> bool:
+    def note(self, value: float, monitor: str) -> bool:
         """Take in a validation; returns whether it is the best, or none had a number.
 
         NaN is never better than a number.
         """
-        improved = is_better(value, self.best, best_by)
+        improved = is_better(value, self.best, monitor)
         self.since_best = 0 if improved else self.since_best + 1
         if improved:
             self.best = value
@@ -45,8 +45,8 @@ class TrainingState:
         return config.patience is not None and self.since_best >= config.patience
 
 
-def is_better(value: float, best: float, best_by: str) -> bool:
-    """Whether ``value`` of metric ``best_by`` beats ``best``, which may be NaN."""
+def is_better(value: float, best: float, monitor: str) -> bool:
+    """Whether ``value`` of metric ``monitor`` beats ``best``, which may be NaN."""
     if math.isnan(value) or math.isnan(best):
         return not math.isnan(value)
-    return value > best if best_by in _LARGER_IS_BETTER else value < best
+    return value > best if monitor in _LARGER_IS_BETTER else value < best

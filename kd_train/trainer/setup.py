@@ -85,7 +85,7 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
         raise SpecError(f"Unknown student {preset!r}{nearest(preset, PRESETS)}.")
     fields = required_fields(config)
     split = choose_split(store, config.train_split, fields)
-    if config.loss.teacher_labels:
+    if config.loss.pseudo_label_weight:
         require_predictions(split)
     name, hyperparameters = PRESETS[preset]
     torch.manual_seed(config.seed)
@@ -151,16 +151,16 @@ def _reference_split(
 def required_fields(config: TrainConfig) -> tuple[str, ...]:
     """Store fields that the terms of the loss read, without repetition."""
     names = [field for s in config.strategies for field in REGISTRY[s].fields]
-    if config.loss.teacher_labels:
+    if config.loss.pseudo_label_weight:
         names += PREDICTION_FIELDS
     return tuple(dict.fromkeys(names))
 
 
 def supervised_labels(config: LossConfig) -> Callable[[Data], Labels]:
     """Labels that L0 is trained with."""
-    if not config.teacher_labels:
+    if not config.pseudo_label_weight:
         return reference_labels
-    return partial(complete_labels, weight=config.teacher_labels)
+    return partial(complete_labels, weight=config.pseudo_label_weight)
 
 
 def has_direct_forces(student: Network) -> bool:
@@ -284,14 +284,14 @@ def run_normalizer(config: TrainConfig, store: FeatureStore) -> Normalizer:
     Raises
     ------
     SpecError
-        ``normalizer: unit`` on a store whose teacher has other units.
+        ``normalizer: none`` on a store whose teacher has other units.
     """
     if config.normalizer == "store":
         return store_normalizer(store, config.train_split)
     unit, teacher = Normalizer(), store.attributes["teacher"]
     if teacher is not None and Normalizer.from_dict(teacher["normalizer"]) != unit:
         raise SpecError(
-            "normalizer: unit needs a teacher that works in eV and eV/Å, this store's "
+            "normalizer: none needs a teacher that works in eV and eV/Å, this store's "
             "has a scale of its own; set normalizer: store."
         )
     return unit
@@ -325,8 +325,8 @@ def _energies_agree(split: Split) -> bool:
         return True
     log.warning(
         "the teacher's energies are %.3g eV per atom away from the labels; the student "
-        "uses units of the labels, and neither vanilla losses nor loss.teacher_labels "
-        "make sense",
+        "uses units of the labels, and neither vanilla losses nor "
+        "loss.pseudo_label_weight make sense",
         np.median(difference[labelled]),
     )
     return False

@@ -116,7 +116,8 @@ class Teacher:
             "precision": self.spec.precision,
             "layers": dict(self.layers),
             "batch_atoms": self.spec.batch_atoms,
-            "batch_gib": self.spec.batch_gib,
+            # The fingerprint of stores has this name.
+            "batch_gib": self.spec.max_batch_gib,
             "graph_rule": asdict(self.potential.graph_rule),
             "normalizer": self.potential.normalizer.to_dict(),
         }
@@ -189,7 +190,7 @@ class Teacher:
             graph = self.potential.graph(sample)
             need = self.potential.memory_of(graph)
             many = atoms + len(graph.structure) > self.spec.batch_atoms
-            if group and (many or size + need > self.spec.batch_gib * 2**30):
+            if group and (many or size + need > self.spec.max_batch_gib * 2**30):
                 yield group
                 group, atoms, size = [], 0, 0
             group.append(graph)

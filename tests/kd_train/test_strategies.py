@@ -182,7 +182,7 @@ BRUTE_FORCE: dict[str, Callable[[Strategy, Case], float]] = {
 
 def test_registry_configuration_and_weights_name_the_same_strategies() -> None:
     assert ("none", *sorted(NAMES)) == ("none", *sorted(STRATEGIES[1:]))
-    assert set(DistillConfig.model_fields) - {"schedule", "balance"} == set(NAMES)
+    assert set(DistillConfig.model_fields) - {"schedule", "target_ratio"} == set(NAMES)
     assert all(REGISTRY[name].name == name for name in NAMES)
 
 
