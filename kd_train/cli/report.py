@@ -58,8 +58,17 @@ def report_main(
 
     log_to_file(out / "report.log", logging.WARNING)
     text = write_report(list(runs), out, partial=partial, cka=cka)
-    rows = list(csv.DictReader(io.StringIO((out / "table.csv").read_text())))
+    lines = csv.DictReader(io.StringIO((out / "table.csv").read_text()))
+    rows = [{key: _number(cell) for key, cell in row.items()} for row in lines]
     print_result({"out": str(out), "rows": rows}, text, as_json)
+
+
+def _number(cell: str) -> float | str | None:
+    """The number in a cell of a table, or its text; None of an empty cell."""
+    try:
+        return float(cell)
+    except ValueError:
+        return cell or None
 
 
 @click.command(context_settings=HELP)

@@ -452,7 +452,11 @@ def test_commands_in_refusals_can_be_typed(tmp_path):
     messages.append(message_of(read_run, run))
     for message in messages:
         asked = typed(message)
-        assert (asked["cache"], asked["out"], asked["resume"]) == ("STORE", run, True)
+        assert (asked["cache"], asked["out"], asked["resume"]) == (
+            "STORE",
+            run,
+            "always",
+        )
         assert "the settings that it was started with" in message
 
 
