@@ -47,12 +47,12 @@ def test_programs_have_help_and_version(name: str) -> None:
     assert "0.1.0" in shown.stdout
 
 
-@pytest.mark.parametrize(("name", "command"), _commands(), ids=lambda x: str(x))
-def test_every_option_has_a_help_text(name: str, command: click.Command) -> None:
-    for option in command.params:
-        if isinstance(option, click.Option):
-            assert option.help, (name, option.name)
-            assert option.help[0].isupper(), (name, option.name)
+def test_every_option_has_a_help_text() -> None:
+    for name, command in _commands():
+        for option in command.params:
+            if isinstance(option, click.Option):
+                assert option.help, (name, option.name)
+                assert option.help[0].isupper(), (name, option.name)
 
 
 def test_sections_name_every_command_once() -> None:
@@ -111,8 +111,9 @@ def test_results_are_printed_as_json(
     checked = _json(cache_main, "verify", store)
     assert checked == {"store": store, "problems": []}
     table = _json(report_main, run, "--out", tmp_path / "report")
-    assert [row["strategy"] for row in table["rows"]] == ["teacher", "none"]
-    assert isinstance(table["rows"][1]["energy_mae"], float)
+    rows = {row["strategy"]: row for row in table["rows"]}
+    assert rows.keys() == {"teacher", "none"}
+    assert isinstance(rows["none"]["energy_mae"], float)
     similar = [run, "teacher", "--out", tmp_path / "cka", "--store", store]
     once = _json(cka_main, *similar, "--split", "train+val", "--device", "cpu")
     twice = _json(cka_main, *similar, "--split", "train", "--split", "val")
