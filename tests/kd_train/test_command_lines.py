@@ -120,7 +120,7 @@ def test_results_are_printed_as_json(
     assert once["split"] == twice["split"] == "train+val"
     assert len(once["matrix"]) == len(once["first_layers"])
     joined = _json(eval_main, run, "--store", store, "--split", "train+val")
-    assert [part["split"] for part in joined["splits"]] == ["train+val"]
+    assert list(joined["splits"]) == ["train+val"]
     sweep = tmp_path / "sweep.yaml"
     sweep.write_text(
         f"{{store: {store}, out: out, students: [painn-small-demo], "
