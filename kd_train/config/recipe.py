@@ -71,7 +71,7 @@ def apply_recipe(
     chosen = _merge(settings, config.model_dump(exclude_unset=True))
     if "batch_size" not in config.model_fields_set and config.batch_atoms is None:
         whole = settings["batch_size"]
-        chosen["batch_size"] = _share(whole, name, processes, config.accumulate)
+        chosen["batch_size"] = _share(whole, name, processes, config.accumulate_steps)
     return _check(validate(TrainConfig, {**chosen, "recipe": name}, f"recipe {name}"))
 
 
@@ -110,8 +110,8 @@ def _share(whole: int, name: str, processes: int, accumulate: int) -> int:
     if rest:
         raise SpecError(
             f"Recipe {name!r} uses {whole} samples per step, which cannot be divided "
-            f"evenly by {processes} process(es) with accumulate={accumulate}; set "
-            "batch_size, the samples in a batch of one process."
+            f"evenly by {processes} process(es) with accumulate_steps={accumulate}; "
+            "set batch_size, the samples in a batch of one process."
         )
     return share
 

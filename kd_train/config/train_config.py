@@ -1,9 +1,9 @@
 """``TrainConfig``: the closed, documented configuration of one training run."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field as Key
 from pydantic import (
@@ -15,6 +15,7 @@ from pydantic import (
 
 from kd_train.config.strategy_names import BASELINE, BUILT_IN, STRATEGIES, term_names
 from pipeline.errors import SpecError
+from pipeline.spec.renamed_keys import rename_keys
 from pipeline.spec.yaml_model import (
     ClosedModel,
     apply_overrides,
@@ -24,6 +25,8 @@ from pipeline.spec.yaml_model import (
 
 # Datasets of the paper; a file each in recipes/.
 RECIPES = ("coll", "oc20")
+# Second names, for readers who do not know the names of the paper.
+STRATEGY_ALIASES = {"energy_force": "vanilla1", "per_atom_energy": "vanilla2"}
 
 
 class StudentConfig(ClosedModel):
@@ -65,9 +68,11 @@ class StudentConfig(ClosedModel):
 class OptimizerConfig(ClosedModel):
     """AdamW over student and adapters."""
 
+    earlier_keys: ClassVar[Mapping[str, str]] = {"decayed": "weight_decay_on"}
+
     lr: float = Key(1e-3, gt=0)
     weight_decay: float = Key(2e-6, ge=0)
-    decayed: Literal["all", "matrices"] = Key(
+    weight_decay_on: Literal["all", "matrices"] = Key(
         "all",
         description="Parameters with weight decay (default: all); matrices "
         "excludes biases, embeddings and scalars.",
@@ -109,14 +114,19 @@ class ScheduleConfig(ClosedModel):
 class LossConfig(ClosedModel):
     """L0 = energy_weight * MAE(E) + force_weight * force error over free atoms."""
 
+    earlier_keys: ClassVar[Mapping[str, str]] = {
+        "force_error": "force_loss",
+        "teacher_labels": "pseudo_label_weight",
+    }
+
     energy_weight: float = Key(1.0, ge=0)
     force_weight: float = Key(100.0, ge=0)
-    force_error: Literal["l2", "mae"] = Key(
+    force_loss: Literal["l2", "mae"] = Key(
         "l2",
         description="Force error in the loss (default: l2); l2 is the mean of "
         "|dF|, mae is the mean over components.",
     )
-    teacher_labels: float = Key(
+    pseudo_label_weight: float = Key(
         0.0,
         ge=0,
         description="Weight of pseudo-labels in L0: the teacher's energy and forces "
@@ -151,6 +161,9 @@ class LambdaSchedule(ClosedModel):
 class DistillConfig(ClosedModel):
     """Weights of the distillation terms (the paper's lambda, Table 6, COLL)."""
 
+    earlier_keys: ClassVar[Mapping[str, str]] = {"balance": "target_ratio"}
+    key_aliases: ClassVar[Mapping[str, str]] = STRATEGY_ALIASES
+
     n2n: float = Key(100.0, ge=0)
     e2n: float = Key(10.0, ge=0)
     e2e: float = Key(10.0, ge=0)
@@ -162,7 +175,7 @@ class DistillConfig(ClosedModel):
         description="weight of a term by the name of its strategy, built in or plug-in",
     )
     schedule: LambdaSchedule = LambdaSchedule()
-    balance: float | None = Key(
+    target_ratio: float | None = Key(
         None,
         gt=0,
         description="Ratio of all weighted distillation terms to L0, held by a "
@@ -217,6 +230,16 @@ class DistillConfig(ClosedModel):
 class TrainConfig(ClosedModel):
     """Everything that decides a run, except for the store."""
 
+    earlier_keys: ClassVar[Mapping[str, str]] = {
+        "accumulate": "accumulate_steps",
+        "best_by": "monitor",
+        "buffer_blocks": "shuffle_blocks",
+        "export": "export_weights",
+    }
+    earlier_values: ClassVar[Mapping[str, Mapping[str, str]]] = {
+        "normalizer": {"unit": "none"}
+    }
+
     strategy: str = Key(
         "none",
         description="Distillation strategy, or several strategies joined with + "
@@ -232,7 +255,7 @@ class TrainConfig(ClosedModel):
     steps: int = Key(
         10_000, ge=1, description="Number of optimiser steps (default: 10000)."
     )
-    accumulate: int = Key(
+    accumulate_steps: int = Key(
         1,
         ge=1,
         description="Batches per optimiser step and process (gradient "
@@ -249,7 +272,7 @@ class TrainConfig(ClosedModel):
         ge=1,
         description="Maximum number of atoms in a batch; replaces batch_size if set.",
     )
-    buffer_blocks: int = Key(
+    shuffle_blocks: int = Key(
         16,
         ge=1,
         description="Blocks of the store among which samples are shuffled "
@@ -271,10 +294,10 @@ class TrainConfig(ClosedModel):
         description="Split of the final metrics (default: val_split); metrics of "
         "several splits joined with + are averaged.",
     )
-    normalizer: Literal["store", "unit"] = Key(
+    normalizer: Literal["store", "none"] = Key(
         "store",
         description="Units of student and losses (default: store); store takes the "
-        "normaliser of the teacher or of the labels, unit leaves energies and forces "
+        "normaliser of the teacher or of the labels, none leaves energies and forces "
         "unscaled, as the paper does for COLL.",
     )
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -306,12 +329,12 @@ class TrainConfig(ClosedModel):
     eval_every: int = Key(
         1000, ge=1, description="Steps between validations (default: 1000)."
     )
-    export: Literal["best", "last"] = Key(
+    export_weights: Literal["best", "last"] = Key(
         "best",
         description="Weights that student.safetensors holds: of the best or of "
         "the last validation (default: best).",
     )
-    best_by: Literal["loss", "energy_mae", "forces_mae", "forces_cos", "efwt"] = Key(
+    monitor: Literal["loss", "energy_mae", "forces_mae", "forces_cos", "efwt"] = Key(
         "loss",
         description="Metric that selects the best validation (default: loss, which "
         "is L0 over the split).",
@@ -322,6 +345,11 @@ class TrainConfig(ClosedModel):
         description="Number of validations without improvement before early stopping "
         "(default: no early stopping).",
     )
+
+    @field_validator("strategy", mode="before")
+    @classmethod
+    def _by_its_name(cls, value: object) -> object:
+        return strategy_name(value) if isinstance(value, str) else value
 
     @field_validator("strategy")
     @classmethod
@@ -364,6 +392,16 @@ class TrainConfig(ClosedModel):
         return () if self.strategy == BASELINE else tuple(self.strategy.split("+"))
 
 
+def strategy_name(text: str) -> str:
+    """Return ``text``, one strategy or several joined with +, without aliases."""
+    return "+".join(STRATEGY_ALIASES.get(name, name) for name in text.split("+"))
+
+
+def saved_settings(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the configuration of an earlier run by the names of today."""
+    return rename_keys(TrainConfig, settings, where, warn=False)
+
+
 def load_config(
     path: Path | None, flags: dict[str, Any], overrides: Iterable[str]
 ) -> TrainConfig:
@@ -374,7 +412,9 @@ def load_config(
     SpecError
         A key is unknown, or a value is of the wrong kind or out of range.
     """
-    document = {} if path is None else _read_document(path)
+    document: dict[str, Any] = {}
+    if path is not None:
+        document = rename_keys(TrainConfig, _read_document(path), str(path))
     for dotted, value in flags.items():
         if value == "":
             option = dotted.removesuffix(".preset")
@@ -389,7 +429,7 @@ def load_config(
                 if not isinstance(target, dict):
                     raise SpecError(f"{path}: {key!r} must contain keys, not a value.")
             target[last] = value
-    apply_overrides(document, overrides)
+    apply_overrides(document, overrides, TrainConfig)
     return validate(TrainConfig, document, str(path or "configuration"))
 
 

@@ -31,7 +31,7 @@ class SamplerConfig:
     seed: int
     batch_size: int
     batch_atoms: int | None = None
-    buffer_blocks: int = 16
+    shuffle_blocks: int = 16
     world_size: int = 1
 
 
@@ -135,7 +135,7 @@ def epoch_parts(
 def rank_order(
     pieces: Sequence[Positions], config: SamplerConfig, epoch: int, rank: int
 ) -> Positions:
-    """The samples of a rank's part, shuffled within ``buffer_blocks`` pieces at a time.
+    """Samples of a rank's part, shuffled within ``shuffle_blocks`` pieces at a time.
 
     As good as a full shuffle where the store's own order is random, because then any
     block is a fair sample of the split (measured: docs/measurements/benchmarks.md).
@@ -144,9 +144,9 @@ def rank_order(
     generator = np.random.default_rng((config.seed, epoch, 1 + rank))
     windows = [
         generator.permutation(
-            np.concatenate(pieces[first : first + config.buffer_blocks])
+            np.concatenate(pieces[first : first + config.shuffle_blocks])
         )
-        for first in range(0, len(pieces), config.buffer_blocks)
+        for first in range(0, len(pieces), config.shuffle_blocks)
     ]
     return np.concatenate(windows)
 

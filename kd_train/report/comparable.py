@@ -69,7 +69,7 @@ _REQUIREMENTS = (
         lambda run: run.summary.student,
         lambda run: run.batch,
         "different batches per step ({} and {}: batch_size or batch_atoms, times "
-        "accumulate, times processes)",
+        "accumulate_steps, times processes)",
     ),
     _Requirement(
         lambda run: (run.summary.student, run.summary.seed),

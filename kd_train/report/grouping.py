@@ -9,9 +9,15 @@ from kd_train.report.runs import FinishedRun, Metrics, format_number
 
 # Settings that may differ between a run and its baseline, besides distillation,
 # the last of which changes no number.
-_FREE = ("strategy", "seed", "train_split", "loss.teacher_labels", "loader_threads")
+_FREE = (
+    "strategy",
+    "seed",
+    "train_split",
+    "loss.pseudo_label_weight",
+    "loader_threads",
+)
 # Settings that count together, with the number of processes: the batch of a step.
-_BATCH = ("batch_size", "batch_atoms", "accumulate")
+_BATCH = ("batch_size", "batch_atoms", "accumulate_steps")
 
 
 @dataclass(frozen=True)
@@ -78,7 +84,7 @@ class Cohort:
 
 def is_plain(run: FinishedRun) -> bool:
     """Return whether ``run`` used nothing of the teacher."""
-    return not run.strategies and not run.settings["loss.teacher_labels"]
+    return not run.strategies and not run.settings["loss.pseudo_label_weight"]
 
 
 def make_cohorts(runs: Sequence[FinishedRun]) -> list[Cohort]:
@@ -128,9 +134,9 @@ def _choices(run: FinishedRun) -> dict[str, Any]:
     settings = run.settings
     chosen: dict[str, Any] = {}
     if run.strategies:
-        chosen["balance="] = settings["distill.balance"]
+        chosen["target_ratio="] = settings["distill.target_ratio"]
         chosen["λ schedule "] = _schedule(settings)
-    chosen["teacher_labels="] = settings["loss.teacher_labels"] or None
+    chosen["pseudo_label_weight="] = settings["loss.pseudo_label_weight"] or None
     chosen["on "] = settings["train_split"]
     for key, value in _bound(run).items():
         chosen[f"{key}="] = "none" if value is None else value

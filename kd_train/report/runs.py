@@ -15,11 +15,11 @@ from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BeforeValidator, ConfigDict
+from pydantic import BeforeValidator, ConfigDict, field_validator
 from pydantic import Field as Key
 
 from kd_train.config.strategy_names import BASELINE
-from kd_train.config.train_config import TrainConfig
+from kd_train.config.train_config import TrainConfig, saved_settings
 from pipeline.errors import SpecError
 from pipeline.spec.yaml_model import ClosedModel, read_yaml, validate
 
@@ -73,19 +73,24 @@ class Header(_Open):
     processes: int = Key(1, ge=1)
     versions: dict[str, str] = Key(default_factory=dict)
 
+    @field_validator("config")
+    @classmethod
+    def _by_todays_names(cls, config: dict[str, Any]) -> dict[str, Any]:
+        return saved_settings(config, "config")
+
 
 class BatchSizes(_Open):
     """Settings that decide how much an optimiser step sees."""
 
     batch_size: int
     batch_atoms: int | None
-    accumulate: int
+    accumulate_steps: int
 
     def together(self, processes: int) -> str:
         """Return the size of a step over all processes, as ``128 samples``."""
         atoms = self.batch_atoms
         size = self.batch_size if atoms is None else atoms
-        total = size * self.accumulate * processes
+        total = size * self.accumulate_steps * processes
         return f"{total} {'samples' if atoms is None else 'atoms'}"
 
 

@@ -98,7 +98,7 @@ class OutputError:
     """α_E·mean|ΔE| + α_F·force error over free atoms: L0, its validation and Eq. 7.
 
     ``labels`` takes targets and weights from a batch; errors are weighted means in the
-    network's units. The force error is the mean of ‖ΔF‖₂, or with ``force_error: mae``
+    network's units. The force error is the mean of ‖ΔF‖₂, or with ``force_loss: mae``
     that of the components' |ΔF|.
     """
 
@@ -113,7 +113,7 @@ class OutputError:
         self.part_weights = (config.energy_weight, config.force_weight)
         self._labels = labels
         self._normalizer = normalizer
-        by_length = config.force_error == "l2"
+        by_length = config.force_loss == "l2"
         self._force_total = force_l2_total if by_length else force_mae_total
         self._errors_per_atom = 1 if by_length else 3
 

@@ -4,12 +4,20 @@ from pathlib import Path
 
 import click
 
-from pipeline.console import PATH, one_sentence_errors
+from pipeline.console import (
+    HELP,
+    PATH,
+    json_option,
+    one_sentence_errors,
+    print_result,
+    version_option,
+)
 
 _FILE = click.argument("file", type=PATH)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings=HELP)
+@version_option
 def main() -> None:
     """Train many students on one store.
 
@@ -19,20 +27,25 @@ def main() -> None:
 
 @main.command("list")
 @_FILE
+@json_option
 @one_sentence_errors
-def list_command(file: Path) -> None:
-    """Check the sweep in FILE and list its runs with their states."""
+def list_command(file: Path, as_json: bool) -> None:
+    """Check the sweep in FILE and show its runs and how far each is."""
     from kd_train.sweep.plan import make_plan
-    from kd_train.sweep.table import status_lines
+    from kd_train.sweep.table import run_states, status_lines
 
-    click.echo(status_lines(make_plan(file)), nl=False)
+    states = run_states(make_plan(file))
+    print_result({"runs": states}, status_lines(states), as_json)
 
 
 @main.command("run")
 @_FILE
 @click.argument("name")
 @click.option(
-    "--attempt", default=1, show_default=True, help="Attempt number to record."
+    "--attempt",
+    default=1,
+    show_default=True,
+    help="Number of the attempt, which outcome.json records.",
 )
 @one_sentence_errors
 def run_command(file: Path, name: str, attempt: int) -> None:

@@ -11,7 +11,7 @@ from kd_train.config.train_config import TrainConfig
 from kd_train.report.runs import BatchSizes
 from pipeline.errors import SpecError
 
-_BATCH_KEYS = ("batch_atoms", "batch_size", "accumulate")
+_BATCH_KEYS = ("batch_atoms", "batch_size", "accumulate_steps")
 
 
 def require_comparable(configs: Mapping[str, TrainConfig], where: str) -> None:

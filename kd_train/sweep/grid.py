@@ -11,8 +11,9 @@ from pydantic import Field as Key
 from pydantic import field_validator
 
 from kd_train.config.strategy_names import BASELINE, BUILT_IN, term_names
-from kd_train.config.train_config import TrainConfig
+from kd_train.config.train_config import DistillConfig, TrainConfig, strategy_name
 from pipeline.errors import SpecError
+from pipeline.spec.renamed_keys import rename_keys
 from pipeline.spec.yaml_model import (
     ClosedModel,
     expand_path,
@@ -69,6 +70,20 @@ class SweepConfig(ClosedModel):
         """Return whether a variant also changes the baseline, not only distillation."""
         changes = {} if variant is None else self.variants[variant]
         return not all(key.startswith(_DISTILL) for key in _leaves(changes))
+
+    @field_validator("strategies", mode="before")
+    @classmethod
+    def _without_aliases(cls, values: object) -> object:
+        if not isinstance(values, list | tuple):
+            return values
+        return [strategy_name(v) if isinstance(v, str) else v for v in values]
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _terms_without_aliases(cls, weights: object) -> object:
+        if not isinstance(weights, dict):
+            return weights
+        return rename_keys(DistillConfig, weights, "weights")
 
     @field_validator("students", "strategies", "seeds")
     @classmethod
@@ -158,16 +173,27 @@ def load_sweep(path: Path) -> Sweep:
     SpecError
         A key or a value is wrong, in the file or in what it makes of a run.
     """
-    config = validate(SweepConfig, read_yaml(path), str(path))
+    config = _by_todays_names(validate(SweepConfig, read_yaml(path), str(path)), path)
     folder = path.resolve().parent
     shared: Document = {}
     if config.config is not None:
-        shared = read_yaml(expand_path(config.config, folder, "config"))
+        file = expand_path(config.config, folder, "config")
+        shared = rename_keys(TrainConfig, read_yaml(file), str(file))
     store = config.store
     if "://" not in store:
         store = str(expand_path(store, folder, "store"))
     out = expand_path(config.out, folder, "out")
     return Sweep(path, config, store, out, expand_runs(config, shared, str(path)))
+
+
+def _by_todays_names(config: SweepConfig, path: Path) -> SweepConfig:
+    """``config`` whose settings and variants have the names of today."""
+    settings = rename_keys(TrainConfig, config.settings, f"{path}: settings")
+    variants = {
+        name: rename_keys(TrainConfig, changes, f"{path}: variants.{name}")
+        for name, changes in config.variants.items()
+    }
+    return config.model_copy(update={"settings": settings, "variants": variants})
 
 
 def expand_runs(

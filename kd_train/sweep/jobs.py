@@ -91,7 +91,7 @@ def run_job(sweep: Sweep, name: str, attempt: int = 1) -> JobResult:
 
 def _command(sweep: Sweep, settings: Path, folder: Path) -> list[str]:
     command = [sys.executable, "-c", _PROGRAM, "--cache", sweep.store]
-    command += ["--config", str(settings), "--out", str(folder), "--auto-resume"]
+    command += ["--config", str(settings), "--out", str(folder), "--resume", "auto"]
     command += ["--threads", str(sweep.config.threads)]
     return [*command, "--device", sweep.device]
 

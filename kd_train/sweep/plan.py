@@ -174,7 +174,7 @@ class _Checks:
         if config.normalizer != "store":
             run_normalizer(config, self.store)
         teacher = stored_widths(split)
-        if config.loss.teacher_labels:
+        if config.loss.pseudo_label_weight:
             require_predictions(split)
         known = count_labels(self.store, config.train_split)
         require_trained_outputs(config, known, self._network(config).direct)

@@ -21,9 +21,9 @@ def require_predictions(split: Split) -> None:
     for name in PREDICTION_FIELDS:
         if FIELDS[name].path not in split.arrays:
             raise SpecError(
-                f"loss.teacher_labels needs the field {name!r}, which split "
+                f"loss.pseudo_label_weight needs the field {name!r}, which split "
                 f"{split.name!r} of this store lacks; add a teacher: section to the "
-                "spec and build the store again, or set loss.teacher_labels=0."
+                "spec and build the store again, or set loss.pseudo_label_weight=0."
             )
 
 
@@ -61,14 +61,17 @@ def _require_measure(config: TrainConfig, val: Split) -> None:
     """Refuse early stopping, or a choice of weights, by a metric without labels."""
     if config.patience is not None:
         wish, instead = f"patience={config.patience}", "omit patience"
-    elif config.export == "best" and config.model_fields_set & {"export", "best_by"}:
+    elif config.export_weights == "best" and config.model_fields_set & {
+        "export",
+        "monitor",
+    }:
         wish, instead = "export=best", "set export=last"
     else:
         return
-    if not is_measured(val, config.best_by):
+    if not is_measured(val, config.monitor):
         raise SpecError(
-            f"val_split: {val.name!r} has no labels for best_by={config.best_by}, "
-            f"which {wish} needs; choose another split or best_by, or {instead}."
+            f"val_split: {val.name!r} has no labels for monitor={config.monitor}, "
+            f"which {wish} needs; choose another split or monitor, or {instead}."
         )
 
 
@@ -93,7 +96,7 @@ def has_forces(split: Split) -> bool:
 
 
 def is_measured(split: Split, metric: str) -> bool:
-    """Return whether any sample has the labels of ``metric`` (of ``best_by``)."""
+    """Return whether any sample has the labels of ``metric`` (of ``monitor``)."""
     return any(_measured(split, block)[metric] for block in range(split.n_blocks))
 
 

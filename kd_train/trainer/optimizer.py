@@ -22,11 +22,11 @@ def parameter_groups(
 ) -> list[dict[str, object]]:
     """Group trainable parameters by their weight decay, each once.
 
-    With ``decayed: matrices`` biases, scales of norms and embeddings are not decayed:
-    all that has fewer than two axes, and the weights of ``nn.Embedding``.
+    With ``weight_decay_on: matrices`` biases, scales of norms and embeddings are not
+    decayed: all that has fewer than two axes, and the weights of ``nn.Embedding``.
     """
     trainable = [p for p in modules.parameters() if p.requires_grad]
-    if options.decayed == "all":
+    if options.weight_decay_on == "all":
         return [{"params": trainable, "weight_decay": options.weight_decay}]
     embeddings = {
         id(module.weight)

@@ -25,7 +25,7 @@ class TrainingState:
     best: float = math.nan
     since_best: int = 0
 
-    def note(self, value: float, best_by: str) -> bool:
+    def note(self, value: float, monitor: str) -> bool:
         """Record a validation and return whether to save its weights.
 
         They are saved if the validation is the best, or if none gave a number
@@ -33,7 +33,7 @@ class TrainingState:
 
         NaN is never better than a number.
         """
-        improved = is_better(value, self.best, best_by)
+        improved = is_better(value, self.best, monitor)
         self.since_best = 0 if improved else self.since_best + 1
         if improved:
             self.best = value
@@ -48,8 +48,8 @@ class TrainingState:
         return config.patience is not None and self.since_best >= config.patience
 
 
-def is_better(value: float, best: float, best_by: str) -> bool:
-    """Return whether ``value`` of metric ``best_by`` beats ``best``."""
+def is_better(value: float, best: float, monitor: str) -> bool:
+    """Return whether ``value`` of metric ``monitor`` beats ``best``."""
     if math.isnan(value) or math.isnan(best):
         return not math.isnan(value)
-    return value > best if best_by in _LARGER_IS_BETTER else value < best
+    return value > best if monitor in _LARGER_IS_BETTER else value < best

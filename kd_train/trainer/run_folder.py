@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
-from kd_train.config.train_config import TrainConfig
+from kd_train.config.train_config import TrainConfig, saved_settings
 from kd_train.trainer.checkpoint import read_checkpoint
 from kd_train.trainer.extend import before_extension
 from kd_train.trainer.progress import TrainingState
@@ -93,7 +93,8 @@ def read_saved_run(
         The run had another configuration, store or number of processes.
     """
     state = read_checkpoint(folder / CHECKPOINT)
-    progress, saved = TrainingState(**state["progress"]), state["header"]
+    progress, saved = TrainingState(**state["progress"]), dict(state["header"])
+    saved["config"] = before = saved_settings(saved["config"], str(folder))
     if extend:
         saved = before_extension(saved, config, progress, folder)
     require_same_run(saved, header, folder)
@@ -108,7 +109,7 @@ def read_saved_run(
         state["rows"],
         list(saved.get("extended_from", ())),
         state,
-        saved["config"] != state["header"]["config"],
+        saved["config"] != before,
     )
 
 

@@ -84,7 +84,7 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
     name, hyperparameters = find_student(config.student)
     fields = required_fields(config)
     split = choose_split(store, config.train_split, fields)
-    if config.loss.teacher_labels:
+    if config.loss.pseudo_label_weight:
         require_predictions(split)
     torch.manual_seed(config.seed)
     student = build_model(name, hyperparameters)
@@ -149,16 +149,16 @@ def _reference_split(
 def required_fields(config: TrainConfig) -> tuple[str, ...]:
     """Store fields that the terms of the loss read, without repetition."""
     names = [field for s in config.strategies for field in load_strategy(s).fields]
-    if config.loss.teacher_labels:
+    if config.loss.pseudo_label_weight:
         names += PREDICTION_FIELDS
     return tuple(dict.fromkeys(names))
 
 
 def supervised_labels(config: LossConfig) -> Callable[[Data], Labels]:
     """Return the function that gives the labels of L0."""
-    if not config.teacher_labels:
+    if not config.pseudo_label_weight:
         return reference_labels
-    return partial(complete_labels, weight=config.teacher_labels)
+    return partial(complete_labels, weight=config.pseudo_label_weight)
 
 
 def has_direct_forces(student: Network) -> bool:
@@ -295,14 +295,14 @@ def run_normalizer(config: TrainConfig, store: FeatureStore) -> Normalizer:
     Raises
     ------
     SpecError
-        ``normalizer: unit`` on a store whose teacher has other units.
+        ``normalizer: none`` on a store whose teacher has other units.
     """
     if config.normalizer == "store":
         return store_normalizer(store, config.train_split)
     unit, teacher = Normalizer(), store.attributes["teacher"]
     if teacher is not None and Normalizer.from_dict(teacher["normalizer"]) != unit:
         raise SpecError(
-            "normalizer: unit needs a teacher that works in eV and eV/Å, but the "
+            "normalizer: none needs a teacher that works in eV and eV/Å, but the "
             "teacher of this store has its own scale; set normalizer: store."
         )
     return unit
@@ -337,7 +337,7 @@ def _energies_agree(split: Split) -> bool:
     log.warning(
         "the teacher's energies differ from the labels by %.3g eV per atom; the "
         "student uses units of the labels, and neither vanilla losses nor "
-        "loss.teacher_labels are meaningful",
+        "loss.pseudo_label_weight are meaningful",
         np.median(difference[labelled]),
     )
     return False

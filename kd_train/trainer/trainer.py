@@ -167,7 +167,7 @@ class Trainer:
         stream = closing(self._training_stream())
         shown = self.world.is_first
         with progress_bar(config, progress.step, shown) as bar, stream as batches:
-            for drawn in group_items(batches, config.accumulate):
+            for drawn in group_items(batches, config.accumulate_steps):
                 losses = self.step(*(self.on_device(batch) for _, batch in drawn))
                 window.add(losses, sum(batch.num_graphs for _, batch in drawn))
                 last = drawn[-1][0]
@@ -300,7 +300,7 @@ class Trainer:
             config.seed,
             config.batch_size,
             config.batch_atoms,
-            self.train_samples.max_shuffle_blocks(config.buffer_blocks),
+            self.train_samples.max_shuffle_blocks(config.shuffle_blocks),
             progress.world_size,
         )
         indices = training_batches(
@@ -311,7 +311,7 @@ class Trainer:
             start=(progress.epoch, progress.offset),
         )
         load = pin_batches(self.train_samples.batch, self.device)
-        left = config.accumulate * (config.steps - progress.step)
+        left = config.accumulate_steps * (config.steps - progress.step)
         return prefetch(
             lambda draw: (draw, load(draw.positions)),
             itertools.islice(indices, min(left, sys.maxsize)),
@@ -345,11 +345,11 @@ class Trainer:
             **{f"val_{name}": value for name, value in result.metrics.items()},
         }
         self.rows.append(row)
-        best = progress.note(float(row[f"val_{config.best_by}"]), config.best_by)
+        best = progress.note(float(row[f"val_{config.monitor}"]), config.monitor)
         if not self.world.is_first:
             return
         log.info("%s", ", ".join(f"{k} {format_short(v)}" for k, v in row.items()))
-        if best or config.export == "last":
+        if best or config.export_weights == "last":
             save_student(
                 self.folder, self.learner, self.averaged_student, self._provenance()
             )

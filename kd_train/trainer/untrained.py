@@ -75,7 +75,7 @@ def require_trained_outputs(
     ------
     SpecError
         Energies or forces of the student would stay untrained although their weight
-        is not 0, or a balance refers to an L0 that is always 0.
+        is not 0, or a target ratio refers to an L0 that is always 0.
     """
     trained = {output: _is_trained(config, counts, output) for output in OUTPUTS}
     if not any(trained.values()):
@@ -110,7 +110,9 @@ def _is_trained(config: TrainConfig, counts: LabelCounts, output: str) -> bool:
     terms = _terms(config)
     if any(output in load_strategy(name).trains for name in terms):
         return True
-    targets = counts.count(output) or config.loss.teacher_labels or "vanilla1" in terms
+    targets = (
+        counts.count(output) or config.loss.pseudo_label_weight or "vanilla1" in terms
+    )
     return bool(targets and _weight(config, output))
 
 
@@ -163,13 +165,13 @@ def _require_l0(config: TrainConfig, counts: LabelCounts) -> None:
     """Refuse to balance terms against an L0 that is always zero."""
     loss = config.loss
     labels = any(counts.count(o) and _weight(config, o) for o in OUTPUTS)
-    if config.distill.balance and config.strategies:
-        if labels or loss.teacher_labels:
+    if config.distill.target_ratio and config.strategies:
+        if labels or loss.pseudo_label_weight:
             return
         raise SpecError(
-            "distill.balance holds the terms at a fraction of L0, which is always 0 "
-            f"because train_split {counts.name!r} has no labels for it; omit "
-            "distill.balance or set loss.teacher_labels=1."
+            "distill.target_ratio holds the terms at a fraction of L0, which is always "
+            f"0 because train_split {counts.name!r} has no labels for it; omit "
+            "distill.target_ratio or set loss.pseudo_label_weight=1."
         )
 
 
@@ -196,7 +198,7 @@ def _check_untrained(
     raise SpecError(
         f"train_split: {name!r} has no reference {plural}, and no term of the loss "
         f"replaces them, so the {plural} of the student would stay random; set "
-        f"loss.teacher_labels=1, add vanilla1 to the strategy, "
+        f"loss.pseudo_label_weight=1, add vanilla1 to the strategy, "
         f"{gradient if output == 'forces' else ''}or set "
         f"loss.{_key(output)}_weight=0 if you do not need them."
     )
@@ -218,7 +220,7 @@ def _warn_of_gradient(config: TrainConfig, counts: LabelCounts, output: str) -> 
 
 def _warn_of_gaps(config: TrainConfig, counts: LabelCounts) -> None:
     """Warn of the number of samples that L0 skips."""
-    if config.loss.teacher_labels or not counts.exact:
+    if config.loss.pseudo_label_weight or not counts.exact:
         return
     gaps = [
         f"{counts.samples - counts.count(output)} have no reference {noun}"
@@ -228,7 +230,7 @@ def _warn_of_gaps(config: TrainConfig, counts: LabelCounts) -> None:
     if gaps:
         log.warning(
             "train_split: of the %d samples of %r, %s; L0 skips these samples, and "
-            "loss.teacher_labels=1 adds pseudo-labels from the teacher",
+            "loss.pseudo_label_weight=1 adds pseudo-labels from the teacher",
             counts.samples,
             counts.name,
             " and ".join(gaps),

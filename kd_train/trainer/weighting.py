@@ -31,9 +31,9 @@ def schedule_factor(schedule: LambdaSchedule, step: int, steps: int) -> float:
 class Weighting:
     """Weight in force of every distillation term.
 
-    The configured weight times the schedule's factor. With ``balance`` also times one
-    common factor that brings the terms together to that fraction of L0 by running means
-    of both; the first step, before there are any, is one without distillation.
+    The configured weight times the schedule's factor. With ``target_ratio`` also times
+    one common factor that brings the terms together to that fraction of L0 by running
+    means of both; the first step, before there are any, is one without distillation.
     """
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
@@ -41,7 +41,7 @@ class Weighting:
         self._fixed = {
             name: term_weight(config.distill, name) for name in config.strategies
         }
-        self._balance = config.distill.balance if self._fixed else None
+        self._balance = config.distill.target_ratio if self._fixed else None
         # L0, and the terms by their configured weights.
         self._means = torch.zeros(2, dtype=torch.float64, device=device)
 

@@ -136,7 +136,8 @@ def _record(progress: BuildStatus, block: Block, filled: BlockResult) -> None:
         if progress.smaller_passes == 1:
             log.warning(
                 "%s: %s; its last bits may differ for that, and a lower "
-                "teacher.batch_atoms or teacher.batch_gib spares new stores the loss",
+                "teacher.batch_atoms or teacher.max_batch_gib spares new stores the "
+                "loss",
                 block,
                 note,
             )

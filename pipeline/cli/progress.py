@@ -18,6 +18,12 @@ _MOMENT_S = 2.0
 _GOES_ON = "the same command goes on where it stopped"
 
 
+def log_path(store: Path | str) -> Path:
+    """Return the path of the log file of ``store``, which is in the same folder."""
+    path = Path(store)
+    return path.with_name(f"{path.name}.log")
+
+
 @contextmanager
 def build_progress(store: Path, label: str = "") -> Iterator[tuple["Bar", BuildStatus]]:
     """A bar, a status file beside the store, and an end of the process on a signal.

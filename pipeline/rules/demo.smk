@@ -30,7 +30,7 @@ rule demo_student:
         "kd-train --cache {params.store} --strategy {wildcards.strategy} "
         "--student {params.student} --config {input.config} --seed {wildcards.seed} "
         "--steps {wildcards.steps} --threads {threads} --out $(dirname {output.metrics}) "
-        "--auto-resume > {log} 2>&1"
+        "--resume auto > {log} 2>&1"
 
 
 rule demo:

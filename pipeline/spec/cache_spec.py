@@ -1,8 +1,8 @@
 """``CacheSpec``: what a store is made of, read from ``cache_specs/*.yaml``."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field as Key
 from pydantic import field_validator
@@ -13,6 +13,7 @@ from pipeline.files.globs import glob_matches, is_glob
 from pipeline.files.remote import is_url, refuse_credentials
 from pipeline.spec.formats import FORMATS
 from pipeline.spec.reference_energies import read_reference_energies
+from pipeline.spec.renamed_keys import rename_keys
 from pipeline.spec.units_spec import UnitsSpec
 from pipeline.spec.yaml_model import (
     ClosedModel,
@@ -33,6 +34,8 @@ Scalar = bool | int | float | str
 
 class TeacherSpec(ClosedModel):
     """Which network is run, and how."""
+
+    earlier_keys: ClassVar[Mapping[str, str]] = {"batch_gib": "max_batch_gib"}
 
     model: str = Key(
         description="gemnet_oc | painn | schnet | sevennet | chgnet | mace | fairchem "
@@ -57,7 +60,7 @@ class TeacherSpec(ClosedModel):
         "ema", description="moving average where the file has one, or the last step's"
     )
     batch_atoms: int = Key(2048, ge=1, description="atoms in one forward pass at most")
-    batch_gib: float = Key(
+    max_batch_gib: float = Key(
         4.0, gt=0, description="memory of one forward pass at most, by an estimate"
     )
 
@@ -74,6 +77,10 @@ class RattleSpec(ClosedModel):
 
 class SplitSpec(ClosedModel):
     """One dataset, stored as one group."""
+
+    earlier_keys: ClassVar[Mapping[str, str]] = {
+        "compare_energies": "check_energy_kind"
+    }
 
     format: str = Key(
         description=f"{' | '.join(FORMATS.built_in)} | the name of an installed "
@@ -115,7 +122,7 @@ class SplitSpec(ClosedModel):
         description="per_element (least squares) | none | FILE, a JSON or YAML map "
         "from element to eV; kept beside the labels",
     )
-    compare_energies: bool = Key(
+    check_energy_kind: bool = Key(
         True, description="false: may have another kind of energy than other splits"
     )
     on_bad_sample: Literal["fail", "skip"] = Key(
@@ -194,12 +201,14 @@ class SplitSpec(ClosedModel):
 class FeatureSpec(ClosedModel):
     """How one field is stored."""
 
+    earlier_keys: ClassVar[Mapping[str, str]] = {"error": "max_relative_error"}
+
     profile: Literal["faithful", "q8", "compact"] = Key(
         "faithful",
         description="faithful: as computed, in dtype | q8: int8 and a scale for every "
         "atom, a quarter of float32 | compact: compressed to the stated error",
     )
-    error: float | None = Key(
+    max_relative_error: float | None = Key(
         None,
         gt=0,
         lt=1,
@@ -218,7 +227,8 @@ class FeatureSpec(ClosedModel):
         """Error that ``compact`` is to keep; None for the other profiles."""
         if self.profile != "compact":
             return None
-        return COMPACT_ERROR if self.error is None else self.error
+        error = self.max_relative_error
+        return COMPACT_ERROR if error is None else error
 
 
 class StoreSpec(ClosedModel):
@@ -267,8 +277,8 @@ def load_spec(
         environment variable is unset, or a named file does not exist.
     """
     path = Path(path)
-    document = read_yaml(path)
-    apply_overrides(document, overrides)
+    document = rename_keys(CacheSpec, read_yaml(path), str(path))
+    apply_overrides(document, overrides, CacheSpec)
     if out is not None and isinstance(document.setdefault("store", {}), dict | None):
         document["store"] = {**(document["store"] or {}), "path": str(out)}
     spec = validate(CacheSpec, document, str(path))
@@ -369,10 +379,10 @@ def _check_profile(name: str, feature: FeatureSpec) -> None:
             f"features.{name}: dtype is for profile faithful, {feature.profile} has "
             "integers of its own; remove one of the two."
         )
-    if feature.profile != "compact" and feature.error is not None:
+    if feature.profile != "compact" and feature.max_relative_error is not None:
         raise SpecError(
-            f"features.{name}.error is for profile compact; {feature.profile} has the "
-            "error that it has, so remove it."
+            f"features.{name}.max_relative_error is for profile compact; the error of "
+            f"{feature.profile} is given, so remove the key."
         )
     if feature.profile != "faithful" and None not in FIELDS[name].shape:
         raise SpecError(

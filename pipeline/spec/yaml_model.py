@@ -6,16 +6,16 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
-from pydantic_core.core_schema import ValidationInfo
+from pydantic import BaseModel, ValidationError
 
 from pipeline.errors import SpecError
 from pipeline.files.strict_json import parse_json
+from pipeline.spec.closed_model import ClosedModel, is_model, without_none
 from pipeline.spec.plain_yaml import RepeatedKey, parse_value, parse_yaml
+from pipeline.spec.renamed_keys import rename_keys, rename_setting
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}|\$(\w+)")
 _WANTED = {
@@ -25,25 +25,6 @@ _WANTED = {
 }
 # Characters of a value in a message.
 _SHOWN = 200
-# Integers beyond have no place in arrays, generators and files.
-_LARGEST = 2**63 - 1
-
-
-class ClosedModel(BaseModel):
-    """A document part that refuses unknown keys and cannot change once read.
-
-    Where a number is wanted, booleans and text are refused, and so are integers that
-    do not fit into 64 bits. Only ``true`` and ``false`` are booleans.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _plain_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        assert info.field_name is not None
-        _check_numbers(cls.model_fields[info.field_name].annotation, value)
-        return value
 
 
 Document = TypeVar("Document", bound=ClosedModel)
@@ -96,10 +77,20 @@ def read_json_map(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def apply_overrides(document: dict[str, Any], overrides: Iterable[str]) -> None:
-    """Set ``a.b.c=value`` entries in place; values are read by `parse_value`."""
+def apply_overrides(
+    document: dict[str, Any],
+    overrides: Iterable[str],
+    model: type[BaseModel] | None = None,
+) -> None:
+    """Set ``a.b.c=value`` entries in place; `parse_value` reads the values.
+
+    ``document`` has the names of today, and so have the keys that are set: ``model``
+    knows the earlier names of both.
+    """
     for override in overrides:
         dotted, equals, text = override.partition("=")
+        if model is not None:
+            dotted = rename_setting(model, dotted, "--set")
         *parents, last = dotted.split(".")
         if not equals or not all((*parents, last)):
             raise SpecError(f"--set {override!r} must look like key.subkey=value.")
@@ -125,8 +116,13 @@ def apply_overrides(document: dict[str, Any], overrides: Iterable[str]) -> None:
 
 
 def validate(model: type[Document], data: Mapping[str, Any], where: str) -> Document:
-    """``data`` as ``model``; the first thing wrong becomes one SpecError sentence."""
+    """Read ``data`` as ``model``; the first fault becomes one SpecError sentence.
+
+    Earlier names of keys are read with a warning.
+    """
     try:
+        if isinstance(data, Mapping):
+            data = rename_keys(model, data, where)
         return model.model_validate(data)
     except ValidationError as failure:
         error = failure.errors()[0]
@@ -208,62 +204,16 @@ def expand_text(text: str, key: str) -> str:
     return _VARIABLE.sub(value, text)
 
 
-def _check_numbers(annotation: Any, value: Any) -> None:
-    """Raise ValueError for what is no number where ``annotation`` wants one."""
-    kinds = [kind for kind in _alternatives(annotation) if kind is not type(None)]
-    if value is None or len(kinds) != 1:
-        return
-    (kind,) = kinds
-    if kind is bool and not isinstance(value, bool):
-        raise ValueError("true or false is wanted")
-    if kind in (int, float):
-        _check_number(value)
-    elif get_origin(kind) is tuple and isinstance(value, list | tuple):
-        for item in value:
-            _check_numbers(get_args(kind)[0], item)
-    elif get_origin(kind) is dict and isinstance(value, Mapping):
-        for item in value.values():
-            _check_numbers(get_args(kind)[1], item)
-
-
-def _check_number(value: Any) -> None:
-    if isinstance(value, bool | str):
-        raise ValueError("a plain decimal number is wanted")
-    if isinstance(value, int) and abs(value) > _LARGEST:
-        raise ValueError(f"the number is too large, {_LARGEST} is the largest")
-
-
-def _alternatives(annotation: Any) -> tuple[Any, ...]:
-    """Kinds that ``annotation`` allows, without what annotates them."""
-    if get_origin(annotation) is Annotated:
-        return _alternatives(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, UnionType):
-        return tuple(k for a in get_args(annotation) for k in _alternatives(a))
-    return (annotation,)
-
-
 def _known_keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
     """Keys allowed at ``location``, following nested models and mappings of models."""
     current: Any = model
     for part in location:
-        if _is_model(current):
+        if is_model(current):
             field = current.model_fields.get(part)
-            current = None if field is None else _without_none(field.annotation)
+            current = None if field is None else without_none(field.annotation)
         elif get_origin(current) is dict:
             current = get_args(current)[1]
-    return list(current.model_fields) if _is_model(current) else []
-
-
-def _is_model(annotation: Any) -> bool:
-    plain = isinstance(annotation, type) and get_origin(annotation) is None
-    return plain and issubclass(annotation, BaseModel)
-
-
-def _without_none(annotation: Any) -> Any:
-    """``X`` of ``X | None``; anything else unchanged."""
-    if get_origin(annotation) is not UnionType:
-        return annotation
-    return next(a for a in get_args(annotation) if a is not type(None))
+    return list(current.model_fields) if is_model(current) else []
 
 
 def as_json(value: Any) -> Any:

@@ -145,7 +145,7 @@ def test_the_calculator_goes_by_what_the_student_keeps(student: Path) -> None:
 def test_energies_without_references_list_their_elements_too(tmp_path: Path) -> None:
     """A8: nothing but the list tells which elements were there."""
     store = store_of(tmp_path, train=waters(16), val=waters(4, name="v"))
-    config = plain(normalizer="unit")
+    config = plain(normalizer="none")
     make_run(store, tmp_path / "run", config).train(resume=False)
     calc = StudentCalculator(tmp_path / "run", device="cpu")
     assert calc.reference_energies() == {}

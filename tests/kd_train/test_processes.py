@@ -102,7 +102,12 @@ def _arguments(store: FeatureStore, out: Path, *more: object) -> list[object]:
     settings = [
         f"student.hyperparameters.{k}={v}" for k, v in STUDENTS[STUDENT].items()
     ]
-    settings += ["batch_size=8", "accumulate=2", "eval_every=4", "distill.balance=0.5"]
+    settings += [
+        "batch_size=8",
+        "accumulate_steps=2",
+        "eval_every=4",
+        "distill.target_ratio=0.5",
+    ]
     flags = [part for setting in settings for part in ("--set", setting)]
     return [
         *("--cache", store.path, "--out", out, "--student", STUDENT),

@@ -17,8 +17,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 from kd_train.cli.evaluate import eval_main
+from kd_train.cli.report import report_main
 from kd_train.cli.train import main as train_main
-from kd_train.cli.train import report_main
 from kd_train.config.recipe import apply_recipe
 from kd_train.config.train_config import TrainConfig, load_config
 from kd_train.report import figures
@@ -204,7 +204,7 @@ def commanded(words, teacher=None):
 
 ODD = {
     "batch_size": 32,
-    "loss": {"force_error": "l2", "teacher_labels": 0.5},
+    "loss": {"force_loss": "l2", "pseudo_label_weight": 0.5},
     "optimizer": {"lr": 1e-3, "eps": 1e-7, "clip_norm": 10.0, "weight_decay": 2e-6},
     "schedule": {"kind": "cosine", "warmup_steps": 3750, "milestones": []},
     "distill": {"n2n": 100.0, "vanilla1": 1.0},
@@ -540,8 +540,8 @@ def test_partial_keeps_the_plain_student_where_all_runs_differ(tmp_path, order):
     ("processes", "config", "batch"),
     [
         (4, {}, "128 samples"),
-        (None, {"accumulate": 2}, "64 samples"),
-        (2, {"batch_size": 8, "accumulate": 3}, "48 samples"),
+        (None, {"accumulate_steps": 2}, "64 samples"),
+        (2, {"batch_size": 8, "accumulate_steps": 3}, "48 samples"),
         (3, {"batch_atoms": 1000}, "3000 atoms"),
     ],
 )

@@ -148,7 +148,7 @@ def test_export_has_exactly_the_plain_architecture(finished: Path) -> None:
 def test_export_of_the_last_step_is_the_average(
     small_store: FeatureStore, tmp_path: Path
 ) -> None:
-    run = make_run(small_store, tmp_path, distilling(steps=4, export="last"))
+    run = make_run(small_store, tmp_path, distilling(steps=4, export_weights="last"))
     run.train(resume=False)
     exported = load_file(tmp_path / "student.safetensors")
     averaged = run.average.module["student"].state_dict()

@@ -24,8 +24,8 @@ GRID: dict[str, Any] = {
     "seeds": [0, 4],
     "variants": {
         "paper": {},
-        "balanced": {"distill": {"balance": 0.3}},
-        "slow": {"optimizer.lr": 0.1, "distill.balance": 0.2},
+        "balanced": {"distill": {"target_ratio": 0.3}},
+        "slow": {"optimizer.lr": 0.1, "distill.target_ratio": 0.2},
     },
 }
 
@@ -65,7 +65,7 @@ def test_the_grid_is_the_product(tmp_path: Path) -> None:
             run.variant,
             run.config.distill.v2v,
             run.config.distill.n2n,
-            run.config.distill.balance,
+            run.config.distill.target_ratio,
             run.config.optimizer.lr,
         )
         for run in sweep.runs
@@ -129,7 +129,10 @@ def test_shipped_sweeps_expand(path: Path) -> None:
             ["settings", "'distill.weights.n2n'", "weights decides"],
         ),
         ({"settings": {"optimizer": 3}}, ["optimizer"]),
-        ({"settings": {"distill.blance": 3}}, ["distill.blance", "'balance'"]),
+        (
+            {"settings": {"distill.target_rato": 3}},
+            ["distill.target_rato", "'target_ratio'"],
+        ),
         ({"config": "absent.yaml"}, ["absent.yaml does not exist"]),
         ({"store": "${NOT_SET}/a.zarr"}, ["NOT_SET"]),
         ({"gpus": 2}, ["gpus"]),
@@ -186,7 +189,7 @@ def test_what_the_store_does_not_allow_is_one_sentence(
             '({} and {"cutoff": 4.0})',
         ),
         ({"a": {}, "b": {"batch_size": 6}}, "'batch_size' (5 and 6)"),
-        ({"a": {}, "b": {"accumulate": 2}}, "'accumulate' (1 and 2)"),
+        ({"a": {}, "b": {"accumulate_steps": 2}}, "'accumulate_steps' (1 and 2)"),
         ({"a": {}, "b": {"batch_atoms": 99}}, "'batch_atoms' (None and 99)"),
         ({"a": {}, "b": {"patience": 3}}, "'patience'"),
         # The recipes' steps and batches differ, though the file names neither.
@@ -210,8 +213,8 @@ def test_what_the_report_compares_is_no_reason_to_refuse(
     small_store: FeatureStore, tmp_path: Path
 ) -> None:
     variants = {
-        "a": {"batch_size": 6, "accumulate": 2},
-        "b": {"batch_size": 4, "accumulate": 3, "export": "last"},
+        "a": {"batch_size": 6, "accumulate_steps": 2},
+        "b": {"batch_size": 4, "accumulate_steps": 3, "export_weights": "last"},
         "c": {"batch_size": 12, "test_split": "val", "optimizer.lr": 0.1},
     }
     path = _write(tmp_path, _on_store(small_store, {"variants": variants}))
@@ -280,11 +283,11 @@ def test_variants_by_training_split_need_students_that_no_data_shapes(
 def test_labels_of_a_teacher_that_never_ran_are_refused(
     labels_store: FeatureStore, tmp_path: Path
 ) -> None:
-    variants = {"a": {}, "b": {"loss.teacher_labels": 0.5}}
+    variants = {"a": {}, "b": {"loss.pseudo_label_weight": 0.5}}
     changes = {"strategies": ["none"], "variants": variants}
     path = _write(tmp_path, _on_store(labels_store, changes))
     sentence = refusal(main, ["list", path])
-    assert "run painn-small-demo-none-b-s0: loss.teacher_labels needs" in sentence
+    assert "run painn-small-demo-none-b-s0: loss.pseudo_label_weight needs" in sentence
 
 
 def test_the_list_tells_what_is_skipped_and_why(

@@ -39,7 +39,9 @@ def _arguments(store: Path, out: Path, *more: object) -> list[object]:
 
 def test_trains_from_a_staged_copy(small_store: FeatureStore, tmp_path: Path) -> None:
     near = _arguments(small_store.path, tmp_path / "near")
-    far = _arguments(small_store.path, tmp_path / "far", "--stage", tmp_path / "stage")
+    far = _arguments(
+        small_store.path, tmp_path / "far", "--local-copy", tmp_path / "stage"
+    )
     for arguments in (near, far):
         assert run_command(main, arguments).exit_code == 0
     (copy,) = (tmp_path / "stage").glob("small-*.zarr")

@@ -95,7 +95,7 @@ REFUSED: list[tuple[Any, tuple[str, ...], list[str]]] = [
     ({"steps": "many"}, (), ["steps", "'many'"]),
     ({"batch_size": 2.5}, (), ["batch_size", "2.5"]),
     ({"batch_atoms": 0}, (), ["batch_atoms", "0"]),
-    ({"buffer_blocks": 0}, (), ["buffer_blocks", "0"]),
+    ({"shuffle_blocks": 0}, (), ["shuffle_blocks", "0"]),
     ({"loader_threads": 0}, (), ["loader_threads", "0"]),
     ({"train_split": "a+b+a"}, (), ["train_split", "a+b+a", "once"]),
     ({"seed": -1}, (), ["seed", "-1"]),

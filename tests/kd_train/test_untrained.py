@@ -103,14 +103,15 @@ def _arguments(
 
 NOTHING = (
     "train_split: 'bare' has no reference labels, {}; join a split with labels to "
-    "train_split, set loss.teacher_labels=1, add vanilla1 to the strategy, or, if "
+    "train_split, set loss.pseudo_label_weight=1, add vanilla1 to the strategy, or, if "
     "the file has labels under other names, set energy_key and forces_key of the "
     "split."
 )
 NO_FORCES = (
     "train_split: 'bare' has no reference forces, and no term of the loss replaces "
-    "them, so the forces of the student would stay random; set loss.teacher_labels=1, "
-    "add vanilla1 to the strategy, set student.hyperparameters.direct_forces=false to "
+    "them, so the forces of the student would stay random; set "
+    "loss.pseudo_label_weight=1, add vanilla1 to the strategy, set "
+    "student.hyperparameters.direct_forces=false to "
     "take forces as the gradient of the energy, or set loss.force_weight=0 if you do "
     "not need them."
 )
@@ -170,8 +171,8 @@ def _train(arguments: list[Any], sentence: str) -> None:
     ("split", "changes", "words"),
     [
         ("full", {}, ""),
-        ("bare", {"loss": {"teacher_labels": 1}}, ""),
-        ("bare", {"strategy": "n2n", "loss": {"teacher_labels": 0.1}}, ""),
+        ("bare", {"loss": {"pseudo_label_weight": 1}}, ""),
+        ("bare", {"strategy": "n2n", "loss": {"pseudo_label_weight": 0.1}}, ""),
         (
             "bare",
             {"strategy": "vanilla1", "distill": {"vanilla1": 0}},
@@ -179,7 +180,11 @@ def _train(arguments: list[Any], sentence: str) -> None:
         ),
         ("bare", {"strategy": "vanilla1", "loss": {"force_weight": 0}}, ""),
         ("bare", {"strategy": "vanilla2", "loss": {"force_weight": 0}}, ""),
-        ("bare", {"strategy": "vanilla1", "distill": {"balance": 0.1}}, "balance"),
+        (
+            "bare",
+            {"strategy": "vanilla1", "distill": {"target_ratio": 0.1}},
+            "target_ratio",
+        ),
         ("energies", {}, "no reference forces"),
         ("energies", {"strategy": "n2n+v2v"}, "no reference forces"),
         ("energies", {"strategy": "vanilla1"}, ""),
@@ -237,7 +242,7 @@ def test_samples_that_l0_leaves_out_are_counted(
         "energy and 12 have no reference forces; L0 skips these samples"
     ) in caplog.text
     caplog.clear()
-    _run(store, tmp_path, "full+bare", loss={"teacher_labels": 1})
+    _run(store, tmp_path, "full+bare", loss={"pseudo_label_weight": 1})
     _run(store, tmp_path, "full")
     assert "no reference" not in caplog.text
     _run(store, tmp_path, "energies", loss={"force_weight": 0})
