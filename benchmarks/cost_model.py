@@ -28,33 +28,41 @@ class Constant:
 CONSTANTS = {
     "atoms": Constant(73.0, "atoms a sample", "OC20-2M: 146 M atoms, 2 M frames"),
     "row_bytes": Constant(
-        4664.0, "bytes an atom", "docs/benchmarks.md, gemnet_oc20 with float16"
+        4664.0, "bytes an atom", "measurements/benchmarks.md, gemnet_oc20 with float16"
     ),
     "teacher_rate": Constant(
         76.0, "samples/s, one GPU", "the paper, GemNet-OC on its GPU"
     ),
     "overhead": Constant(
-        1.04, "× teacher's time", "docs/benchmarks.md: 1.01 to 1.04 on a CPU"
+        1.04, "× teacher's time", "measurements/benchmarks.md: 1.01 to 1.04 on a CPU"
     ),
-    "plan_ms": Constant(0.6, "core ms a sample", "docs/scaling.md, OC20 LMDB"),
-    "seal_gb": Constant(3.9, "GB/s a core", "hashing, docs/scaling.md"),
-    "verify_gb": Constant(0.45, "GB/s a core", "decoding and checks, docs/scaling.md"),
+    "plan_ms": Constant(0.6, "core ms a sample", "measurements/scaling.md, OC20 LMDB"),
+    "seal_gb": Constant(3.9, "GB/s a core", "hashing, measurements/scaling.md"),
+    "verify_gb": Constant(
+        0.45, "GB/s a core", "decoding and checks, measurements/scaling.md"
+    ),
     "pass_processes": Constant(
         1.0, "processes", "a choice: that plan, seal and verify (pass_workers)"
     ),
     "disk_gb": Constant(1.0, "GB/s read", "one disk; a parallel file system has more"),
     "write_mb": Constant(
-        318.0, "MB/s, one job", "docs/store_benchmarks.md, 40 000 samples, synced"
+        318.0,
+        "MB/s, one job",
+        "measurements/store_benchmarks.md, 40 000 samples, synced",
     ),
     "block_rows": Constant(131072.0, "atoms a block", "cache_specs/gemnet_oc20.yaml"),
     "block_files": Constant(
         15.0, "files a block", "14 arrays of gemnet_oc20 and a commit record"
     ),
     "index_bytes": Constant(
-        58.0, "bytes a sample", "docs/store_benchmarks.md, reader's index in memory"
+        58.0,
+        "bytes a sample",
+        "measurements/store_benchmarks.md, reader's index in memory",
     ),
     "job_bytes": Constant(
-        280.0, "bytes a sample", "docs/scaling.md: own memory of planning and filling"
+        280.0,
+        "bytes a sample",
+        "measurements/scaling.md: own memory of planning and filling",
     ),
     "blocks_in_memory": Constant(2.0, "blocks", "pipeline/build/fill.py, on a GPU"),
     "program_gb": Constant(

@@ -21,7 +21,7 @@ import torch
 from kd_train.config.train_config import load_config
 from kd_train.loader.choose_split import stored_widths
 from kd_train.loader.data import CachedSamples
-from kd_train.strategies import REGISTRY
+from kd_train.strategies import load_strategy
 from kd_train.trainer.trainer import Trainer
 from pipeline.models.checkpoint import load_checkpoint
 from pipeline.store.reader import FeatureStore
@@ -62,7 +62,7 @@ def main(
             field in stored
             for part in name.split("+")
             if part != "none"
-            for field in REGISTRY[part].fields
+            for field in load_strategy(part).fields
         )
     ]
     runs: dict[str, Trainer] = {}

@@ -157,7 +157,7 @@ def draws(run: Trainer) -> Iterator[Positions]:
     split, config = run.train_samples.split, run.config
     blocks = [split.block_positions(block) for block in range(split.n_blocks)]
     rule = SamplerConfig(
-        config.seed, config.batch_size, config.batch_atoms, config.buffer_blocks
+        config.seed, config.batch_size, config.batch_atoms, config.shuffle_blocks
     )
     for draw in training_batches(blocks, split.n_atoms, rule):
         yield draw.positions

@@ -49,7 +49,7 @@ def batches(count: int, block: int, buffer: int) -> Iterator[Ints]:
     starts = range(0, count, block)
     blocks = [range(start, min(start + block, count)) for start in starts]
     ones = np.ones(count, np.int64)
-    rule = SamplerConfig(0, BATCH_SIZE, buffer_blocks=buffer)
+    rule = SamplerConfig(0, BATCH_SIZE, shuffle_blocks=buffer)
     for epoch in range(EPOCHS):
         yield from epoch_batches(blocks, ones, rule, epoch, 0)
 
@@ -115,7 +115,7 @@ def train(
     curves: dict[str, list[list[dict[str, float]]]] = {name: [] for name in choices}
     for seed, (name, buffer) in itertools.product(seeds.split(","), choices.items()):
         flags = {"student.preset": student, "steps": steps, "seed": int(seed)}
-        flags |= {"buffer_blocks": buffer, "eval_every": steps // 4}
+        flags |= {"shuffle_blocks": buffer, "eval_every": steps // 4}
         chosen = load_config(config, flags, ())
         folder = out / f"buffer{buffer}-s{seed}"
         folder.mkdir(parents=True, exist_ok=True)

@@ -247,7 +247,7 @@ def epoch(folder: Path, workers: int) -> Measured:
         "epoch, in one block's window": 1,
     }
     for number, (name, window) in enumerate(names.items()):
-        rule = SamplerConfig(0, BATCH, buffer_blocks=window)
+        rule = SamplerConfig(0, BATCH, shuffle_blocks=window)
         batches = epoch_batches(blocks, split.n_atoms, rule, number, 0)
         found |= clock.lap("order of an epoch")
         for positions in batches:

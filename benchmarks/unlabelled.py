@@ -54,7 +54,7 @@ class Row:
         """What ``kd-train`` is told of it, weights of the terms excepted."""
         chosen = ["--strategy", self.strategy, "--set", f"train_split={self.split}"]
         if self.teacher_labels:
-            chosen += ["--set", f"loss.teacher_labels={self.teacher_labels:g}"]
+            chosen += ["--set", f"loss.pseudo_label_weight={self.teacher_labels:g}"]
         return chosen
 
     def alone(self, term: str) -> "Row":

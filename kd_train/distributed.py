@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 
-# A process waits so long for one that is busy or gone before it gives up.
+# Time to wait for a process that is busy or gone.
 _TIMEOUT = timedelta(minutes=10)
-# So long a broken connection may come before word of the error that broke it.
+# A broken connection may be noticed this long before the error that broke it.
 _GRACE_SECONDS = 5.0
 _LOOK_SECONDS = 0.2
 _FAILED_KEY = "kd_train/failed"
@@ -35,7 +35,7 @@ _STATUS = 2
 
 @dataclass(frozen=True)
 class World:
-    """One of ``size`` processes; methods are to be called by all of them together."""
+    """One of ``size`` processes of a run, all of which call a method together."""
 
     rank: int = 0
     size: int = 1
@@ -43,11 +43,11 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this process writes files and talks to the user."""
+        """Whether this process writes files and prints messages."""
         return self.rank == 0
 
     def all_sum(self, values: "Tensor") -> "Tensor":
-        """Sum of the processes' ``values``, on each of them, bit for bit the same."""
+        """Return the sum of ``values`` over processes, bit for bit the same on each."""
         if self.size == 1:
             return values
         import torch.distributed as dist
@@ -57,7 +57,10 @@ class World:
         return values
 
     def all_gather(self, rows: "Tensor") -> "list[Tensor]":
-        """``rows`` (n, ...) of every process, in order of rank; n may differ."""
+        """Return ``rows`` (n, ...) of every process in order of rank.
+
+        The length n may differ between processes.
+        """
         if self.size == 1:
             return [rows]
         import torch
@@ -80,12 +83,12 @@ class World:
         ]
 
     def barrier(self) -> None:
-        """Go on when all processes have come here."""
+        """Wait until all processes have called this method."""
         # A barrier of the library's own would have to choose a device.
         self.gather_text("here")
 
     def gather_text(self, text: str) -> list[str]:
-        """``text`` of every process, in order of rank."""
+        """Return ``text`` of every process, in order of rank."""
         if self.size == 1:
             return [text]
         import torch
@@ -94,7 +97,7 @@ class World:
         return [bytes(part.tolist()).decode() for part in self.all_gather(content)]
 
     def require_equal(self, text: str, what: str) -> None:
-        """Refuse to go on unless ``text`` is the same in all processes.
+        """Refuse to continue unless ``text`` is the same in all processes.
 
         Raises
         ------
@@ -105,8 +108,8 @@ class World:
         for rank, other in enumerate(found):
             if other != found[0]:
                 raise PipelineError(
-                    f"{what} are not the same for processes 0 and {rank}; let all "
-                    "processes see the same files, with one version of the code."
+                    f"{what} differ between processes 0 and {rank}; give all "
+                    "processes the same files and one version of the code."
                 )
 
 
@@ -120,7 +123,7 @@ def interleave(parts: Sequence[Sequence[Item]]) -> list[Item]:
 
 
 def read_world(environment: Mapping[str, str]) -> World:
-    """The process that a launcher's variables describe.
+    """Read the process that a launcher's variables describe.
 
     ``WORLD_SIZE``, ``RANK`` and ``LOCAL_RANK``, as ``torchrun`` sets them; without the
     first there is one process.
@@ -137,8 +140,8 @@ def read_world(environment: Mapping[str, str]) -> World:
     local_rank = _number(environment, "LOCAL_RANK")
     if size < 1 or not 0 <= rank < size or local_rank < 0:
         raise SpecError(
-            f"WORLD_SIZE={size}, RANK={rank} and LOCAL_RANK={local_rank} do not fit "
-            "together; start kd-train with torchrun."
+            f"WORLD_SIZE={size}, RANK={rank} and LOCAL_RANK={local_rank} are "
+            "inconsistent; start kd-train with torchrun."
         )
     return World(rank, size, local_rank)
 
@@ -152,15 +155,15 @@ def _number(
     except ValueError:
         found = "not set" if value is None else f"{value!r}"
         raise SpecError(
-            f"{name} is {found}; it has to be a number, start kd-train with torchrun "
+            f"{name} is {found}, but must be a number; start kd-train with torchrun "
             "or set WORLD_SIZE, RANK, LOCAL_RANK, MASTER_ADDR and MASTER_PORT."
         ) from None
 
 
 def process_device(world: World, name: str | None) -> str | None:
-    """Device that a process of ``world`` is to use where the user named ``name``.
+    """Choose the device of a process of ``world``; the user named ``name``.
 
-    Every process has the GPU of its ``LOCAL_RANK``; None where the choice is free.
+    Every process has the GPU of its ``LOCAL_RANK``; None if the choice is free.
 
     Raises
     ------
@@ -173,13 +176,14 @@ def process_device(world: World, name: str | None) -> str | None:
 
     if name not in (None, "cuda"):
         raise SpecError(
-            f"--device {name!r} is one GPU for {world.size} processes; leave it out, "
-            "every process takes the one of its LOCAL_RANK."
+            f"--device {name!r} is one GPU for {world.size} processes; omit it, then "
+            "every process uses the GPU of its LOCAL_RANK."
         )
     if world.local_rank >= torch.cuda.device_count():
         raise SpecError(
-            f"Process {world.rank} has LOCAL_RANK={world.local_rank}, but its machine "
-            f"has {torch.cuda.device_count()} GPUs; start fewer processes a machine."
+            f"Process {world.rank} has LOCAL_RANK={world.local_rank}, but its "
+            f"machine has {torch.cuda.device_count()} GPUs; start fewer processes "
+            "per machine."
         )
     torch.cuda.set_device(world.local_rank)
     return f"cuda:{world.local_rank}"
@@ -193,15 +197,15 @@ def _on_gpus(name: str | None) -> bool:
 
 @contextmanager
 def process_group(world: World, device: str | None) -> Iterator[None]:
-    """Let the processes talk to each other inside; the first error ends all of them.
+    """Connect the processes in the context, in which the first error ends all.
 
-    The process that fails first speaks: its error is raised. The others, which may be
-    waiting for it, end with the same exit status and say nothing.
+    The error of the first failing process is raised. The other processes, which may
+    wait for it, end with the same exit status without a message.
 
     Raises
     ------
     PipelineError
-        The others could not be reached.
+        The other processes could not be reached.
     """
     if world.size == 1:
         yield
@@ -216,15 +220,15 @@ def process_group(world: World, device: str | None) -> Iterator[None]:
             _leave(_STATUS)
         atexit.register(_leave, _STATUS if expected else 1)
         raise
-    # Before the first process, which may keep the keys, can be gone.
+    # Before the first process, which may hold the keys, can end.
     watch.stop()
     world.barrier()
     atexit.register(_leave, 0)
 
 
 def _meet(world: World, device: str | None) -> "Store":
-    """Connect the processes; returns the keys and values that they share."""
-    # Where the first process has failed, the loss of its keys is no news.
+    """Connect the processes and return the keys and values that they share."""
+    # If the first process has failed, the loss of its keys needs no message.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     import torch.distributed as dist
 
@@ -242,17 +246,16 @@ def _meet(world: World, device: str | None) -> "Store":
     except (RuntimeError, ValueError) as error:
         reason = (str(error).splitlines() or ["no reason given"])[0]
         raise PipelineError(
-            f"Process {world.rank} of {world.size} did not reach the others "
+            f"Process {world.rank} of {world.size} did not reach the other processes "
             f"({reason}); check MASTER_ADDR and MASTER_PORT."
         ) from error
     return store
 
 
 class _Watch:
-    """Looks for the error of another process, from a thread of its own.
+    """Watches for the error of another process, in a thread.
 
-    Needed where a process waits on a GPU for one that has ended, since nothing else
-    would tell it.
+    A process that waits on a GPU does not notice otherwise that another has ended.
     """
 
     def __init__(self, world: World, store: "Store") -> None:
@@ -268,7 +271,7 @@ class _Watch:
         self._thread.join()
 
     def is_ours(self, *, expected: bool) -> bool:
-        """Whether this process is the first to fail, and so the one to speak.
+        """Return whether this process is the first to fail, and so must report.
 
         An error that is not ``expected`` may be a connection that another one closed,
         whose claim is then waited for.
@@ -283,7 +286,7 @@ class _Watch:
         return owner.decode() == self._rank
 
     def _owner(self) -> str | None:
-        """The process that failed, if any; "" where the keys are gone with theirs."""
+        """Return the process that failed, if any; "" if the keys are gone with it."""
         try:
             if not self._store.check([_FAILED_KEY]):
                 return None
@@ -303,9 +306,9 @@ class _Watch:
 def _leave(status: int) -> None:
     """End this process at once.
 
-    An orderly end may last for ever: whoever frees the last use of the connections
-    holds Python's lock while waiting for a thread of theirs, which wants that lock to
-    free a tensor (seen with gloo in torch 2.13).
+    A normal exit may never end: the thread that frees the last connection holds
+    Python's lock and waits for a thread of the connection. That thread needs the lock
+    to free a tensor (seen with gloo in torch 2.13).
     """
     sys.stdout.flush()
     sys.stderr.flush()

@@ -7,12 +7,22 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from pipeline.console import one_sentence_errors
+from pipeline.console import (
+    FILE,
+    HELP,
+    PATH,
+    PLACE,
+    device_option,
+    json_option,
+    one_sentence_errors,
+    print_result,
+    threads_option,
+    version_option,
+)
 from pipeline.errors import SpecError
 from pipeline.files.atomic import hold_lock
 from pipeline.logs import log_to_file
 from pipeline.parallel.device_choice import choose_device
-from pipeline.spec.formats import FORMATS
 
 if TYPE_CHECKING:
     from kd_train.loader.split import Split
@@ -24,40 +34,91 @@ BATCH_ATOMS = 2048
 MEASURED_SECONDS = 1.0
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("run", type=click.Path(path_type=Path))
-@click.option("--data", required=True, help="Store, or file or folder of a dataset.")
-@click.option("--split", "splits", multiple=True, help="Of a store; default: all.")
-@click.option("--format", type=click.Choice(FORMATS), help="Of a dataset.")
+@click.command(context_settings=HELP)
+@version_option
+@click.argument("run", type=PATH)
+@click.option(
+    "--data",
+    "--store",
+    "data",
+    required=True,
+    type=PLACE,
+    help="Data to evaluate on: a store, or a file or folder of a dataset.",
+)
+@click.option(
+    "--split",
+    "splits",
+    multiple=True,
+    help="Split of a store; may be repeated, and several may be joined with +. "
+    "Default: every split by itself.",
+)
+@click.option(
+    "--format",
+    help="Format of a dataset, as in a spec. Default: by the names of its files.",
+)
 @click.option(
     "--energy",
     type=click.Choice(("adsorption", "total")),
-    help="Which energies of oc20_raw.",
+    help="Kind of energies of oc20_raw. Default: adsorption if .txt files are there.",
 )
-@click.option("--energy-key", help="Name of the energy in a dataset.")
-@click.option("--forces-key", help="Name of the forces in a dataset.")
-@click.option("--gradient-key", help="A gradient; forces are its negative.")
-@click.option("--units", help="Of a dataset: energy=kcal/mol,length=Å,forces=…")
-@click.option("--limit", type=click.IntRange(min=1), help="At most so many samples.")
-@click.option("--every", type=click.IntRange(min=1), default=1, help="Each n-th only.")
-@click.option("--out", type=click.Path(path_type=Path), help="Folder for results.")
-@click.option("--batch-size", type=click.IntRange(min=1), help="Samples in a batch.")
+@click.option(
+    "--energy-key", help="Name of the energy in a dataset. Default: of its format."
+)
+@click.option(
+    "--forces-key", help="Name of the forces in a dataset. Default: of its format."
+)
+@click.option(
+    "--gradient-key",
+    help="Name of a gradient in a dataset, in place of --forces-key; forces are its "
+    "negative. Default: none.",
+)
+@click.option(
+    "--units",
+    help="Units of a dataset: energy=kcal/mol,length=Å,forces=… Default: eV and Å.",
+)
+@click.option(
+    "--limit",
+    type=click.IntRange(min=1),
+    help="Largest number of samples. Default: all of them.",
+)
+@click.option(
+    "--every",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Stride over the samples: N takes each N-th sample.",
+)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="Folder for the results. Default: the results are only printed.",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(min=1),
+    help="Number of samples in a batch. Default: by --batch-atoms.",
+)
 @click.option(
     "--batch-atoms",
     type=click.IntRange(min=1),
     default=BATCH_ATOMS,
     show_default=True,
-    help="Atoms in a batch at most, unless --batch-size is given.",
+    help="Largest number of atoms in a batch, unless --batch-size is given.",
 )
-@click.option("--throughput", is_flag=True, help="Measure samples per second, too.")
-@click.option("--device", help="cpu, cuda, cuda:1; default: a GPU if any.")
-@click.option("--threads", type=click.IntRange(1, 4096), help="CPU threads of torch.")
+@click.option(
+    "--throughput",
+    is_flag=True,
+    help="Measurement of samples per second, in addition. Default: none.",
+)
+@device_option
+@threads_option
 @click.option(
     "--any-element",
     is_flag=True,
-    help="Take samples with elements that the training data lacked.",
+    help="Use of samples with elements that the training data lacked. Default: such "
+    "samples are refused.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, not a table.")
+@json_option
 @one_sentence_errors
 def eval_main(
     run: Path,
@@ -219,23 +280,31 @@ def _read_options(chosen: dict[str, Any]) -> "ReadOptions":
     return ReadOptions(keys["energy"], keys["forces"], keys["gradient"], units)
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("run", type=click.Path(path_type=Path))
+@click.command(context_settings=HELP)
+@version_option
+@click.argument("run", type=PATH)
 @click.option(
     "--out",
     required=True,
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="File, by custom *.pt2.",
+    type=FILE,
+    help="File for the program, usually *.pt2.",
 )
-@click.option("--device", default="cpu", help="That the program runs on.")
+@click.option(
+    "--device",
+    default="cpu",
+    show_default=True,
+    help="Device that the program runs on: cpu, cuda or cuda:1.",
+)
+@json_option
 @one_sentence_errors
-def export_main(run: Path, out: Path, device: str) -> None:
+def export_main(run: Path, out: Path, device: str, as_json: bool) -> None:
     """Write the student in RUN as a program that torch runs without this package."""
     from kd_train.evaluation.export import export_student
     from kd_train.evaluation.load_student import load_student
 
     worst = export_student(load_student(run, choose_device(device)), out)
-    click.echo(
+    text = (
         f"{out}: largest deviation from the model on batches of other sizes "
         f"{worst['energy']:.2g} eV and {worst['forces']:.2g} eV/Å"
     )
+    print_result({"path": str(out), "largest_deviation": worst}, text, as_json)

@@ -1,21 +1,39 @@
-"""``kd-train`` and ``kd-report``. Heavy imports happen inside the commands."""
+"""``kd-train``. Heavy imports happen inside the command."""
 
-import logging
 import os
+from collections.abc import Mapping
 from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import click
 
-from kd_train.config.train_config import STRATEGIES, TrainConfig, load_config
+from kd_train.cli.report import cka_main, report_main
+from kd_train.config.strategy_names import STRATEGIES
+from kd_train.config.train_config import STRATEGY_ALIASES, TrainConfig, load_config
 from kd_train.distributed import World, process_device, process_group, read_world
-from pipeline.console import one_sentence_errors
+from pipeline.console import (
+    HELP,
+    PATH,
+    PLACE,
+    device_option,
+    json_option,
+    one_sentence_errors,
+    print_result,
+    set_option,
+    threads_option,
+    version_option,
+)
 from pipeline.errors import SpecError
 from pipeline.files.atomic import hold_lock
 from pipeline.logs import log_to_file, propagate_warnings
 from pipeline.parallel.device_choice import choose_device
+
+# Programs that were installed earlier look for all of these here.
+__all__ = ["cka_main", "main", "report_main"]
+
+_ALIASES = ", ".join(f"{a} is {b}" for a, b in STRATEGY_ALIASES.items())
 
 
 class _ResumeOptions(NamedTuple):
@@ -26,51 +44,89 @@ class _ResumeOptions(NamedTuple):
     longer: bool
 
 
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.option("--cache", required=True, help="Store: a folder, zip archive or URL.")
+@click.command(context_settings=HELP)
+@version_option
 @click.option(
+    "--cache",
+    "--store",
+    "cache",
+    required=True,
+    type=PLACE,
+    help="Store to train on: a folder, zip archive or URL.",
+)
+@click.option(
+    "--local-copy",
     "--stage",
-    type=click.Path(path_type=Path),
-    help="Local folder to copy the store to first, once, and to train from.",
+    type=PATH,
+    help="Local folder to copy the store to, once, and to train from. Default: none.",
 )
 @click.option(
     "--strategy",
-    help=f"{', '.join(STRATEGIES)}, or several joined with +. Default: none.",
+    help=f"Strategy of distillation: {', '.join(STRATEGIES.built_in)}, an installed "
+    f"plug-in, or several joined with +. {_ALIASES}. Default: none.",
 )
-@click.option("--student", help="painn-small, painn-big, schnet, ...; see the README.")
-@click.option("--config", type=click.Path(path_type=Path), help="YAML configuration.")
-@click.option("--set", "overrides", multiple=True, help="a.b=value in the config.")
-@click.option("--out", type=click.Path(path_type=Path), help="Run folder.")
-@click.option("--resume", is_flag=True, help="Continue the run in --out.")
-@click.option("--auto-resume", is_flag=True, help="Like --resume if there is a run.")
+@click.option(
+    "--student",
+    help="Preset of the student: painn-small, painn-big, schnet, ...; see the README. "
+    "Default: the student that the paper has for the teacher.",
+)
+@click.option(
+    "--config",
+    type=PATH,
+    help="YAML file with the configuration. Default: the built-in values.",
+)
+@set_option
+@click.option(
+    "--out",
+    type=PATH,
+    help="Folder of the run. Default: a new folder in runs/.",
+)
+@click.option(
+    "--resume",
+    is_flag=False,
+    flag_value="always",
+    default="never",
+    show_default=True,
+    type=click.Choice(["never", "auto", "always"]),
+    help="Continuation of the run in --out. auto: if there is a run; without a value: "
+    "always.",
+)
+@click.option("--auto-resume", is_flag=True, help="The same as --resume auto.")
 @click.option(
     "--extend",
     is_flag=True,
-    help="Like --resume, and --steps may be more than the run had.",
+    help="Continuation as with --resume, in which --steps may be more than before.",
 )
-@click.option("--seed", type=int, help="Of initial weights and sample order.")
-@click.option("--steps", type=int, help="Optimiser steps.")
 @click.option(
-    "--device",
-    help="cpu, cuda, cuda:1; default: a GPU if any (of each process its own).",
+    "--seed",
+    type=int,
+    help="Seed of initial weights and sample order. Default: of the configuration.",
 )
-@click.option("--threads", type=click.IntRange(1, 4096), help="CPU threads of torch.")
+@click.option(
+    "--steps",
+    type=int,
+    help="Number of optimiser steps. Default: of the recipe or configuration.",
+)
+@device_option
+@threads_option
+@json_option
 @one_sentence_errors
 def main(
     cache: str,
-    stage: Path | None,
+    local_copy: Path | None,
     strategy: str | None,
     student: str | None,
     config: Path | None,
     overrides: tuple[str, ...],
     out: Path | None,
-    resume: bool,
+    resume: str,
     auto_resume: bool,
     extend: bool,
     seed: int | None,
     steps: int | None,
     device: str | None,
     threads: int | None,
+    as_json: bool,
 ) -> None:
     """Train a student against the store of teacher features at CACHE.
 
@@ -87,16 +143,16 @@ def main(
         propagate_warnings()
     with process_group(world, device):
         chosen = load_config(config, flags, overrides)
-        if stage is not None:
+        if local_copy is not None:
             from pipeline.store.transfer import stage_store
 
-            cache = str(stage_store(cache, stage))
-        resuming = _ResumeOptions(
-            resume or (extend and not auto_resume), auto_resume, extend
-        )
-        told = _train(chosen, cache, out, world, device, threads, resuming)
+            cache = str(stage_store(cache, local_copy))
+        if_started = auto_resume or resume == "auto"
+        always = resume == "always" or (extend and not if_started)
+        resuming = _ResumeOptions(always, if_started, extend)
+        result = _train(chosen, cache, out, world, device, threads, resuming)
     if world.is_first:
-        click.echo(told)
+        print_result(result, _one_line(result), as_json)
 
 
 def _train(
@@ -107,8 +163,8 @@ def _train(
     device: str | None,
     threads: int | None,
     resuming: _ResumeOptions,
-) -> str:
-    """Train as asked for; returns the folder and the metrics in one line."""
+) -> dict[str, Any]:
+    """Train as asked for; returns the folder of the run and what metrics.json has."""
     import torch
 
     from kd_train.trainer.setup import choose_student
@@ -131,94 +187,18 @@ def _train(
             log_to_file(folder / "train.log")
         resume = resuming.always or (resuming.if_started and started)
         summary = run.train(resume=resume, extend=resuming.longer)
+    return {"folder": str(folder), **summary}
+
+
+def _one_line(result: Mapping[str, Any]) -> str:
+    """Folder and metrics of a run."""
     metrics = ", ".join(
-        f"{k} {v:.4g}" for k, v in summary["metrics"].items() if v is not None
+        f"{k} {v:.4g}" for k, v in result["metrics"].items() if v is not None
     )
-    return f"{folder}: {metrics}"
+    return f"{result['folder']}: {metrics}"
 
 
 def _name(config: TrainConfig) -> str:
     """Of the run folder, where the user names none."""
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-    return f"{config.student.preset}-{config.strategy}-s{config.seed}-{stamp}"
-
-
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("runs", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder.")
-@click.option(
-    "--partial",
-    is_flag=True,
-    help="List runs that are unfinished, failed or not comparable.",
-)
-@click.option(
-    "--cka",
-    multiple=True,
-    type=click.Path(path_type=Path),
-    help="Folder that kd-cka wrote, to be shown as well.",
-)
-@one_sentence_errors
-def report_main(
-    runs: tuple[Path, ...], out: Path, partial: bool, cka: tuple[Path, ...]
-) -> None:
-    """Compare finished RUNS: gap-closed table, learning curves, parity plots."""
-    from kd_train.report.report import write_report
-
-    log_to_file(out / "report.log", logging.WARNING)
-    click.echo(write_report(list(runs), out, partial=partial, cka=cka))
-
-
-@click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("models", nargs=2, metavar="MODEL_A MODEL_B")
-@click.option("--data", required=True, help="Store: a folder, zip archive or URL.")
-@click.option("--split", required=True, help="A split, or several joined with +.")
-@click.option("--out", required=True, type=click.Path(path_type=Path), help="Folder.")
-@click.option("--limit", type=click.IntRange(min=1), help="Samples at most.")
-@click.option(
-    "--batch-atoms", type=click.IntRange(min=1), default=2000, show_default=True
-)
-@click.option(
-    "--any-element",
-    is_flag=True,
-    help="Take samples with elements that the training data of a model lacked.",
-)
-@click.option("--device", help="cpu, cuda, cuda:1; default: a GPU if any.")
-@click.option("--threads", type=click.IntRange(1, 4096), help="CPU threads of torch.")
-@one_sentence_errors
-def cka_main(
-    models: tuple[str, str],
-    data: str,
-    split: str,
-    out: Path,
-    limit: int | None,
-    batch_atoms: int,
-    any_element: bool,
-    device: str | None,
-    threads: int | None,
-) -> None:
-    """Similarity (linear CKA) of node features between all layers of two models.
-
-    A model is a run folder, a model file, or the word teacher for the features that
-    the store holds.
-    """
-    import torch
-
-    from kd_train.evaluation.cka import compare_models
-    from kd_train.report.heatmap import write_similarity
-    from pipeline.store.reader import FeatureStore
-
-    if threads is not None:
-        torch.set_num_threads(threads)
-    place = choose_device(device)
-    store = FeatureStore.open(data)
-    found = compare_models(
-        models,
-        store,
-        split,
-        place,
-        limit=limit,
-        batch_atoms=batch_atoms,
-        any_element=any_element,
-    )
-    with hold_lock(out):
-        click.echo(write_similarity(found, out), nl=False)
+    return f"{config.student.name}-{config.strategy}-s{config.seed}-{stamp}"

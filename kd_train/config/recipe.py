@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import Field as Key
 
+from kd_train.config.strategy_names import BUILT_IN
 from kd_train.config.train_config import RECIPES, DistillConfig, TrainConfig
 from pipeline.errors import SpecError
 from pipeline.spec.yaml_model import ClosedModel, read_yaml, validate
@@ -30,7 +31,7 @@ class Recipe(ClosedModel):
 
 @cache
 def read_recipe(name: str) -> Recipe:
-    """The recipe of dataset ``name``, one of ``RECIPES``."""
+    """Read the recipe of dataset ``name``, one of ``RECIPES``."""
     path = _FOLDER / f"{name}.yaml"
     return validate(Recipe, read_yaml(path), path.name)
 
@@ -38,7 +39,7 @@ def read_recipe(name: str) -> Recipe:
 def apply_recipe(
     config: TrainConfig, teacher: str | None, processes: int = 1
 ) -> TrainConfig:
-    """``config`` with the paper's values for everything that was not set.
+    """Return ``config`` with the paper's values for all unset keys.
 
     Parameters
     ----------
@@ -46,7 +47,7 @@ def apply_recipe(
         ``recipe: auto`` takes the recipe that has the student, if any; a dataset's
         name takes that of the dataset; ``none`` leaves the built-in defaults.
     teacher
-        Model of the store's teacher; None where no teacher ran.
+        Model of the store's teacher, None if no teacher ran.
     processes
         How many train together. The recipe's batch is that of a whole step, so each of
         them gets its share of it as ``batch_size``.
@@ -55,7 +56,7 @@ def apply_recipe(
     ------
     SpecError
         The named recipe has no such student, its batch has no equal shares, or what
-        was set does not fit to the rest.
+        the set values contradict other values.
     """
     student = config.student.preset
     name = _choose_recipe(config.recipe, student)
@@ -70,12 +71,12 @@ def apply_recipe(
     chosen = _merge(settings, config.model_dump(exclude_unset=True))
     if "batch_size" not in config.model_fields_set and config.batch_atoms is None:
         whole = settings["batch_size"]
-        chosen["batch_size"] = _share(whole, name, processes, config.accumulate)
+        chosen["batch_size"] = _share(whole, name, processes, config.accumulate_steps)
     return _check(validate(TrainConfig, {**chosen, "recipe": name}, f"recipe {name}"))
 
 
 def _check(config: TrainConfig) -> TrainConfig:
-    """``config``, with what depends on more than one value checked for all of them."""
+    """Return ``config`` after the checks that depend on several values."""
     validate(TrainConfig, config.model_dump(), f"configuration, recipe {config.recipe}")
     return config
 
@@ -90,13 +91,13 @@ def _choose_recipe(wished: str, student: str) -> str:
     if student not in known:
         raise SpecError(
             f"Recipe {wished!r} has no student {student!r} (known: "
-            f"{', '.join(known)}); choose one of these or set recipe: none."
+            f"{', '.join(known)}); choose a known student or set recipe: none."
         )
     return wished
 
 
 def _schedule(schedule: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
-    """``schedule`` without what belongs to a kind that the user replaced by another."""
+    """Return ``schedule`` without keys of a kind that the user replaced."""
     own = config.schedule
     if "kind" not in own.model_fields_set or own.kind == schedule["kind"]:
         return schedule
@@ -104,13 +105,13 @@ def _schedule(schedule: dict[str, Any], config: TrainConfig) -> dict[str, Any]:
 
 
 def _share(whole: int, name: str, processes: int, accumulate: int) -> int:
-    """Samples of one batch of one process where a step takes ``whole``."""
+    """Return the samples in a batch of one process if a step takes ``whole``."""
     share, rest = divmod(whole, processes * accumulate)
     if rest:
         raise SpecError(
-            f"Recipe {name!r} steps on {whole} samples, which {processes} process(es) "
-            f"with accumulate={accumulate} cannot share evenly; set batch_size, the "
-            "samples in a batch of one process."
+            f"Recipe {name!r} uses {whole} samples per step, which cannot be divided "
+            f"evenly by {processes} process(es) with accumulate_steps={accumulate}; "
+            "set batch_size, the samples in a batch of one process."
         )
     return share
 
@@ -119,18 +120,21 @@ def _weights(
     recipe: Recipe, name: str, teacher: str | None, config: TrainConfig
 ) -> dict[str, float]:
     """Table 6 for the pair; of another teacher where the paper has not this one."""
-    student, own = config.student.preset, config.distill.model_fields_set
-    unset = [strategy for strategy in config.strategies if strategy not in own]
+    student, own = config.student.preset, config.distill.set_weights
+    # The paper has no weights of plug-ins, which bring a default of their own.
+    unset = [name for name in config.strategies if name in BUILT_IN and name not in own]
     if teacher is None or not unset:
         return {}
     known = {t: pairs[student] for t, pairs in recipe.pairs.items() if student in pairs}
     weights = known.get(teacher)
     if weights is None:
         weights = next(iter(known.values()), {})
-        source = f"those of {next(iter(known))}" if known else "the defaults"
+        source = (
+            f"the weights of {next(iter(known))}" if known else "the default weights"
+        )
         log.warning(
-            "recipe %s has no weights for %s to %s; %s are taken, so look for better "
-            "ones (distill.*)",
+            "recipe %s has no weights for %s to %s; the run uses %s, so tune the "
+            "weights (distill.*)",
             name,
             teacher,
             student,
@@ -139,7 +143,7 @@ def _weights(
     for strategy in unset:
         if weights and strategy not in weights:
             log.warning(
-                "recipe %s has no weight of %s for %s; the default %g is taken",
+                "recipe %s has no weight of %s for %s; the run uses the default %g",
                 name,
                 strategy,
                 student,
@@ -149,7 +153,7 @@ def _weights(
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """``below`` with the keys of ``above`` on top, section by section."""
+    """Return ``below`` with the keys of ``above`` on top, section by section."""
     merged = dict(below)
     for key, value in above.items():
         old = merged.get(key)

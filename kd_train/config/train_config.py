@@ -1,100 +1,168 @@
 """``TrainConfig``: the closed, documented configuration of one training run."""
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field as Key
-from pydantic import field_validator
+from pydantic import (
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
+from kd_train.config.strategy_names import BASELINE, BUILT_IN, STRATEGIES, term_names
 from pipeline.errors import SpecError
+from pipeline.spec.renamed_keys import rename_keys
 from pipeline.spec.yaml_model import (
     ClosedModel,
     apply_overrides,
-    nearest,
     read_yaml,
     validate,
 )
 
 # Datasets of the paper; a file each in recipes/.
 RECIPES = ("coll", "oc20")
-BASELINE = "none"
-STRATEGIES = ("none", "n2n", "e2n", "e2e", "v2v", "vanilla1", "vanilla2")
+# Second names, for readers who do not know the names of the paper.
+STRATEGY_ALIASES = {"energy_force": "vanilla1", "per_atom_energy": "vanilla2"}
 
 
 class StudentConfig(ClosedModel):
-    """Which network learns."""
+    """The network that learns."""
 
+    model: str = Key(
+        "",
+        description="a network without a preset: gemnet_oc | painn | schnet | the name "
+        "of an installed plug-in; in place of preset",
+    )
     preset: str = Key(
         "",
-        description="a name of `kd-train --help`; default: the teacher's in the paper",
+        description="Name of the student network; `kd-train --help` lists the names "
+        "(default: the paper's student for the teacher in the store).",
     )
     hyperparameters: dict[str, Any] = Key(
-        default_factory=dict, description="changes to the preset"
+        default_factory=dict,
+        description="Hyperparameters that replace values of the preset.",
     )
+
+    @model_validator(mode="after")
+    def _one_name(self) -> "StudentConfig":
+        if self.model and self.preset:
+            raise ValueError("model and preset exclude each other; leave one out")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_no_model(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # Runs from before there were plug-ins resume, since they have no such key.
+        document: dict[str, Any] = dump(self)
+        return {k: v for k, v in document.items() if k != "model" or v}
+
+    @property
+    def name(self) -> str:
+        """The preset, or the network without one; empty if neither is chosen."""
+        return self.preset or self.model
 
 
 class OptimizerConfig(ClosedModel):
     """AdamW over student and adapters."""
 
+    earlier_keys: ClassVar[Mapping[str, str]] = {"decayed": "weight_decay_on"}
+
     lr: float = Key(1e-3, gt=0)
     weight_decay: float = Key(2e-6, ge=0)
-    decayed: Literal["all", "matrices"] = Key(
-        "all", description="matrices: no decay of biases, embeddings and scalars"
+    weight_decay_on: Literal["all", "matrices"] = Key(
+        "all",
+        description="Parameters with weight decay (default: all); matrices "
+        "excludes biases, embeddings and scalars.",
     )
     amsgrad: bool = True
     eps: float = Key(1e-7, gt=0)
-    clip_norm: float | None = Key(10.0, gt=0, description="of all gradients together")
+    clip_norm: float | None = Key(
+        10.0,
+        gt=0,
+        description="Maximum norm of the gradient over all parameters; null disables "
+        "clipping.",
+    )
 
 
 class ScheduleConfig(ClosedModel):
-    """Linear warm-up, then the learning rate falls."""
+    """Linear warm-up, followed by decay of the learning rate."""
 
     kind: Literal["constant", "exponential", "cosine", "milestones"] = Key(
         "exponential",
-        description="exponential: decay_rate^(step / decay_steps); cosine: to 0; "
-        "milestones: decay_rate at each of them",
+        description="Decay after the warm-up (default: exponential); exponential is "
+        "decay_rate^(step / decay_steps), cosine falls to 0, milestones multiplies "
+        "by decay_rate at each milestone.",
     )
     warmup_steps: int = Key(3750, ge=0)
     warmup_start: float = Key(
-        0.0, ge=0, le=1, description="share of the rate that the warm-up begins from"
+        0.0,
+        ge=0,
+        le=1,
+        description="Fraction of the learning rate at which the warm-up starts "
+        "(default: 0).",
     )
     decay_rate: float = Key(0.01, gt=0, le=1)
     decay_steps: int = Key(4_000_000, ge=1)
-    milestones: tuple[int, ...] = Key((), description="steps, ascending")
+    milestones: tuple[int, ...] = Key(
+        (), description="Steps of the schedule milestones, in ascending order."
+    )
 
 
 class LossConfig(ClosedModel):
     """L0 = energy_weight * MAE(E) + force_weight * force error over free atoms."""
 
+    earlier_keys: ClassVar[Mapping[str, str]] = {
+        "force_error": "force_loss",
+        "teacher_labels": "pseudo_label_weight",
+    }
+
     energy_weight: float = Key(1.0, ge=0)
     force_weight: float = Key(100.0, ge=0)
-    force_error: Literal["l2", "mae"] = Key(
-        "l2", description="l2: mean of |dF|; mae: mean over components"
+    force_loss: Literal["l2", "mae"] = Key(
+        "l2",
+        description="Force error in the loss (default: l2); l2 is the mean of "
+        "|dF|, mae is the mean over components.",
     )
-    teacher_labels: float = Key(
+    pseudo_label_weight: float = Key(
         0.0,
         ge=0,
-        description="weight in L0 of samples without reference labels, with the "
-        "teacher's energy and forces; 0 leaves them to the distillation terms",
+        description="Weight of pseudo-labels in L0: the teacher's energy and forces "
+        "replace missing reference labels (default: 0, no pseudo-labels).",
     )
 
 
 class LambdaSchedule(ClosedModel):
-    """Factor of all distillation weights, by the step."""
+    """Factor of all distillation weights as a function of the step."""
 
     kind: Literal["constant", "linear", "cosine"] = Key(
-        "constant", description="how the factor goes from start to end; constant: start"
+        "constant",
+        description="Shape of the change from start to end (default: constant, "
+        "the factor stays at start).",
     )
     start: float = Key(1.0, ge=0)
     end: float = Key(0.0, ge=0)
-    first_step: int = Key(0, ge=0, description="the factor is start before")
-    steps: int | None = Key(None, ge=1, description="default: to the end of training")
+    first_step: int = Key(
+        0,
+        ge=0,
+        description="Step at which the change begins; the factor is start before "
+        "(default: 0).",
+    )
+    steps: int | None = Key(
+        None,
+        ge=1,
+        description="Number of steps of the change (default: up to the end of "
+        "training).",
+    )
 
 
 class DistillConfig(ClosedModel):
     """Weights of the distillation terms (the paper's lambda, Table 6, COLL)."""
+
+    earlier_keys: ClassVar[Mapping[str, str]] = {"balance": "target_ratio"}
+    key_aliases: ClassVar[Mapping[str, str]] = STRATEGY_ALIASES
 
     n2n: float = Key(100.0, ge=0)
     e2n: float = Key(10.0, ge=0)
@@ -102,93 +170,197 @@ class DistillConfig(ClosedModel):
     v2v: float = Key(10000.0, ge=0)
     vanilla1: float = Key(1.0, ge=0)
     vanilla2: float = Key(100.0, ge=0)
+    weights: dict[str, Annotated[float, Key(ge=0)]] = Key(
+        default_factory=dict,
+        description="weight of a term by the name of its strategy, built in or plug-in",
+    )
     schedule: LambdaSchedule = LambdaSchedule()
-    balance: float | None = Key(
+    target_ratio: float | None = Key(
         None,
         gt=0,
-        description="keep the weighted terms together at this fraction of L0; the "
-        "weights then only say how they share it",
+        description="Ratio of all weighted distillation terms to L0, held by a "
+        "common factor; the weights then only set the shares of the terms (default: "
+        "no common factor).",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _built_in_weights(cls, document: Any) -> Any:
+        """Give weights of built-in strategies the keys of their own."""
+        weights = document.get("weights") if isinstance(document, dict) else None
+        if not isinstance(weights, dict):
+            return document
+        for name in weights:
+            if name in BUILT_IN and name in document:
+                raise ValueError(
+                    f"{name} and weights.{name} are one key; leave one out"
+                )
+        own = {name: weights[name] for name in weights if name in BUILT_IN}
+        rest = {name: weights[name] for name in weights if name not in BUILT_IN}
+        return {**document, **own, "weights": rest}
+
+    @field_validator("weights")
+    @classmethod
+    def _known_terms(cls, weights: dict[str, float]) -> dict[str, float]:
+        for name in weights:
+            if name not in term_names():
+                raise ValueError(f"unknown strategy {name!r}{STRATEGIES.known()}")
+        return weights
+
+    @model_serializer(mode="wrap")
+    def _without_no_weights(
+        self, dump: SerializerFunctionWrapHandler
+    ) -> dict[str, Any]:
+        # Runs from before there were plug-ins resume, since they have no such key.
+        document: dict[str, Any] = dump(self)
+        return {k: v for k, v in document.items() if k != "weights" or v}
+
+    def weight(self, strategy: str) -> float | None:
+        """Weight of the term of ``strategy``; None if it is the plug-in's default."""
+        if strategy in BUILT_IN:
+            return float(getattr(self, strategy))
+        return self.weights.get(strategy)
+
+    @property
+    def set_weights(self) -> frozenset[str]:
+        """Strategies whose weight was set."""
+        return frozenset(self.weights) | self.model_fields_set & BUILT_IN.keys()
 
 
 class TrainConfig(ClosedModel):
-    """Everything that decides a run beside the store."""
+    """Everything that decides a run, except for the store."""
 
-    strategy: str = Key("none", description="one of the strategies, or several with +")
+    earlier_keys: ClassVar[Mapping[str, str]] = {
+        "accumulate": "accumulate_steps",
+        "best_by": "monitor",
+        "buffer_blocks": "shuffle_blocks",
+        "export": "export_weights",
+    }
+    earlier_values: ClassVar[Mapping[str, Mapping[str, str]]] = {
+        "normalizer": {"unit": "none"}
+    }
+
+    strategy: str = Key(
+        "none",
+        description="Distillation strategy, or several strategies joined with + "
+        "(default: none, a baseline without distillation).",
+    )
     student: StudentConfig = StudentConfig()
     recipe: Literal["auto", "none", "coll", "oc20"] = Key(
         "auto",
-        description="where values come from that are not set: the paper's for this "
-        "student on COLL or OC20, or none; auto: by the student",
+        description="Source of unset values: the paper's settings for COLL or OC20, "
+        "or none; auto takes the recipe that contains the student (default: auto).",
     )
     seed: int = Key(0, ge=0)
-    steps: int = Key(10_000, ge=1, description="optimiser steps")
-    accumulate: int = Key(
-        1, ge=1, description="batches in a step, of every process; as one large batch"
+    steps: int = Key(
+        10_000, ge=1, description="Number of optimiser steps (default: 10000)."
+    )
+    accumulate_steps: int = Key(
+        1,
+        ge=1,
+        description="Batches per optimiser step and process (gradient "
+        "accumulation); the step equals a step on one large batch (default: 1).",
     )
     batch_size: int = Key(
         32,
         ge=1,
-        description="samples in a batch of one process at most; default: of the "
-        "recipe's batch this process's share",
+        description="Maximum number of samples in a batch of one process (default: "
+        "the process's share of the recipe's batch; 32 without a recipe).",
     )
     batch_atoms: int | None = Key(
-        None, ge=1, description="atoms in a batch at most; replaces batch_size when set"
+        None,
+        ge=1,
+        description="Maximum number of atoms in a batch; replaces batch_size if set.",
     )
-    buffer_blocks: int = Key(
-        16, ge=1, description="blocks of the store among which samples are shuffled"
+    shuffle_blocks: int = Key(
+        16,
+        ge=1,
+        description="Blocks of the store among which samples are shuffled "
+        "(default: 16).",
     )
-    loader_threads: int = Key(2, ge=1, description="threads that make batches ahead")
-    train_split: str = Key("train", description="a split, or several joined with +")
-    val_split: str = Key("val", description="likewise")
+    loader_threads: int = Key(
+        2, ge=1, description="Threads that prepare batches in advance (default: 2)."
+    )
+    train_split: str = Key(
+        "train",
+        description="Split of the training samples, or several splits joined with +.",
+    )
+    val_split: str = Key(
+        "val",
+        description="Split of the validation samples, or several splits joined with +.",
+    )
     test_split: str | None = Key(
         None,
-        description="what the final metrics are of, by default val_split; of several "
-        "joined with + they are the plain mean",
+        description="Split of the final metrics (default: val_split); metrics of "
+        "several splits joined with + are averaged.",
     )
-    normalizer: Literal["store", "unit"] = Key(
+    normalizer: Literal["store", "none"] = Key(
         "store",
-        description="store: the teacher's, or that of the labels; unit: energies and "
-        "forces as they are, as the paper has it for COLL",
+        description="Units of student and losses (default: store); store takes the "
+        "normaliser of the teacher or of the labels, none leaves energies and forces "
+        "unscaled, as the paper does for COLL.",
     )
     optimizer: OptimizerConfig = OptimizerConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     loss: LossConfig = LossConfig()
     distill: DistillConfig = DistillConfig()
     ema_decay: float = Key(
-        0.999, ge=0, lt=1, description="of the moving average; 0: the last weights"
+        0.999,
+        ge=0,
+        lt=1,
+        description="Decay of the moving average of the weights; 0 exports the "
+        "last weights (default: 0.999).",
     )
     precision: Literal["float32", "tf32", "bfloat16"] = Key(
-        "float32", description="of matrix products; bfloat16 by autocast"
+        "float32",
+        description="Precision of matrix products (default: float32); bfloat16 "
+        "uses autocast.",
     )
-    compile: bool = Key(False, description="torch.compile the student")
+    compile: bool = Key(
+        False,
+        description="Whether to compile the student with torch.compile (default: "
+        "false).",
+    )
     deterministic: bool = Key(
-        False, description="refuse operations that may differ between two runs"
+        False,
+        description="Whether to refuse operations that may differ between two "
+        "runs (default: false).",
     )
-    eval_every: int = Key(1000, ge=1, description="steps between validations")
-    export: Literal["best", "last"] = Key(
-        "best", description="which weights student.safetensors holds"
+    eval_every: int = Key(
+        1000, ge=1, description="Steps between validations (default: 1000)."
     )
-    best_by: Literal["loss", "energy_mae", "forces_mae", "forces_cos", "efwt"] = Key(
+    export_weights: Literal["best", "last"] = Key(
+        "best",
+        description="Weights that student.safetensors holds: of the best or of "
+        "the last validation (default: best).",
+    )
+    monitor: Literal["loss", "energy_mae", "forces_mae", "forces_cos", "efwt"] = Key(
         "loss",
-        description="what the best validation is chosen by; loss is L0 over the split",
+        description="Metric that selects the best validation (default: loss, which "
+        "is L0 over the split).",
     )
     patience: int | None = Key(
         None,
         ge=1,
-        description="stop after so many validations without a better one",
+        description="Number of validations without improvement before early stopping "
+        "(default: no early stopping).",
     )
+
+    @field_validator("strategy", mode="before")
+    @classmethod
+    def _by_its_name(cls, value: object) -> object:
+        return strategy_name(value) if isinstance(value, str) else value
 
     @field_validator("strategy")
     @classmethod
     def _known_strategies(cls, value: str) -> str:
         for name in value.split("+"):
-            if name not in STRATEGIES:
-                raise ValueError(f"unknown strategy{nearest(name, STRATEGIES)}")
+            if name not in STRATEGIES.names():
+                raise ValueError(f"unknown strategy {name!r}{STRATEGIES.known()}")
         names = value.split("+")
-        if len(set(names)) < len(names) or ("none" in names and len(names) > 1):
+        if len(set(names)) < len(names) or (BASELINE in names and len(names) > 1):
             raise ValueError(
-                "strategies may be joined with + once each, none only alone"
+                "strategies may be joined with + once each, and none cannot be joined"
             )
         return value
 
@@ -196,11 +368,13 @@ class TrainConfig(ClosedModel):
     @classmethod
     def _milestones_ascend(cls, value: ScheduleConfig) -> ScheduleConfig:
         steps = value.milestones
-        if any(a >= b for a, b in itertools.pairwise(steps)):
-            raise ValueError("milestones must ascend")
+        if any(a >= b for a, b in itertools.pairwise((-1, *steps))):
+            raise ValueError("milestones must ascend, and none may be negative")
         # Where one of them is not set, a recipe may bring it.
         complete = value.model_fields_set >= {"kind", "milestones"}
-        if complete and (value.kind == "milestones") != bool(steps):
+        if complete and value.kind == "milestones" and not steps:
+            raise ValueError("kind milestones needs milestones, a list of steps")
+        if complete and value.kind != "milestones" and steps:
             raise ValueError("milestones belong to kind milestones, and to no other")
         return value
 
@@ -209,34 +383,59 @@ class TrainConfig(ClosedModel):
     def _each_split_once(cls, value: str | None) -> str | None:
         names = [] if value is None else value.split("+")
         if len(set(names)) < len(names):
-            raise ValueError("splits may be joined with + once each")
+            raise ValueError("each split may be joined with + only once")
         return value
 
     @property
     def strategies(self) -> tuple[str, ...]:
         """Names of the distillation terms; empty for a baseline."""
-        return () if self.strategy == "none" else tuple(self.strategy.split("+"))
+        return () if self.strategy == BASELINE else tuple(self.strategy.split("+"))
+
+
+def strategy_name(text: str) -> str:
+    """Return ``text``, one strategy or several joined with +, without aliases."""
+    return "+".join(STRATEGY_ALIASES.get(name, name) for name in text.split("+"))
+
+
+def saved_settings(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Return the configuration of an earlier run by the names of today."""
+    return rename_keys(TrainConfig, settings, where, warn=False)
 
 
 def load_config(
     path: Path | None, flags: dict[str, Any], overrides: Iterable[str]
 ) -> TrainConfig:
-    """Configuration from defaults, then the file, then flags, then ``--set``.
+    """Build a configuration from defaults, then the file, then flags, then ``--set``.
 
     Raises
     ------
     SpecError
         A key is unknown, or a value is of the wrong kind or out of range.
     """
-    document = {} if path is None else read_yaml(path)
+    document: dict[str, Any] = {}
+    if path is not None:
+        document = rename_keys(TrainConfig, _read_document(path), str(path))
     for dotted, value in flags.items():
+        if value == "":
+            option = dotted.removesuffix(".preset")
+            raise SpecError(f"--{option} is empty; name one or leave the option out.")
         if value is not None:
             *parents, last = dotted.split(".")
             target = document
             for key in parents:
-                target = target.setdefault(key, {})
+                if target.get(key) is None:
+                    target[key] = {}
+                target = target[key]
                 if not isinstance(target, dict):
-                    raise SpecError(f"{path}: {key!r} must hold keys.")
+                    raise SpecError(f"{path}: {key!r} must contain keys, not a value.")
             target[last] = value
-    apply_overrides(document, overrides)
+    apply_overrides(document, overrides, TrainConfig)
     return validate(TrainConfig, document, str(path or "configuration"))
+
+
+def _read_document(path: Path) -> dict[str, Any]:
+    """Read a configuration; that of a run made by an earlier version lies deeper."""
+    document = read_yaml(path)
+    if document.keys() >= {"config", "fingerprint"}:
+        return dict(document["config"])
+    return document

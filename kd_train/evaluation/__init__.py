@@ -1,1 +1,1 @@
-"""Metrics, throughput and similarity of models; finished students as files."""
+"""Metrics, throughput and similarity of models, and finished students as files."""

@@ -34,15 +34,15 @@ _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 class StudentCalculator(Calculator):
     """Energy (eV) and forces (eV/Å) of a student for ``atoms.calc``.
 
-    Graphs are those of training, so that results are those of ``kd-eval``. There is no
-    stress. ``free_energy`` is the energy.
+    Graphs are built as in training, so results equal the results of ``kd-eval``. The
+    calculator has no stress. ``free_energy`` is the energy.
 
     Parameters
     ----------
     model
-        A run folder, its ``student.safetensors``, or any model file of ours.
+        A run folder, its ``student.safetensors``, or any model file of this project.
     device
-        ``cpu``, ``cuda``, ``cuda:1``; without, a GPU if there is one.
+        ``cpu``, ``cuda`` or ``cuda:1`` (default: a GPU if there is one).
     dtype
         ``float64`` for finite differences and phonons; training had ``float32``.
     any_element
@@ -85,10 +85,10 @@ class StudentCalculator(Calculator):
         self._warn("elements", unlisted_elements_warning(self.student))
 
     def reference_energies(self) -> dict[str, float]:
-        """Energies of isolated atoms in eV by symbol, which total energies contain.
+        """Return energies of isolated atoms (eV), which total energies contain.
 
-        A formation energy is the energy less the sum of these over the atoms. Empty
-        where the student's energies have no such references.
+        A formation energy is the energy minus the sum of these over the atoms. Empty if
+        the student's energies have no such references.
         """
         return reference_energies(self.student)
 
@@ -98,7 +98,10 @@ class StudentCalculator(Calculator):
         properties: Sequence[str] = ("energy",),
         system_changes: Sequence[str] = tuple(all_changes),
     ) -> None:
-        """Fill ``results`` for ``atoms``; constraints are the business of ASE."""
+        """Fill ``results`` for ``atoms``.
+
+        ASE applies constraints.
+        """
         super().calculate(atoms, properties, system_changes)
         assert self.atoms is not None
         batch = self._batch(self.atoms)
@@ -114,14 +117,14 @@ class StudentCalculator(Calculator):
         if len(edges) == 0:
             raise DataError(
                 f"No atom has a neighbour within {model.graph_rule.cutoff} Å, the "
-                "cutoff of the student, so there is nothing to calculate; check that "
-                "positions are in Å."
+                "cutoff of the student, so there is no interaction to calculate; "
+                "check that positions are in Å."
             )
         self._warn_of(atoms, edges)
         return collate([structure], [edges], self.dtype).to(self.device)
 
     def _structure(self, atoms: Atoms) -> Structure:
-        """``atoms`` as stage one would read them from a file."""
+        """Convert ``atoms`` as stage one reads a sample from a file."""
         where = "The Atoms object"
         if atoms.pbc.any() and not self.student.model.graph_rule.periodic:
             raise DataError(
@@ -137,11 +140,11 @@ class StudentCalculator(Calculator):
             tags=atoms.arrays.get("tags"),
         )
         structure = make_sample("", fields, where).structure
-        check_elements(structure.atomic_numbers, self._elements)
+        check_elements(structure.atomic_numbers, self._elements, noun=where)
         return structure
 
     def _warn_of(self, atoms: Atoms, edges: Edges) -> None:
-        """Warn once each of what makes results doubtful."""
+        """Warn of reasons to doubt the results, once each."""
         rule = self.student.model.graph_rule
         lone = np.setdiff1d(np.arange(len(atoms)), edges.edge_index[1])
         if len(lone):
@@ -149,17 +152,17 @@ class StudentCalculator(Calculator):
             self._warn(
                 "lone",
                 f"Atom {lone[0]} ({symbol}) has no neighbour within {rule.cutoff} Å; "
-                "students have hardly seen free atoms",
+                "students are hardly trained on free atoms",
             )
         self._warn("limit", limit_warning(rule, edges.crowded, len(atoms)))
         arbitrary = undetermined_elements(self.student, atoms.numbers)
         if arbitrary:
             self._warn(
                 "references",
-                f"the training compositions did not determine the reference energies "
+                "the training compositions do not determine the reference energies "
                 f"of {list_symbols(arbitrary)}, and {atoms.get_chemical_formula()} is "
-                "no combination of them, so its energy means nothing beside those of "
-                "other compositions",
+                "not a combination of these compositions, so do not compare its "
+                "energy with energies of other compositions",
             )
 
     def _warn(self, kind: str, text: str | None) -> None:

@@ -1,6 +1,6 @@
 """Linear CKA between the layers of two models over the atoms of a split, streaming.
 
-Atoms pass once in batches; what is kept are sums in the space of features.
+Atoms pass once, in batches. Only sums in the space of features stay in memory.
 """
 
 from collections.abc import Sequence
@@ -32,7 +32,7 @@ _CONSTANT = 1e-12
 
 
 class LinearCKA:
-    """Linear centred kernel alignment of all layers of a model with those of another.
+    """Linear centred kernel alignment of all layers of two models.
 
     For centred features X (N, C) and Y (N, D) of the same atoms it is
     ‖XᵀY‖² / (‖XᵀX‖ ‖YᵀY‖) in Frobenius norms (Kornblith et al. 2019, arXiv:1905.00414,
@@ -72,7 +72,7 @@ class LinearCKA:
         self.count = total
 
     def result(self) -> npt.NDArray[np.float64]:
-        """Matrix (layers of first, layers of second); NaN for constant layers."""
+        """Return CKA (layers of first, layers of second), NaN for constant layers."""
         norms = [
             torch.stack([self._norm(k, side) for k in range(len(self._widths[side]))])
             for side in (0, 1)
@@ -86,7 +86,7 @@ class LinearCKA:
         return (cross / torch.outer(*norms)).cpu().numpy()
 
     def _start(self, sides: Sequence[Sequence[Tensor]], rows: Sequence[Tensor]) -> None:
-        """Sums of the right sizes, all zero."""
+        """Set all sums to zero, in the right sizes."""
         zeros = rows[0].new_zeros
         widths = [[layer.shape[1] for layer in side] for side in sides]
         self._widths = (widths[0], widths[1])
@@ -96,7 +96,7 @@ class LinearCKA:
         self._own = (own[0], own[1])
 
     def _norm(self, layer: int, side: int) -> Tensor:
-        """Norm of the centred product of a layer with itself; NaN if it is constant."""
+        """Return the norm of a layer's centred self-product, NaN if it is constant."""
         product = self._own[side][layer]
         mean = self._means[side].split(self._widths[side])[layer]
         rounding = self.count * mean.square().sum() * _CONSTANT**2
@@ -125,10 +125,13 @@ class Side(Protocol):
     title: str
 
     def load(self, positions: Positions) -> Data:
-        """What the features of these samples are made from; threads may call it."""
+        """Load the input from which the features of these samples are computed.
+
+        Several threads may call it at the same time.
+        """
 
     def states(self, batch: Data) -> dict[str, Tensor]:
-        """Features (N, C) by layer, atoms in the order of the samples."""
+        """Return features (N, C) by layer, atoms in the order of the samples."""
 
 
 class ModelSide:
@@ -148,12 +151,12 @@ class ModelSide:
         self._device = device
 
     def states(self, batch: Data) -> dict[str, Tensor]:
-        """Features (N, C) after every layer of the model."""
+        """Return features (N, C) after every layer of the model."""
         return self._model.node_states(move_to_device(batch, self._device))
 
 
 class StoredSide:
-    """The teacher's node features as a store keeps them."""
+    """The stored node features of the teacher."""
 
     title = "teacher (stored)"
 
@@ -161,19 +164,19 @@ class StoredSide:
         self._path = FIELDS["node_features"].path
         if self._path not in split.arrays:
             raise SpecError(
-                f"Split {split.name!r} holds no node_features of the teacher; choose "
+                f"Split {split.name!r} has no node_features of the teacher; choose "
                 "another --split, or name the teacher's checkpoint as a model."
             )
         self._split = split
         self._device = device
 
     def load(self, positions: Positions) -> Data:
-        """The stored features, decoded."""
+        """Read the stored features, decoded."""
         rows = self._split.read(positions, [self._path])[self._path]
         return Data(node_features=torch.from_numpy(rows))
 
     def states(self, batch: Data) -> dict[str, Tensor]:
-        """The one layer that the spec of the store chose."""
+        """Return the single layer that the spec of the store chose."""
         return {"node_features": batch.node_features.to(self._device)}
 
 
@@ -187,7 +190,7 @@ def compare_models(
     batch_atoms: int = 2000,
     any_element: bool = False,
 ) -> Similarity:
-    """CKA between all layers of two models over the atoms of a split.
+    """Compute CKA between all layers of two models over the atoms of a split.
 
     A model is a run folder, a model file, or ``teacher`` for the features in the store.
     ``limit`` takes the first samples in storage order, which is random; with
@@ -196,7 +199,7 @@ def compare_models(
     Raises
     ------
     SpecError
-        There is no such split, or it holds no features where ``teacher`` is asked for.
+        There is no such split, or ``teacher`` is named and there are no features.
     CheckpointError
         A file is not a model.
     DataError
@@ -235,12 +238,12 @@ def _side(model: str, split: Split, device: torch.device, any_element: bool) -> 
 
 
 def _model_file(path: Path) -> Path:
-    """The model that ``path`` means: the student of a run folder, or a file."""
+    """Return the model file: the student of a run folder, or ``path`` itself."""
     if not path.is_dir():
         return path
     if (path / "student.safetensors").is_file():
         return path / "student.safetensors"
     raise SpecError(
-        f"{path} holds no student.safetensors; name a run folder that was validated at "
-        "least once, a model file, or teacher for the features in the store."
+        f"{path} has no student.safetensors; name a run folder with at least one "
+        "validation, a model file, or teacher for the features in the store."
     )

@@ -25,7 +25,7 @@ from pipeline.models.normalizer import Normalizer
 class Evaluation:
     """Metrics, the supervised loss L0, and predictions in eV and eV/Å.
 
-    The loss is NaN where no sample has a label.
+    The loss is NaN if no sample has a label.
     """
 
     metrics: dict[str, float]
@@ -89,7 +89,7 @@ def _gather_results(
     part_weights: tuple[float, ...],
     world: World,
 ) -> Evaluation:
-    """Join the batches of all processes; rows (n, W), results in their order."""
+    """Join the rows (n, W) and results of all processes in the order of batches."""
     parts = world.all_gather(rows)
     sums = MetricSums()
     total = torch.zeros(4, dtype=torch.float64)
@@ -113,7 +113,7 @@ _PER_ATOM = ("forces", "forces_label", "fixed")
 
 
 def _results(output: Any, batch: Data, normalizer: Normalizer) -> dict[str, Tensor]:
-    """What ``predictions.npz`` keeps of a batch, on its device."""
+    """Return the arrays of ``predictions.npz`` for a batch, on its device."""
     return {
         "energy": normalizer.denormalize_energy(
             output.energy, batch.atomic_numbers, batch.batch
@@ -127,7 +127,7 @@ def _results(output: Any, batch: Data, normalizer: Normalizer) -> dict[str, Tens
 
 
 def _no_results() -> dict[str, Tensor]:
-    """The same of no samples, for a process without a batch."""
+    """Return empty arrays of predictions, for a process without a batch."""
     return {
         "energy": torch.zeros(0, dtype=torch.float64),
         "forces": torch.zeros(0, 3),
@@ -139,7 +139,7 @@ def _no_results() -> dict[str, Tensor]:
 
 
 def teacher_metrics(split: Split) -> dict[str, float] | None:
-    """Metrics of the stored teacher predictions; None where the store has none."""
+    """Compute metrics of stored teacher predictions, None if the store has none."""
     names = ("teacher_energy", "teacher_forces", "energy", "forces", "fixed")
     paths = {name: FIELDS[name].path for name in names}
     if paths["teacher_energy"] not in split.arrays:

@@ -53,7 +53,7 @@ class TensorModel(nn.Module):
         shifts: Tensor,
         natoms: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Energies (B,) float64 in eV and, where the model has them, forces (N, 3).
+        """Return energies (B,) float64 in eV and, if the model has them, forces (N, 3).
 
         ``atomic_numbers`` (N,) int64, ``positions`` (N, 3) float32 in Å, ``edge_index``
         (2, E) int64 from source to target, ``shifts`` (E, 3) float32 in Å, what the
@@ -82,7 +82,7 @@ class TensorModel(nn.Module):
 
 
 def tensor_inputs(batch: Data) -> tuple[Tensor, ...]:
-    """What an exported program takes, of a batch of ``pipeline.graphs.batch``."""
+    """Return the inputs of an exported program for a collated batch."""
     # What is left of the edge vectors without the positions.
     shifts = edge_vectors(batch, torch.zeros_like(batch.positions))
     return (
@@ -97,10 +97,9 @@ def tensor_inputs(batch: Data) -> tuple[Tensor, ...]:
 def export_student(student: LoadedModel, path: Path) -> dict[str, float]:
     """Write ``student`` to ``path`` (.pt2) and return its deviations from the model.
 
-    The numbers of atoms, edges and samples stay free. What was written is read again
-    and compared with the model on two batches of other sizes, one of them periodic
-    where the model is; the deviations are the largest of energies (eV) and of forces
-    (eV/Å).
+    The numbers of atoms, edges and samples are variable. The program is read again and
+    compared with the model on two batches of other sizes, one of them periodic if the
+    model is. Returns the largest deviations of energies (eV) and of forces (eV/Å).
 
     Raises
     ------
@@ -109,8 +108,8 @@ def export_student(student: LoadedModel, path: Path) -> dict[str, float]:
     """
     if student.name not in EXPORTABLE:
         raise CheckpointError(
-            f"A {student.name} cannot be exported; {' and '.join(EXPORTABLE)} can. Use "
-            "StudentCalculator or load_student of kd_train."
+            f"A {student.name} cannot be exported; export {' or '.join(EXPORTABLE)}, "
+            "or use StudentCalculator or load_student of kd_train."
         )
     buffer = io.BytesIO()
     program = export_program(student)
@@ -122,7 +121,7 @@ def export_student(student: LoadedModel, path: Path) -> dict[str, float]:
 
 
 def export_program(student: LoadedModel) -> ExportedProgram:
-    """The program of ``student``, on the device where it is."""
+    """Export ``student`` as a program on its device."""
     # Equal sizes would be taken for one: the numbers of samples, atoms and edges here
     # differ from each other and from the 2 and 3 of other axes.
     inputs = tensor_inputs(_example(student, [4, 7, 5, 6, 9], periodic=False))
@@ -137,7 +136,7 @@ def export_program(student: LoadedModel) -> ExportedProgram:
 
 
 def compare_program(student: LoadedModel, content: bytes) -> dict[str, float]:
-    """Largest deviations of the program in ``content`` from ``student``.
+    """Return the largest deviations of the program in ``content`` from ``student``.
 
     Raises
     ------
@@ -155,16 +154,16 @@ def compare_program(student: LoadedModel, content: bytes) -> dict[str, float]:
             deviation = float((found - wanted).abs().max())
             if not deviation <= TOLERANCE * float(wanted.abs().max().clamp(min=1.0)):
                 raise CheckpointError(
-                    f"The exported program is wrong on a batch of {len(natoms)} "
-                    f"samples: its {name} is up to {deviation:.2g} away from the "
-                    "model's; nothing was written."
+                    "The exported program differs from the model on a batch of "
+                    f"{len(natoms)} samples: its {name} deviates by up to "
+                    f"{deviation:.2g}; no file was written."
                 )
             worst[name] = max(worst[name], deviation)
     return worst
 
 
 def _header(student: LoadedModel) -> str:
-    """What a user of the program has to know about it, as JSON."""
+    """Describe the program for its users, as JSON."""
     rule = student.model.graph_rule
     known = trained_elements(student.normalizer, student.provenance)
     return json.dumps(
@@ -189,7 +188,7 @@ def _header(student: LoadedModel) -> str:
 
 
 def _example(student: LoadedModel, natoms: Sequence[int], periodic: bool) -> Data:
-    """Batch of made-up structures of elements that the student knows."""
+    """Make a batch of artificial structures with elements of the student."""
     known = sorted(
         trained_elements(student.normalizer, student.provenance) or {1, 6, 8}
     )
@@ -204,7 +203,7 @@ def _example(student: LoadedModel, natoms: Sequence[int], periodic: bool) -> Dat
 def _structure(
     rng: np.random.Generator, known: Sequence[int], count: int, periodic: bool
 ) -> Structure:
-    """Atoms 1.5 Å apart on a grid of a cube, each moved a little."""
+    """Place atoms on a cubic grid, 1.5 Å apart, each with a small displacement."""
     side = int(np.ceil(count ** (1 / 3)))
     grid = np.stack(np.unravel_index(np.arange(count), (side,) * 3), axis=1)
     return Structure(

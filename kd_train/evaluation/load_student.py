@@ -22,13 +22,13 @@ from pipeline.models.elements import (
 )
 
 STUDENT_FILE = "student.safetensors"
-# Parts of a composition, per atom, that are none.
+# Parts of a composition, per atom, that count as zero.
 _ROUNDING = 1e-6
 Elements = Container[int]
 
 
 def student_file(place: Path) -> Path:
-    """The model file of a run folder, or ``place`` itself where it is a file.
+    """Return the model file of a run folder, or ``place`` itself if it is a file.
 
     Raises
     ------
@@ -37,18 +37,20 @@ def student_file(place: Path) -> Path:
     """
     if not place.is_dir():
         if not place.exists():
-            raise CheckpointError(f"There is no run folder or model file {place}.")
+            raise CheckpointError(
+                f"{place} does not exist; name a run folder or a model file."
+            )
         return place
     if not (place / STUDENT_FILE).exists():
         raise CheckpointError(
-            f"{place} has no {STUDENT_FILE}, so it is not the folder of a run that was "
-            "validated at least once; train with `kd-train` or name a model file."
+            f"{place} has no {STUDENT_FILE}, so it is not the folder of a run with "
+            "at least one validation; train with `kd-train` or name a model file."
         )
     return place / STUDENT_FILE
 
 
 def load_student(place: Path, device: torch.device | None = None) -> LoadedModel:
-    """The student of a run folder, or any model that ``load_checkpoint`` reads.
+    """Load the student of a run folder, or any model that ``load_checkpoint`` reads.
 
     In evaluation mode on ``device``, without gradients of its weights.
 
@@ -65,9 +67,9 @@ def load_student(place: Path, device: torch.device | None = None) -> LoadedModel
 
 
 def predict(student: LoadedModel, batch: Data) -> tuple[Tensor, Tensor | None]:
-    """Energies (B,) float64 in eV and forces (N, 3) in eV/Å of a batch on its device.
+    """Predict energies (B,) float64 in eV and forces (N, 3) in eV/Å of a batch.
 
-    Forces are None of a model that has none.
+    Forces are None if the model does not predict forces.
     """
     normalizer = student.normalizer
     with torch.no_grad():
@@ -81,7 +83,7 @@ def predict(student: LoadedModel, batch: Data) -> tuple[Tensor, Tensor | None]:
 
 
 def reference_energies(student: LoadedModel) -> dict[str, float]:
-    """Energies of isolated atoms in eV that a student's total energies contain.
+    """Return energies of isolated atoms (eV) that the student's energies contain.
 
     By symbol, of the elements that have one; empty of energies without references,
     such as adsorption energies.
@@ -91,9 +93,11 @@ def reference_energies(student: LoadedModel) -> dict[str, float]:
 
 
 def known_elements(student: LoadedModel, option: str, any_element: bool) -> Elements:
-    """Elements that ``student`` may be given; with ``any_element`` all it can embed.
+    """Return the elements that ``student`` accepts.
 
-    ``option`` is how that is spelled where the student is used.
+    With ``any_element`` these are all elements that the network can embed.
+
+    ``option`` is the caller's spelling of ``any_element``, for messages.
     """
     trained = trained_elements(student.normalizer, student.provenance)
     known = None if any_element else trained
@@ -103,9 +107,9 @@ def known_elements(student: LoadedModel, option: str, any_element: bool) -> Elem
 def untrained_elements(
     student: LoadedModel, atomic_numbers: Iterable[int]
 ) -> list[int]:
-    """Elements that the training data of ``student`` lacked, ascending.
+    """Return elements that the training data of ``student`` lacked, ascending.
 
-    None of them where its file does not list those that were there.
+    Empty if the file does not list the elements of the training data.
     """
     trained = trained_elements(student.normalizer, student.provenance)
     numbers = set(map(int, atomic_numbers))
@@ -113,21 +117,21 @@ def untrained_elements(
 
 
 def unlisted_elements_warning(student: LoadedModel) -> str | None:
-    """What to warn of where a file does not list the elements of its training data."""
+    """Return a warning if a file does not list the elements of its training data."""
     if trained_elements(student.normalizer, student.provenance) is not None:
         return None
     return (
-        "the file of the model does not say which elements it was trained on, so "
-        "others are not refused"
+        "the model file does not list the elements of its training data, so no "
+        "element is refused"
     )
 
 
 def undetermined_elements(
     student: LoadedModel, atomic_numbers: npt.ArrayLike
 ) -> list[int]:
-    """Elements whose reference energies make the energy of a structure arbitrary.
+    """Return elements whose reference energies make a structure's energy arbitrary.
 
-    ``atomic_numbers`` (N,) of its atoms. Empty where the composition is one of the
+    ``atomic_numbers`` (N,) of its atoms. Empty if the composition is one of the
     training data, or a combination of such.
     """
     about = student.provenance.get(TRAINING_DATA)

@@ -16,8 +16,7 @@ METRICS = ("energy_mae", "forces_mae", "forces_cos", "efwt")
 class MetricSums:
     """Sums over samples and free atoms seen so far.
 
-    Samples without a reference energy or with missing forces are left out of the
-    metrics that need them.
+    Metrics that need a missing energy or missing forces skip the sample.
     """
 
     sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(METRICS, 0.0))
@@ -53,7 +52,7 @@ class MetricSums:
         self.counts[name] += values.numel()
 
     def row(self) -> Tensor:
-        """(8,) float64 sums, then counts, which :meth:`add_row` takes in."""
+        """Return sums, then counts, as a row (8,) float64 for :meth:`add_row`."""
         values = [*self.sums.values(), *self.counts.values()]
         return torch.tensor(values, dtype=torch.float64)
 
@@ -67,7 +66,10 @@ class MetricSums:
             self.counts[name] += int(count)
 
     def result(self) -> dict[str, float]:
-        """energy_mae (meV), forces_mae (meV/Å), forces_cos, efwt (%); NaN if unseen."""
+        """Return energy_mae (meV), forces_mae (meV/Å), forces_cos and efwt (%).
+
+        A metric is NaN if no sample has its label.
+        """
         factor = {"energy_mae": 1e3, "forces_mae": 1e3, "efwt": 100.0}
         return {
             name: factor.get(name, 1.0) * total / self.counts[name]
@@ -78,7 +80,7 @@ class MetricSums:
 
 
 def gap_closed(student: float, distilled: float, teacher: float) -> float:
-    """Percent of the way from plain student to teacher that distillation went.
+    """Return the percentage of the gap from plain student to teacher that closed.
 
     Negative: moved away. Meaningful only while teacher and student differ.
     """
@@ -86,7 +88,7 @@ def gap_closed(student: float, distilled: float, teacher: float) -> float:
 
 
 def without_nan(metrics: dict[str, float] | None) -> dict[str, float | None] | None:
-    """``metrics`` with None for what no sample had labels for; JSON knows no NaN."""
+    """Replace NaN by None in ``metrics``, because JSON has no NaN."""
     if metrics is None:
         return None
     return {k: v if math.isfinite(v) else None for k, v in metrics.items()}

@@ -1,4 +1,4 @@
-"""What ``kd-eval`` says and writes: one row per split, their mean, predictions."""
+"""Output of ``kd-eval``: one row per split, their mean, predictions."""
 
 import io
 import json
@@ -25,7 +25,7 @@ MEAN = "mean"
 
 @dataclass(frozen=True)
 class Scorecard:
-    """Scores of one student on one data source; ``data`` and ``place`` say of which."""
+    """Scores of the student at ``place`` on the data source ``data``."""
 
     student: LoadedModel
     place: Path
@@ -45,11 +45,11 @@ class Scorecard:
 
     @property
     def warnings(self) -> list[str]:
-        """What makes numbers doubtful, a sentence each."""
+        """Reasons to doubt the numbers, one sentence each."""
         return [text for score in self.scores for text in score.warnings]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form; None for metrics without labels."""
+        """Return a JSON-able form, with None for metrics without labels."""
         throughput = self.throughput
         return {
             "model": _describe(self.student, self.place),
@@ -64,7 +64,7 @@ class Scorecard:
         }
 
     def to_text(self) -> str:
-        """Table of all rows; the mean where there are several splits."""
+        """Return a table of all rows, with the mean if there are several splits."""
         rows = []
         for score in self.scores:
             count = len(score.predictions["energy"])
@@ -88,7 +88,7 @@ class Scorecard:
         _write_json(folder / "metrics.json", self.to_dict())
 
     def _predictions(self) -> dict[str, Any]:
-        """Arrays of all splits joined, and ``split`` (S,), the split of each sample."""
+        """Join arrays of all splits, and add ``split`` (S,), each sample's split."""
         arrays: dict[str, Any] = {
             name: np.concatenate([score.predictions[name] for score in self.scores])
             for name in self.scores[0].predictions
@@ -101,7 +101,7 @@ class Scorecard:
 def write_throughput(
     throughput: Throughput, data: Mapping[str, Any], run: Path
 ) -> bool:
-    """Write ``throughput.json`` into a run folder; False where ``run`` is none."""
+    """Write ``throughput.json``, or return False if ``run`` is not a run folder."""
     if not (run / STUDENT_FILE).exists():
         return False
     _write_json(run / "throughput.json", {**throughput.to_dict(), "data": dict(data)})
@@ -114,12 +114,13 @@ def _write_json(path: Path, document: Mapping[str, Any]) -> None:
 
 
 def _describe(student: LoadedModel, place: Path) -> dict[str, Any]:
-    """Which model it was; of our own runs also what it was trained as."""
+    """Describe the model, and its training if it comes from one of our runs."""
     config = student.provenance.get("config")
     trained = {}
     if isinstance(config, dict):
         trained = {key: config.get(key) for key in ("strategy", "seed")}
-        trained["student"] = (config.get("student") or {}).get("preset")
+        chosen = config.get("student") or {}
+        trained["student"] = chosen.get("preset") or chosen.get("model")
     return {
         "path": str(place),
         "sha256": student.sha256,

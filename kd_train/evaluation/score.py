@@ -44,14 +44,14 @@ class Samples(Protocol):
     def __len__(self) -> int: ...
 
     def batch(self, positions: Positions) -> Data:
-        """The samples at ``positions`` as one graph with labels."""
+        """Read the samples at ``positions`` as one graph with labels."""
 
 
 @dataclass(frozen=True)
 class EvalSet:
     """A row of the results: samples with their (n,) ids and atom counts.
 
-    ``split`` is set where they are those of a store.
+    ``split`` is set if the samples are from a store.
     """
 
     name: str
@@ -80,21 +80,21 @@ class Score:
 
     @property
     def warnings(self) -> list[str]:
-        """What makes the numbers of this set doubtful, a sentence each."""
+        """Reasons to doubt the numbers of this set, one sentence each."""
         found = []
         if self.unknown:
             symbols = ", ".join(chemical_symbols[z] for z in self.unknown)
             found.append(
-                f"{self.name}: the student's training data held no {symbols}; its "
-                "numbers for samples with it mean nothing."
+                f"{self.name}: the student's training data has no {symbols}; results "
+                "for samples with these elements are not meaningful."
             )
         elif self.energy_offset > KIND_DIFFERENCE:
             found.append(
-                f"{self.name}: half of the energies are more than "
-                f"{self.energy_offset:.3g} eV per atom away from the labels, so either "
-                "those are of another kind than the student's (total, adsorption, "
-                "another level of theory) or it is hardly trained; energy MAE and EFwT "
-                "do not say how good it is."
+                f"{self.name}: half of the energies differ from the labels by more "
+                f"than {self.energy_offset:.3g} eV per atom; either the labels are "
+                "of another kind than the student's energies (total, adsorption, "
+                "another level of theory), or the student is hardly trained; energy "
+                "MAE and EFwT do not measure its accuracy."
             )
         if math.isnan(self.metrics["energy_mae"]):
             found.append(f"{self.name}: no sample has a reference energy.")
@@ -108,7 +108,7 @@ def store_eval_set(
     limit: int | None,
     every: int,
 ) -> EvalSet:
-    """Each ``every``-th sample of a split, at most ``limit``, in storage order.
+    """Take each ``every``-th sample of a split, at most ``limit``, in storage order.
 
     Others than these ``elements`` are refused.
     """
@@ -121,7 +121,7 @@ def store_eval_set(
 def dataset_eval_set(
     name: str, dataset: Dataset, student: LoadedModel, elements: Container[int]
 ) -> EvalSet:
-    """All samples of an opened dataset, under ``name``; of these ``elements`` only."""
+    """Take all samples of a dataset, under ``name``, and accept only ``elements``."""
     samples = DatasetSamples(dataset, student.model.graph_rule, elements)
     return EvalSet(
         name, samples, np.array(dataset.sample_ids, np.str_), dataset.n_atoms
@@ -131,7 +131,7 @@ def dataset_eval_set(
 def make_eval_batches(
     eval_set: EvalSet, batch_size: int | None, batch_atoms: int
 ) -> list[Positions]:
-    """All positions in order, in groups by samples or else by atoms."""
+    """Divide all positions in order, by number of samples or of atoms."""
     if batch_size is not None:
         return ordered_batches(len(eval_set.samples), batch_size)
     return ordered_within(eval_set.n_atoms, batch_atoms)
@@ -144,7 +144,7 @@ def score(
     device: torch.device,
     loader_threads: int = 2,
 ) -> Score:
-    """Metrics over free atoms (DESIGN: meV, meV/Å, cosine, %) and all predictions.
+    """Compute metrics over free atoms (meV, meV/Å, cosine, %) and all predictions.
 
     Raises
     ------
@@ -186,7 +186,10 @@ def score(
 
 
 class _SeenSamples:
-    """What passed by in the batches of a set; threads may add at the same time."""
+    """Elements and neighbour limits seen in the batches of a set.
+
+    Several threads may add batches at the same time.
+    """
 
     def __init__(self) -> None:
         self.elements: set[int] = set()
@@ -207,7 +210,7 @@ class _SeenSamples:
             self._atoms += len(numbers)
 
     def doubts(self, student: LoadedModel) -> list[str]:
-        """What makes numbers doubtful, each without its full stop."""
+        """List reasons to doubt the numbers, each without its full stop."""
         rule = student.model.graph_rule
         found = [
             unlisted_elements_warning(student),
@@ -215,15 +218,15 @@ class _SeenSamples:
         ]
         if self._arbitrary:
             found.append(
-                "the training compositions did not determine the reference energies of "
-                f"{list_symbols(sorted(self._arbitrary))}, so energies of compositions "
-                "that are no combination of them mean nothing"
+                "the training compositions do not determine the reference energies "
+                f"of {list_symbols(sorted(self._arbitrary))}, so energies of "
+                "compositions that are not combinations of them are not meaningful"
             )
         return [text for text in found if text is not None]
 
 
 def throughput_pool(eval_set: EvalSet) -> list[Structure]:
-    """At most POOL structures, evenly over the set, for measuring throughput."""
+    """Take at most POOL structures, evenly over the set, to measure throughput."""
     step = -(-len(eval_set.samples) // POOL)
     return unbatch_structures(
         eval_set.samples.batch(np.arange(0, len(eval_set.samples), step))
@@ -231,7 +234,7 @@ def throughput_pool(eval_set: EvalSet) -> list[Structure]:
 
 
 def mean_over(rows: Iterable[Mapping[str, float] | None]) -> dict[str, float] | None:
-    """Plain mean of every metric over the rows that have it; None without any row."""
+    """Average every metric over the rows that have it, or return None without rows."""
     present = [row for row in rows if row is not None]
     if not present:
         return None
@@ -246,8 +249,8 @@ def _mean(values: list[float]) -> float:
 def _require_forces(student: LoadedModel) -> None:
     if not student.model.hyperparameters.get("regress_forces", True):
         raise SpecError(
-            "The model predicts no forces (regress_forces is false), so it cannot be "
-            "evaluated."
+            "The model does not predict forces (regress_forces is false), so it cannot "
+            "be evaluated."
         )
 
 

@@ -1,8 +1,8 @@
 """Samples per second of inference at the best batch size, with graphs and without.
 
-Without: forward pass and conversion to eV, on batches that lie on the device. With:
-from structures in memory through neighbour lists, packing and copying to energies and
-forces in memory, one after the other in one thread.
+Without graphs: forward pass and conversion to eV, on batches on the device. With
+graphs: all steps from structures to energies and forces in memory, in one thread
+(neighbour lists, collation, copies, forward pass).
 """
 
 import itertools
@@ -27,11 +27,11 @@ from pipeline.graphs.neighbors import sample_edges
 from pipeline.models.checkpoint import LoadedModel
 from pipeline.structure import Structure
 
-# Distinct samples that are measured on, over and over.
+# Number of distinct samples, which are measured repeatedly.
 POOL = 512
-# A larger batch must be faster by so much to be worth its memory.
+# Least gain in rate that justifies the memory of a larger batch.
 _GAIN = 1.03
-# Batch sizes without such a gain before no larger one is tried.
+# Batch sizes without this gain before the search stops.
 _PATIENCE = 2
 _PASSES = 3
 
@@ -40,8 +40,8 @@ _PASSES = 3
 class Throughput:
     """Rates in samples per second at ``batch_size``, and what they hold for.
 
-    ``tried`` has the rate without graphs of every batch size; ``stopped_by`` says why
-    no larger one was tried: rate, memory, or samples.
+    ``tried`` has the rate without graphs of every batch size. ``stopped_by`` is the
+    reason to try no larger batch: rate, memory or samples.
     """
 
     samples_per_second: float
@@ -56,16 +56,16 @@ class Throughput:
     tried: dict[int, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-able form."""
+        """Return a JSON-able form."""
         tried = {str(size): rate for size, rate in self.tried.items()}
         return {**vars(self), "tried": tried}
 
     def __str__(self) -> str:
         return (
             f"{self.samples_per_second:.4g} samples/s without and "
-            f"{self.samples_per_second_with_graphs:.4g} with graph building, batches "
-            f"of {self.batch_size}, {self.mean_atoms:.1f} atoms on average, "
-            f"{self.threads} thread(s), {self.device_name}"
+            f"{self.samples_per_second_with_graphs:.4g} samples/s with graph "
+            f"building, batches of {self.batch_size}, {self.mean_atoms:.1f} atoms on "
+            f"average, {self.threads} thread(s), {self.device_name}"
         )
 
 
@@ -75,7 +75,7 @@ def measure(
     device: torch.device,
     seconds: float = 1.0,
 ) -> Throughput:
-    """Rates of ``student`` on ``structures``, at least ``seconds`` for each number.
+    """Measure ``student`` on ``structures``, for at least ``seconds`` per number.
 
     The batch size doubles from one until the rate stops growing, the memory would not
     hold twice as much, or a batch has all structures; the one with the highest rate
@@ -104,7 +104,7 @@ def measure(
             stopped_by = "rate"
             break
     if not tried:
-        raise SpecError(f"Not even one sample fits into the memory of {device}.")
+        raise SpecError(f"A single sample does not fit into the memory of {device}.")
     best = max(tried, key=lambda size: tried[size])
     return Throughput(
         samples_per_second=tried[best],
@@ -123,7 +123,7 @@ def measure(
 
 
 def unbatch_structures(batch: Data) -> list[Structure]:
-    """The structures of a collated batch, with its precision."""
+    """Return the structures of a collated batch, with its precision."""
     ends = batch.natoms.cumsum(0).tolist()
     starts = [0, *ends[:-1]]
     return [
@@ -140,7 +140,7 @@ def unbatch_structures(batch: Data) -> list[Structure]:
 
 
 def device_name(device: torch.device) -> str:
-    """What the device calls itself."""
+    """Return the name that the device reports."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     models = _values(Path("/proc/cpuinfo"), "model name")
@@ -148,7 +148,7 @@ def device_name(device: torch.device) -> str:
 
 
 def _values(path: Path, key: str) -> list[str]:
-    """Values of ``key`` in one of the system's tables; none where it has no such."""
+    """Return the values of ``key`` in a table of the system, if there are any."""
     if not path.exists():
         return []
     pairs = (line.partition(":") for line in path.read_text().splitlines())
@@ -156,9 +156,9 @@ def _values(path: Path, key: str) -> list[str]:
 
 
 def _memory_is_short(device: torch.device) -> bool:
-    """Whether a pass that takes twice as much as any so far might not fit.
+    """Return whether a pass with twice the peak memory might not fit.
 
-    A GPU says so itself; a machine without room begins to swap, or ends the process.
+    A GPU raises an error; a machine without memory swaps or ends the process.
     """
     if device.type != "cpu":
         return False
@@ -171,13 +171,13 @@ def _memory_is_short(device: torch.device) -> bool:
 
 
 def _has_levelled_off(rates: list[float]) -> bool:
-    """Whether the last sizes gained nothing over the best before them."""
+    """Return whether the last sizes gained nothing over the best earlier size."""
     before, last = rates[:-_PATIENCE], rates[-_PATIENCE:]
     return bool(before) and max(last) < _GAIN * max(before)
 
 
 def _groups(structures: Sequence[Structure], size: int) -> list[list[Structure]]:
-    """All structures in batches of ``size``; the last is filled from the start."""
+    """Group all structures in batches of ``size``, the last filled from the start."""
     endless = itertools.cycle(structures)
     count = -(-len(structures) // size)
     return [list(itertools.islice(endless, size)) for _ in range(count)]
@@ -221,8 +221,8 @@ def _whole_rate(
 
 
 def _rate(call: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Calls per second: the median over passes of equal length."""
-    call()  # allocations and kernels of the first call are not those of the others
+    """Measure calls per second, as a median over passes of equal length."""
+    call()  # the first call allocates memory and compiles kernels
     _wait_for(device)
     calls = 1
     while (spent := _time_calls(call, calls, device)) < seconds / (2 * _PASSES):

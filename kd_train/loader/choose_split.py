@@ -30,7 +30,7 @@ def choose_split(store: FeatureStore, choice: str, fields: Sequence[str] = ()) -
 
 
 def stored_widths(split: Split) -> dict[str, int]:
-    """Width of every field a split holds; 0 for fields without channels."""
+    """Return the width of every stored field, 0 for fields without channels."""
     return {
         name: split.arrays[field.path].shape[-1] if None in field.shape else 0
         for name, field in FIELDS.items()

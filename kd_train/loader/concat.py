@@ -16,8 +16,8 @@ from pipeline.store.reader import ArrayInfo
 class ConcatSplit:
     """The samples of several splits, one split after the other.
 
-    Every array in ``wanted`` that one split has must be in all, alike; other arrays
-    are seen where all have them alike.
+    Every array in ``wanted`` that one split has must be the same kind in all splits.
+    Other arrays are visible if they are the same kind in all splits.
 
     Raises
     ------
@@ -65,7 +65,10 @@ class ConcatSplit:
 
     @cached_property
     def n_edges(self) -> Indices:
-        """(n,) edges of every sample; StoreError where a split has none stored."""
+        """(n,) edges of every sample.
+
+        Raises StoreError if a split stores no edges.
+        """
         return np.concatenate([part.n_edges for part in self._parts])
 
     @property
@@ -79,7 +82,7 @@ class ConcatSplit:
         return int(self._first_block[-1])
 
     def block_positions(self, block: int) -> range:
-        """Positions of the samples of ``block``, counted over all splits."""
+        """Return the positions of the samples of ``block``, counted over all splits."""
         part = int(np.searchsorted(self._first_block, block, side="right")) - 1
         if not 0 <= part < len(self._parts):
             raise StoreError(
@@ -90,19 +93,19 @@ class ConcatSplit:
         return range(own.start + shift, own.stop + shift)
 
     def encoding(self, path: str) -> None:
-        """None: each split has its own encoding, so this class reads decoded rows."""
+        """Return None: encodings differ between splits, so rows are read decoded."""
 
     def max_shuffle_blocks(self, paths: Sequence[str]) -> int | None:
-        """Blocks to read samples of these arrays from at a time; None for any."""
+        """Return the maximum number of blocks to read at a time, None if unlimited."""
         limits = [part.max_shuffle_blocks(paths) for part in self._parts]
         return min((limit for limit in limits if limit is not None), default=None)
 
     def read_stored(self, positions: npt.ArrayLike, paths: Sequence[str]) -> Arrays:
-        """The same as `read`."""
+        """Read decoded rows, as `read` does."""
         return self.read(positions, paths)
 
     def read(self, positions: npt.ArrayLike, paths: Sequence[str]) -> Arrays:
-        """Rows of the samples at ``positions``, in that order, as fresh arrays.
+        """Read rows of the samples at ``positions``, in that order, as new arrays.
 
         Shapes are those of ``SplitReader.read``; each split is read once.
         """
@@ -116,7 +119,7 @@ class ConcatSplit:
         ]
         if len(found) == 1:
             return found[0]
-        # Places of the asked samples in what was read, split after split.
+        # Places of the requested samples in the rows that were read, split after split.
         place = np.argsort(np.argsort(owner, kind="stable"))
         levels = {self._arrays[path].level for path in paths}
         order = {level: _rows(self._counts(level, chosen), place) for level in levels}
@@ -142,7 +145,7 @@ class ConcatSplit:
                 )
 
     def _counts(self, level: Level, chosen: Indices) -> Indices:
-        """Rows of every asked sample on the axis of ``level``."""
+        """Count the rows of every requested sample on the axis of ``level``."""
         if level == "node":
             return self._n_atoms[chosen].astype(np.int64)
         if level == "edge":
@@ -151,7 +154,7 @@ class ConcatSplit:
 
 
 def _rows(counts: Indices, place: Indices) -> Indices:
-    """Index that brings rows of samples into order.
+    """Compute the index that brings rows of samples into order.
 
     ``counts`` (m,) are rows of the samples in the order wanted, ``place`` (m,) says
     which in the given order each of them is.
@@ -180,8 +183,8 @@ def _require_alike(parts: Sequence[Split], path: str) -> None:
     for part in parts:
         if part not in having:
             raise SpecError(
-                f"Split {part.name!r} lacks {path!r}, which split {first.name!r} has, "
-                f"so they cannot be joined; leave {part.name!r} out, or set "
+                f"Split {part.name!r} lacks {path!r}, which split {first.name!r} "
+                f"has, so they cannot be joined; omit {part.name!r}, or set "
                 f"splits.{part.name}.features: true in the spec and build the store "
                 "again."
             )
@@ -197,8 +200,8 @@ def _require_alike(parts: Sequence[Split], path: str) -> None:
 def _require_distinct(parts: Sequence[Split]) -> None:
     """Refuse a sample that occurs in two of the splits.
 
-    A sample is the same where id and structure are: ids may be running numbers of the
-    frames of a file.
+    A sample is the same if id and structure are: ids may be numbers of the frames of a
+    file.
     """
     owners: dict[tuple[str, int], str] = {}
     for part in parts:
@@ -213,9 +216,9 @@ def _require_distinct(parts: Sequence[Split]) -> None:
 
 
 def shared_structures(split: Split, other: Split) -> tuple[int, str]:
-    """Samples of ``split`` whose structure ``other`` has too, and the id of the first.
+    """Count samples of ``split`` whose structure is in ``other``; name the first.
 
-    The id is empty where there are none.
+    The id is empty if there are none.
     """
     shared = np.flatnonzero(np.isin(split.checksums, other.checksums))
     return len(shared), str(split.sample_ids[shared[0]]) if len(shared) else ""

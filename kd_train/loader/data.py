@@ -25,7 +25,7 @@ from pipeline.store.quantization import PIECE_ROWS, SCALE, dequantize
 from pipeline.structure import Structure
 
 EDGE_CACHE_BYTES = 1 << 30
-# What Python takes for the edges of a sample beside the numbers (measured).
+# Bytes that Python takes for the edges of a sample, without the numbers (measured).
 _EDGE_OVERHEAD = 600
 
 Tables = dict[str, torch.Tensor]
@@ -71,13 +71,13 @@ class CachedSamples:
         return len(self.split)
 
     def batch(self, positions: Positions) -> Data:
-        """The samples at ``positions`` as one graph, see ``pipeline.graphs.batch``.
+        """Read samples at ``positions`` as one graph, see ``pipeline.graphs.batch``.
 
         Adds ``energy`` (B,) float64 in eV, ``forces`` (N, 3) float32 in eV/Å and every
         asked field as it is stored, see ``decode_batch``. With ``edge_features`` (E, C)
         come their edges ``teacher_edge_index`` (2, E) int64, source first,
         ``teacher_cell_offsets`` (E, 3) int8, and ``edge_mismatch``, the id of the first
-        sample whose edges are not those of the model's own graph, empty where all are.
+        sample whose edges differ from the model's own graph, empty if all agree.
 
         Raises
         ------
@@ -102,9 +102,9 @@ class CachedSamples:
         return data
 
     def max_shuffle_blocks(self, wished: int) -> int:
-        """Blocks to shuffle samples among: as wished, or what fits into memory.
+        """Return the number of blocks to shuffle among, ``wished`` or fewer.
 
-        Chunks that have to be decoded or fetched would otherwise be so many times.
+        Beyond that limit, chunks would be decoded or fetched several times.
         """
         limit = self.split.max_shuffle_blocks(tuple(self._paths.values()))
         return wished if limit is None else min(wished, limit)
@@ -177,7 +177,7 @@ class CachedSamples:
 
 
 def read_paths(fields: Sequence[str]) -> dict[str, str]:
-    """Arrays behind a batch with ``fields``: paths by name, structures and labels too.
+    """Return the array paths of a batch by name: structures, labels and ``fields``.
 
     Edge features come with the two arrays that say which edge a row belongs to.
     """
@@ -190,7 +190,7 @@ def read_paths(fields: Sequence[str]) -> dict[str, str]:
 def decode_batch(
     batch: Data, fields: Sequence[str], tables: Mapping[str, Tables]
 ) -> Data:
-    """``batch`` with its ``fields`` in the numbers that losses use, as float32.
+    """Return ``batch`` with its ``fields`` decoded to float32.
 
     Halves are converted, integers decoded with the ``tables`` of their field. To be
     called on the device, so that only the stored bytes travel to it.
@@ -208,7 +208,7 @@ def decode_batch(
 def _floats(
     values: torch.Tensor, scale: torch.Tensor | None, decoder: Tables
 ) -> torch.Tensor:
-    """Float32 behind the integers ``values``, the bits that `Encoding.decode` gives."""
+    """Decode the integers ``values`` to float32, bit for bit as `Encoding.decode`."""
     dtype = decoder["mean"].dtype
     if scale is not None:
         scale = scale.to(dtype).reshape(-1, *[1] * (values.ndim - 1))

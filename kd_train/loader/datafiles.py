@@ -10,11 +10,12 @@ from torch_geometric.data import Data
 from kd_train.loader.sampler import Positions
 from pipeline.datasets import Dataset
 from pipeline.datasets.paths import PACKED
+from pipeline.datasets.registry import format_of_suffix
 from pipeline.errors import SpecError
 from pipeline.graphs.batch import collate
 from pipeline.graphs.neighbors import NeighborSpec, sample_edges
 from pipeline.models.elements import check_elements
-from pipeline.spec.formats import BY_SUFFIX, FORMATS
+from pipeline.spec.formats import FORMATS
 
 
 class DatasetSamples:
@@ -35,10 +36,10 @@ class DatasetSamples:
         return len(self.dataset)
 
     def batch(self, positions: Positions) -> Data:
-        """The samples at ``positions`` as one graph, see ``pipeline.graphs.batch``.
+        """Read samples at ``positions`` as one graph, see ``pipeline.graphs.batch``.
 
         Adds ``energy`` (B,) float64 in eV and ``forces`` (N, 3) float32 in eV/Å, NaN
-        where the source has none.
+        if the source has no label.
 
         Raises
         ------
@@ -63,35 +64,44 @@ def guess_format(path: Path) -> str:
     Raises
     ------
     SpecError
-        The path does not exist, or does not tell; names the option that does.
+        The path does not exist, or does not show the format; names the option.
     """
     if not path.exists():
         raise SpecError(f"--data {path} does not exist.")
     found = _of_folder(path) if path.is_dir() else _of_file(path)
+    found = found or _of_plugin(path)
     if found == "extxyz" and _has_energies_beside(path):
         raise SpecError(
-            f"--data {path} may be a raw chunk of OC20, since a .txt file lies beside; "
-            "add --format oc20_raw or --format extxyz."
+            f"--data {path} may be a raw chunk of OC20, because a .txt file is next "
+            "to it; add --format oc20_raw or --format extxyz."
         )
     if found is None:
-        known = f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+        *others, last = FORMATS.names()
+        known = f"{', '.join(others)} or {last}"
         raise SpecError(
-            f"--data {path} is no store and does not tell its format; add --format "
-            f"{known}."
+            f"--data {path} is not a store, and its name does not show its format; "
+            f"add --format {known}."
         )
     return found
 
 
-def _of_file(path: Path) -> str | None:
+def _of_file(path: Path, *, plugins: bool = False) -> str | None:
     suffixes = [suffix for suffix in path.suffixes if suffix not in PACKED]
-    return BY_SUFFIX.get(suffixes[-1]) if suffixes else None
+    return format_of_suffix(suffixes[-1], plugins=plugins) if suffixes else None
+
+
+def _of_plugin(path: Path) -> str | None:
+    """Format of a plug-in that all files of its kind at ``path`` have."""
+    files = path.iterdir() if path.is_dir() else [path]
+    found = {_of_file(file, plugins=True) for file in files} - {None}
+    return found.pop() if len(found) == 1 else None
 
 
 def _of_folder(path: Path) -> str | None:
     if path.suffix == ".lmdb" or (path / "data.mdb").is_file():
         return "oc20_lmdb"
     found = {_of_file(entry) for entry in path.iterdir()} - {None}
-    # fairchem keeps a metadata.npz beside its files.
+    # fairchem stores a metadata.npz next to its files.
     for formats in ({"oc20_lmdb", "aselmdb"}, {"traj", "npz", "hdf5", "extxyz"}):
         if likely := found & formats:
             # Frames in a folder may be OC20's.

@@ -1,4 +1,4 @@
-"""Warns of atoms that lie too close, in datasets that nobody planned a store of."""
+"""Warning of atoms that are too close, for datasets without a planned store."""
 
 import logging
 
@@ -13,7 +13,7 @@ log = logging.getLogger("kd_train")
 
 
 class WarnsOfClosePairs(DerivedDataset):
-    """Another dataset, whose first sample with atoms too close is warned of."""
+    """A dataset that warns of its first sample with atoms too close to each other."""
 
     def __init__(self, inner: Dataset) -> None:
         super().__init__(inner)
@@ -23,7 +23,7 @@ class WarnsOfClosePairs(DerivedDataset):
         sample = self._inner[index]
         if not self._warned:
             try:
-                remedy = "or leave such samples out; they count in all metrics"
+                remedy = "or exclude such samples; they count in all metrics"
                 check_distances(sample, MIN_PAIR_DISTANCE, remedy)
             except DataError as error:
                 self._warned = True

@@ -18,7 +18,7 @@ def prefetch(
     depth: int = 4,
     threads: int = 2,
 ) -> Generator[Made, None, None]:
-    """``make`` of every batch, in order, at most ``depth`` ahead of the caller.
+    """Yield ``make`` of every batch in order, computed up to ``depth`` batches ahead.
 
     An error of ``make`` or of ``batches`` reaches the caller in its place, after all
     results before it. No thread is left when the iterator is exhausted or closed.
@@ -40,7 +40,7 @@ def prefetch(
 def _submit(
     pool: ThreadPoolExecutor, make: Callable[[Item], Made], batches: Iterable[Item]
 ) -> Iterator[Future[Made]]:
-    """One future per batch; where ``batches`` fails, a last one with the error."""
+    """Yield a future for every batch, and one with the error if ``batches`` fails."""
     source = iter(batches)
     while True:
         try:
@@ -58,9 +58,9 @@ def _submit(
 def pin_batches(
     make: Callable[[Item], Data], device: torch.device
 ) -> Callable[[Item], Data]:
-    """``make`` itself, or for a GPU one whose batches lie in page-locked memory.
+    """Return ``make``, for a GPU with batches in page-locked memory.
 
-    Only from there a copy to the device can run beside computation.
+    Only a copy from page-locked memory can overlap with computation.
     """
     if device.type != "cuda":
         return make
@@ -68,5 +68,5 @@ def pin_batches(
 
 
 def move_to_device(batch: Data, device: torch.device) -> Data:
-    """``batch`` on ``device``; to a GPU without waiting for the copy."""
+    """Return ``batch`` on ``device``, without waiting for the copy to a GPU."""
     return batch.to(device, non_blocking=device.type == "cuda")

@@ -1,4 +1,4 @@
-"""Which samples come when: numpy alone, and the same answer on every rank.
+"""Order of samples, with numpy alone and with the same result on every rank.
 
 An epoch permutes the blocks of a split and the samples in each, and cuts the sequence
 into one part per rank, so that a rank reads whole blocks except at the cuts. A rank
@@ -23,12 +23,15 @@ Counts = npt.NDArray[np.int32] | npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class SamplerConfig:
-    """How epochs are shuffled and cut; ``batch_atoms`` replaces ``batch_size``."""
+    """Rules by which epochs are shuffled and divided into batches.
+
+    ``batch_atoms`` replaces ``batch_size`` if set.
+    """
 
     seed: int
     batch_size: int
     batch_atoms: int | None = None
-    buffer_blocks: int = 16
+    shuffle_blocks: int = 16
     world_size: int = 1
 
 
@@ -49,9 +52,9 @@ def training_batches(
     rank: int = 0,
     start: tuple[int, int] = (0, 0),
 ) -> Iterator[BatchIndex]:
-    """Batches of ``rank`` without end, from batch ``start[1]`` of epoch ``start[0]``.
+    """Yield batches of ``rank`` from batch ``start[1]`` of epoch ``start[0]`` on.
 
-    What comes does not depend on where it starts: a run resumed at the place after its
+    The sequence does not depend on the start: a run resumed at the place after its
     last batch sees what it would have seen. A place past the last batch of an epoch is
     the begin of the next.
     """
@@ -70,7 +73,7 @@ def epoch_batches(
     epoch: int,
     rank: int,
 ) -> list[Positions]:
-    """Batches of ``rank`` in ``epoch``, equally many on every rank and none empty.
+    """Return the non-empty batches of ``rank``, the same number on every rank.
 
     By samples, there are as many as the largest part needs for at most ``batch_size``
     each, and sizes on a rank differ by one at most. (With ``batch_size`` 1, where the
@@ -93,8 +96,8 @@ def epoch_batches(
     if number > min(sizes):
         raise SpecError(
             f"With batch_atoms = {config.batch_atoms} one process needs {number} "
-            f"batches and another has only {min(sizes)} samples; raise batch_atoms "
-            "or start another number of processes."
+            f"batches, but another process has only {min(sizes)} samples; raise "
+            "batch_atoms or change the number of processes."
         )
     mine = orders[rank]
     bounds = even_bounds(n_atoms[mine], number, config.batch_atoms)
@@ -104,7 +107,7 @@ def epoch_batches(
 def epoch_parts(
     blocks: Sequence[range], config: SamplerConfig, epoch: int
 ) -> list[list[Positions]]:
-    """For every rank the pieces of blocks that it owns, in order of the epoch.
+    """Return for every rank its pieces of blocks, in order of the epoch.
 
     Parts differ by one sample at most; their pieces are whole blocks but for the first
     and the last, and samples inside a block are permuted before it is cut.
@@ -113,7 +116,7 @@ def epoch_parts(
     if total < world:
         raise SpecError(
             f"The training split has {total} samples, too few for {world} processes; "
-            "start fewer."
+            "start fewer processes."
         )
     generator = np.random.default_rng((config.seed, epoch))
     chosen = [blocks[number] for number in generator.permutation(len(blocks))]
@@ -132,29 +135,29 @@ def epoch_parts(
 def rank_order(
     pieces: Sequence[Positions], config: SamplerConfig, epoch: int, rank: int
 ) -> Positions:
-    """The samples of a rank's part, shuffled within ``buffer_blocks`` pieces at a time.
+    """Samples of a rank's part, shuffled within ``shuffle_blocks`` pieces at a time.
 
     As good as a full shuffle where the store's own order is random, because then any
-    block is a fair sample of the split (docs/benchmarks.md has measurements).
+    block is a fair sample of the split (measured: docs/measurements/benchmarks.md).
     """
     # Seeds are padded with zeros, so (seed, epoch, 0) would repeat (seed, epoch).
     generator = np.random.default_rng((config.seed, epoch, 1 + rank))
     windows = [
         generator.permutation(
-            np.concatenate(pieces[first : first + config.buffer_blocks])
+            np.concatenate(pieces[first : first + config.shuffle_blocks])
         )
-        for first in range(0, len(pieces), config.buffer_blocks)
+        for first in range(0, len(pieces), config.shuffle_blocks)
     ]
     return np.concatenate(windows)
 
 
 def fewest_batches(atoms: Counts, budget: int) -> int:
-    """Least number of batches of at most ``budget`` atoms, in the given order."""
+    """Return the least number of batches of at most ``budget`` atoms, in order."""
     return len(full_bounds(atoms, budget)) - 1
 
 
 def full_bounds(atoms: Counts, budget: int) -> list[int]:
-    """Bounds of batches that are each filled as far as ``budget`` atoms allow.
+    """Return bounds of batches, each filled as far as ``budget`` atoms allow.
 
     No other cut of the sequence has fewer. A sample above the budget is alone.
     """
@@ -166,10 +169,10 @@ def full_bounds(atoms: Counts, budget: int) -> list[int]:
 
 
 def even_bounds(atoms: Counts, number: int, budget: int) -> list[int]:
-    """Bounds of ``number`` batches, none empty, with atoms as equal as they can be.
+    """Return bounds of ``number`` non-empty batches with nearly equal numbers of atoms.
 
-    Bounds lie where the cumulated atoms are nearest to equal shares, unless a batch
-    would then exceed ``budget`` or what is left not fit into the batches left. Needs
+    Bounds are where the cumulated atoms are nearest to equal shares, unless a batch
+    would then exceed ``budget`` or the remaining samples would not fit. Needs
     ``fewest_batches(atoms, budget) <= number <= len(atoms)`` and no sample above the
     budget; then it always succeeds.
     """
@@ -201,14 +204,14 @@ def check_budget(
 
 
 def group_items(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """``items`` in order, ``size`` at a time; a rest that is smaller comes last."""
+    """Yield ``items`` in groups of ``size``; the last group may be smaller."""
     source = iter(items)
     while group := list(itertools.islice(source, size)):
         yield group
 
 
 def ordered_batches(count: int, batch_size: int) -> list[Positions]:
-    """Positions 0..count-1 in order, in groups of ``batch_size``."""
+    """Return positions 0..count-1 in order, in groups of ``batch_size``."""
     return [
         np.arange(first, min(first + batch_size, count))
         for first in range(0, count, batch_size)
@@ -216,24 +219,28 @@ def ordered_batches(count: int, batch_size: int) -> list[Positions]:
 
 
 def ordered_within(n_atoms: Counts, budget: int) -> list[Positions]:
-    """All positions in order, in groups of at most ``budget`` atoms or one sample."""
+    """Return all positions in order, in groups of at most ``budget`` atoms."""
     bounds = full_bounds(n_atoms, budget)
     return [np.arange(begin, end) for begin, end in itertools.pairwise(bounds)]
 
 
 def _cumulate(atoms: Counts) -> Positions:
-    """(n + 1,) atoms before every sample, and at the end all."""
+    """Return the number of atoms before every sample and in total, (n + 1,)."""
     return np.concatenate(([0], np.cumsum(atoms, dtype=np.int64)))
 
 
 def _reach(total: Positions, budget: int) -> Positions:
-    """(n,) end of the longest batch within ``budget`` that begins at each sample."""
-    ends = np.searchsorted(total, total[:-1] + budget, side="right") - 1
+    """Return the end of the longest batch within ``budget`` from each sample, (n,)."""
+    # A budget beyond all atoms could leave the range of int64.
+    within = min(budget, int(total[-1]))
+    ends = np.searchsorted(total, total[:-1] + within, side="right") - 1
     return np.maximum(ends, np.arange(1, len(total)))
 
 
 def _latest_fit(total: Positions, number: int, budget: int) -> list[int]:
-    """(number + 1,) first sample from which the batches left can hold all that follow.
+    """Return the first samples from which the remaining batches hold the rest.
+
+    Shape (number + 1,).
 
     Entry k is for ``number - k`` batches; a bound before it would leave too much.
     """

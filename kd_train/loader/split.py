@@ -14,7 +14,7 @@ Arrays = dict[str, npt.NDArray[Any]]
 
 
 class Split(Protocol):
-    """Samples by position; ``pipeline.store.reader.SplitReader`` is one."""
+    """Samples by position, as ``pipeline.store.reader.SplitReader`` reads them."""
 
     def __len__(self) -> int: ...
 
@@ -36,7 +36,10 @@ class Split(Protocol):
 
     @property
     def n_edges(self) -> Indices:
-        """(n,) edges of every sample; StoreError where none are stored."""
+        """(n,) edges of every sample.
+
+        Raises StoreError if no edges are stored.
+        """
 
     @property
     def arrays(self) -> dict[str, ArrayInfo]:
@@ -47,16 +50,16 @@ class Split(Protocol):
         """Number of blocks."""
 
     def block_positions(self, block: int) -> range:
-        """Positions of the samples of ``block``."""
+        """Return the positions of the samples of ``block``."""
 
     def encoding(self, path: str) -> Quantization | None:
-        """What the numbers of `read_stored` mean; None for those that are meant."""
+        """Return the encoding of the rows of `read_stored`, None for plain numbers."""
 
     def max_shuffle_blocks(self, paths: Sequence[str]) -> int | None:
-        """Blocks to read samples of these arrays from at a time; None for any."""
+        """Return the maximum number of blocks to read at a time, None if unlimited."""
 
     def read(self, positions: npt.ArrayLike, paths: Sequence[str]) -> Arrays:
-        """Rows of the samples at ``positions``, in that order, as fresh arrays."""
+        """Read rows of the samples at ``positions``, in that order, as new arrays."""
 
     def read_stored(self, positions: npt.ArrayLike, paths: Sequence[str]) -> Arrays:
-        """The same without decoding; paths may be those of scales of rows too."""
+        """Read rows without decoding; ``paths`` may contain row scales."""

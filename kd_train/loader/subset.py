@@ -1,4 +1,4 @@
-"""Some samples of a split, read as a split of their own."""
+"""Some samples of a split, read as a separate split."""
 
 from collections.abc import Sequence
 
@@ -43,7 +43,10 @@ class SubsetSplit:
 
     @property
     def n_edges(self) -> Indices:
-        """(n,) edges of every sample; StoreError where none are stored."""
+        """(n,) edges of every sample.
+
+        Raises StoreError if no edges are stored.
+        """
         return self._split.n_edges[self._positions]
 
     @property
@@ -57,21 +60,21 @@ class SubsetSplit:
         return 1
 
     def block_positions(self, block: int) -> range:
-        """All positions."""
+        """Return all positions."""
         return range(len(self))
 
     def encoding(self, path: str) -> Quantization | None:
-        """What the numbers of `read_stored` mean; None for those that are meant."""
+        """Return the encoding of the rows of `read_stored`, None for plain numbers."""
         return self._split.encoding(path)
 
     def max_shuffle_blocks(self, paths: Sequence[str]) -> int | None:
-        """Blocks to read samples of these arrays from at a time; None for any."""
+        """Return the maximum number of blocks to read at a time, None if unlimited."""
         return self._split.max_shuffle_blocks(paths)
 
     def read(self, positions: npt.ArrayLike, paths: Sequence[str]) -> Arrays:
-        """Rows of the samples at ``positions``, in that order, as fresh arrays."""
+        """Read rows of the samples at ``positions``, in that order, as new arrays."""
         return self._split.read(self._positions[np.asarray(positions)], paths)
 
     def read_stored(self, positions: npt.ArrayLike, paths: Sequence[str]) -> Arrays:
-        """The same without decoding; paths may be those of scales of rows too."""
+        """Read rows without decoding; ``paths`` may contain row scales."""
         return self._split.read_stored(self._positions[np.asarray(positions)], paths)

@@ -1,4 +1,4 @@
-"""Which runs can stand in one table: equal store, samples, training and start."""
+"""Comparability of runs: equal store, samples, training and initial weights."""
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from pipeline.errors import SpecError
 
 @dataclass(frozen=True)
 class Mismatch:
-    """A run that cannot stand in one table with ``other``, and what forbids it."""
+    """A run that is not comparable with ``other``, and the reason."""
 
     run: FinishedRun
     other: FinishedRun
@@ -20,7 +20,7 @@ class Mismatch:
         """Return the mismatch as an error."""
         return SpecError(
             f"{self.run.folder} cannot be compared with {self.other.folder}: "
-            f"{self.reason}; leave one of them out or report them separately."
+            f"{self.reason}; remove one of the runs or report them separately."
         )
 
     def as_skipped(self) -> SkippedRun:
@@ -34,7 +34,7 @@ class Mismatch:
 
 @dataclass(frozen=True)
 class _Requirement:
-    """``value`` must be equal in all runs of a ``group``; ``words`` where it is not."""
+    """A ``value`` that all runs of a ``group`` must share, and the ``words`` if not."""
 
     group: Callable[[FinishedRun], Hashable]
     value: Callable[[FinishedRun], str]
@@ -52,7 +52,7 @@ _REQUIREMENTS = (
     _Requirement(
         lambda run: "all",
         lambda run: run.summary.val_split,
-        "metrics of different splits, test_split or else val_split ({} and {})",
+        "different splits for the metrics, test_split or else val_split ({} and {})",
     ),
     # Learning curves share their axes.
     _Requirement(
@@ -68,20 +68,20 @@ _REQUIREMENTS = (
     _Requirement(
         lambda run: run.summary.student,
         lambda run: run.batch,
-        "different batches in a step ({} and {}: batch_size or batch_atoms, times "
-        "accumulate, times processes)",
+        "different batches per step ({} and {}: batch_size or batch_atoms, times "
+        "accumulate_steps, times processes)",
     ),
     _Requirement(
         lambda run: (run.summary.student, run.summary.seed),
         lambda run: run.header.initial_weights,
-        "different initial weights ({:.12}… and {:.12}…) though both have seed {seed}, "
-        "so their hyperparameters or versions are not the same",
+        "different initial weights ({:.12}… and {:.12}…) although both have seed "
+        "{seed}, so hyperparameters or versions differ",
     ),
 )
 
 
 def comparable(runs: Sequence[FinishedRun]) -> tuple[list[FinishedRun], list[Mismatch]]:
-    """Runs that can stand in one table, and those that do not fit to them.
+    """Divide runs into comparable runs and mismatches.
 
     What most runs have decides; of equally many, what a plain student has.
     """
@@ -99,7 +99,7 @@ def comparable(runs: Sequence[FinishedRun]) -> tuple[list[FinishedRun], list[Mis
 def _alike(
     runs: Sequence[FinishedRun], requirement: _Requirement
 ) -> tuple[list[FinishedRun], list[FinishedRun]]:
-    """Runs with the values of their groups, and the others."""
+    """Divide runs by whether they have the value of their group."""
     groups: dict[Hashable, dict[str, list[FinishedRun]]] = {}
     for run in runs:
         group = groups.setdefault(requirement.group(run), {})
@@ -123,7 +123,10 @@ def _alike(
 def _make_mismatch(
     run: FinishedRun, requirement: _Requirement, kept: Sequence[FinishedRun]
 ) -> Mismatch:
-    """``run`` against the first of its group that is ``kept``, which some always is."""
+    """Compare ``run`` with the first run of its group in ``kept``.
+
+    There is always such a run.
+    """
     other = next(
         one for one in kept if requirement.group(one) == requirement.group(run)
     )
@@ -136,7 +139,7 @@ def _make_mismatch(
 def _once_each(
     runs: Sequence[FinishedRun],
 ) -> tuple[list[FinishedRun], list[Mismatch]]:
-    """The first of every seed of every row, and those that are there again."""
+    """Return the first run of every seed and row, and mismatches for repeated runs."""
     kept: list[FinishedRun] = []
     mismatches = []
     rows = [(row_settings(run), run.summary.seed) for run in runs]
@@ -148,7 +151,7 @@ def _once_each(
         summary = run.summary
         reason = (
             f"both are {summary.student} with strategy {summary.strategy} and seed "
-            f"{summary.seed}, in equal settings"
+            f"{summary.seed}, with the same settings"
         )
         mismatches.append(Mismatch(run, first, reason))
     return kept, mismatches

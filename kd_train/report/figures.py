@@ -1,16 +1,16 @@
-"""What figures share: style, canvas, colours, files. matplotlib comes when asked."""
+"""Style, canvas, colours and files of figures, with a lazy import of matplotlib."""
 
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kd_train.config.train_config import BASELINE
+from kd_train.config.strategy_names import BASELINE
 from kd_train.report.grouping import Cohort
 from pipeline.errors import PipelineError
 
 GRID: Any = {"color": "#e6e6e6", "linewidth": 0.6}
-# Okabe and Ito's colours, which the colour-blind can tell apart, and three more.
+# Okabe and Ito's colours, which the colour-blind can distinguish, and three more.
 _PALETTE = (
     "#0072b2",
     "#d55e00",
@@ -76,13 +76,13 @@ def row_styles(cohorts: Sequence[Cohort]) -> dict[str, RowStyle]:
 
 
 def mix_colors(first: str, second: str, share: float) -> str:
-    """Colour ``#rrggbb`` between two, ``share`` of the way to the second."""
+    """Mix two colours ``#rrggbb``, ``share`` of the way to the second."""
     pairs = [(int(first[i : i + 2], 16), int(second[i : i + 2], 16)) for i in (1, 3, 5)]
     return "#" + "".join(f"{round(a + share * (b - a)):02x}" for a, b in pairs)
 
 
 def new_figure(width: float, height: float) -> Any:
-    """An empty figure in inches of its own canvas: no window, no global state."""
+    """Make an empty figure, sizes in inches, without window or global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -93,7 +93,7 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def style() -> Any:
-    """Context in which figures are made and saved.
+    """Return the context in which figures are made and saved.
 
     Raises
     ------
@@ -110,7 +110,7 @@ def style() -> Any:
 
 
 def render_files(figure: Any, stem: str) -> dict[str, bytes]:
-    """``figure`` as ``stem.png`` for pages and ``stem.pdf`` for papers."""
+    """Render ``figure`` as ``stem.png`` for pages and ``stem.pdf`` for papers."""
     files = {}
     for kind, metadata in (("png", {}), ("pdf", {"CreationDate": None})):
         buffer = io.BytesIO()

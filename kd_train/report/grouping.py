@@ -4,21 +4,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kd_train.config.train_config import STRATEGIES
+from kd_train.config.strategy_names import STRATEGIES
 from kd_train.report.runs import FinishedRun, Metrics, format_number
 
-# Settings that may differ between a run and its baseline beside those of distillation,
+# Settings that may differ between a run and its baseline, besides distillation,
 # the last of which changes no number.
-_FREE = ("strategy", "seed", "train_split", "loss.teacher_labels", "loader_threads")
+_FREE = (
+    "strategy",
+    "seed",
+    "train_split",
+    "loss.pseudo_label_weight",
+    "loader_threads",
+)
 # Settings that count together, with the number of processes: the batch of a step.
-_BATCH = ("batch_size", "batch_atoms", "accumulate")
+_BATCH = ("batch_size", "batch_atoms", "accumulate_steps")
 
 
 @dataclass(frozen=True)
 class Variant:
     """Runs of one row: alike in all settings but the seed, which ascends.
 
-    ``settings`` says what tells the row from others of its strategy: ``λ=100``.
+    ``settings`` names what distinguishes the row in its strategy: ``λ=100``.
     """
 
     strategy: str
@@ -50,7 +56,7 @@ class Cohort:
 
     @property
     def teacher(self) -> Metrics | None:
-        """Metrics of the stored teacher; None where the store has none."""
+        """Metrics of the stored teacher, None if the store has none."""
         return self.variants[0].runs[0].summary.teacher_metrics
 
     @property
@@ -59,9 +65,9 @@ class Cohort:
         return tuple(run for run in self.runs if is_plain(run))
 
     def baseline_of(self, run: FinishedRun) -> FinishedRun | None:
-        """The plain student with seed and settings of ``run``, distillation aside.
+        """Find the baseline with the seed and settings of ``run``, except distillation.
 
-        It has the same training splits, or where no baseline has, some of them.
+        It has the same training splits, or some of them if no baseline has all.
         """
         seed, settings = run.summary.seed, _bound(run)
         found = {
@@ -77,12 +83,12 @@ class Cohort:
 
 
 def is_plain(run: FinishedRun) -> bool:
-    """Whether ``run`` saw nothing of the teacher."""
-    return not run.strategies and not run.settings["loss.teacher_labels"]
+    """Return whether ``run`` used nothing of the teacher."""
+    return not run.strategies and not run.settings["loss.pseudo_label_weight"]
 
 
 def make_cohorts(runs: Sequence[FinishedRun]) -> list[Cohort]:
-    """Comparable runs grouped by student, in the order in which these first appear."""
+    """Group comparable runs by student, in order of first appearance."""
     students = dict.fromkeys(run.summary.student for run in runs)
     return [
         _cohort(student, [run for run in runs if run.summary.student == student])
@@ -91,7 +97,7 @@ def make_cohorts(runs: Sequence[FinishedRun]) -> list[Cohort]:
 
 
 def row_settings(run: FinishedRun) -> tuple[str, str, dict[str, Any]]:
-    """Student, strategy and settings by the words of a label: equal within a row."""
+    """Return student, strategy and labelled settings, which are equal within a row."""
     labels = _lambdas(run) | _choices(run)
     return run.summary.student, run.summary.strategy, labels
 
@@ -116,22 +122,21 @@ def _cohort(student: str, members: list[FinishedRun]) -> Cohort:
 
 
 def _lambdas(run: FinishedRun) -> dict[str, Any]:
-    """Distillation weights in force, by the words of a label."""
+    """Return the distillation weights in use, by the words of a label."""
     several = len(run.strategies) > 1
     return {
-        f"λ({name})=" if several else "λ=": run.settings.get(f"distill.{name}")
-        for name in run.strategies
+        f"λ({name})=" if several else "λ=": run.weight(name) for name in run.strategies
     }
 
 
 def _choices(run: FinishedRun) -> dict[str, Any]:
-    """All other settings by the words of a label; None for what needs no word."""
+    """Return all other settings by the words of a label, None for hidden ones."""
     settings = run.settings
     chosen: dict[str, Any] = {}
     if run.strategies:
-        chosen["balance="] = settings["distill.balance"]
+        chosen["target_ratio="] = settings["distill.target_ratio"]
         chosen["λ schedule "] = _schedule(settings)
-    chosen["teacher_labels="] = settings["loss.teacher_labels"] or None
+    chosen["pseudo_label_weight="] = settings["loss.pseudo_label_weight"] or None
     chosen["on "] = settings["train_split"]
     for key, value in _bound(run).items():
         chosen[f"{key}="] = "none" if value is None else value
@@ -139,7 +144,7 @@ def _choices(run: FinishedRun) -> dict[str, Any]:
 
 
 def _schedule(settings: dict[str, Any]) -> str | None:
-    """The factor of all distillation weights in words; None where it is always 1."""
+    """Describe the schedule of distillation weights, None if the factor is always 1."""
     kind, start, end, first, steps = (
         settings[f"distill.schedule.{key}"]
         for key in ("kind", "start", "end", "first_step", "steps")
@@ -154,7 +159,7 @@ def _schedule(settings: dict[str, Any]) -> str | None:
 def _select_differing(
     own: dict[str, Any], all_runs: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """The ``own`` settings that another run has otherwise."""
+    """Return the ``own`` settings that differ in another run."""
     return {
         key: value
         for key, value in own.items()
@@ -168,14 +173,14 @@ def _words(labels: dict[str, Any]) -> str:
 
 
 def _sortable(value: Any) -> tuple[int, float, str]:
-    """``value`` as something that compares with any other: None, numbers, words."""
+    """Return a sort key of ``value``: None first, then numbers, then words."""
     if isinstance(value, int | float):
         return 1, value, ""
     return (0, 0.0, "") if value is None else (2, 0.0, str(value))
 
 
 def _bound(run: FinishedRun) -> dict[str, Any]:
-    """Settings that a run must share with its baseline."""
+    """Return the settings that a run must share with its baseline."""
     bound = {
         key: value
         for key, value in run.settings.items()
@@ -185,7 +190,8 @@ def _bound(run: FinishedRun) -> dict[str, Any]:
 
 
 def _rank(strategy: str) -> tuple[int, int, str]:
-    """Single strategies in their documented order, then the joined ones."""
+    """Return a sort key: single strategies in documented order, then joined ones."""
     parts = strategy.split("+")
-    rank = STRATEGIES.index(parts[0]) if parts[0] in STRATEGIES else len(STRATEGIES)
+    known = STRATEGIES.names()
+    rank = known.index(parts[0]) if parts[0] in known else len(known)
     return len(parts), rank, strategy

@@ -1,4 +1,4 @@
-"""CKA as files: matrix, description, heat map; and reading them for a report."""
+"""CKA files (matrix, description, heat map), written and read for a report."""
 
 import csv
 import io
@@ -21,7 +21,7 @@ _MOST_NUMBERS = 14
 
 
 class Description(ClosedModel):
-    """What ``cka.json`` says of a comparison, beside the matrix."""
+    """Description of a comparison in ``cka.json``, without the matrix."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -42,7 +42,7 @@ class Description(ClosedModel):
 
 
 def write_similarity(found: Similarity, out: Path) -> str:
-    """Write cka.csv, cka.json, cka.png and cka.pdf; returns the table for a terminal.
+    """Write cka.csv, cka.json, cka.png and cka.pdf, and return a text table.
 
     Raises
     ------
@@ -59,7 +59,7 @@ def write_similarity(found: Similarity, out: Path) -> str:
 
 
 def read_similarity(folder: Path) -> tuple[Description, bytes]:
-    """What :func:`write_similarity` left in ``folder``: description and PNG.
+    """Read description and PNG that :func:`write_similarity` wrote to ``folder``.
 
     Raises
     ------
@@ -73,14 +73,14 @@ def read_similarity(folder: Path) -> tuple[Description, bytes]:
         document, image = None, b""
     if not isinstance(document, dict) or not image.startswith(PNG_START):
         raise SpecError(
-            f"{folder} does not hold a whole cka.json and cka.png; write them with "
-            f"`kd-cka … --out {folder}`."
+            f"{folder} does not contain a complete cka.json and cka.png; write them "
+            f"with `kd-cka … --out {folder}`."
         )
     return validate(Description, document, str(folder / "cka.json")), image
 
 
 def heatmap_files(found: Similarity) -> dict[str, bytes]:
-    """Heat map, layers of the first model upwards, those of the second to the right."""
+    """Draw the heat map: first model's layers upwards, second model's to the right."""
     rows, columns = found.matrix.shape
     with style():
         size = max(2.8, 1.6 + 0.42 * columns), max(2.2, 1.2 + 0.34 * rows)
@@ -114,7 +114,7 @@ def _write_numbers(axes: Any, found: Similarity) -> None:
 
 
 def _csv(found: Similarity) -> str:
-    """The matrix with all digits; empty where a layer is constant."""
+    """Format the matrix with all digits, empty for constant layers."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["layer", *found.second_layers])
@@ -126,7 +126,7 @@ def _csv(found: Similarity) -> str:
 
 
 def _text(found: Similarity) -> str:
-    """Title and matrix with two decimals, first layers at the top."""
+    """Format title and matrix with two decimals, first layers at the top."""
     width = max(map(len, found.first_layers))
     columns = [max(len(name), 4) for name in found.second_layers]
     pairs = list(zip(found.second_layers, columns, strict=True))

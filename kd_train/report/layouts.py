@@ -28,7 +28,7 @@ _LATEX = {
 
 
 def text_table(table: Table) -> str:
-    """The table for a terminal: aligned columns, then the footnotes."""
+    """Format the table for a terminal: aligned columns, then the footnotes."""
     if not table.rows:
         return "\n".join(table.notes) + "\n"
     rows = table.rows
@@ -52,7 +52,7 @@ def text_table(table: Table) -> str:
 
 
 def csv_table(table: Table) -> str:
-    """The table with all digits, one line per row; empty where there is no value."""
+    """Format the table as CSV with all digits; missing values are empty."""
     buffer = io.StringIO()
     header = ["student", "strategy", "settings", "seeds", "steps", "val_split"]
     for column in COLUMNS:
@@ -74,7 +74,7 @@ def csv_table(table: Table) -> str:
 
 
 def latex_table(table: Table) -> str:
-    r"""The table as a ``tabular`` for ``\\input``; needs the package booktabs.
+    r"""Format the table as a ``tabular`` for ``\\input`` with the package booktabs.
 
     The best mean of a student is bold. Footnotes are comments at the end.
     """
@@ -96,17 +96,17 @@ def latex_table(table: Table) -> str:
 
 
 def escape_latex(text: str) -> str:
-    """``text`` so that LaTeX prints it as it is."""
+    """Escape ``text`` so that LaTeX prints it unchanged."""
     return "".join(_LATEX.get(character, character) for character in text)
 
 
 def format_mean_sd(spread: Spread, decimals: int) -> str:
-    """Mean ± deviation, or what there is of them."""
+    """Format mean ± deviation, or the part that exists."""
     return " ± ".join(part for part in spread.parts(decimals) if part)
 
 
 def _latex_head(has_gaps: bool) -> Iterator[str]:
-    """Two header lines: names of metrics, then units."""
+    """Yield two header lines: names of metrics, then units."""
     titles, units = ["", "seeds"], ["", ""]
     for column in COLUMNS:
         titles.append(escape_latex(column.title))
@@ -130,12 +130,12 @@ def _latex_cells(row: Row, has_gaps: bool) -> Iterator[str]:
 
 
 def _latex_number(text: str) -> str:
-    """Number with a minus sign instead of a hyphen."""
+    """Format a number with a minus sign instead of a hyphen."""
     return escape_latex(text.replace("-", "−"))
 
 
 def gap_text(row: Row, column: Column) -> str:
-    """Gap closed in percent; empty where a gap has no sense."""
+    """Format the gap closed in percent, empty if a gap is not defined."""
     return format_mean_sd(row.gaps[column.name], 1) if row.gaps else ""
 
 
@@ -144,7 +144,7 @@ def _latex_row(cells: Iterable[str]) -> str:
 
 
 def _align(spreads: Sequence[Spread | None], decimals: int) -> list[str]:
-    """Texts of one width with the signs ± below each other; None gives blanks."""
+    """Align texts with the signs ± below each other; None gives blanks."""
     parts = [("", "") if s is None else s.parts(decimals) for s in spreads]
     means = max(len(mean) for mean, _ in parts)
     deviations = max(len(deviation) for _, deviation in parts)

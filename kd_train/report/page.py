@@ -14,7 +14,7 @@ from kd_train.report.summary import training_command
 from kd_train.report.tables import COLUMNS, MISSING, TEACHER, Row, Table
 
 WITHOUT_RESULTS = "Runs without results"
-NOT_COMPARABLE = "Finished runs that cannot be compared with the others"
+NOT_COMPARABLE = "Finished runs that are not comparable with the other runs"
 _PACKAGES = ("kd-train", "torch", "numpy", "matplotlib")
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #222; max-width: 76rem;
@@ -64,7 +64,7 @@ class PageContent:
 
 
 def page(report: PageContent) -> str:
-    """The page: summary, table, figures, runs left out, provenance."""
+    """Write the page: summary, table, figures, skipped runs, provenance."""
     sections = [
         _section("Summary", "".join(f"<p>{escape(s)}</p>\n" for s in report.sentences)),
         _section("Gap closed", _results(report.table)),
@@ -124,7 +124,7 @@ def _html_table(table: Table) -> str:
 
 
 def _html_row(row: Row, has_gaps: bool) -> str:
-    """One row; the best of a student on a metric is bold."""
+    """Format one row, with a student's best value of a metric in bold."""
     cells = [f"<td>{escape(row.label)}</td><td>{row.seeds or ''}</td>"]
     for column in COLUMNS:
         text = format_mean_sd(row.values[column.name], column.decimals)
@@ -153,7 +153,7 @@ def _provenance(report: PageContent) -> str:
     if runs:
         fingerprint = escape(runs[0].summary.fingerprint)
         parts.append(f"<p>Store fingerprint <code>{fingerprint}</code></p>\n")
-    parts.append(f"<p>Report made by {escape(_versions())}.</p>\n")
+    parts.append(f"<p>Report written by {escape(_versions())}.</p>\n")
     trained = dict.fromkeys(_format_versions(run.header.versions) for run in runs)
     parts += [f"<p>Trained by {escape(one)}.</p>\n" for one in trained if one]
     if runs:
@@ -182,7 +182,7 @@ def _shared_settings(runs: Sequence[FinishedRun]) -> str:
 
 
 def _versions() -> str:
-    """Versions of this program and of what it stands on."""
+    """Return the versions of this program and of its main packages."""
     found = {}
     for package in _PACKAGES:
         try:
@@ -197,7 +197,7 @@ def _format_versions(versions: dict[str, str]) -> str:
 
 
 def _run_table(cohorts: Sequence[Cohort]) -> str:
-    """Every run: what it was, and whether it started where its baseline did."""
+    """List every run, and whether it started from its baseline's weights."""
     titles = (
         "folder",
         "student",

@@ -24,7 +24,7 @@ Array = npt.NDArray[Any]
 
 
 def parity_files(cohorts: Sequence[Cohort]) -> dict[str, bytes]:
-    """Energy errors and force components against the reference, a column per row.
+    """Draw energy errors and force components against the reference, by table row.
 
     Energies are shown as errors, because a spread of hundreds of eV between
     compositions would hide errors of meV. The run of the lowest seed is drawn.
@@ -68,7 +68,7 @@ def _parity_rows(grid: Array, cohort: Cohort, chosen: dict[str, RowStyle]) -> No
 def _describe(
     pair: tuple[Any, Any], student: str, variant: Variant, *, first: bool
 ) -> None:
-    """Titles, labels and errors of the panels above and below."""
+    """Write titles, labels and errors of the panels above and below."""
     above, below = pair
     summary = variant.runs[0].summary
     above.set_title(f"{student}\n{variant.label}, seed {summary.seed}")
@@ -85,7 +85,7 @@ def _describe(
 
 
 def _energy_panel(axes: Any, found: dict[str, Array], limit: float, color: str) -> None:
-    """Errors in meV; triangles at the edge stand for errors beyond ``limit``."""
+    """Draw errors in meV, with triangles at the edge for errors beyond ``limit``."""
     per_atom = found["energy_label"] / found["n_atoms"]
     error = 1e3 * _energy_error(found)
     known = np.isfinite(per_atom) & np.isfinite(error)
@@ -105,7 +105,7 @@ def _energy_panel(axes: Any, found: dict[str, Array], limit: float, color: str) 
 
 
 def _force_panel(axes: Any, found: dict[str, Array], limit: float, color: str) -> None:
-    """Density of force components on a logarithmic scale, with the diagonal."""
+    """Draw the density of force components, logarithmic, with the diagonal."""
     from matplotlib.colors import LinearSegmentedColormap, LogNorm
 
     label, predicted = found["forces_label"], found["forces"]
@@ -139,7 +139,7 @@ def _energy_error(found: dict[str, Array]) -> Array:
 
 
 def _limit(parts: list[Array], percentile: float, least: float) -> float:
-    """Half width of an axis that shows ``percentile`` of all values, with a margin."""
+    """Return the half width of an axis that shows ``percentile`` of all values."""
     values = np.abs(np.concatenate(parts))
     values = values[np.isfinite(values)]
     top = float(np.percentile(values, percentile)) if len(values) else least

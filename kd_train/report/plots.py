@@ -19,18 +19,18 @@ from kd_train.report.grouping import Cohort, Variant
 from kd_train.report.runs import FinishedRun, ThroughputRecord
 from kd_train.report.tables import COLUMNS, TEACHER, Column, Spread
 
-_ERRORS = (COLUMNS[1], COLUMNS[0])  # forces first: they tell more of a potential
+_ERRORS = (COLUMNS[1], COLUMNS[0])  # forces first: they judge a potential better
 _MARKERS = "os^Dv*"
 _RATES = (
-    ("samples_per_second_with_graphs", "graphs included"),
-    ("samples_per_second", "graphs made before"),
+    ("samples_per_second_with_graphs", "with graph building"),
+    ("samples_per_second", "without graph building"),
 )
 
 Array = npt.NDArray[np.float64]
 
 
 def curves_files(cohorts: Sequence[Cohort]) -> dict[str, bytes]:
-    """Validation force and energy MAE against step and against wall time, log y.
+    """Draw validation force and energy MAE against step and wall time, log y.
 
     A line per row of the table with the standard deviation over seeds around it, two
     rows of panels per student; the teacher is a dashed line.
@@ -47,7 +47,7 @@ def curves_files(cohorts: Sequence[Cohort]) -> dict[str, bytes]:
 
 
 def mean_curve(runs: Sequence[FinishedRun], column: str) -> Array:
-    """Step, mean seconds, mean and deviation of ``column`` over seeds, shape (V, 4).
+    """Return step, mean seconds, mean and deviation of ``column`` over seeds, (V, 4).
 
     At the steps at which all runs were validated. A missing value makes the mean
     missing; of one run the deviation is zero.
@@ -64,7 +64,7 @@ def mean_curve(runs: Sequence[FinishedRun], column: str) -> Array:
 
 
 def _curve_panels(grid: Any, cohort: Cohort, chosen: dict[str, RowStyle]) -> None:
-    """Two rows, forces and energies, by two columns, steps and time."""
+    """Draw two rows (forces, energies) by two columns (steps, time)."""
     longest = max(
         (run.curve(f"val_{_ERRORS[0].name}")[-1, 1] for run in cohort.runs), default=0.0
     )
@@ -113,7 +113,7 @@ def _curve(
 
 
 def _finish_panel(axes: Any, goal: float) -> None:
-    """Teacher, grid and a logarithmic axis with enough labels."""
+    """Draw teacher, grid and a logarithmic axis with enough labels."""
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
     drawn = any(
@@ -129,7 +129,7 @@ def _finish_panel(axes: Any, goal: float) -> None:
         axes.text(0.5, 0.5, "no values", ha="center", transform=axes.transAxes)
         return
     axes.set_yscale("log")
-    # Decades alone label too few lines where a run improves by less than tenfold.
+    # Decades alone label too few lines if a run improves by less than tenfold.
     low, high = axes.get_ylim()
     wide = high > 4 * low
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if wide else MaxNLocator(5))
@@ -138,7 +138,7 @@ def _finish_panel(axes: Any, goal: float) -> None:
 
 
 def _time_unit(longest: float) -> tuple[str, float]:
-    """Unit of a time axis up to ``longest`` seconds, and its length in seconds."""
+    """Return the unit of a time axis up to ``longest`` seconds, and its seconds."""
     if longest > 3 * 3600:
         return "h", 3600.0
     return ("min", 60.0) if longest > 300 else ("s", 1.0)
@@ -158,11 +158,11 @@ class Point:
         return self.measured[0].machine
 
     def rate(self, kind: str) -> float:
-        """Mean samples per second over the runs that were measured."""
+        """Return the mean samples per second over the measured runs."""
         return float(np.mean([getattr(one, kind) for one in self.measured]))
 
     def error(self, metric: Column) -> Spread:
-        """Mean and deviation of a metric over all runs of the row."""
+        """Return mean and deviation of a metric over all runs of the row."""
         values = [
             getattr(run.summary.metrics, metric.name) for run in self.variant.runs
         ]
@@ -170,7 +170,7 @@ class Point:
 
 
 def throughput_points(cohorts: Sequence[Cohort]) -> list[Point]:
-    """Rows with a measured throughput, once for every machine they were measured on."""
+    """List rows with a measured throughput, once per machine."""
     points = []
     for cohort in cohorts:
         for variant in cohort.variants:
@@ -186,26 +186,26 @@ def throughput_points(cohorts: Sequence[Cohort]) -> list[Point]:
 
 
 def throughput_caption(points: Sequence[Point]) -> str:
-    """What was measured on which machine; warns where there were several."""
+    """Write the caption: measurement, machine, and a warning for several machines."""
     measured = [one for point in points for one in point.measured]
     sizes = sorted({one.batch_size for one in measured})
     atoms = sorted({round(one.mean_atoms, 1) for one in measured})
     text = (
-        "Error of exported students against samples per second of inference, making "
-        "of graphs included (left) and excluded (right); batch size "
-        f"{_range(sizes)}, {_range(atoms)} atoms a sample on average. "
+        "Error of exported students against samples per second of inference, with "
+        f"graph building (left) and without (right); batch size {_range(sizes)}, "
+        f"{_range(atoms)} atoms per sample on average. "
     )
     several = _machines(points)
     if several is None:
         return f"{text}Measured on {measured[0].machine}."
     return (
-        f"{text}Measured on different machines ({several}): compare speeds within one "
-        "kind of marker only."
+        f"{text}Measured on different machines ({several}): compare speeds only "
+        "between markers of one kind."
     )
 
 
 def _machines(points: Sequence[Point]) -> str | None:
-    """Which marker stands for which machine; None where there is only one."""
+    """Name the marker of every machine, None if there is one machine."""
     machines = dict.fromkeys(point.machine for point in points)
     names = ("circles", "squares", "triangles", "diamonds", "tips", "stars")
     sentences = [
@@ -215,7 +215,7 @@ def _machines(points: Sequence[Point]) -> str | None:
 
 
 def throughput_files(cohorts: Sequence[Cohort]) -> dict[str, bytes]:
-    """Force and energy MAE against throughput; nothing where none was measured."""
+    """Draw force and energy MAE against throughput, if it was measured."""
     points = throughput_points(cohorts)
     if not points:
         return {}
@@ -278,7 +278,7 @@ def _throughput_panel(
 
 
 def _throughput_legend(axes: Any, labelled: Any) -> None:
-    """Every label once, right of ``axes``."""
+    """List every label once, right of ``axes``."""
     handles, labels = labelled.get_legend_handles_labels()
     once = dict(zip(reversed(labels), reversed(handles), strict=True))
     # The teacher is a line, and lines come first.
@@ -292,7 +292,7 @@ def _throughput_legend(axes: Any, labelled: Any) -> None:
 
 
 def _rate_axis(axes: Any, rates: Sequence[float]) -> None:
-    """Room around the points, on the right for names; logarithmic where they differ."""
+    """Set limits with space for names; use a logarithmic axis for wide ranges."""
     from matplotlib.ticker import FuncFormatter, LogLocator
 
     low, high = min(rates), max(rates)

@@ -30,16 +30,16 @@ _FIGURES = {
     "curves": (
         "Learning curves",
         "Validation errors of averaged weights during training, against optimiser "
-        "steps and against wall time, validations included. Lines are means over "
-        "seeds, bands the standard deviation.",
+        "steps and against wall time, which includes validation. Lines are means "
+        "over seeds, bands are standard deviations.",
     ),
     "throughput": ("Accuracy against throughput", ""),
     "parity": (
         "Parity",
         "Predictions of the exported student of the lowest seed on the validation "
-        "split. Above: energy error against reference energy per atom, triangles lie "
-        "beyond the edge. Below: force components, colour by the logarithm of their "
-        "number.",
+        "split. Top: energy error against reference energy per atom; triangles mark "
+        "points beyond the edge. Bottom: force components, coloured by the logarithm "
+        "of their number.",
     ),
 }
 
@@ -90,7 +90,7 @@ def write_report(
     with hold_lock(out):
         for name, data in files.items():
             write_atomically(out / name, data)
-        # Figures of an earlier report would pass for those of this one.
+        # Figures of an earlier report would look like figures of this report.
         for name in {f"{stem}.{kind}" for stem in _FIGURES for kind in ("png", "pdf")}:
             if name not in files:
                 (out / name).unlink(missing_ok=True)
@@ -103,7 +103,7 @@ def _text(
     missing: Sequence[SkippedRun],
     incomparable: Sequence[SkippedRun],
 ) -> str:
-    """Store, table, and what became of the other runs."""
+    """Format store, table, and the state of skipped runs."""
     parts = []
     if cohorts:
         parts.append(f"Store {cohorts[0].runs[0].summary.fingerprint[:12]}\n")
@@ -122,7 +122,7 @@ def _figure_files(cohorts: Sequence[Cohort]) -> dict[str, bytes]:
 
 
 def _page_figures(files: dict[str, bytes], cohorts: Sequence[Cohort]) -> list[Figure]:
-    """Figures of the page with their captions."""
+    """Return the figures of the page with their captions."""
     figures = []
     for stem, (title, caption) in _FIGURES.items():
         if (png := files.get(f"{stem}.png")) is None:

@@ -1,4 +1,4 @@
-"""Run folders: reading finished ones, and saying what became of the others."""
+"""Run folders: finished runs, and the state of skipped runs."""
 
 import csv
 import io
@@ -15,10 +15,11 @@ from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BeforeValidator, ConfigDict
+from pydantic import BeforeValidator, ConfigDict, field_validator
 from pydantic import Field as Key
 
-from kd_train.config.train_config import BASELINE, TrainConfig
+from kd_train.config.strategy_names import BASELINE
+from kd_train.config.train_config import TrainConfig, saved_settings
 from pipeline.errors import SpecError
 from pipeline.spec.yaml_model import ClosedModel, read_yaml, validate
 
@@ -28,7 +29,7 @@ _LONGEST_REASON = 300
 
 
 class _Open(ClosedModel):
-    """Part of a run folder's documents; keys that a report does not need may follow."""
+    """Part of a document in a run folder; further keys are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=True)
 
@@ -37,7 +38,7 @@ Metric = Annotated[float, BeforeValidator(lambda x: math.nan if x is None else x
 
 
 class Metrics(_Open):
-    """meV, meV/Å, cosine, %; NaN where the split has no such labels."""
+    """Metrics in meV, meV/Å, cosine and %, NaN if the split lacks the labels."""
 
     energy_mae: Metric
     forces_mae: Metric
@@ -46,7 +47,7 @@ class Metrics(_Open):
 
 
 class Summary(_Open):
-    """What ``metrics.json`` says of a finished run."""
+    """Content of ``metrics.json`` of a finished run."""
 
     student: str
     strategy: str
@@ -62,9 +63,9 @@ class Summary(_Open):
 
 
 class Header(_Open):
-    """What ``config.yaml`` says: the configuration, and where training started.
+    """Configuration and provenance of a run, of ``config.yaml`` and ``run.json``.
 
-    ``processes`` trained together; folders of before there could be several do not say.
+    ``processes`` trained together; folders of the first versions lack the key.
     """
 
     config: dict[str, Any]
@@ -72,24 +73,29 @@ class Header(_Open):
     processes: int = Key(1, ge=1)
     versions: dict[str, str] = Key(default_factory=dict)
 
+    @field_validator("config")
+    @classmethod
+    def _by_todays_names(cls, config: dict[str, Any]) -> dict[str, Any]:
+        return saved_settings(config, "config")
+
 
 class BatchSizes(_Open):
     """Settings that decide how much an optimiser step sees."""
 
     batch_size: int
     batch_atoms: int | None
-    accumulate: int
+    accumulate_steps: int
 
     def together(self, processes: int) -> str:
-        """All batches of a step, of all processes, as ``128 samples``."""
+        """Return the size of a step over all processes, as ``128 samples``."""
         atoms = self.batch_atoms
         size = self.batch_size if atoms is None else atoms
-        total = size * self.accumulate * processes
+        total = size * self.accumulate_steps * processes
         return f"{total} {'samples' if atoms is None else 'atoms'}"
 
 
 class ThroughputRecord(_Open):
-    """What ``throughput.json`` says: samples per second of inference, and on what.
+    """Content of ``throughput.json``: samples per second of inference and machine.
 
     ``samples_per_second_with_graphs`` includes making the graphs. ``mean_atoms`` is
     that of the samples measured.
@@ -113,7 +119,7 @@ class ThroughputRecord(_Open):
 
 
 class Failure(_Open):
-    """What ``failure.json`` says of a run that ended with an error."""
+    """Content of ``failure.json`` of a run that ended with an error."""
 
     error: str
     step: int | None = None
@@ -121,7 +127,7 @@ class Failure(_Open):
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """One finished run; curves and predictions are read when asked for.
+    """One finished run, which reads curves and predictions on demand.
 
     ``batch`` is what an optimiser step sees, of all processes: ``128 samples``.
     """
@@ -133,24 +139,29 @@ class FinishedRun:
 
     @cached_property
     def settings(self) -> dict[str, Any]:
-        """Configuration with dotted keys; defaults where the run knew no such key."""
+        """Configuration with dotted keys, with defaults for keys newer than the run."""
         return flat_defaults() | flatten_settings(self.header.config)
 
     @property
     def strategies(self) -> tuple[str, ...]:
-        """Names of the distillation terms; empty for a baseline."""
+        """Names of the distillation terms, empty for a baseline."""
         name = self.summary.strategy
         return () if name == BASELINE else tuple(name.split("+"))
 
+    def weight(self, strategy: str) -> Any:
+        """Configured weight of a term; None if the run does not have one."""
+        plugin = self.settings.get(f"distill.weights.{strategy}")
+        return self.settings.get(f"distill.{strategy}", plugin)
+
     def weights(self) -> str:
         """Distillation weights in force, such as ``n2n=100``; empty for a baseline."""
-        known = {name: self.settings.get(f"distill.{name}") for name in self.strategies}
+        known = {name: self.weight(name) for name in self.strategies}
         return ", ".join(
             f"{name}={format_number(value)}" for name, value in known.items()
         )
 
     def curve(self, column: str) -> npt.NDArray[np.float64]:
-        """Step, seconds and ``column`` at every validation, shape (V, 3)."""
+        """Read step, seconds and ``column`` at every validation, shape (V, 3)."""
         keys = ("step", "seconds", column)
         try:
             with (self.folder / "metrics.csv").open(newline="") as stream:
@@ -163,7 +174,7 @@ class FinishedRun:
         return curve
 
     def predictions(self) -> dict[str, npt.NDArray[Any]]:
-        """Energies (S,) in eV, force components (3N,) in eV/Å of free atoms, n_atoms.
+        """Read energies (S,) in eV, forces of free atoms (3N,) in eV/Å, and n_atoms.
 
         Names as in ``predictions.npz``: ``energy``, ``energy_label`` and so on.
         """
@@ -181,19 +192,19 @@ class FinishedRun:
         return found
 
     def throughput(self) -> ThroughputRecord | None:
-        """What ``kd-eval --throughput`` measured of the exported student, if it did."""
+        """Read the measurement of ``kd-eval --throughput``, if there is one."""
         path = self.folder / "throughput.json"
         if not path.exists():
             return None
         command = shlex.join(
             ["kd-eval", str(self.folder), "--data", "STORE", "--throughput"]
         )
-        again = f"measure it anew with `{command}` (STORE is the store)"
+        again = f"measure it again with `{command}` (STORE is the store)"
         return _json_document(ThroughputRecord, path, again)
 
     def _damaged(self, name: str) -> SpecError:
         return SpecError(
-            f"{self.folder / name} is missing or damaged; write it anew with "
+            f"{self.folder / name} is missing or damaged; write it again with "
             f"{_resume_hint(self.folder)}."
         )
 
@@ -210,7 +221,7 @@ class SkippedRun:
 def read_runs(
     folders: Sequence[Path], *, partial: bool = False
 ) -> tuple[list[FinishedRun], list[SkippedRun]]:
-    """Finished runs in ``folders``; with ``partial`` also what became of the others.
+    """Read finished runs in ``folders``; with ``partial`` also describe the others.
 
     Raises
     ------
@@ -231,26 +242,35 @@ def read_runs(
 
 
 def read_run(folder: Path) -> FinishedRun:
-    """The run in ``folder``; refuses one that is unfinished, failed or damaged."""
+    """Read the run in ``folder``, and refuse unfinished, failed or damaged runs."""
     path = folder / "metrics.json"
     if not path.exists():
         raise SpecError(_describe_unfinished(folder))
-    again = f"write it anew with {_resume_hint(folder)}"
+    again = f"write it again with {_resume_hint(folder)}"
     summary = _json_document(Summary, path, again)
-    config = folder / "config.yaml"
-    header = validate(Header, read_yaml(config), str(config))
+    header = _read_header(folder)
     settings = flat_defaults() | flatten_settings(header.config)
-    sizes = validate(BatchSizes, settings, str(config))
+    sizes = validate(BatchSizes, settings, str(folder / "config.yaml"))
     return FinishedRun(folder, summary, header, sizes.together(header.processes))
 
 
+def _read_header(folder: Path) -> Header:
+    """Read ``config.yaml`` and ``run.json``; the first versions had one file."""
+    path = folder / "config.yaml"
+    document = read_yaml(path)
+    if "config" in document:
+        return validate(Header, document, str(path))
+    about = _json_map(folder / "run.json", f"start {folder} again")
+    return validate(Header, {**about, "config": document}, str(folder / "run.json"))
+
+
 def flat_defaults() -> dict[str, Any]:
-    """The default configuration with dotted keys."""
+    """Return the default configuration with dotted keys."""
     return flatten_settings(TrainConfig().model_dump(mode="json"))
 
 
 def format_number(value: object) -> str:
-    """``value`` for a label: shortest form of a number that loses no digit."""
+    """Format ``value`` for a label: the shortest form of a number without loss."""
     if not isinstance(value, int | float):
         return str(value)
     short = f"{value:g}"
@@ -269,19 +289,21 @@ def _describe_unfinished(folder: Path) -> str:
 
 
 def _resume_hint(folder: Path) -> str:
-    """How to go on with a run, in words; its settings must be those of before."""
+    """Describe how to continue a run, which needs its original settings."""
     command = ["kd-train", "--cache", "STORE", "--out", str(folder), "--resume"]
     return (
-        f"`{shlex.join(command)}` (STORE is the store) and the settings that it was "
-        "started with"
+        f"`{shlex.join(command)}` (STORE is the store) and the original settings of "
+        "the run"
     )
 
 
 def _skipped_run(folder: Path, error: str) -> SkippedRun:
-    """What a report says of a folder that :func:`read_run` refused with ``error``."""
+    """Describe a folder that :func:`read_run` refused with ``error``."""
     try:
-        config = read_yaml(folder / "config.yaml").get("config", {})
-        names = config["student"]["preset"], config["strategy"], config["seed"]
+        config = read_yaml(folder / "config.yaml")
+        config = config.get("config", config)
+        student = config["student"]["preset"] or config["student"]["model"]
+        names = student, config["strategy"], config["seed"]
         description = "{}, {}, seed {}".format(*names)
     except (SpecError, KeyError, TypeError, AttributeError):
         description = ""
@@ -309,7 +331,7 @@ def _failure(path: Path) -> str:
 
 
 def _last_step(path: Path) -> int | None:
-    """Step of the last validation that ``metrics.csv`` tells of, if any."""
+    """Return the step of the last validation in ``metrics.csv``, if any."""
     try:
         with path.open(newline="") as stream:
             steps = [int(row["step"]) for row in csv.DictReader(stream)]
@@ -322,17 +344,21 @@ _Document = TypeVar("_Document", bound=_Open)
 
 
 def _json_document(model: type[_Document], path: Path, remedy: str) -> _Document:
+    return validate(model, _json_map(path, remedy), str(path))
+
+
+def _json_map(path: Path, remedy: str) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
         document = None
     if not isinstance(document, dict):
         raise SpecError(f"{path} is damaged (not a JSON object); {remedy}.")
-    return validate(model, document, str(path))
+    return document
 
 
 def flatten_settings(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``settings`` with dotted keys in place of sections."""
+    """Return ``settings`` with dotted keys in place of sections."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
         name = f"{prefix}{key}"

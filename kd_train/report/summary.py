@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from kd_train.config.recipe import apply_recipe
-from kd_train.config.train_config import STRATEGIES, TrainConfig
+from kd_train.config.strategy_names import BUILT_IN
+from kd_train.config.train_config import TrainConfig
 from kd_train.report.grouping import Cohort
 from kd_train.report.layouts import format_mean_sd, gap_text
 from kd_train.report.runs import (
@@ -34,7 +35,7 @@ def summarize(
     missing: Sequence[SkippedRun],
     incomparable: Sequence[SkippedRun],
 ) -> list[str]:
-    """What was compared, and which row is best for every student."""
+    """Summarize what was compared, and the best row of every student."""
     runs = [run for cohort in cohorts for run in cohort.runs]
     seeds = {run.summary.seed for run in runs}
     counts = (
@@ -52,7 +53,7 @@ def summarize(
         sentences.append(f"{_count(len(missing), 'run')} without results: see below.")
     if incomparable:
         count = _count(len(incomparable), "finished run")
-        sentences.append(f"{count} not comparable with the others: see below.")
+        sentences.append(f"{count} not comparable with the other runs: see below.")
     for cohort in cohorts:
         rows = [row for row in table.rows if row.student == cohort.student]
         if any(row.gaps is not None for row in rows):
@@ -62,10 +63,10 @@ def summarize(
 
 
 def training_command(run: FinishedRun) -> str:
-    """The command that makes ``run`` anew, and with ``--resume`` goes on with it.
+    """Return the command that repeats ``run``, or with ``--resume`` continues it.
 
-    It sets everything that is no default, and everything that the run's recipe would
-    fill in, so that it stands for the same run whatever the recipe comes to hold.
+    It sets every value that is not a default, and every value of the run's recipe, so
+    that later changes of the recipe do not change the run.
     """
     words = ["kd-train", "--cache", "STORE"]
     if run.header.processes > 1:
@@ -73,7 +74,7 @@ def training_command(run: FinishedRun) -> str:
         words = ["torchrun", "--nproc-per-node", count, "-m", "kd_train", *words[1:]]
     settings, left_out = _split_settings(run)
     for key, flag in _FLAGS.items():
-        words += [flag, str(settings[key])]
+        words += [flag, str(settings[key])] if settings[key] != "" else []
     for key, value in settings.items():
         if key not in _FLAGS and (key not in left_out or left_out[key] != value):
             words += ["--set", f"{key}={_yaml_value(value)}"]
@@ -81,18 +82,18 @@ def training_command(run: FinishedRun) -> str:
 
 
 def _split_settings(run: FinishedRun) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Settings of ``run`` with its recipe, and those that come about by themselves."""
+    """Return the settings of ``run``, and the settings that need no flag."""
     defaults, name = flat_defaults(), run.settings["recipe"]
     bare = {"student": {"preset": run.settings["student.preset"]}, "recipe": name}
     try:
         asked = validate(TrainConfig, bare, str(run.folder))
         recipe = flatten_settings(apply_recipe(asked, None).model_dump(mode="json"))
-    except SpecError:  # of a version that knew other recipes or students
+    except SpecError:  # from a version with other recipes or students
         name, recipe = "none", defaults
     if name in ("auto", "none"):  # from before there were recipes
         return run.settings | {"recipe": "none"}, defaults
     # Weights of the terms depend on the teacher, so none comes about by itself.
-    weights = {f"distill.{term}" for term in STRATEGIES}
+    weights = {f"distill.{term}" for term in BUILT_IN}
     alone = {
         key: value
         for key, value in defaults.items()
@@ -104,7 +105,7 @@ def _split_settings(run: FinishedRun) -> tuple[dict[str, Any], dict[str, Any]]:
 def report_command(
     runs: Sequence[Path], out: Path, *, partial: bool, cka: Sequence[Path]
 ) -> str:
-    """The command that makes the report."""
+    """Return the command that makes the report."""
     words = ["kd-report", *map(str, runs), "--out", str(out)]
     words += ["--partial"] if partial else []
     for folder in cka:
@@ -113,7 +114,7 @@ def report_command(
 
 
 def _best(rows: Sequence[Row], column: Column) -> str:
-    """Which of a student's rows has the best mean of a metric, and its gap."""
+    """Name the row of a student with the best mean of a metric, and its gap."""
     named = [row for row in rows if column.name in row.best]
     if not named:
         return f"{column.title} is the same for all rows or missing"
@@ -132,5 +133,5 @@ def _count(number: int, noun: str) -> str:
 
 
 def _yaml_value(value: Any) -> str:
-    """``value`` as YAML for ``--set``, which reads as the same value and type."""
+    """Format ``value`` as YAML for ``--set``, with the same value and type."""
     return yaml_text(value, flow=True).removesuffix("\n").removesuffix("\n...")

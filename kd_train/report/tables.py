@@ -27,7 +27,7 @@ class Column:
     lower_is_better: bool
 
     def better(self, first: float, second: float) -> bool:
-        """Whether ``first`` beats ``second``; False if either is NaN."""
+        """Return whether ``first`` beats ``second``, False if either is NaN."""
         return first < second if self.lower_is_better else first > second
 
 
@@ -41,21 +41,21 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Spread:
-    """Mean and sample standard deviation over seeds; NaN where undefined."""
+    """Mean and sample standard deviation over seeds, NaN if undefined."""
 
     mean: float
     deviation: float = nan
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        """Of one value per seed; one missing value makes the mean missing too."""
+        """Compute the spread of one value per seed, NaN if a value is missing."""
         if not values or not all(isfinite(value) for value in values):
             return cls(nan)
         deviation = statistics.stdev(values) if len(values) > 1 else nan
         return cls(statistics.fmean(values), deviation)
 
     def parts(self, decimals: int) -> tuple[str, str]:
-        """Rounded mean and deviation; a dash for no mean, nothing for no deviation."""
+        """Format mean and deviation: a dash for no mean, nothing for no deviation."""
         if not isfinite(self.mean):
             return MISSING, ""
         deviation = f"{self.deviation:.{decimals}f}" if isfinite(self.deviation) else ""
@@ -67,7 +67,7 @@ class Spread:
 class Row:
     """A variant of a student, or the teacher.
 
-    ``label`` names it within its group, ``gaps`` is None where a gap has no sense.
+    ``label`` names it within its group, ``gaps`` is None if a gap is not defined.
     ``best`` are the metrics on which no row of the same student has a better mean, and
     some have a worse one.
     """
@@ -93,7 +93,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Table:
-    """Groups in order, footnotes in full sentences; gaps only where a teacher is."""
+    """Groups in order, footnotes in sentences, and gaps if there is a teacher."""
 
     groups: tuple[Group, ...]
     notes: tuple[str, ...]
@@ -107,7 +107,7 @@ class Table:
 
 
 def make_table(cohorts: Sequence[Cohort]) -> Table:
-    """Means over seeds, and gaps closed against the baseline of the same seed."""
+    """Make the table: means over seeds, gaps closed against the seed's baseline."""
     if not cohorts:
         return Table((), ("No run is finished.",), has_gaps=False)
     notes: list[str] = []
@@ -142,7 +142,7 @@ def _general_notes(groups: Sequence[Group], *, has_teacher: bool) -> list[str]:
             "seed to the teacher."
         )
     else:
-        notes.append("The store holds no teacher predictions, so no gap is given.")
+        notes.append("The store has no teacher predictions, so the table shows no gap.")
     if any(row.seeds > 1 for group in groups for row in group.rows):
         notes.append("± is the standard deviation over seeds.")
     return notes
@@ -151,7 +151,7 @@ def _general_notes(groups: Sequence[Group], *, has_teacher: bool) -> list[str]:
 def _rows(
     cohort: Cohort, notes: list[str], *, named_steps: bool
 ) -> tuple[list[Row], list[Row]]:
-    """Baselines and distilled rows of one student.
+    """Make the baselines and distilled rows of one student.
 
     What a reader must know of them is added to ``notes``.
     """
@@ -185,7 +185,7 @@ def _rows(
         tuple(run.summary.seed for run in variant.runs) for variant in cohort.variants
     }
     if len(seeds) > 1:
-        notes.append(f"{cohort.student}: rows do not have the same seeds.")
+        notes.append(f"{cohort.student}: the rows have different seeds.")
     return plain, distilled
 
 
@@ -196,7 +196,7 @@ def _values(metrics: Sequence[Metrics]) -> dict[str, Spread]:
 def _best_columns(
     own: dict[str, Spread], rows: Sequence[dict[str, Spread]]
 ) -> frozenset[str]:
-    """Metrics where no mean of ``rows`` is better than the own but some are worse."""
+    """Return metrics on which no row has a better mean and some have a worse one."""
     best = []
     for column in COLUMNS:
         mean = own[column.name].mean
@@ -208,13 +208,14 @@ def _best_columns(
 
 
 def _comparable_columns(cohort: Cohort, notes: list[str]) -> set[str]:
-    """Metrics on which the teacher beats the baseline of every seed."""
+    """Return metrics on which the teacher beats the baseline of every seed."""
     teacher, baselines = cohort.teacher, cohort.plain
     if teacher is None or len(baselines) == len(cohort.runs):
         return set()
     if not baselines:
         notes.append(
-            f"{cohort.student} has no run with strategy none: no gap is given."
+            f"{cohort.student} has no run with strategy none, so the table shows no "
+            "gap."
         )
         return set()
     found = set()
@@ -225,8 +226,8 @@ def _comparable_columns(cohort: Cohort, notes: list[str]) -> set[str]:
             found.add(column.name)
         elif all(isfinite(value) for value in (goal, *plain)):
             notes.append(
-                f"{cohort.student}, {column.title}: the teacher is not better than the "
-                "plain student, so no gap is given."
+                f"{cohort.student}, {column.title}: the teacher is not better than "
+                "the plain student, so the table shows no gap."
             )
     return found
 
@@ -234,11 +235,15 @@ def _comparable_columns(cohort: Cohort, notes: list[str]) -> set[str]:
 def _gaps(
     cohort: Cohort, variant: Variant, comparable: set[str], notes: list[str]
 ) -> dict[str, Spread]:
-    """Gap closed on every metric, over the seeds that have a baseline."""
+    """Compute the gap closed on every metric, over the seeds that have a baseline."""
     pairs = [(cohort.baseline_of(run), run) for run in variant.runs]
     paired = [(plain, run) for plain, run in pairs if plain is not None]
     if cohort.plain and len(paired) < len(pairs):
-        rest = "the gap is over those" if paired else "so no gap is given"
+        rest = (
+            "so the gap is a mean over these seeds"
+            if paired
+            else "so the table shows no gap"
+        )
         notes.append(
             f"{cohort.student} {variant.label}: {len(paired)} of {len(pairs)} seeds "
             f"have a baseline with the same settings, {rest}."

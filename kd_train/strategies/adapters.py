@@ -1,4 +1,4 @@
-"""Projections from student to teacher width; training only, then dropped."""
+"""Projections from student to teacher width, used in training alone."""
 
 import torch
 from torch import nn
@@ -9,7 +9,7 @@ _STREAM = 7_919
 
 
 def linear_adapter(student: int, teacher: int, *, bias: bool, seed: int) -> nn.Linear:
-    """Linear map over the last axis, torch's default initialisation from ``seed``.
+    """Build a linear map over the last axis, initialised as torch does from ``seed``.
 
     Without ``bias`` it commutes with rotations when applied to vector channels.
     """

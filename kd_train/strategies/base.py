@@ -18,7 +18,7 @@ from pipeline.models.output import ModelOutput
 
 @dataclass(frozen=True)
 class Setting:
-    """What strategies may depend on: widths of both sides, units, loss weights."""
+    """Input of a strategy: widths of student and teacher, units, loss weights."""
 
     student_name: str
     student_widths: Mapping[str, int]
@@ -29,14 +29,18 @@ class Setting:
 
 
 class Strategy(ABC):
-    """One distillation term; ``adapter`` holds its trainable parameters, if any.
+    """A distillation term, with an ``adapter`` if it has trainable parameters.
 
     A term as in :mod:`kd_train.strategies.losses`: it returns sums and counts, which
-    batches and processes add up before they divide.
+    batches and processes add up before they divide. ``default_weight`` is the weight
+    of the term if neither the user nor a recipe sets one. ``trains`` names the outputs
+    (``energy``, ``forces``) that the term trains without labels.
     """
 
     name: str
     fields: tuple[str, ...]
+    default_weight: float = 1.0
+    trains: tuple[str, ...] = ()
     student_field: str | None = None
     part_weights: tuple[float, ...] = (1.0,)
 
@@ -46,19 +50,25 @@ class Strategy(ABC):
         self.adapter: nn.Module | None = self.build_adapter()
 
     def build_adapter(self) -> nn.Module | None:
-        """The map from student to teacher width; None where nothing is projected."""
+        """Build the map from student to teacher width, or return None without one."""
         return None
 
     @abstractmethod
     def counts(self, batch: Data) -> Tensor:
-        """(P,) float64: what totals are to be divided by; fields need no decoding."""
+        """Return the divisors of the totals, (P,) float64.
+
+        The fields of ``batch`` need no decoding for it.
+        """
 
     @abstractmethod
     def totals(self, output: ModelOutput, batch: Data) -> Tensor:
-        """(P,) summed errors; the store's fields are attributes of ``batch``."""
+        """Return the summed errors, (P,).
+
+        The store's fields are attributes of ``batch``.
+        """
 
     def loss(self, output: ModelOutput, batch: Data) -> Tensor:
-        """Scalar loss of one batch alone."""
+        """Return the scalar loss of one batch alone."""
         totals = self.totals(output, batch)
         return joint_mean(self.part_weights, totals, self.counts(batch))
 
@@ -77,9 +87,9 @@ class Strategy(ABC):
         own = self.student_field
         if own is not None and own not in self.setting.student_widths:
             raise SpecError(
-                f"Strategy {self.name!r} needs {own!r} of the student, which "
-                f"{self.setting.student_name!r} does not have; choose another student "
-                "or strategy."
+                f"Strategy {self.name!r} needs {own!r} of the student, but "
+                f"{self.setting.student_name!r} does not have it; choose another "
+                "student or strategy."
             )
 
 
@@ -90,11 +100,11 @@ def _remedy(field: str) -> str:
 
 
 def square_total(difference: Tensor) -> Tensor:
-    """(1,) sum of squares over atoms, axes and channels, fixed atoms included."""
+    """Sum squares over atoms, axes and channels, fixed atoms included; shape (1,)."""
     return difference.square().sum().reshape(1)
 
 
 def count_values(values: Tensor) -> Tensor:
-    """(1,) float64 number of entries, where ``values`` are."""
+    """Count the entries of ``values`` on their device; shape (1,), float64."""
     # Filled on the device, because a copy to a GPU would wait for it.
     return torch.full((1,), values.numel(), dtype=torch.float64, device=values.device)

@@ -12,14 +12,15 @@ from pipeline.models.output import ModelOutput
 class EdgeToEdge(Strategy):
     """Mean over E·C of ‖M(edge_s,ji) − edge_t,ji‖² on the teacher's edges.
 
-    A student with edge states of its own gives those, and then has to have the
-    teacher's graph: its edges must be the stored ones, by source, target and shift. Of
-    other students edge_s,ji is vector_i · vector_j, which any graph allows. The batch
-    carries the stored edges as ``teacher_edge_index`` (2, E), row 0 the source.
+    For a student with edge states, edge_s,ji is its edge state. Its graph must be the
+    teacher's: the same edges by source, target and shift. For other students, edge_s,ji
+    is vector_i · vector_j, which any graph allows. The batch has the stored edges as
+    ``teacher_edge_index`` (2, E), with the source in row 0.
     """
 
     name = "e2e"
     fields = ("edge_features",)
+    default_weight = 10.0
 
     def __init__(self, setting: Setting) -> None:
         own = "edge_features" in setting.student_widths
@@ -27,7 +28,7 @@ class EdgeToEdge(Strategy):
         super().__init__(setting)
 
     def build_adapter(self) -> nn.Module:
-        """Linear with bias from the student's edge states or invariants."""
+        """Build a linear map with bias from the student's edge states or invariants."""
         assert self.student_field is not None
         return linear_adapter(
             self.setting.student_widths[self.student_field],
@@ -37,11 +38,11 @@ class EdgeToEdge(Strategy):
         )
 
     def counts(self, batch: Data) -> Tensor:
-        """(1,) E·C."""
+        """Return E·C, shape (1,)."""
         return count_values(batch.edge_features)
 
     def totals(self, output: ModelOutput, batch: Data) -> Tensor:
-        """(1,) feature error of the batch.
+        """Return the feature error of the batch, shape (1,).
 
         Raises
         ------
@@ -57,9 +58,9 @@ class EdgeToEdge(Strategy):
             if batch.edge_mismatch:
                 raise DataError(
                     f"Strategy 'e2e' compares {self.setting.student_name!r} with the "
-                    f"teacher edge by edge, but their graphs of sample "
-                    f"{batch.edge_mismatch!r} differ; give the student the teacher's "
-                    "cutoff and neighbour limit or choose e2n."
+                    "teacher edge by edge, but their graphs of sample "
+                    f"{batch.edge_mismatch!r} differ; set the teacher's cutoff and "
+                    "neighbour limit for the student, or choose e2n."
                 )
             assert output.edge_features is not None
             return output.edge_features

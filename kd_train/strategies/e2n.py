@@ -8,3 +8,4 @@ class EdgeToNode(NodeToNode):
 
     name = "e2n"
     fields = ("edge_to_node_features",)
+    default_weight = 10.0

@@ -1,7 +1,7 @@
 """Losses as sums and counts, so that batches and processes add up exactly.
 
 A term is a weighted sum of parts and every part a mean, ``total / count``. Counts
-follow from the batch alone, so those of a step are known before its first gradient.
+follow from the batch alone, so a step's counts are known before its first gradient.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,14 +29,14 @@ class Term(Protocol):
         """Weight of every part inside the term."""
 
     def counts(self, batch: Data) -> Tensor:
-        """(P,) float64: what the totals of ``batch`` are to be divided by."""
+        """Return the divisors of the totals of ``batch``, (P,) float64."""
 
     def totals(self, output: ModelOutput, batch: Data) -> Tensor:
-        """(P,) float32: errors of ``batch``, summed, with their gradient."""
+        """Return the summed errors of ``batch`` with their gradient, (P,) float32."""
 
 
 def joint_mean(weights: Sequence[float], totals: Tensor, counts: Tensor) -> Tensor:
-    """Sum over parts of weight · total / count; scalar of the totals' dtype.
+    """Sum weight · total / count over the parts, as a scalar of the totals' dtype.
 
     Zero, with a zero gradient, for a part that counts nothing. With the counts of a
     whole step, the values of its batches add up to that of the joint batch.
@@ -51,7 +51,7 @@ def joint_mean(weights: Sequence[float], totals: Tensor, counts: Tensor) -> Tens
 
 @dataclass(frozen=True)
 class Labels:
-    """Targets of a batch and what each of them counts; 0 masks what is missing.
+    """Targets of a batch with a weight each, which is 0 for missing labels.
 
     ``energy`` (B,) float64 in eV, ``forces`` (N, 3) float32 in eV/Å, ``energy_weight``
     (B,) and ``force_weight`` (N,) float32. Fixed atoms have no force weight.
@@ -64,17 +64,17 @@ class Labels:
 
 
 def reference_labels(batch: Data) -> Labels:
-    """Energies and forces of the dataset, each counting once where it is known."""
+    """Return the dataset's energies and forces, with weight 1 if a label exists."""
     return _known(batch.energy, batch.forces, batch.fixed)
 
 
 def teacher_labels(batch: Data) -> Labels:
-    """Energies and forces of the teacher, likewise."""
+    """Return the teacher's energies and forces, with weight 1 if a label exists."""
     return _known(batch.teacher_energy, batch.teacher_forces, batch.fixed)
 
 
 def complete_labels(batch: Data, weight: float) -> Labels:
-    """Labels of the dataset; where one is missing the teacher's, counting ``weight``.
+    """Fill missing labels of the dataset with pseudo-labels of weight ``weight``.
 
     Energies are completed by sample, forces by atom.
     """
@@ -98,7 +98,7 @@ class OutputError:
     """α_E·mean|ΔE| + α_F·force error over free atoms: L0, its validation and Eq. 7.
 
     ``labels`` takes targets and weights from a batch; errors are weighted means in the
-    network's units. The force error is the mean of ‖ΔF‖₂, or with ``force_error: mae``
+    network's units. The force error is the mean of ‖ΔF‖₂, or with ``force_loss: mae``
     that of the components' |ΔF|.
     """
 
@@ -113,19 +113,19 @@ class OutputError:
         self.part_weights = (config.energy_weight, config.force_weight)
         self._labels = labels
         self._normalizer = normalizer
-        by_length = config.force_error == "l2"
+        by_length = config.force_loss == "l2"
         self._force_total = force_l2_total if by_length else force_mae_total
         self._errors_per_atom = 1 if by_length else 3
 
     def counts(self, batch: Data) -> Tensor:
-        """(2,) sum of the weights of energies, and of force errors."""
+        """Return the summed weights of energies and of force errors, shape (2,)."""
         labels = self._labels(batch)
         energies = labels.energy_weight.double().sum()
         atoms = labels.force_weight.double().sum()
         return torch.stack([energies, self._errors_per_atom * atoms])
 
     def totals(self, output: ModelOutput, batch: Data) -> Tensor:
-        """(2,) weighted sums of energy and force errors."""
+        """Return the weighted sums of energy and force errors, shape (2,)."""
         labels = self._labels(batch)
         energy = self._normalizer.normalize_energy(
             labels.energy, batch.atomic_numbers, batch.batch
@@ -143,13 +143,19 @@ class OutputError:
 
 
 def energy_total(prediction: Tensor, label: Tensor, weight: Tensor) -> Tensor:
-    """Σ w·|ΔE| over samples, (B,) tensors; labels without weight may be NaN."""
+    """Return Σ w·|ΔE| over samples of (B,) tensors.
+
+    Labels without weight may be NaN.
+    """
     error = (prediction - label).abs()
     return (weight * torch.where(weight > 0, error, 0)).sum()
 
 
 def force_l2_total(prediction: Tensor, label: Tensor, weight: Tensor) -> Tensor:
-    """Σ w·‖ΔF‖₂ over atoms, (N, 3) tensors and ``weight`` (N,), likewise."""
+    """Return Σ w·‖ΔF‖₂ over atoms of (N, 3) tensors, with ``weight`` (N,).
+
+    Labels without weight may be NaN.
+    """
     # A masked atom must not send NaN through the norm's gradient.
     difference = torch.where(weight[:, None] > 0, prediction - label, 1.0)
     norm = torch.linalg.vector_norm(difference, dim=1)
@@ -157,6 +163,6 @@ def force_l2_total(prediction: Tensor, label: Tensor, weight: Tensor) -> Tensor:
 
 
 def force_mae_total(prediction: Tensor, label: Tensor, weight: Tensor) -> Tensor:
-    """Σ w·|ΔF| over components of atoms, (N, 3) tensors and ``weight`` (N,)."""
+    """Return Σ w·|ΔF| over components of (N, 3) tensors, with ``weight`` (N,)."""
     error = (prediction - label).abs()
     return (weight[:, None] * torch.where(weight[:, None] > 0, error, 0)).sum()

@@ -13,10 +13,11 @@ class NodeToNode(Strategy):
 
     name = "n2n"
     fields = ("node_features",)
+    default_weight = 100.0
     student_field = "node_features"
 
     def build_adapter(self) -> nn.Module:
-        """Linear with bias, student node width to the width of the stored field."""
+        """Build a linear map with bias from the student's width to the stored width."""
         return linear_adapter(
             self.setting.student_widths["node_features"],
             self.setting.teacher_widths[self.fields[0]],
@@ -25,10 +26,10 @@ class NodeToNode(Strategy):
         )
 
     def counts(self, batch: Data) -> Tensor:
-        """(1,) N·C."""
+        """Return N·C, shape (1,)."""
         return count_values(batch[self.fields[0]])
 
     def totals(self, output: ModelOutput, batch: Data) -> Tensor:
-        """(1,) feature error of the batch."""
+        """Return the feature error of the batch, shape (1,)."""
         assert self.adapter is not None
         return square_total(self.adapter(output.node_features) - batch[self.fields[0]])

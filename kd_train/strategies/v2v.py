@@ -13,10 +13,11 @@ class VectorToVector(Strategy):
 
     name = "v2v"
     fields = ("vector_features",)
+    default_weight = 10000.0
     student_field = "vector_features"
 
     def build_adapter(self) -> nn.Module:
-        """Linear without bias on the channel axis, which keeps equivariance."""
+        """Build a linear map of channels without bias, which keeps equivariance."""
         return linear_adapter(
             self.setting.student_widths["vector_features"],
             self.setting.teacher_widths["vector_features"],
@@ -25,11 +26,11 @@ class VectorToVector(Strategy):
         )
 
     def counts(self, batch: Data) -> Tensor:
-        """(1,) N·3·C."""
+        """Return N·3·C, shape (1,)."""
         return count_values(batch.vector_features)
 
     def totals(self, output: ModelOutput, batch: Data) -> Tensor:
-        """(1,) feature error of the batch."""
+        """Return the feature error of the batch, shape (1,)."""
         assert self.adapter is not None
         mapped = self.adapter(output.vector_features)
         return square_total(mapped - batch.vector_features)

@@ -13,6 +13,7 @@ class Vanilla1(Strategy):
 
     name = "vanilla1"
     fields = ("teacher_energy", "teacher_forces")
+    default_weight = 1.0
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -22,9 +23,9 @@ class Vanilla1(Strategy):
         self.part_weights = self._error.part_weights
 
     def counts(self, batch: Data) -> Tensor:
-        """(2,) samples and force errors."""
+        """Return the number of samples and of force errors, shape (2,)."""
         return self._error.counts(batch)
 
     def totals(self, output: ModelOutput, batch: Data) -> Tensor:
-        """(2,) errors of energies and forces, on the student's normalised scale."""
+        """Return energy and force errors on the student's normalised scale, (2,)."""
         return self._error.totals(output, batch)

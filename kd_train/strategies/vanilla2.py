@@ -12,12 +12,14 @@ class Vanilla2(Strategy):
 
     name = "vanilla2"
     fields = ("per_atom_energy",)
+    default_weight = 100.0
+    trains = ("energy",)
 
     def counts(self, batch: Data) -> Tensor:
-        """(1,) atoms."""
+        """Return the number of atoms, shape (1,)."""
         return count_values(batch.per_atom_energy)
 
     def totals(self, output: ModelOutput, batch: Data) -> Tensor:
-        """(1,) per-atom energy error of the batch."""
+        """Return the per-atom energy error of the batch, shape (1,)."""
         target = batch.per_atom_energy / self.setting.normalizer.energy_std
         return (output.per_atom_energy - target).abs().sum().reshape(1)

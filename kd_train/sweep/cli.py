@@ -4,36 +4,54 @@ from pathlib import Path
 
 import click
 
-from pipeline.console import one_sentence_errors
+from pipeline.console import (
+    HELP,
+    PATH,
+    json_option,
+    one_sentence_errors,
+    print_result,
+    version_option,
+)
 
-_FILE = click.argument("file", type=click.Path(path_type=Path))
+_FILE = click.argument("file", type=PATH)
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings=HELP)
+@version_option
 def main() -> None:
-    """Train many students on one store; Snakemake's rule sweep calls these commands."""
+    """Train many students on one store.
+
+    Snakemake's rule sweep calls these commands.
+    """
 
 
 @main.command("list")
 @_FILE
+@json_option
 @one_sentence_errors
-def list_command(file: Path) -> None:
+def list_command(file: Path, as_json: bool) -> None:
     """Check the sweep in FILE and show its runs and how far each is."""
     from kd_train.sweep.plan import make_plan
-    from kd_train.sweep.table import status_lines
+    from kd_train.sweep.table import run_states, status_lines
 
-    click.echo(status_lines(make_plan(file)), nl=False)
+    states = run_states(make_plan(file))
+    print_result({"runs": states}, status_lines(states), as_json)
 
 
 @main.command("run")
 @_FILE
 @click.argument("name")
-@click.option("--attempt", default=1, show_default=True, help="Kept in the outcome.")
+@click.option(
+    "--attempt",
+    default=1,
+    show_default=True,
+    help="Number of the attempt, which outcome.json records.",
+)
 @one_sentence_errors
 def run_command(file: Path, name: str, attempt: int) -> None:
     """Train the run NAME of FILE, from its last checkpoint if there is one.
 
-    A failure is written into outcome.json of the run folder and is no error here.
+    A failed run is recorded in outcome.json of its folder; the exit code is still 0.
     """
     from kd_train.sweep.grid import load_sweep
     from kd_train.sweep.jobs import run_job
@@ -47,7 +65,7 @@ def run_command(file: Path, name: str, attempt: int) -> None:
 @_FILE
 @one_sentence_errors
 def report_command(file: Path) -> None:
-    """Compare the finished runs of FILE; list those that failed or were left out."""
+    """Compare the finished runs of FILE, and list failed and skipped runs."""
     from kd_train.sweep.plan import make_plan
     from kd_train.sweep.table import write_sweep_report
 

@@ -11,11 +11,11 @@ from kd_train.config.train_config import TrainConfig
 from kd_train.report.runs import BatchSizes
 from pipeline.errors import SpecError
 
-_BATCH_KEYS = ("batch_atoms", "batch_size", "accumulate")
+_BATCH_KEYS = ("batch_atoms", "batch_size", "accumulate_steps")
 
 
 def require_comparable(configs: Mapping[str, TrainConfig], where: str) -> None:
-    """Refuse runs that cannot stand in one table; ``configs`` by name, resolved.
+    """Refuse runs that are not comparable; ``configs`` are resolved, by name.
 
     Raises
     ------
@@ -27,7 +27,7 @@ def require_comparable(configs: Mapping[str, TrainConfig], where: str) -> None:
     require_equal(configs, where, "test_split", lambda c: c.test_split or c.val_split)
     students: dict[str, dict[str, TrainConfig]] = {}
     for name, config in configs.items():
-        students.setdefault(config.student.preset, {})[name] = config
+        students.setdefault(config.student.name, {})[name] = config
     for runs in students.values():
         require_equal(runs, where, "steps", lambda c: c.steps)
         require_equal(runs, where, "student.hyperparameters", _hyperparameters)
@@ -56,8 +56,8 @@ def require_equal(
         values = f"{value(configs[first])} and {value(configs[second])}"
         raise SpecError(
             f"{where}: {first} and {second} differ in {key!r} ({values}), so the "
-            "report could not compare them; set it for all runs alike, or make a sweep "
-            "of each."
+            "report cannot compare them; set the same value for all runs, or split "
+            "the sweep."
         )
 
 
@@ -83,6 +83,6 @@ def _require_no_patience(configs: Mapping[str, TrainConfig], where: str) -> None
     for name, config in configs.items():
         if config.patience is not None and len(configs) > 1:
             raise SpecError(
-                f"{where}, run {name}: 'patience' lets runs end after different "
-                "steps, which the report could not compare; leave it out."
+                f"{where}, run {name}: 'patience' can end runs after different "
+                "numbers of steps, which the report cannot compare; omit it."
             )

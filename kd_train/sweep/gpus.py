@@ -1,4 +1,4 @@
-"""Which GPU of the machine a run takes, where several run beside each other."""
+"""Assignment of GPUs to runs that share a machine."""
 
 import fcntl
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 
 # Seconds between two looks for a free GPU.
 _PAUSE = 2.0
-# What CUDA_VISIBLE_DEVICES holds where there is to be no GPU; Slurm writes the second.
+# Values of CUDA_VISIBLE_DEVICES that hide all GPUs; Slurm writes the second.
 _NO_GPU = ("-1", "NoDevFiles")
 
 
@@ -19,16 +19,16 @@ def free_gpu(
     folder: Path | None = None,
     waiting: Callable[[Sequence[str]], object] | None = None,
 ) -> Iterator[tuple[str, int] | None]:
-    """A GPU that no other run has: its name for CUDA, and the descriptor of its lock.
+    """Reserve a free GPU; yield its name for CUDA and the descriptor of its lock.
 
-    Waits while all are taken, and first tells ``waiting`` their names. None where there
-    are none. The GPU is free again when every process that holds the descriptor has
-    ended, also by being killed. Locks are files in ``folder``, by default the system's
-    for such.
+    Waits while all GPUs are in use, after one call of ``waiting`` with their names.
+    Yields None if there is no GPU. The GPU is free again when every process that holds
+    the descriptor has ended, even by a kill. Locks are files in ``folder``, by default
+    the system's folder for temporary files.
     """
     place = Path(tempfile.gettempdir()) if folder is None else folder
     names = visible_gpus()
-    told = waiting is None
+    reported = waiting is None
     while names:
         for name in names:
             with (place / _lock_name(name)).open("a") as lock:
@@ -38,19 +38,19 @@ def free_gpu(
                     continue
                 yield name, lock.fileno()
                 return
-        if waiting is not None and not told:
+        if waiting is not None and not reported:
             waiting(names)
-            told = True
+            reported = True
         time.sleep(_PAUSE)
     yield None
 
 
 def visible_gpus() -> list[str]:
-    """GPUs that this process may use, as CUDA numbers or names them."""
+    """List the GPUs that this process may use, as CUDA numbers or names them."""
     listed = os.environ.get("CUDA_VISIBLE_DEVICES")
     if listed is not None:
         names = [name.strip() for name in listed.split(",") if name.strip()]
-        # CUDA sees no device after one that is none.
+        # CUDA sees no device after an invalid one.
         ends = [names.index(end) for end in _NO_GPU if end in names]
         return names[: min(ends, default=len(names))]
     count = len(list(Path("/dev").glob("nvidia[0-9]*")))
@@ -58,7 +58,7 @@ def visible_gpus() -> list[str]:
 
 
 def _lock_name(gpu: str) -> str:
-    """Of one user, and of one Slurm job, each of which numbers its GPUs from 0."""
+    """Name the lock of a GPU by user and Slurm job, which numbers its GPUs from 0."""
     job = os.environ.get("SLURM_JOB_ID")
     owner = f"{os.getuid()}" if job is None else f"{os.getuid()}-job{job}"
     return f"kd-sweep-gpu-{gpu.replace('/', '-')}-{owner}.lock"

@@ -1,4 +1,4 @@
-"""A sweep file and the runs it stands for; opens no store and imports no torch."""
+"""A sweep file and its runs, without opening the store or importing torch."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,8 +10,10 @@ from typing import Annotated, Any
 from pydantic import Field as Key
 from pydantic import field_validator
 
-from kd_train.config.train_config import BASELINE, STRATEGIES, TrainConfig
+from kd_train.config.strategy_names import BASELINE, BUILT_IN, term_names
+from kd_train.config.train_config import DistillConfig, TrainConfig, strategy_name
 from pipeline.errors import SpecError
+from pipeline.spec.renamed_keys import rename_keys
 from pipeline.spec.yaml_model import (
     ClosedModel,
     expand_path,
@@ -29,38 +31,59 @@ Seed = Annotated[int, Key(ge=0)]
 
 
 class SweepConfig(ClosedModel):
-    """What a sweep file may hold; paths are relative to its folder."""
+    """Content of a sweep file, with paths relative to its folder."""
 
-    store: str = Key(description="folder, zip archive or URL of the store")
-    out: str = Key(description="folder of the runs and their report")
-    config: str | None = Key(None, description="settings that all runs share")
+    store: str = Key(description="Folder, zip archive or URL of the store.")
+    out: str = Key(description="Folder for the runs and their report.")
+    config: str | None = Key(
+        None, description="Configuration file with the settings of all runs."
+    )
     settings: Document = Key(
-        default_factory=dict, description="changes to them; keys may be dotted"
+        default_factory=dict,
+        description="Settings that replace settings of the file; keys may be dotted.",
     )
     students: tuple[str, ...] = Key(min_length=1)
     strategies: tuple[str, ...] = Key(min_length=1)
     weights: dict[str, tuple[Weight, ...]] = Key(
-        default_factory=dict, description="values to try of the weight of a term"
+        default_factory=dict,
+        description="Weights to try, a list for each distillation term.",
     )
     seeds: tuple[Seed, ...] = Key((0,), min_length=1)
     variants: dict[str, Document] = Key(
-        default_factory=dict, description="named changes to the settings"
+        default_factory=dict,
+        description="Named changes of the settings; each is a variant of the runs.",
     )
     skip_impossible: bool = Key(
         True,
-        description="leave out strategies for which a student has no such features; "
-        "false: refuse them",
+        description="Whether to skip strategies whose features a student lacks "
+        "(default: true); false refuses the sweep.",
     )
-    threads: int = Key(1, ge=1, description="CPU threads of a run")
-    gpus: int = Key(0, ge=0, le=1, description="GPUs that a run reserves")
+    threads: int = Key(1, ge=1, description="CPU threads of each run (default: 1).")
+    gpus: int = Key(
+        0, ge=0, le=1, description="GPUs that each run reserves, 0 or 1 (default: 0)."
+    )
     device: str | None = Key(
-        None, description="as of kd-train; default: cpu where gpus is 0, else cuda"
+        None, description="Device of kd-train (default: cpu if gpus is 0, else cuda)."
     )
 
     def own_baseline(self, variant: str | None) -> bool:
-        """Whether a variant changes more than distillation: the plain student too."""
+        """Return whether a variant also changes the baseline, not only distillation."""
         changes = {} if variant is None else self.variants[variant]
         return not all(key.startswith(_DISTILL) for key in _leaves(changes))
+
+    @field_validator("strategies", mode="before")
+    @classmethod
+    def _without_aliases(cls, values: object) -> object:
+        if not isinstance(values, list | tuple):
+            return values
+        return [strategy_name(v) if isinstance(v, str) else v for v in values]
+
+    @field_validator("weights", mode="before")
+    @classmethod
+    def _terms_without_aliases(cls, weights: object) -> object:
+        if not isinstance(weights, dict):
+            return weights
+        return rename_keys(DistillConfig, weights, "weights")
 
     @field_validator("students", "strategies", "seeds")
     @classmethod
@@ -73,7 +96,7 @@ class SweepConfig(ClosedModel):
     def _known_terms(
         cls, weights: dict[str, tuple[float, ...]]
     ) -> dict[str, tuple[float, ...]]:
-        terms = [name for name in STRATEGIES if name != BASELINE]
+        terms = term_names()
         for name, values in weights.items():
             if name not in terms:
                 raise ValueError(f"unknown strategy {name!r}{nearest(name, terms)}")
@@ -88,7 +111,8 @@ class SweepConfig(ClosedModel):
         for name in variants:
             if not _VARIANT.fullmatch(name):
                 raise ValueError(
-                    f"the name {name!r} may hold letters, digits, dots and hyphens only"
+                    f"the name {name!r} may contain only letters, digits, dots and "
+                    "hyphens"
                 )
         return variants
 
@@ -109,7 +133,7 @@ class SweepRun:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A sweep file with its runs; ``folder(run)`` is where one is trained."""
+    """A sweep file with its runs."""
 
     path: Path
     config: SweepConfig
@@ -123,11 +147,11 @@ class Sweep:
         return self.config.device or ("cuda" if self.config.gpus else "cpu")
 
     def folder(self, name: str) -> Path:
-        """Run folder of the run called ``name``."""
+        """Return the folder of the run called ``name``."""
         return self.out / "runs" / name
 
     def run(self, name: str) -> SweepRun:
-        """The run called ``name``.
+        """Return the run called ``name``.
 
         Raises
         ------
@@ -149,11 +173,12 @@ def load_sweep(path: Path) -> Sweep:
     SpecError
         A key or a value is wrong, in the file or in what it makes of a run.
     """
-    config = validate(SweepConfig, read_yaml(path), str(path))
+    config = _by_todays_names(validate(SweepConfig, read_yaml(path), str(path)), path)
     folder = path.resolve().parent
     shared: Document = {}
     if config.config is not None:
-        shared = read_yaml(expand_path(config.config, folder, "config"))
+        file = expand_path(config.config, folder, "config")
+        shared = rename_keys(TrainConfig, read_yaml(file), str(file))
     store = config.store
     if "://" not in store:
         store = str(expand_path(store, folder, "store"))
@@ -161,13 +186,24 @@ def load_sweep(path: Path) -> Sweep:
     return Sweep(path, config, store, out, expand_runs(config, shared, str(path)))
 
 
+def _by_todays_names(config: SweepConfig, path: Path) -> SweepConfig:
+    """``config`` whose settings and variants have the names of today."""
+    settings = rename_keys(TrainConfig, config.settings, f"{path}: settings")
+    variants = {
+        name: rename_keys(TrainConfig, changes, f"{path}: variants.{name}")
+        for name, changes in config.variants.items()
+    }
+    return config.model_copy(update={"settings": settings, "variants": variants})
+
+
 def expand_runs(
     config: SweepConfig, shared: Mapping[str, Any], where: str
 ) -> tuple[SweepRun, ...]:
-    """All runs: students × strategies × variants × weights × seeds.
+    """Expand to all runs: students × strategies × variants × weights × seeds.
 
-    The weights of a term concern the strategies that have it. The baseline has none;
-    variants that change only distillation share one baseline, which bears no variant.
+    The weights of a term concern the strategies that have it. The baseline has none.
+    Variants that change only distillation share one baseline, whose name has no
+    variant.
 
     Raises
     ------
@@ -200,13 +236,19 @@ def _make_run(
 ) -> SweepRun:
     changes = {} if variant is None else config.variants[variant]
     chosen: Document = {"student.preset": student, "strategy": strategy, "seed": seed}
-    chosen |= {_DISTILL + term: value for term, value in weights}
+    chosen |= {_weight_keys(term)[-1]: value for term, value in weights}
     document = _merge(_merge(base, changes), chosen)
     name = _name(student, strategy, variant, dict(weights), seed)
     train_config = validate(TrainConfig, document, f"{where}, run {name}")
     return SweepRun(
         name, student, strategy, weights, seed, variant, document, train_config
     )
+
+
+def _weight_keys(term: str) -> tuple[str, ...]:
+    """Keys that set the weight of ``term``; built-in strategies have a second one."""
+    own = (_DISTILL + term,) if term in BUILT_IN else ()
+    return (f"{_DISTILL}weights.{term}", *own)
 
 
 def _name(
@@ -216,13 +258,16 @@ def _name(
     weights: Mapping[str, float],
     seed: int,
 ) -> str:
-    """Such as ``schnet-n2n=100+vanilla2-balanced-s0``; stable when the grid grows."""
+    """Name a run, such as ``schnet-n2n=100+vanilla2-balanced-s0``.
+
+    The name does not change when the grid grows.
+    """
     parts = [student, _strategy_label(strategy, weights), variant, f"s{seed}"]
     return "-".join(part for part in parts if part is not None)
 
 
 def _strategy_label(strategy: str, weights: Mapping[str, float]) -> str:
-    """``strategy`` with the weights of its terms, such as ``n2n=100+vanilla2``."""
+    """Format ``strategy`` with weights of its terms, such as ``n2n=100+vanilla2``."""
     # The shortest digits that read back as the same number.
     return "+".join(
         f"{term}={repr(weights[term]).removesuffix('.0')}" if term in weights else term
@@ -247,7 +292,7 @@ def _weights(
 
 
 def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> Document:
-    """``base`` with ``changes``, whose keys may be dotted; neither is altered."""
+    """Return ``base`` with ``changes``, whose keys may be dotted."""
     document = dict(base)
     for key, value in changes.items():
         first, dot, rest = key.partition(".")
@@ -263,7 +308,7 @@ def _merge(base: Mapping[str, Any], changes: Mapping[str, Any]) -> Document:
 
 
 def _leaves(document: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Dotted names of everything that ``document`` sets."""
+    """Yield dotted names of everything that ``document`` sets."""
     for key, value in document.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, f"{prefix}{key}.")
@@ -277,15 +322,15 @@ def _check_terms(config: SweepConfig, where: str) -> None:
         if term not in used:
             raise SpecError(
                 f"{where}: weights: no strategy of the sweep has the term {term!r}; "
-                "add one or leave its weights out."
+                "add a strategy with it or remove its weights."
             )
     seen: dict[frozenset[str], str] = {}
     for strategy in config.strategies:
         terms = frozenset(strategy.split("+"))
         if terms in seen:
             raise SpecError(
-                f"{where}: strategies: {seen[terms]!r} and {strategy!r} are the same; "
-                "leave one of them out."
+                f"{where}: strategies: {seen[terms]!r} and {strategy!r} are the "
+                "same; remove one."
             )
         seen[terms] = strategy
 
@@ -293,15 +338,15 @@ def _check_terms(config: SweepConfig, where: str) -> None:
 def _check_free(config: SweepConfig, where: str) -> None:
     """Refuse settings of what the grid decides."""
     decided = {"student.preset": "students", "strategy": "strategies", "seed": "seeds"}
-    decided |= {_DISTILL + term: "weights" for term in config.weights}
+    decided |= {key: "weights" for term in config.weights for key in _weight_keys(term)}
     parts = {"settings": config.settings}
     parts |= {f"variants.{name}": part for name, part in config.variants.items()}
     for part, changes in parts.items():
         for key in _leaves(changes):
             if key in decided:
                 raise SpecError(
-                    f"{where}: {part} sets {key!r}, which {decided[key]} decides; set "
-                    "it there alone."
+                    f"{where}: {part} sets {key!r}, which {decided[key]} sets for "
+                    f"the sweep; remove it from {part}."
                 )
 
 
@@ -311,12 +356,12 @@ def _require_different(runs: Sequence[SweepRun], where: str) -> None:
         other = seen.setdefault(run.config.model_dump_json(), run.name)
         if other != run.name:
             raise SpecError(
-                f"{where}: {other} and {run.name} would be the same run; leave out "
-                "one of the variants or let them differ."
+                f"{where}: {other} and {run.name} are the same run; remove one of "
+                "the variants or change its settings."
             )
 
 
 def _require_distinct(values: Sequence[Any]) -> None:
     for number, value in enumerate(values):
         if value in values[:number]:
-            raise ValueError(f"{value!r} is there twice")
+            raise ValueError(f"{value!r} occurs twice")

@@ -1,4 +1,4 @@
-"""One run of a sweep as a process of its own, and the record of how it ended."""
+"""One run of a sweep in a separate process, and the record of how it ended."""
 
 import csv
 import fcntl
@@ -22,14 +22,14 @@ from pipeline.spec.yaml_model import ClosedModel
 # Of a process that was killed, as by a machine without memory.
 _ATTEMPTS = 3
 _NO_GPU = (
-    "The sweep reserves a GPU for every run (gpus: 1), but there is none here; set "
-    "gpus: 0 to train on the CPU, or device: cuda to let CUDA look for one."
+    "The sweep reserves a GPU for every run (gpus: 1), but this machine has none; "
+    "set gpus: 0 to train on the CPU, or device: cuda to let CUDA choose one."
 )
 _PROGRAM = "from kd_train.cli.train import main; main()"
 
 
 class JobResult(ClosedModel):
-    """How a run ended; ``step`` is that of its last checkpoint, None before any."""
+    """End of a run, with the ``step`` of its last checkpoint, if any."""
 
     state: Literal["done", "failed"]
     error: str | None = None
@@ -38,12 +38,12 @@ class JobResult(ClosedModel):
 
 
 def outcome_path(sweep: Sweep, name: str) -> Path:
-    """File with the outcome of a run."""
+    """Return the file with the outcome of a run."""
     return sweep.folder(name) / "outcome.json"
 
 
 def read_outcome(sweep: Sweep, name: str) -> JobResult | None:
-    """How run ``name`` ended; None while it has not, or where the file is damaged."""
+    """Read how run ``name`` ended, None if it has not or the file is damaged."""
     try:
         return JobResult.model_validate_json(outcome_path(sweep, name).read_bytes())
     except (OSError, ValueError):
@@ -51,7 +51,7 @@ def read_outcome(sweep: Sweep, name: str) -> JobResult | None:
 
 
 def saved_step(folder: Path) -> int | None:
-    """Step of the last validation of the run in ``folder``; None before the first."""
+    """Return the step of the last validation in ``folder``, None before the first."""
     try:
         with (folder / "metrics.csv").open(newline="") as stream:
             return int([row["step"] for row in csv.DictReader(stream)][-1])
@@ -91,13 +91,13 @@ def run_job(sweep: Sweep, name: str, attempt: int = 1) -> JobResult:
 
 def _command(sweep: Sweep, settings: Path, folder: Path) -> list[str]:
     command = [sys.executable, "-c", _PROGRAM, "--cache", sweep.store]
-    command += ["--config", str(settings), "--out", str(folder), "--auto-resume"]
+    command += ["--config", str(settings), "--out", str(folder), "--resume", "auto"]
     command += ["--threads", str(sweep.config.threads)]
     return [*command, "--device", sweep.device]
 
 
 def _train_once(command: list[str], log: Path, sweep: Sweep, lock: int) -> str | None:
-    """Run ``command``, on a GPU of its own where the sweep reserves one."""
+    """Run ``command``, on its own GPU if the sweep reserves one."""
     environment = {"OMP_NUM_THREADS": str(sweep.config.threads)}
     if not sweep.config.gpus or sweep.device == "cpu":
         return run_to_its_end(command, log, environment, (lock,))
@@ -113,7 +113,7 @@ def _train_once(command: list[str], log: Path, sweep: Sweep, lock: int) -> str |
 
 def _log_waiting(log: Path, names: Sequence[str]) -> None:
     with log.open("a") as stream:
-        stream.write(f"waiting: other runs have all GPUs ({', '.join(names)})\n")
+        stream.write(f"waiting: other runs use all GPUs ({', '.join(names)})\n")
 
 
 def run_to_its_end(
@@ -122,10 +122,11 @@ def run_to_its_end(
     environment: Mapping[str, str],
     locks: tuple[int, ...],
 ) -> str | None:
-    """None when ``command`` came to its end, else one sentence.
+    """Run ``command`` to its end; return None, or one sentence on its error.
 
-    What it says is added to ``log``. A killed one is started again, to go on where it
-    stopped. It gets ``environment`` on top of this process's and holds ``locks``.
+    Its output is appended to ``log``. A killed command is started again and continues
+    from its last checkpoint. It gets the environment of this process, updated by
+    ``environment``, and holds ``locks``.
     """
     for _ in range(_ATTEMPTS):
         with log.open("ab") as stream:
@@ -136,7 +137,7 @@ def run_to_its_end(
                     stdout=stream,
                     stderr=stream,
                     env={**os.environ, **environment},
-                    # Held on to by the training, whatever becomes of this process.
+                    # The training holds the locks even if this process ends.
                     pass_fds=locks,
                 )
             )
@@ -144,13 +145,16 @@ def run_to_its_end(
             return None if code == 0 else _last_words(log, begin, code)
     cause = signal.Signals(-code).name
     return (
-        f"The training was killed by {cause} {_ATTEMPTS} times; if memory ran out, let "
-        "fewer runs share the machine or lower batch_size."
+        f"{cause} killed the training {_ATTEMPTS} times; if memory ran out, run "
+        "fewer runs at a time or lower batch_size."
     )
 
 
 def _wait(process: "subprocess.Popen[bytes]") -> int:
-    """Exit code of ``process``, which ends with this one where that can be helped."""
+    """Wait for ``process`` and return its exit code.
+
+    If this process is ended, ``process`` is ended too.
+    """
     before = signal.signal(signal.SIGTERM, _leave)
     try:
         return process.wait()
@@ -167,7 +171,7 @@ def _leave(number: int, frame: FrameType | None) -> NoReturn:
 
 
 def _last_words(log: Path, begin: int, code: int) -> str:
-    """The sentence that kd-train ended with, or its last line."""
+    """Return the error sentence of kd-train, or its last line."""
     with log.open("rb") as stream:
         stream.seek(begin)
         text = stream.read().decode(errors="replace")
@@ -175,12 +179,12 @@ def _last_words(log: Path, begin: int, code: int) -> str:
     sentences = [line for line in lines if line.startswith("Error: ")]
     if sentences:
         return sentences[-1].removeprefix("Error: ")
-    last = lines[-1].strip() if lines else "it said nothing"
+    last = lines[-1].strip() if lines else "it printed nothing"
     return f"kd-train ended with exit code {code}: {last}"
 
 
 def record(sweep: Sweep, name: str, outcome: JobResult) -> None:
-    """Write the outcome, and beside it ``failure.json`` where there is a failure."""
+    """Write the outcome, and ``failure.json`` if the run failed."""
     failure = sweep.folder(name) / "failure.json"
     if outcome.state == "failed":
         _write(failure, {"error": outcome.error, "step": outcome.step})

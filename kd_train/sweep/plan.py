@@ -1,4 +1,4 @@
-"""A sweep held against its store: what can be trained, what is left out and why."""
+"""A sweep checked against its store: runs to train, and skipped runs with reasons."""
 
 import json
 from collections.abc import Mapping
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kd_train.config.train_config import TrainConfig
 from kd_train.loader.choose_split import choose_split, stored_widths
-from kd_train.strategies import REGISTRY
+from kd_train.strategies import load_strategy
 from kd_train.strategies.base import Setting
 from kd_train.sweep.comparison import require_comparable, require_equal
 from kd_train.sweep.grid import Sweep, SweepRun, load_sweep
@@ -18,17 +18,18 @@ from kd_train.trainer.setup import (
     resolve_config,
     run_normalizer,
 )
+from kd_train.trainer.students import find_student
 from kd_train.trainer.untrained import count_labels, require_trained_outputs
 from pipeline.errors import SpecError
 from pipeline.models.normalizer import Normalizer
-from pipeline.models.zoo import PRESETS, build_model
+from pipeline.models.zoo import build_model, student_names
 from pipeline.spec.yaml_model import nearest
 from pipeline.store.reader import FeatureStore
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A sweep whose every run has been checked; ``skipped`` gives reasons by name."""
+    """A sweep with checked runs, and reasons for ``skipped`` runs by name."""
 
     sweep: Sweep
     fingerprint: str
@@ -36,11 +37,14 @@ class Plan:
 
     @property
     def runs(self) -> list[SweepRun]:
-        """Those to be trained."""
+        """Runs to be trained."""
         return [run for run in self.sweep.runs if run.name not in self.skipped]
 
     def identity(self, run: SweepRun) -> str:
-        """Everything that decides a run, as text; where it changes the run is due."""
+        """Return everything that decides a run, as text.
+
+        If the text changes, the run is trained again.
+        """
         return json.dumps([self.fingerprint, run.document], sort_keys=True)
 
 
@@ -58,10 +62,10 @@ def make_plan(path: Path) -> Plan:
     """
     sweep = load_sweep(path)
     for student in sweep.config.students:
-        if student not in PRESETS:
+        if student not in (known := student_names()):
             raise SpecError(
                 f"{path}: students: unknown student {student!r}"
-                f"{nearest(student, PRESETS)}."
+                f"{nearest(student, known)}."
             )
     store = FeatureStore.open(sweep.store)
     checks = _Checks(store)
@@ -81,7 +85,8 @@ def make_plan(path: Path) -> Plan:
         raise SpecError(f"{path}, run {name}: {reason}")
     if len(skipped) == len(sweep.runs):
         raise SpecError(
-            f"{path}: every run is impossible, so nothing would be trained."
+            f"{path}: every run is impossible, so there is nothing to train; choose "
+            "other students or strategies."
         )
     require_comparable(configs, str(path))
     checks.require_equal_starts(configs, str(path))
@@ -107,7 +112,7 @@ class _Checks:
         self._reasons: dict[tuple[str, ...], str | None] = {}
 
     def resolve(self, config: TrainConfig) -> TrainConfig:
-        """``config`` as it is trained, with what recipe and store fill in.
+        """Return ``config`` with the values that recipe and store fill in.
 
         Raises
         ------
@@ -115,14 +120,14 @@ class _Checks:
             The recipe knows no such student, or its values and those that are set do
             not go together.
         """
-        # Seeds share an entry, so that what a recipe warns of is told once for them.
+        # Seeds share an entry, so that a warning of the recipe appears once for them.
         key = config.model_dump_json(exclude={"seed"}, exclude_unset=True)
         if key not in self._resolved:
             self._resolved[key] = resolve_config(config, self.store)
         return self._resolved[key].model_copy(update={"seed": config.seed})
 
     def reason(self, config: TrainConfig) -> str | None:
-        """Why the student cannot have the strategy; None where all is well.
+        """Return why the student cannot have the strategy, None if it can.
 
         Raises
         ------
@@ -157,7 +162,7 @@ class _Checks:
         fitted: dict[str, dict[str, TrainConfig]] = {}
         for name, config in configs.items():
             if not self._network(config).is_fitted:
-                fitted.setdefault(config.student.preset, {})[name] = config
+                fitted.setdefault(config.student.name, {})[name] = config
         for runs in fitted.values():
             require_equal(runs, where, "train_split", lambda c: c.train_split)
 
@@ -169,12 +174,12 @@ class _Checks:
         if config.normalizer != "store":
             run_normalizer(config, self.store)
         teacher = stored_widths(split)
-        if config.loss.teacher_labels:
+        if config.loss.pseudo_label_weight:
             require_predictions(split)
         known = count_labels(self.store, config.train_split)
         require_trained_outputs(config, known, self._network(config).direct)
         setting = Setting(
-            student_name=config.student.preset,
+            student_name=config.student.name,
             student_widths=self._network(config).widths,
             teacher_widths=teacher,
             normalizer=Normalizer(),  # plays no part in what is checked
@@ -183,9 +188,9 @@ class _Checks:
         )
         for name in config.strategies:
             try:
-                REGISTRY[name](setting)
+                load_strategy(name)(setting)
             except SpecError as error:
-                if not teacher.keys() >= set(REGISTRY[name].fields):
+                if not teacher.keys() >= set(load_strategy(name).fields):
                     raise
                 return str(error)
         return None
@@ -193,8 +198,7 @@ class _Checks:
     def _network(self, config: TrainConfig) -> "_Traits":
         student = config.student.model_dump_json()
         if student not in self._networks:
-            model, preset = PRESETS[config.student.preset]
-            network = build_model(model, preset | config.student.hyperparameters)
+            network = build_model(*find_student(config.student))
             self._networks[student] = _Traits(
                 network.widths, network.is_fitted, has_direct_forces(network)
             )

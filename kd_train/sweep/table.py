@@ -1,6 +1,6 @@
 """The one table of a sweep with its web page, and what did not finish."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from kd_train.report.report import write_report
 from kd_train.sweep.jobs import JobResult, read_outcome, saved_step
@@ -9,7 +9,7 @@ from pipeline.files.atomic import write_atomically
 
 
 def write_sweep_report(chosen: Plan) -> str:
-    """Table of the finished runs and a list of the others, for a terminal.
+    """Write the report; return its table and a list of skipped runs.
 
     Writes all that ``kd-report --partial`` does in the folder ``report`` of the sweep,
     and this text in sweep.txt.
@@ -41,9 +41,9 @@ def write_sweep_report(chosen: Plan) -> str:
     return text
 
 
-def status_lines(chosen: Plan) -> str:
-    """One line for every run: its name, and how far it is or why it is left out."""
-    sweep, lines = chosen.sweep, {}
+def run_states(chosen: Plan) -> dict[str, str]:
+    """Return the state of every run by its name, or why it is skipped."""
+    sweep, states = chosen.sweep, {}
     for run in sweep.runs:
         outcome = read_outcome(sweep, run.name)
         step = saved_step(sweep.folder(run.name))
@@ -56,9 +56,14 @@ def status_lines(chosen: Plan) -> str:
             state = f"at step {step}"
         else:
             state = "waiting"
-        lines[run.name] = state
-    width = max(map(len, lines))
-    return "".join(f"{name:{width}}  {state}\n" for name, state in lines.items())
+        states[run.name] = state
+    return states
+
+
+def status_lines(states: Mapping[str, str]) -> str:
+    """Format the states of runs, a line for each run."""
+    width = max(map(len, states))
+    return "\n".join(f"{name:{width}}  {state}" for name, state in states.items())
 
 
 def _counts(chosen: Plan, outcomes: Iterable[JobResult | None]) -> str:

@@ -1,4 +1,4 @@
-"""What the Snakemake rules of a sweep ask: its jobs and where their outcomes lie."""
+"""Jobs of a sweep and their outcome files, for the Snakemake rules."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,11 +12,11 @@ from pipeline.errors import SpecError
 
 @dataclass(frozen=True)
 class Jobs:
-    """Jobs of the sweep a workflow was asked for; none, and no file read, without one.
+    """Jobs of the sweep of a workflow, empty if no sweep is named.
 
-    ``identities`` holds by name what decides a run: a changed one makes it due.
-    ``attempts`` grows by one where a failed run shall be repeated, and stays so, for
-    what is recorded of a run must not differ the next time.
+    ``identities`` holds by name what decides a run; if it changes, the run is trained
+    again. ``attempts`` grows by one if a failed run is repeated, and then stays, so
+    that the record of a run is the same the next time.
     """
 
     file: str = ""
@@ -28,7 +28,7 @@ class Jobs:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "Jobs":
-        """Of the workflow's configuration: ``sweep=FILE``, ``retry_failed=true``.
+        """Read the workflow's configuration: ``sweep=FILE``, ``retry_failed=true``.
 
         Raises
         ------
@@ -56,15 +56,15 @@ class Jobs:
         )
 
     def outcomes(self) -> list[str]:
-        """Files that the jobs write.
+        """List the files that the jobs write.
 
         Raises
         ------
         SpecError
-            No sweep was asked for.
+            The configuration names no sweep.
         """
         if not self.file:
-            raise SpecError("Name the sweep: --config sweep=FILE.")
+            raise SpecError("Name the sweep file: --config sweep=FILE.")
         return [f"{self.out}/runs/{name}/outcome.json" for name in self.identities]
 
 

@@ -11,7 +11,7 @@ from pipeline.files.atomic import write_atomically
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write tensors and plain values to ``path``; a kill leaves the old file."""
+    """Write tensors and plain values to ``path``, atomically."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     write_atomically(path, buffer.getvalue())
@@ -23,7 +23,7 @@ STATE = frozenset(
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """State saved by :func:`save_checkpoint`; no code in the file is run.
+    """Read a state of :func:`save_checkpoint` without running code of the file.
 
     Raises
     ------
@@ -36,13 +36,13 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             raise ValueError("other keys")
     except FileNotFoundError:
         raise CheckpointError(
-            f"{path} does not exist, so there is nothing to resume; leave out --resume "
+            f"{path} does not exist, so there is nothing to resume; omit --resume "
             "and --extend."
         ) from None
     except Exception:
         # torch raises many classes for torn and for hostile files alike.
         raise CheckpointError(
-            f"{path} is damaged or not a checkpoint of this version of kd-train; start "
-            "the run anew."
+            f"{path} is damaged or is not a checkpoint of this version of kd-train; "
+            "start a new run."
         ) from None
     return dict(state)

@@ -1,4 +1,4 @@
-"""What the structures of a split are made of: looked at once, before a run begins."""
+"""Elements and compositions of a split, read once before a run begins."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -44,7 +44,7 @@ class Contents:
         return sorted(self.samples)
 
     def undetermined(self) -> list[dict[str, float]]:
-        """Changes of element energies that no composition notices, by atomic number."""
+        """Return changes of element energies that change no composition's energy."""
         present = np.flatnonzero(np.abs(self.span).max(axis=0, initial=0))
         if not len(present):
             return []
@@ -65,7 +65,7 @@ def check_contents(
     normalizer: Normalizer,
     fitted: Split | None,
 ) -> dict[str, Any]:
-    """What later uses of a student are checked against, JSON-able.
+    """Check the splits; return the facts that later uses of the student need.
 
     ``elements`` of the training split and ``undetermined`` (see Contents) of the one
     that reference energies were ``fitted`` to. Warns of elements that only the
@@ -92,7 +92,7 @@ def check_contents(
 
 
 def read_contents(split: Split) -> Contents:
-    """One pass over atomic numbers, periodic flags and energies of ``split``."""
+    """Read atomic numbers, periodic flags and energies of ``split`` in one pass."""
     found = Contents()
     for ids, numbers, periodic, labelled in _blocks(split):
         for z in np.flatnonzero(numbers.any(axis=0)).tolist():
@@ -109,7 +109,7 @@ def read_contents(split: Split) -> Contents:
 def _blocks(
     split: Split,
 ) -> Iterator[tuple[npt.NDArray[Any], Counts, npt.NDArray[Any], npt.NDArray[Any]]]:
-    """Ids, (n, 119) counts of elements, whether periodic, whether with an energy."""
+    """Yield ids, (n, 119) counts of elements, periodic flags and energy flags."""
     paths = [FIELDS[name].path for name in ("atomic_numbers", "pbc", "energy")]
     for block in range(split.n_blocks):
         positions = np.asarray(split.block_positions(block))
@@ -129,7 +129,7 @@ def _blocks(
 
 
 def _extend_span(span: Floats, counts: Counts) -> Floats:
-    """Orthonormal rows that span ``span`` and the rows of ``counts``."""
+    """Return orthonormal rows that span ``span`` and the rows of ``counts``."""
     present = np.flatnonzero(counts.any(axis=0) | span.any(axis=0))
     if len(span) == len(present):
         return span  # of all directions that there are, or of no sample
@@ -149,8 +149,8 @@ def _require_periodic_graphs(
         raise SpecError(
             f"{key}: sample {contents.periodic!r} of {split.name!r} is periodic, but "
             "the student's graphs ignore periodic images; set "
-            "student.hyperparameters.use_pbc=true, or build the store with "
-            "splits.NAME.pbc: none if its structures are molecules in a box."
+            "student.hyperparameters.use_pbc=true, or, if the structures are "
+            "molecules in a box, build the store with splits.NAME.pbc: none."
         )
 
 
@@ -164,8 +164,9 @@ def _warn_of_new_elements(
     ids = dict.fromkeys(name for z in new for name in found.samples[z])
     named = ", ".join(repr(name) for name in [*ids][:_NAMED])
     log.warning(
-        "%s: %r has samples with %s (such as %s), which the training split lacks; its "
-        "errors will mean little, so leave such samples out or train on others",
+        "%s: %r has samples with %s (such as %s), which the training split lacks; "
+        "errors on them mean little, so exclude these samples or train on other "
+        "samples",
         key,
         split.name,
         list_symbols(new),
@@ -181,10 +182,10 @@ def _warn_without_reference(
     bare = [z for z in known.elements if references[z] == 0.0]
     if any(references) and bare:
         log.warning(
-            "train_split: %r has samples with %s (such as %r), for which there is no "
-            "reference energy beside those of others, so the student has to learn the "
-            "whole energy of these atoms; put the split that has them first, or name "
-            "a file in reference_energies",
+            "train_split: %r has samples with %s (such as %r), which have no "
+            "reference energy although other elements have one; the student must "
+            "learn the whole energy of these atoms, so name the split with these "
+            "elements first, or name a file in reference_energies",
             train.name,
             list_symbols(bare),
             known.samples[bare[0]][0],

@@ -1,4 +1,4 @@
-"""Resuming with more steps: where what came before is what a longer run would do."""
+"""Resuming with more steps, if the first steps of a longer run are the same."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ from pipeline.errors import SpecError
 def before_extension(
     saved: Mapping[str, Any], config: TrainConfig, progress: TrainingState, folder: Path
 ) -> dict[str, Any]:
-    """Header ``saved`` of the run in ``folder``, with the steps of ``config``.
+    """Return the header ``saved`` with the steps of ``config``.
 
     ``extended_from`` in it lists the steps that the run had before.
 
@@ -27,18 +27,19 @@ def before_extension(
         return header
     if new < old:
         raise SpecError(
-            f"{folder} was started with steps = {old}, and --extend makes a run "
-            f"longer; set steps to more than {old}."
+            f"{folder} was started with steps = {old}, but --extend needs more "
+            f"steps; set steps to more than {old}."
         )
     if progress.stopped_early(config):
         raise SpecError(
-            f"{folder} was stopped early at step {progress.step} by patience="
-            f"{config.patience}, so more steps change nothing; start another run."
+            f"{folder} was stopped early at step {progress.step} by "
+            f"patience={config.patience}, so more steps change nothing; start a new "
+            "run."
         )
     if (key := _ends_with_the_run(config)) is not None:
         raise SpecError(
-            f"{folder} cannot be extended: {key}, so a run of {new} steps is another "
-            "run from its beginning; start it with another --out."
+            f"{folder} cannot be extended: {key}, so a run of {new} steps differs "
+            "from its first step on; start it with another --out."
         )
     header["config"] = {**saved["config"], "steps": new}
     header["extended_from"] = [*saved.get("extended_from", ()), old]
@@ -46,10 +47,10 @@ def before_extension(
 
 
 def _ends_with_the_run(config: TrainConfig) -> str | None:
-    """What of ``config`` depends on the number of steps, in words."""
+    """Name a setting of ``config`` that depends on the number of steps, if any."""
     if config.schedule.kind == "cosine":
-        return "schedule.kind=cosine lets the learning rate fall to 0 at the last step"
+        return "schedule.kind=cosine decays the learning rate to 0 at the last step"
     fading = config.distill.schedule
     if config.strategies and fading.kind != "constant" and fading.steps is None:
-        return f"distill.schedule.kind={fading.kind} goes on to the last step"
+        return f"distill.schedule.kind={fading.kind} ends at the last step"
     return None

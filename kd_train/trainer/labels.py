@@ -1,4 +1,4 @@
-"""Refuses what cannot be learned from, or validated against, for want of labels."""
+"""Refusal of splits without the labels that training or validation needs."""
 
 import logging
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from pipeline.errors import SpecError
 from pipeline.fields import FIELDS, PREDICTION_FIELDS
 
 log = logging.getLogger("kd_train")
-# First samples of a split that are looked at where all would take long.
+# First samples of a split, which are read if all would take long.
 FIRST_SAMPLES = 256
 
 
@@ -21,33 +21,33 @@ def require_predictions(split: Split) -> None:
     for name in PREDICTION_FIELDS:
         if FIELDS[name].path not in split.arrays:
             raise SpecError(
-                f"loss.teacher_labels needs the field {name!r}, which split "
+                f"loss.pseudo_label_weight needs the field {name!r}, which split "
                 f"{split.name!r} of this store lacks; add a teacher: section to the "
-                "spec and build the store again, or set loss.teacher_labels=0."
+                "spec and build the store again, or set loss.pseudo_label_weight=0."
             )
 
 
 def require_measured(config: TrainConfig, val: Split) -> None:
-    """Refuse, or warn, where nothing can be validated against."""
+    """Refuse, or warn of, a validation split without labels."""
     _require_measure(config, val)
     if not has_labels(val):
         log.warning(
-            "val_split: %r has no reference labels, so errors stay unknown; choose "
-            "another split",
+            "val_split: %r has no reference labels, so validation errors are "
+            "unknown; choose another split",
             val.name,
         )
 
 
 def warn_of_training_samples(train: Split, val: Split, tests: Sequence[Split]) -> None:
-    """Warn where splits that errors are measured on have structures of training."""
+    """Warn if validation or test splits have structures of the training split."""
     held_out = [("val_split", val)]
     held_out += [("test_split", test) for test in tests if test is not val]
     for key, split in held_out:
         count, first = shared_structures(split, train)
         if count:
             log.warning(
-                "%s: %d of the %d samples of %r have structures that train_split %r "
-                "has too, the first is %r; errors on them are too low",
+                "%s: %d of the %d samples of %r have structures that are also in "
+                "train_split %r (first: %r); errors on them are too low",
                 key,
                 count,
                 len(split),
@@ -58,47 +58,50 @@ def warn_of_training_samples(train: Split, val: Split, tests: Sequence[Split]) -
 
 
 def _require_measure(config: TrainConfig, val: Split) -> None:
-    """Refuse to stop, or to choose weights as asked for, by what is never a number."""
+    """Refuse early stopping, or a choice of weights, by a metric without labels."""
     if config.patience is not None:
-        wish, instead = f"patience={config.patience}", "leave patience out"
-    elif config.export == "best" and config.model_fields_set & {"export", "best_by"}:
+        wish, instead = f"patience={config.patience}", "omit patience"
+    elif config.export_weights == "best" and config.model_fields_set & {
+        "export",
+        "monitor",
+    }:
         wish, instead = "export=best", "set export=last"
     else:
         return
-    if not is_measured(val, config.best_by):
+    if not is_measured(val, config.monitor):
         raise SpecError(
-            f"val_split: {val.name!r} has no labels for best_by={config.best_by}, "
-            f"which {wish} goes by; choose another split or best_by, or {instead}."
+            f"val_split: {val.name!r} has no labels for monitor={config.monitor}, "
+            f"which {wish} needs; choose another split or monitor, or {instead}."
         )
 
 
 def has_labels(split: Split) -> bool:
-    """Whether a sample has a reference energy, or one of the first has forces."""
+    """Return whether a sample has a reference energy, or an early one has forces."""
     return has_energies(split) or has_forces(split)
 
 
 def has_energies(split: Split) -> bool:
-    """Whether a sample has a reference energy."""
+    """Return whether a sample has a reference energy."""
     path = FIELDS["energy"].path
-    # Where any sample has one, a sample of the first block does.
+    # If any sample has an energy, a sample of the first block has one.
     blocks = map(split.block_positions, range(split.n_blocks))
     return any(np.isfinite(split.read(block, [path])[path]).any() for block in blocks)
 
 
 def has_forces(split: Split) -> bool:
-    """Whether one of the first samples has reference forces."""
+    """Return whether one of the first samples has reference forces."""
     path = FIELDS["forces"].path
     first = np.arange(min(FIRST_SAMPLES, len(split)))
     return bool(np.isfinite(split.read(first, [path])[path]).any())
 
 
 def is_measured(split: Split, metric: str) -> bool:
-    """Whether any sample has the labels that ``metric`` (of ``best_by``) needs."""
+    """Return whether any sample has the labels of ``metric`` (of ``monitor``)."""
     return any(_measured(split, block)[metric] for block in range(split.n_blocks))
 
 
 def _measured(split: Split, block: int) -> dict[str, bool]:
-    """For every metric whether a sample of ``block`` has its labels."""
+    """Return for every metric whether a sample of ``block`` has its labels."""
     positions = np.asarray(split.block_positions(block))
     paths = [FIELDS[name].path for name in ("energy", "forces", "fixed")]
     values = split.read(positions, paths)

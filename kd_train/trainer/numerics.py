@@ -19,14 +19,14 @@ _WORKSPACES = (":4096:8", ":16:8")
 
 @contextmanager
 def training_numerics(config: TrainConfig) -> Iterator[None]:
-    """Context of forward and backward passes: precision, errors of the compiler."""
+    """Set precision and translate compiler errors in forward and backward passes."""
     with matmul_precision(config.precision), compiler_errors(config.compile):
         yield
 
 
 @contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
-    """Matrix products of float32 as ``tf32`` wants them, or exact otherwise."""
+    """Use TF32 for matrix products of float32 if ``tf32``, else full precision."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     try:
@@ -38,14 +38,14 @@ def matmul_precision(precision: str) -> Iterator[None]:
 def forward_precision(
     precision: str, device: torch.device
 ) -> AbstractContextManager[object]:
-    """Context of a student's forward pass: autocast for ``bfloat16``."""
+    """Return the context of a student's forward pass: autocast for ``bfloat16``."""
     if precision == "bfloat16":
         return torch.autocast(device.type, torch.bfloat16)
     return nullcontext()
 
 
 def in_float32(output: ModelOutput) -> ModelOutput:
-    """``output`` with all its tensors in single precision."""
+    """Convert all tensors of ``output`` to single precision."""
     values = {field.name: getattr(output, field.name) for field in fields(output)}
     present = {name: v.float() for name, v in values.items() if v is not None}
     return replace(output, **present)
@@ -53,7 +53,7 @@ def in_float32(output: ModelOutput) -> ModelOutput:
 
 @contextmanager
 def determinism(wanted: bool, device: torch.device) -> Iterator[None]:
-    """Where ``wanted``, refuse operations that may differ between two runs.
+    """Refuse operations that may differ between two runs, if ``wanted``.
 
     Raises
     ------
@@ -80,15 +80,15 @@ def determinism(wanted: bool, device: torch.device) -> Iterator[None]:
         if not found:
             raise
         raise SpecError(
-            f"deterministic: {first} has no deterministic form on {device.type}; set "
-            "deterministic=false or train on another device."
+            f"deterministic: {first} has no deterministic implementation on "
+            f"{device.type}; set deterministic=false or train on another device."
         ) from error
     finally:
         torch.use_deterministic_algorithms(before)
 
 
 def compile_student(student: Network) -> None:
-    """Compile the forward pass of ``student`` in place; its state keeps its names.
+    """Compile the forward pass of ``student`` in place, and keep names of its state.
 
     Raises
     ------
@@ -97,18 +97,20 @@ def compile_student(student: Network) -> None:
     """
     if not student.hyperparameters.get("direct_forces"):
         raise SpecError(
-            "compile: the student's forces are gradients of its energy, and the "
-            "compiler knows no second derivatives; set compile=false or choose a "
-            "student with direct forces."
+            "compile: the student's forces are gradients of its energy, but the "
+            "compiler does not support second derivatives; set compile=false or "
+            "choose a student with direct forces."
         )
-    # It would tell of every place where a network reads a number from the device.
+    # It would log every place where a network reads a number from the device.
     logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
     student.compile(dynamic=True)
 
 
 @contextmanager
 def compiler_errors(wanted: bool) -> Iterator[None]:
-    """One sentence where the compiler fails, which it does in the first step.
+    """Turn an error of the compiler into one sentence, if ``wanted``.
+
+    The compiler runs, and fails, in the first step.
 
     Raises
     ------

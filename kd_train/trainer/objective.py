@@ -1,4 +1,4 @@
-"""What training minimises: student and terms of the loss in one forward pass."""
+"""Objective of training: student and terms of the loss in one forward pass."""
 
 from collections.abc import Sequence
 
@@ -8,6 +8,7 @@ from torch_geometric.data import Data
 
 from kd_train.strategies.losses import Term, joint_mean
 from kd_train.trainer.numerics import forward_precision, in_float32
+from pipeline.errors import SpecError
 
 
 class Objective(nn.Module):
@@ -27,18 +28,18 @@ class Objective(nn.Module):
         self._sizes = [len(term.part_weights) for term in self.terms]
 
     def forward(self, batch: Data) -> Tensor:
-        """(P,) summed errors of ``batch``, term after term, with their gradient."""
+        """Return summed errors of ``batch``, term by term, with gradients, (P,)."""
         with forward_precision(self._precision, batch.positions.device):
             output = self.learned["student"](batch)
         output = in_float32(output)
-        return torch.cat([term.totals(output, batch) for term in self.terms])
+        return torch.cat([_parts(t, t.totals(output, batch)) for t in self.terms])
 
     def counts(self, batch: Data) -> Tensor:
         """(P,) float64: what :meth:`forward` of ``batch`` is to be divided by."""
-        return torch.cat([term.counts(batch) for term in self.terms])
+        return torch.cat([_parts(t, t.counts(batch)) for t in self.terms])
 
     def values(self, totals: Tensor, counts: Tensor) -> dict[str, Tensor]:
-        """Value of every term, scalars, by name.
+        """Return the scalar value of every term by name.
 
         With the ``counts`` of a whole step, a batch's share of its values.
         """
@@ -52,3 +53,20 @@ class Objective(nn.Module):
             term.name: joint_mean(term.part_weights, total, count)
             for term, total, count in parts
         }
+
+
+def _parts(term: Term, values: Tensor) -> Tensor:
+    """``values`` of ``term``; refuses other shapes than (P,), which plug-ins may give.
+
+    Raises
+    ------
+    SpecError
+        The shape is another one.
+    """
+    parts = len(term.part_weights)
+    if values.shape != (parts,):
+        raise SpecError(
+            f"The strategy {term.name!r} gives sums or counts of shape "
+            f"{tuple(values.shape)}; its part_weights need ({parts},)."
+        )
+    return values

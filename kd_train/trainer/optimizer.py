@@ -7,7 +7,7 @@ from kd_train.config.train_config import OptimizerConfig
 
 
 def make_optimizer(modules: nn.Module, options: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over all trainable parameters of ``modules``."""
+    """Make AdamW over all trainable parameters of ``modules``."""
     return torch.optim.AdamW(
         parameter_groups(modules, options),
         lr=options.lr,
@@ -20,13 +20,13 @@ def make_optimizer(modules: nn.Module, options: OptimizerConfig) -> torch.optim.
 def parameter_groups(
     modules: nn.Module, options: OptimizerConfig
 ) -> list[dict[str, object]]:
-    """Trainable parameters by their weight decay, each once.
+    """Group trainable parameters by their weight decay, each once.
 
-    With ``decayed: matrices`` biases, scales of norms and embeddings are not decayed:
-    all that has fewer than two axes, and the weights of ``nn.Embedding``.
+    With ``weight_decay_on: matrices`` biases, scales of norms and embeddings are not
+    decayed: all that has fewer than two axes, and the weights of ``nn.Embedding``.
     """
     trainable = [p for p in modules.parameters() if p.requires_grad]
-    if options.decayed == "all":
+    if options.weight_decay_on == "all":
         return [{"params": trainable, "weight_decay": options.weight_decay}]
     embeddings = {
         id(module.weight)

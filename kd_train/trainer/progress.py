@@ -1,4 +1,4 @@
-"""Where a run stands, which validation was its best, and when it has had enough."""
+"""Progress of a run: step, best validation, early stopping."""
 
 import math
 from dataclasses import dataclass
@@ -25,28 +25,31 @@ class TrainingState:
     best: float = math.nan
     since_best: int = 0
 
-    def note(self, value: float, best_by: str) -> bool:
-        """Take in a validation; returns whether it is the best, or none had a number.
+    def note(self, value: float, monitor: str) -> bool:
+        """Record a validation and return whether to save its weights.
+
+        They are saved if the validation is the best, or if none gave a number
+        yet.
 
         NaN is never better than a number.
         """
-        improved = is_better(value, self.best, best_by)
+        improved = is_better(value, self.best, monitor)
         self.since_best = 0 if improved else self.since_best + 1
         if improved:
             self.best = value
         return improved or math.isnan(self.best)
 
     def is_done(self, config: TrainConfig) -> bool:
-        """Whether training has reached its last step or was stopped early."""
+        """Return whether training has reached its last step or was stopped early."""
         return self.step >= config.steps or self.stopped_early(config)
 
     def stopped_early(self, config: TrainConfig) -> bool:
-        """Whether ``patience`` validations have passed without a better one."""
+        """Return whether ``patience`` validations have passed without a better one."""
         return config.patience is not None and self.since_best >= config.patience
 
 
-def is_better(value: float, best: float, best_by: str) -> bool:
-    """Whether ``value`` of metric ``best_by`` beats ``best``, which may be NaN."""
+def is_better(value: float, best: float, monitor: str) -> bool:
+    """Return whether ``value`` of metric ``monitor`` beats ``best``."""
     if math.isnan(value) or math.isnan(best):
         return not math.isnan(value)
-    return value > best if best_by in _LARGER_IS_BETTER else value < best
+    return value > best if monitor in _LARGER_IS_BETTER else value < best

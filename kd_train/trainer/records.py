@@ -1,4 +1,4 @@
-"""Numbers of a run as it goes: window means, CSV rows, progress bar, comparison."""
+"""Running numbers of a run: window means, CSV rows, progress bar, comparison."""
 
 import csv
 import io
@@ -18,7 +18,7 @@ from pipeline.files.atomic import write_atomically
 
 
 class Window:
-    """Means and rate since the last validation; sums stay on the device."""
+    """Means and rate since the last validation, with sums on the device."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -35,7 +35,7 @@ class Window:
         self._samples += samples
 
     def means(self, world: World) -> dict[str, float]:
-        """Mean of every loss over steps, shares of processes summed: ``train_NAME``."""
+        """Return the mean of every loss over steps and processes as ``train_NAME``."""
         sums = world.all_sum(torch.stack(list(self._sums.values()))).tolist()
         return {
             f"train_{name}": total / self._steps
@@ -43,7 +43,7 @@ class Window:
         }
 
     def rate(self, world: World) -> float:
-        """Samples per second of all processes since the window was opened."""
+        """Return samples per second of all processes since the window was opened."""
         samples = int(world.all_sum(torch.tensor(self._samples)))
         return samples / (time.monotonic() - self._started)
 
@@ -51,11 +51,11 @@ class Window:
 def require_same_run(
     saved: dict[str, Any], current: dict[str, Any], folder: Path
 ) -> None:
-    """Refuse to continue a run whose store or configuration was another one."""
+    """Refuse to continue a run that had another store or configuration."""
     if saved["fingerprint"] != current["fingerprint"]:
         raise SpecError(
             f"{folder} was trained on a store with fingerprint "
-            f"{saved['fingerprint'][:12]}…, this store has "
+            f"{saved['fingerprint'][:12]}…, but this store has "
             f"{current['fingerprint'][:12]}…; use the same store or another --out."
         )
     if saved["config"] == current["config"]:
@@ -64,14 +64,14 @@ def require_same_run(
         if saved["config"].get(key) != value:
             before = saved["config"].get(key)
             raise SpecError(
-                f"{folder} was started with {key} = {before!r}, now it is {value!r}; "
-                f"resume with the same configuration{_or_extend(key, before, value)} "
-                "or use another --out."
+                f"{folder} was started with {key} = {before!r}, but now it is "
+                f"{value!r}; resume with the same "
+                f"configuration{_or_extend(key, before, value)} or use another --out."
             )
 
 
 def _or_extend(key: str, before: Any, value: Any) -> str:
-    return ", add --extend to go on with more steps," * (
+    return ", add --extend to continue with more steps," * (
         key == "steps" and value > before
     )
 
@@ -86,17 +86,17 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def progress_bar(config: TrainConfig, done: int, shown: bool = True) -> "tqdm[Any]":
-    """Bar in steps with rate and ETA; lines where there is no terminal."""
+    """Make a progress bar in steps, which prints lines if there is no terminal."""
     return tqdm(
         disable=not shown,
         total=config.steps,
         initial=done,
         unit="step",
-        desc=f"{config.student.preset} {config.strategy} seed {config.seed}",
+        desc=f"{config.student.name} {config.strategy} seed {config.seed}",
         mininterval=0.5 if sys.stderr.isatty() else 15.0,
     )
 
 
 def format_short(value: object) -> str:
-    """``value`` for a log line, numbers to four digits."""
+    """Format ``value`` for a log line, numbers to four digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""What a run leaves behind: the student's file, predictions, metrics."""
+"""Results of a run: the student's file, predictions, metrics."""
 
 import io
 import json
@@ -41,7 +41,7 @@ def write_results(
     progress: TrainingState,
     validators: Sequence[Validator],
 ) -> dict[str, Any]:
-    """Evaluate the exported student; returns what ``metrics.json`` says.
+    """Evaluate the exported student and return the content of ``metrics.json``.
 
     Metrics are plain means over the splits of ``validators``, as the paper has them.
     All processes evaluate, the first one writes.
@@ -50,7 +50,7 @@ def write_results(
     results = [v(student.to(v.device)) for v in validators]
     of_teacher = [teacher_metrics(v.samples.split) for v in validators]
     summary = {
-        "student": config.student.preset,
+        "student": config.student.name,
         "teacher": (store.attributes["teacher"] or {}).get("model"),
         "strategy": config.strategy,
         "seed": config.seed,
@@ -81,16 +81,16 @@ def write_results(
 
 
 def drop_results(folder: Path) -> None:
-    """Remove the results of a run that goes on, which would pass for those of its end.
+    """Remove results of a continued run, which would look like final results.
 
-    They are written anew when it has ended.
+    The end of the run writes new results.
     """
     for name in (_METRICS, _PREDICTIONS):
         (folder / name).unlink(missing_ok=True)
 
 
 def plain_mean(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Mean over splits, each counting once; NaN where one split has no value."""
+    """Average metrics over splits with equal weights, NaN if a split has no value."""
     return {
         name: sum(split[name] for split in metrics) / len(metrics)
         for name in metrics[0]

@@ -1,12 +1,13 @@
 """The folder of a run: its header and its checkpoint, written and read again."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
-from kd_train.config.train_config import TrainConfig
+from kd_train.config.train_config import TrainConfig, saved_settings
 from kd_train.trainer.checkpoint import read_checkpoint
 from kd_train.trainer.extend import before_extension
 from kd_train.trainer.progress import TrainingState
@@ -50,10 +51,15 @@ class SavedRun:
 
 
 def write_header(folder: Path, header: Mapping[str, Any]) -> None:
-    """Write ``config.yaml``: the header and the versions that train."""
-    versions = {name: version(name) for name in ("kd-train", "torch")}
-    text = yaml_text({**header, "versions": versions})
-    write_atomically(folder / "config.yaml", text.encode())
+    """Write ``config.yaml``, which ``--config`` takes, and ``run.json``.
+
+    ``run.json`` has the rest of the header and the versions of the packages that train.
+    """
+    about = {key: value for key, value in header.items() if key != "config"}
+    about["versions"] = {name: version(name) for name in ("kd-train", "torch")}
+    text = json.dumps(about, indent=2, sort_keys=True)
+    write_atomically(folder / "run.json", text.encode() + b"\n")
+    write_atomically(folder / "config.yaml", yaml_text(header["config"]).encode())
 
 
 def checkpoint_state(
@@ -75,7 +81,9 @@ def read_saved_run(
     *,
     extend: bool,
 ) -> SavedRun:
-    """Read the checkpoint in ``folder``; with ``extend`` it may have fewer steps.
+    """Read the checkpoint in ``folder``.
+
+    With ``extend`` the saved run may have fewer steps.
 
     Raises
     ------
@@ -85,22 +93,23 @@ def read_saved_run(
         The run had another configuration, store or number of processes.
     """
     state = read_checkpoint(folder / CHECKPOINT)
-    progress, saved = TrainingState(**state["progress"]), state["header"]
+    progress, saved = TrainingState(**state["progress"]), dict(state["header"])
+    saved["config"] = before = saved_settings(saved["config"], str(folder))
     if extend:
         saved = before_extension(saved, config, progress, folder)
     require_same_run(saved, header, folder)
     if progress.world_size != processes:
         raise SpecError(
-            f"{folder} was trained by {progress.world_size} processes, now "
-            f"there are {processes}; the order of samples depends "
-            "on it, so resume with as many or use another --out."
+            f"{folder} was trained by {progress.world_size} processes, but now there "
+            f"are {processes}; the order of samples depends on this number, so "
+            f"resume with {progress.world_size} processes or use another --out."
         )
     return SavedRun(
         progress,
         state["rows"],
         list(saved.get("extended_from", ())),
         state,
-        saved["config"] != state["header"]["config"],
+        saved["config"] != before,
     )
 
 

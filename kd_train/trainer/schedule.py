@@ -7,7 +7,7 @@ from kd_train.config.train_config import TrainConfig
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Rate of step ``step`` (from 0): linear warm-up times the configured decay.
+    """Return the rate of step ``step`` (from 0): linear warm-up times decay.
 
     Warm-up: from ``warmup_start`` to 1 in ``warmup_steps``, so that step
     ``warmup_steps - 1`` is the first at the full rate. Milestones: a step that is one

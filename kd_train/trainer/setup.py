@@ -1,4 +1,4 @@
-"""Student, adapters and normaliser of a run; refuses what a store cannot serve."""
+"""Student, adapters and normaliser of a run, checked against the store."""
 
 import hashlib
 import logging
@@ -13,11 +13,12 @@ from torch import nn
 from torch_geometric.data import Data
 
 from kd_train.config.recipe import apply_recipe
+from kd_train.config.strategy_names import BUILT_IN
 from kd_train.config.train_config import LossConfig, TrainConfig
 from kd_train.loader.choose_split import choose_split, stored_widths
 from kd_train.loader.data import CachedSamples
 from kd_train.loader.split import Split
-from kd_train.strategies import REGISTRY, Strategy
+from kd_train.strategies import Strategy, load_strategy, term_weight
 from kd_train.strategies.base import Setting
 from kd_train.strategies.losses import (
     Labels,
@@ -32,21 +33,21 @@ from kd_train.trainer.labels import (
     require_measured,
     require_predictions,
 )
+from kd_train.trainer.students import find_student
 from kd_train.trainer.untrained import count_labels, require_trained_outputs
 from pipeline.datasets.label_statistics import KIND_DIFFERENCE
 from pipeline.errors import SpecError
 from pipeline.fields import FIELDS, PREDICTION_FIELDS
 from pipeline.models.network import Network
 from pipeline.models.normalizer import Normalizer
-from pipeline.models.zoo import PRESETS, build_model
+from pipeline.models.zoo import build_model, model_names, student_names
 from pipeline.spec.cache_spec import PER_ELEMENT
-from pipeline.spec.yaml_model import nearest
 from pipeline.store.reader import FeatureStore
 
 log = logging.getLogger("kd_train")
 # Samples on which a fresh student sets its scale factors.
 _FITTING_SAMPLES = 32
-# Recipe of the paper's periodic dataset, and ending of presets that are none of its.
+# Recipe for periodic structures; presets with this suffix have no recipe.
 _PERIODIC_RECIPE = "oc20"
 _DEMO = "-demo"
 
@@ -55,7 +56,7 @@ _DEMO = "-demo"
 class Learner:
     """The plain student, its training-only adapters, and the units it works in.
 
-    ``fields`` are what training reads from the store beside structures and labels;
+    ``fields`` are what training reads from the store besides structures and labels;
     ``supervised`` is L0, ``training_data`` (JSON-able) what later uses of the student
     are checked against.
     """
@@ -72,7 +73,7 @@ class Learner:
 
 
 def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
-    """Build the student from its seed, then the adapters from a stream of their own.
+    """Build the student from its seed, and adapters from a separate random stream.
 
     Raises
     ------
@@ -80,27 +81,24 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
         The preset is unknown, the student predicts no forces, a strategy needs what
         store or student lack, or nothing would train an output of the student.
     """
-    preset = config.student.preset
-    if preset not in PRESETS:
-        raise SpecError(f"Unknown student {preset!r}{nearest(preset, PRESETS)}.")
+    name, hyperparameters = find_student(config.student)
     fields = required_fields(config)
     split = choose_split(store, config.train_split, fields)
-    if config.loss.teacher_labels:
+    if config.loss.pseudo_label_weight:
         require_predictions(split)
-    name, hyperparameters = PRESETS[preset]
     torch.manual_seed(config.seed)
-    student = build_model(name, hyperparameters | config.student.hyperparameters)
+    student = build_model(name, hyperparameters)
     _require_forces(student)
     normalizer = run_normalizer(config, store)
     setting = Setting(
-        student_name=preset,
+        student_name=config.student.name,
         student_widths=student.widths,
         teacher_widths=stored_widths(split),
         normalizer=normalizer,
         loss=config.loss,
         seed=config.seed,
     )
-    strategies = tuple(REGISTRY[s](setting) for s in config.strategies)
+    strategies = tuple(load_strategy(s)(setting) for s in config.strategies)
     require_measured(config, choose_split(store, config.val_split))
     known = count_labels(store, config.train_split)
     require_trained_outputs(config, known, has_direct_forces(student))
@@ -138,7 +136,7 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
 def _reference_split(
     config: TrainConfig, store: FeatureStore, normalizer: Normalizer
 ) -> Split | None:
-    """The split whose labels gave the reference energies; None where none did."""
+    """Return the split whose labels gave the reference energies, if any."""
     statistics = store.attributes["label_statistics"]
     for name in config.train_split.split("+"):
         choice = store.attributes["splits"][name].get("reference_energies")
@@ -150,30 +148,30 @@ def _reference_split(
 
 def required_fields(config: TrainConfig) -> tuple[str, ...]:
     """Store fields that the terms of the loss read, without repetition."""
-    names = [field for s in config.strategies for field in REGISTRY[s].fields]
-    if config.loss.teacher_labels:
+    names = [field for s in config.strategies for field in load_strategy(s).fields]
+    if config.loss.pseudo_label_weight:
         names += PREDICTION_FIELDS
     return tuple(dict.fromkeys(names))
 
 
 def supervised_labels(config: LossConfig) -> Callable[[Data], Labels]:
-    """Labels that L0 is trained with."""
-    if not config.teacher_labels:
+    """Return the function that gives the labels of L0."""
+    if not config.pseudo_label_weight:
         return reference_labels
-    return partial(complete_labels, weight=config.teacher_labels)
+    return partial(complete_labels, weight=config.pseudo_label_weight)
 
 
 def has_direct_forces(student: Network) -> bool:
-    """Whether forces have a head of their own and are no gradient of the energy."""
+    """Return whether a separate head predicts forces, not the energy's gradient."""
     return bool(student.hyperparameters.get("direct_forces", False))
 
 
 def _require_forces(student: Network) -> None:
     """Refuse a student that neither L0 nor its validation could be computed of."""
-    if not student.hyperparameters["regress_forces"]:
+    if not student.hyperparameters.get("regress_forces", True):
         raise SpecError(
             "student.hyperparameters.regress_forces is false, but losses and metrics "
-            "need forces; leave it out, and set loss.force_weight=0 to learn from "
+            "need forces; omit it, and set loss.force_weight=0 to learn from "
             "energies alone."
         )
 
@@ -181,9 +179,9 @@ def _require_forces(student: Network) -> None:
 def resolve_config(
     config: TrainConfig, store: FeatureStore, processes: int = 1
 ) -> TrainConfig:
-    """``config`` with the student and the recipe that the store suggests.
+    """Return ``config`` with the student and the recipe that the store suggests.
 
-    Values that are not set are those of the recipe for a run of ``processes``, see
+    Unset values come from the recipe for a run of ``processes``, see
     ``kd_train.config.recipe``.
 
     Raises
@@ -196,17 +194,29 @@ def resolve_config(
     split = choose_split(store, config.train_split)
     stored = stored_widths(split)
     for strategy in config.strategies:
-        REGISTRY[strategy].require_fields(stored)
+        load_strategy(strategy).require_fields(stored)
     if "normalizer" not in config.model_fields_set and _has_units(store, config):
         config = config.model_copy(update={"normalizer": "store"})
     chosen = apply_recipe(config, _teacher_model(store), processes)
+    chosen = _with_plugin_weights(chosen)
     if config.recipe == "auto":
         _warn_of_recipe(chosen, split)
     return chosen
 
 
+def _with_plugin_weights(config: TrainConfig) -> TrainConfig:
+    """``config`` with the default weights of strategies that are plug-ins."""
+    names = [name for name in config.strategies if name not in BUILT_IN]
+    if not names:
+        return config
+    weights = {name: term_weight(config.distill, name) for name in names}
+    weights = {**config.distill.weights, **weights}
+    distill = config.distill.model_copy(update={"weights": weights})
+    return config.model_copy(update={"distill": distill})
+
+
 def _has_units(store: FeatureStore, config: TrainConfig) -> bool:
-    """Whether units of the store come before those of a recipe.
+    """Return whether units of the store replace units of a recipe.
 
     Students need the units of their teacher, and energies that the store has reference
     energies for are total energies, which no student learns as they are.
@@ -218,19 +228,20 @@ def _has_units(store: FeatureStore, config: TrainConfig) -> bool:
 
 def _warn_of_recipe(config: TrainConfig, split: Split) -> None:
     """Warn where the recipe that the student's name chose is not of such data."""
-    preset, recipe = config.student.preset, config.recipe
+    preset, recipe = config.student.name, config.recipe
     if recipe == "none":
-        if preset in PRESETS and not preset.endswith(_DEMO):
+        known = {*student_names(), *model_names()}
+        if preset in known and not preset.endswith(_DEMO):
             log.warning(
-                "no recipe has the student %s, so built-in defaults stand for all that "
-                "is not set, such as steps=%d; look at docs/training.md",
+                "no recipe contains the student %s, so unset values are the built-in "
+                "defaults, such as steps=%d; see docs/training.md",
                 preset,
                 config.steps,
             )
     elif (recipe == _PERIODIC_RECIPE) != _is_periodic(split):
         log.warning(
-            "the student %s takes the recipe %s, but the structures of %r %s; choose "
-            "another student, or set recipe to say that this is meant",
+            "the student %s selects the recipe %s, but the structures of %r %s; "
+            "choose another student, or set recipe to confirm the choice",
             preset,
             recipe,
             split.name,
@@ -239,9 +250,9 @@ def _warn_of_recipe(config: TrainConfig, split: Split) -> None:
 
 
 def choose_student(config: TrainConfig, store: FeatureStore) -> TrainConfig:
-    """``config`` with a student: where none is named, the paper's for the store.
+    """Return ``config`` with a student; the default is the paper's for the store.
 
-    PaiNN-big for GemNet-OC as teacher, else PaiNN-small; of the sizes for OC20 where
+    PaiNN-big for GemNet-OC as teacher, else PaiNN-small, in the sizes for OC20 if
     structures are periodic.
 
     Raises
@@ -249,7 +260,7 @@ def choose_student(config: TrainConfig, store: FeatureStore) -> TrainConfig:
     SpecError
         The store has no such split.
     """
-    if config.student.preset:
+    if config.student.name:
         return config
     preset = "painn-big" if _teacher_model(store) == "gemnet_oc" else "painn-small"
     if _is_periodic(choose_split(store, config.train_split)):
@@ -259,51 +270,51 @@ def choose_student(config: TrainConfig, store: FeatureStore) -> TrainConfig:
 
 
 def _teacher_model(store: FeatureStore) -> str | None:
-    """Kind of the store's teacher; None where no teacher ran."""
+    """Return the kind of the store's teacher, None if no teacher ran."""
     teacher = store.attributes["teacher"]
     return None if teacher is None else teacher["model"]
 
 
 def _is_periodic(split: Split) -> bool:
-    """Whether any of the first samples is periodic."""
+    """Return whether any of the first samples is periodic."""
     path = FIELDS["pbc"].path
     positions = np.arange(min(FIRST_SAMPLES, len(split)))
     return bool(split.read(positions, [path])[path].any())
 
 
 def _fitting_batch(student: Network, split: Split) -> Data:
-    """The first samples of a split, which its random order makes a fair mixture."""
+    """Read the first samples of a split; its random order makes a fair mixture."""
     count = min(_FITTING_SAMPLES, len(split))
     samples = CachedSamples(split, student.graph_rule, student.elements)
     return samples.batch(np.arange(count))
 
 
 def run_normalizer(config: TrainConfig, store: FeatureStore) -> Normalizer:
-    """The units that student and losses work in.
+    """Return the units of student and losses.
 
     Raises
     ------
     SpecError
-        ``normalizer: unit`` on a store whose teacher has other units.
+        ``normalizer: none`` on a store whose teacher has other units.
     """
     if config.normalizer == "store":
         return store_normalizer(store, config.train_split)
     unit, teacher = Normalizer(), store.attributes["teacher"]
     if teacher is not None and Normalizer.from_dict(teacher["normalizer"]) != unit:
         raise SpecError(
-            "normalizer: unit needs a teacher that works in eV and eV/Å, this store's "
-            "has a scale of its own; set normalizer: store."
+            "normalizer: none needs a teacher that works in eV and eV/Å, but the "
+            "teacher of this store has its own scale; set normalizer: store."
         )
     return unit
 
 
 def store_normalizer(store: FeatureStore, choice: str) -> Normalizer:
-    """The teacher's normaliser, or that of the split's labels where it does not fit.
+    """Return the teacher's normaliser, or the labels' if the teacher's does not fit.
 
-    It does not where no teacher ran, or where its energies are of another kind than
-    the labels. Baseline and distilled students of one store work in the same units. Of
-    joined splits the labels of the first that has some decide: the stored statistics
-    are fits, which cannot be combined.
+    It does not fit if no teacher ran, or if its energies are of another kind than the
+    labels. Baseline and distilled students of one store have the same units. Of joined
+    splits, the first split with labels decides, because the stored statistics are fits
+    and cannot be combined.
     """
     names = choice.split("+")
     teacher = store.attributes["teacher"]
@@ -315,7 +326,7 @@ def store_normalizer(store: FeatureStore, choice: str) -> Normalizer:
 
 
 def _energies_agree(split: Split) -> bool:
-    """Whether the teacher's energies are of the kind of the labels, by some samples."""
+    """Return whether teacher and labels agree on the kind of energy in some samples."""
     positions = np.arange(min(FIRST_SAMPLES, len(split)))
     paths = [FIELDS["energy"].path, FIELDS["teacher_energy"].path]
     values = split.read(positions, paths)
@@ -324,16 +335,16 @@ def _energies_agree(split: Split) -> bool:
     if not labelled.any() or np.median(difference[labelled]) <= KIND_DIFFERENCE:
         return True
     log.warning(
-        "the teacher's energies are %.3g eV per atom away from the labels; the student "
-        "uses units of the labels, and neither vanilla losses nor loss.teacher_labels "
-        "make sense",
+        "the teacher's energies differ from the labels by %.3g eV per atom; the "
+        "student uses units of the labels, and neither vanilla losses nor "
+        "loss.pseudo_label_weight are meaningful",
         np.median(difference[labelled]),
     )
     return False
 
 
 def weights_digest(model: nn.Module) -> str:
-    """SHA-256 of all parameters, to show that two runs started alike."""
+    """Compute SHA-256 of all parameters, to show that two runs started alike."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())

@@ -4,6 +4,7 @@ import inspect
 import itertools
 import logging
 import math
+import sys
 import time
 from collections.abc import Generator, Sequence
 from contextlib import closing, nullcontext
@@ -52,11 +53,19 @@ from kd_train.trainer.run_folder import (
     write_header,
 )
 from kd_train.trainer.schedule import learning_rate
-from kd_train.trainer.setup import Learner, make_learner, resolve_config, weights_digest
+from kd_train.trainer.setup import (
+    Learner,
+    choose_student,
+    make_learner,
+    resolve_config,
+    weights_digest,
+)
 from kd_train.trainer.validate import Validator
 from kd_train.trainer.weighting import Weighting
 from pipeline.errors import PipelineError
+from pipeline.files.atomic import hold_lock, is_held
 from pipeline.models.network import Network
+from pipeline.parallel.device_choice import choose_device
 from pipeline.store.reader import FeatureStore
 
 log = logging.getLogger("kd_train")
@@ -72,14 +81,15 @@ class Trainer:
         self,
         config: TrainConfig,
         store: FeatureStore,
-        folder: Path,
-        device: torch.device,
+        folder: Path | str,
+        device: torch.device | str | None = None,
         world: World = ALONE,
     ) -> None:
-        self.config = config = resolve_config(config, store, world.size)
+        config = resolve_config(choose_student(config, store), store, world.size)
+        self.config = config
         self.store = store
-        self.folder = folder
-        self.device = device
+        self.folder = Path(folder)
+        self.device = device = choose_device(None if device is None else str(device))
         self.world = world
         self.learner: Learner = make_learner(config, store)
         self.modules = nn.ModuleDict(
@@ -114,19 +124,27 @@ class Trainer:
         self.extended_from: list[int] = []
         self._parallel = self._synchronised()
 
-    def train(self, *, resume: bool, extend: bool = False) -> dict[str, Any]:
+    def train(self, *, resume: bool = False, extend: bool = False) -> dict[str, Any]:
         """Train to the configured step and return the final metrics of the run.
 
-        With ``extend`` a run that is resumed may have had fewer steps.
+        With ``extend`` a run that is resumed may have had fewer steps. This process
+        holds the folder meanwhile.
 
         Raises
         ------
         SpecError
             The run to be resumed had another configuration or store or cannot be
             extended, or an operation of a deterministic run has no deterministic form.
+        BusyError
+            Another process trains in this folder.
         DataError, DamagedStoreError
             A sample cannot be used; names it.
         """
+        free = self.world.is_first and not is_held(self.folder)
+        with hold_lock(self.folder) if free else nullcontext():
+            return self._train_or_resume(resume, extend)
+
+    def _train_or_resume(self, resume: bool, extend: bool) -> dict[str, Any]:
         self.world.require_equal(str(resume), f"The files in {self.folder}")
         if resume:
             self._restore(extend)
@@ -140,7 +158,7 @@ class Trainer:
             return self._finish()
 
     def _train(self) -> None:
-        """Take all steps that are left."""
+        """Take all remaining steps."""
         config, progress = self.config, self.progress
         self.modules.train()
         self._settle()
@@ -149,7 +167,7 @@ class Trainer:
         stream = closing(self._training_stream())
         shown = self.world.is_first
         with progress_bar(config, progress.step, shown) as bar, stream as batches:
-            for drawn in group_items(batches, config.accumulate):
+            for drawn in group_items(batches, config.accumulate_steps):
                 losses = self.step(*(self.on_device(batch) for _, batch in drawn))
                 window.add(losses, sum(batch.num_graphs for _, batch in drawn))
                 last = drawn[-1][0]
@@ -166,13 +184,13 @@ class Trainer:
                     break
 
     def on_device(self, batch: Data) -> Data:
-        """``batch`` where the student is, its features decoded."""
+        """Move ``batch`` to the student's device and decode its features."""
         return decode_batch(
             move_to_device(batch, self.device), self.learner.fields, self.tables
         )
 
     def step(self, *batches: Data) -> dict[str, Tensor]:
-        """One optimiser step on ``batches`` of all processes, as if they were one.
+        """Take an optimiser step on ``batches`` of all processes, as on one batch.
 
         Returns this process's share of the loss and of its terms, detached: summed
         over processes they are the values of the joint batch.
@@ -195,7 +213,7 @@ class Trainer:
         return values
 
     def _accumulate(self, batches: Sequence[Data]) -> dict[str, Tensor]:
-        """Gradients of the joint loss; returns this process's share of its values."""
+        """Accumulate gradients of the joint loss, and return this process's values."""
         counts = torch.stack([self.objective.counts(batch) for batch in batches])
         counts = self.world.all_sum(counts.sum(dim=0))
         values: dict[str, Tensor] = {}
@@ -210,7 +228,7 @@ class Trainer:
         return values
 
     def losses(self, batch: Data) -> dict[str, Tensor]:
-        """L0, every distillation term unweighted, and their weighted sum ``loss``.
+        """Compute L0, all distillation terms unweighted, and the weighted sum ``loss``.
 
         Of ``batch`` alone, in this process alone.
         """
@@ -218,7 +236,7 @@ class Trainer:
         return self._weighted(self.objective.values(self.objective(batch), counts))
 
     def _weighted(self, terms: dict[str, Tensor]) -> dict[str, Tensor]:
-        """``terms`` behind their weighted sum ``loss``."""
+        """Put the weighted sum ``loss`` before ``terms``."""
         total = terms["l0"]
         for name, weight in self.weighting.weights(self.progress.step).items():
             total = total + weight * terms[name]
@@ -231,7 +249,7 @@ class Trainer:
         return cast(Network, modules["student"])
 
     def _synchronised(self) -> nn.Module:
-        """The objective; of several processes, one that averages their gradients."""
+        """Wrap the objective to average gradients if there are several processes."""
         if self.world.size == 1:
             return self.objective
         start = f"{self.header()} {weights_digest(self.modules)}"
@@ -256,7 +274,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _gradients_kept(self, kept: bool) -> Any:
-        """Context of a batch after which gradients are not yet exchanged."""
+        """Return the context of a batch; ``kept`` gradients are not exchanged yet."""
         if kept and isinstance(self._parallel, DistributedDataParallel):
             return self._parallel.no_sync()
         return nullcontext()
@@ -275,14 +293,14 @@ class Trainer:
         return Validator(self.config, samples, units, self.device, self.world)
 
     def _training_stream(self) -> Generator[tuple[BatchIndex, Data], None, None]:
-        """Batches from where the run stands to its last step, made ahead."""
+        """Prefetch batches from the current position of the run to its last step."""
         config, progress = self.config, self.progress
         split = self.train_samples.split
         rule = SamplerConfig(
             config.seed,
             config.batch_size,
             config.batch_atoms,
-            self.train_samples.max_shuffle_blocks(config.buffer_blocks),
+            self.train_samples.max_shuffle_blocks(config.shuffle_blocks),
             progress.world_size,
         )
         indices = training_batches(
@@ -293,10 +311,10 @@ class Trainer:
             start=(progress.epoch, progress.offset),
         )
         load = pin_batches(self.train_samples.batch, self.device)
-        left = config.accumulate * (config.steps - progress.step)
+        left = config.accumulate_steps * (config.steps - progress.step)
         return prefetch(
             lambda draw: (draw, load(draw.positions)),
-            itertools.islice(indices, left),
+            itertools.islice(indices, min(left, sys.maxsize)),
             threads=config.loader_threads,
         )
 
@@ -305,8 +323,14 @@ class Trainer:
         means = window.means(self.world)
         if not math.isfinite(means["train_loss"]):
             raise PipelineError(
-                f"{self.folder}: the loss is no longer a finite number by step "
+                f"{self.folder}: the training loss is no longer finite at step "
                 f"{progress.step}; lower optimizer.lr and start again."
+            )
+        if not all(bool(w.isfinite().all()) for w in self.modules.parameters()):
+            raise PipelineError(
+                f"{self.folder}: weights are no longer finite numbers by step "
+                f"{progress.step}; lower optimizer.lr or raise optimizer.eps, and "
+                "start again."
             )
         result = self.validator(self.averaged_student)
         weights = self.weighting.weights(progress.step - 1)
@@ -321,11 +345,11 @@ class Trainer:
             **{f"val_{name}": value for name, value in result.metrics.items()},
         }
         self.rows.append(row)
-        best = progress.note(float(row[f"val_{config.best_by}"]), config.best_by)
+        best = progress.note(float(row[f"val_{config.monitor}"]), config.monitor)
         if not self.world.is_first:
             return
         log.info("%s", ", ".join(f"{k} {format_short(v)}" for k, v in row.items()))
-        if best or config.export == "last":
+        if best or config.export_weights == "last":
             save_student(
                 self.folder, self.learner, self.averaged_student, self._provenance()
             )
@@ -341,7 +365,7 @@ class Trainer:
         )
 
     def header(self) -> dict[str, Any]:
-        """Resolved configuration and what it is applied to."""
+        """Return the resolved configuration and the facts that identify its inputs."""
         extended = {"extended_from": self.extended_from} if self.extended_from else {}
         return {
             "config": self.config.model_dump(mode="json"),
@@ -357,7 +381,7 @@ class Trainer:
 
     @property
     def _parts(self) -> dict[str, Stateful]:
-        """What a checkpoint holds the values of, by its key."""
+        """Parts of training that a checkpoint stores, by key."""
         return {
             "modules": self.modules,
             "average": self.average,

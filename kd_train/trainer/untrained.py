@@ -1,9 +1,10 @@
-"""Refuses runs after which a student's energies or forces would still be random."""
+"""Refusal of runs after which a student's energies or forces would still be random."""
 
 import logging
 from dataclasses import dataclass
 
 from kd_train.config.train_config import TrainConfig
+from kd_train.strategies import load_strategy, term_weight
 from kd_train.trainer.labels import has_energies, has_forces
 from pipeline.errors import SpecError
 from pipeline.store.reader import FeatureStore
@@ -12,8 +13,8 @@ log = logging.getLogger("kd_train")
 OUTPUTS = ("energy", "forces")
 _JOIN = "join a split with labels to train_split"
 _KEYS = (
-    "set energy_key and forces_key of the split where the file has labels under other "
-    "names"
+    "if the file has labels under other names, set energy_key and forces_key of the "
+    "split"
 )
 
 
@@ -21,8 +22,8 @@ _KEYS = (
 class LabelCounts:
     """Number of samples of the training split that have a reference energy and forces.
 
-    ``exact`` is False for stores that do not count; a kind that occurs then counts for
-    all samples.
+    ``exact`` is False for stores without counts; a kind that occurs then counts for all
+    samples.
     """
 
     name: str
@@ -32,7 +33,7 @@ class LabelCounts:
     exact: bool = True
 
     def count(self, output: str) -> int:
-        """Samples that have labels of ``output``."""
+        """Return the number of samples with labels of ``output``."""
         return self.energy if output == "energy" else self.forces
 
 
@@ -65,16 +66,16 @@ def _count_in_split(
 def require_trained_outputs(
     config: TrainConfig, counts: LabelCounts, direct: bool
 ) -> None:
-    """Refuse a run that trains neither output, or not the one that is wished for.
+    """Refuse a run that leaves an output untrained although its weight is not 0.
 
-    ``direct`` says that the student's forces are no gradient of its energy, so that
-    each output needs labels of its own. Warns of samples that L0 leaves out.
+    ``direct``: the student's forces are not a gradient of its energy, so each output
+    needs its own labels. Warns of samples that L0 skips.
 
     Raises
     ------
     SpecError
         Energies or forces of the student would stay untrained although their weight
-        is not 0, or a balance refers to an L0 that is always 0.
+        is not 0, or a target ratio refers to an L0 that is always 0.
     """
     trained = {output: _is_trained(config, counts, output) for output in OUTPUTS}
     if not any(trained.values()):
@@ -87,8 +88,17 @@ def require_trained_outputs(
 
 
 def _terms(config: TrainConfig) -> set[str]:
-    """Distillation terms that have a weight."""
-    return {name for name in config.strategies if getattr(config.distill, name) > 0}
+    """Distillation terms that have a weight in some step."""
+    if _never_distils(config):
+        return set()
+    return {name for name in config.strategies if term_weight(config.distill, name) > 0}
+
+
+def _never_distils(config: TrainConfig) -> bool:
+    """Whether the factor of all distillation terms is 0 in every step."""
+    fading = config.distill.schedule
+    changes = fading.kind != "constant" and fading.first_step + 1 < config.steps
+    return fading.start == 0 and not (changes and fading.end > 0)
 
 
 def _weight(config: TrainConfig, output: str) -> float:
@@ -98,9 +108,11 @@ def _weight(config: TrainConfig, output: str) -> float:
 
 def _is_trained(config: TrainConfig, counts: LabelCounts, output: str) -> bool:
     terms = _terms(config)
-    if output == "energy" and "vanilla2" in terms:
+    if any(output in load_strategy(name).trains for name in terms):
         return True
-    targets = counts.count(output) or config.loss.teacher_labels or "vanilla1" in terms
+    targets = (
+        counts.count(output) or config.loss.pseudo_label_weight or "vanilla1" in terms
+    )
     return bool(targets and _weight(config, output))
 
 
@@ -113,29 +125,53 @@ def _nothing_trained(config: TrainConfig, counts: LabelCounts) -> str:
             f"{counts.forces} forces, and loss.energy_weight and loss.force_weight are "
             f"{config.loss.energy_weight:g} and {config.loss.force_weight:g}"
         )
-    remedies = f"{_JOIN}, set loss.teacher_labels=1, add vanilla1 to the strategy, or"
     if config.strategy == "none":
-        return (
-            f"{cause}, so the strategy 'none' has nothing to learn from; {remedies} "
-            f"{_KEYS}."
+        effect = "so the strategy 'none' has nothing to learn from"
+    else:
+        effect = (
+            f"and {config.strategy} does not train energies or forces, so both outputs "
+            "of the student would stay random"
         )
-    return (
-        f"{cause}, and {config.strategy} trains no energies or forces, so those of the "
-        f"student would stay random; {remedies} {_KEYS}."
+    return f"{cause}, {effect}; {_remedies(config, counts)}."
+
+
+def _remedies(config: TrainConfig, counts: LabelCounts) -> str:
+    """What would train an output, where nothing does."""
+    loss = config.loss
+    if not loss.energy_weight and not loss.force_weight:
+        return "set loss.energy_weight or loss.force_weight above 0"
+    silent = sorted({"vanilla1", "vanilla2"} & set(config.strategies))
+    if silent and _never_distils(config):
+        return "set distill.schedule.start above 0"
+    if silent and silent[0] not in _terms(config):
+        return f"set distill.{silent[0]} above 0"
+    unused = [f"set loss.{_key(o)}_weight above 0" for o in OUTPUTS if counts.count(o)]
+    return ", ".join(
+        [
+            *unused,
+            _JOIN,
+            "set loss.teacher_labels=1",
+            f"add vanilla1 to the strategy, or, {_KEYS}",
+        ]
     )
+
+
+def _key(output: str) -> str:
+    """Of the loss, for weights: ``energy`` or ``force``."""
+    return output.removesuffix("s")
 
 
 def _require_l0(config: TrainConfig, counts: LabelCounts) -> None:
     """Refuse to balance terms against an L0 that is always zero."""
     loss = config.loss
     labels = any(counts.count(o) and _weight(config, o) for o in OUTPUTS)
-    if config.distill.balance and config.strategies:
-        if labels or loss.teacher_labels:
+    if config.distill.target_ratio and config.strategies:
+        if labels or loss.pseudo_label_weight:
             return
         raise SpecError(
-            "distill.balance keeps the terms at a fraction of L0, which is always 0 "
-            f"because train_split {counts.name!r} has no labels for it; leave "
-            "distill.balance out or set loss.teacher_labels=1."
+            "distill.target_ratio holds the terms at a fraction of L0, which is always "
+            f"0 because train_split {counts.name!r} has no labels for it; omit "
+            "distill.target_ratio or set loss.pseudo_label_weight=1."
         )
 
 
@@ -145,24 +181,13 @@ def _check_untrained(
     name, weight = counts.name, _weight(config, output)
     plural = {"energy": "energies", "forces": "forces"}[output]
     if not direct:
-        if output == "forces":
-            log.warning(
-                "train_split: %r has no reference forces; those of the student follow "
-                "from its energy alone",
-                name,
-            )
-        else:
-            log.warning(
-                "train_split: %r has no reference energies, so those of the student "
-                "are known up to a constant only",
-                name,
-            )
+        _warn_of_gradient(config, counts, output)
         return
     if not weight:
         log.warning(
             "loss.%s_weight is 0, so the %s of the student stay random; do not use "
             "them",
-            output.removesuffix("s"),
+            _key(output),
             plural,
         )
         return
@@ -173,15 +198,29 @@ def _check_untrained(
     raise SpecError(
         f"train_split: {name!r} has no reference {plural}, and no term of the loss "
         f"replaces them, so the {plural} of the student would stay random; set "
-        f"loss.teacher_labels=1, add vanilla1 to the strategy, "
+        f"loss.pseudo_label_weight=1, add vanilla1 to the strategy, "
         f"{gradient if output == 'forces' else ''}or set "
-        f"loss.{output.removesuffix('s')}_weight=0 if you do not need them."
+        f"loss.{_key(output)}_weight=0 if you do not need them."
     )
 
 
+def _warn_of_gradient(config: TrainConfig, counts: LabelCounts, output: str) -> None:
+    """Warn that one output of a student with gradient forces follows from the other."""
+    plural = "energies" if output == "energy" else "forces"
+    if counts.count(output) and not _weight(config, output):
+        cause = f"loss.{_key(output)}_weight is 0, so reference {plural} are not used"
+    else:
+        cause = f"train_split: {counts.name!r} has no reference {plural}"
+    if output == "forces":
+        effect = "forces follow from its energy alone"
+    else:
+        effect = "energies are known only up to a constant"
+    log.warning("%s; the student's %s", cause, effect)
+
+
 def _warn_of_gaps(config: TrainConfig, counts: LabelCounts) -> None:
-    """Say how many samples L0 leaves out."""
-    if config.loss.teacher_labels or not counts.exact:
+    """Warn of the number of samples that L0 skips."""
+    if config.loss.pseudo_label_weight or not counts.exact:
         return
     gaps = [
         f"{counts.samples - counts.count(output)} have no reference {noun}"
@@ -190,8 +229,8 @@ def _warn_of_gaps(config: TrainConfig, counts: LabelCounts) -> None:
     ]
     if gaps:
         log.warning(
-            "train_split: of the %d samples of %r, %s; L0 leaves these out, and "
-            "loss.teacher_labels=1 takes the teacher's labels for them",
+            "train_split: of the %d samples of %r, %s; L0 skips these samples, and "
+            "loss.pseudo_label_weight=1 adds pseudo-labels from the teacher",
             counts.samples,
             counts.name,
             " and ".join(gaps),

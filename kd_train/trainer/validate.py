@@ -16,7 +16,7 @@ from pipeline.models.normalizer import Normalizer
 
 
 class Validator:
-    """Evaluates students on one split, in float32 whatever they train in.
+    """Evaluates students on one split, always in float32.
 
     A batch holds twice the samples or atoms of one in training.
     """
@@ -36,7 +36,7 @@ class Validator:
         self.world = world
 
     def __call__(self, student: Network) -> Evaluation:
-        """Metrics, loss and predictions, the same in all processes."""
+        """Return metrics, loss and predictions, the same in all processes."""
         config, samples, world = self._config, self.samples, self.world
         if config.batch_atoms is None:
             batches = ordered_batches(len(samples), 2 * config.batch_size)

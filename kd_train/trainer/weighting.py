@@ -7,13 +7,14 @@ import torch
 from torch import Tensor
 
 from kd_train.config.train_config import LambdaSchedule, TrainConfig
+from kd_train.strategies import term_weight
 
 # Of the running means; they look back about fifty steps.
 _DECAY = 0.98
 
 
 def schedule_factor(schedule: LambdaSchedule, step: int, steps: int) -> float:
-    """Factor of all distillation weights in step ``step`` (from 0) of ``steps``.
+    """Return the factor of all distillation weights in ``step`` (from 0) of ``steps``.
 
     ``start`` up to ``first_step``, then to ``end`` within ``schedule.steps``, or by the
     end of training, and ``end`` from there on.
@@ -30,27 +31,27 @@ def schedule_factor(schedule: LambdaSchedule, step: int, steps: int) -> float:
 class Weighting:
     """Weight in force of every distillation term.
 
-    The configured weight times the schedule's factor. With ``balance`` also times one
-    common factor that brings the terms together to that fraction of L0 by running means
-    of both; the first step, before there are any, is one without distillation.
+    The configured weight times the schedule's factor. With ``target_ratio`` also times
+    one common factor that brings the terms together to that fraction of L0 by running
+    means of both; the first step, before there are any, is one without distillation.
     """
 
     def __init__(self, config: TrainConfig, device: torch.device) -> None:
         self._config = config
         self._fixed = {
-            name: float(getattr(config.distill, name)) for name in config.strategies
+            name: term_weight(config.distill, name) for name in config.strategies
         }
-        self._balance = config.distill.balance if self._fixed else None
+        self._balance = config.distill.target_ratio if self._fixed else None
         # L0, and the terms by their configured weights.
         self._means = torch.zeros(2, dtype=torch.float64, device=device)
 
     @property
     def needs_values(self) -> bool:
-        """Whether :meth:`note` has to be told the values of every step."""
+        """Whether :meth:`note` needs the values of every step."""
         return self._balance is not None
 
     def weights(self, step: int) -> dict[str, float] | dict[str, Tensor]:
-        """Weight of every term in step ``step`` (from 0); float32 where balanced."""
+        """Return the weight of every term in ``step`` (from 0), float32 if balanced."""
         factor = schedule_factor(
             self._config.distill.schedule, step, self._config.steps
         )
@@ -62,13 +63,13 @@ class Weighting:
         return {name: common * weight for name, weight in self._fixed.items()}
 
     def note(self, values: Mapping[str, Tensor]) -> None:
-        """Take in the values of a step, detached, of all processes together."""
+        """Record the values of a step, detached, summed over all processes."""
         terms = sum(weight * values[name] for name, weight in self._fixed.items())
         now = torch.stack([values["l0"], torch.as_tensor(terms)]).to(self._means)
         self._means = _DECAY * self._means + (1 - _DECAY) * now
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What resuming needs."""
+        """Return the values that resuming needs."""
         return {"means": self._means}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.build.contents import check_labels, warn_shared
+from pipeline.build.contents import check_labels, warn_repeated, warn_shared
 from pipeline.build.fill import BlockCallback, count_blocks, fill_blocks
 from pipeline.build.filter_samples import find_bad_samples, warn_of_bad_samples
 from pipeline.build.inputs import BuildInputs
@@ -110,10 +110,12 @@ def make_build_plan(
 
 
 def _warn_of_labels(source: BuildInputs, scans: Mapping[str, Scan]) -> None:
-    """Warn of labels that are not everywhere, and of structures in two splits."""
+    """Warn of labels that are not everywhere, and of structures that are twice."""
     for name, split in source.spec.splits.items():
         if split.labelled:
             check_labels(name, split, scans[name].contents)
+        ids = source.datasets[name].sample_ids
+        warn_repeated(name, scans[name].structure_hashes, ids)
     warn_shared(
         {name: scan.structure_hashes for name, scan in scans.items()},
         {name: dataset.sample_ids for name, dataset in source.datasets.items()},

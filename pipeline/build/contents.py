@@ -10,6 +10,7 @@ import numpy.typing as npt
 from ase.data import chemical_symbols
 
 from pipeline.datasets import Dataset
+from pipeline.datasets.labels import is_like, is_per_atom
 from pipeline.errors import DataError
 from pipeline.spec.cache_spec import SplitSpec
 from pipeline.structure import Sample
@@ -19,7 +20,6 @@ log = logging.getLogger("pipeline.build.contents")
 # Keys of a split that name where a label is, in the order in which they are advised.
 LABEL_KEYS = {"energy": ("energy_key",), "forces": ("forces_key", "gradient_key")}
 _ONE = {"energy": "an energy", "forces": "forces"}
-_STEMS = {"energy": ("energ",), "forces": ("forc", "grad")}
 _NAMED = 3
 
 
@@ -157,14 +157,36 @@ def check_labels(split: str, keys: SplitSpec, contents: Contents) -> None:
 
 def _advice(split: str, label: str, gap: Gap, whole: bool) -> str:
     keys = " or ".join(f"splits.{split}.{key}" for key in LABEL_KEYS[label])
-    alike = [n for n in gap.names if any(s in n.lower() for s in _STEMS[label])]
+    alike = [n for n in gap.names if is_like(n, label)]
+    if alike and all(map(is_per_atom, alike)):
+        return f"it has {_quoted(alike)}, but energies are those of all atoms together"
     if alike:
-        named = ", ".join(repr(name) for name in alike)
-        return f"it has {named}, so set {keys} to the right name"
+        return f"it has {_quoted(alike)}, so set {keys} to the name that is meant"
     nothing = (
-        f"it has no name like {label}, so set {keys} if the label has another name"
+        f"nothing else in it has a name like {label}, so set {keys} if the label has "
+        "another one"
     )
     return f"{nothing}, or splits.{split}.labels: none" if whole else nothing
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
+def warn_repeated(
+    split: str, checksums: npt.NDArray[np.uint64], ids: Sequence[str]
+) -> None:
+    """Warn of structures that are more than once in a split, of (n,) samples."""
+    _, first = np.unique(checksums, return_index=True)
+    if len(first) == len(checksums):
+        return
+    again = np.setdiff1d(np.arange(len(checksums)), first)
+    named = ", ".join(repr(ids[int(i)]) for i in again[:_NAMED])
+    log.warning(
+        "splits.%s: %d of %d samples have structures that an earlier one has as well "
+        "(%s%s); if a file is there twice, name or keep one of the two",
+        *(split, len(again), len(checksums), named, ", …" * (len(again) > _NAMED)),
+    )
 
 
 def warn_shared(

@@ -48,6 +48,16 @@ class Conversion:
     feature: FeatureSpec
     fields: Collection[str] = ()
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """How fields are stored, by the names that fingerprints of stores have."""
+        feature = self.feature
+        return {
+            "profile": feature.profile,
+            "error": feature.max_relative_error,
+            "dtype": feature.dtype,
+        }
+
     def paths(self, split: SplitReader) -> set[str]:
         """Arrays of a split to store anew.
 
@@ -242,7 +252,7 @@ def _fingerprint(
 ) -> str:
     identity = {
         "made_from": store.fingerprint,
-        "feature": conversion.feature.model_dump(exclude={"layer"}),
+        "feature": conversion.options,
         "arrays": {name: sorted(paths) for name, paths in chosen.items()},
     }
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -275,7 +285,7 @@ def _attributes(
         "made_from": {
             "fingerprint": store.fingerprint,
             "relative_squared_error": errors,
-            "feature": conversion.feature.model_dump(exclude={"layer"}),
+            "feature": conversion.options,
             "before": store.attributes.get("made_from"),
         },
     }
@@ -299,4 +309,6 @@ def make_conversion(
         raise SpecError(f"--error {error:g} must lie between 0 and 1.")
     if profile != "compact" and error is not None:
         raise SpecError(f"--error is for profile compact, not for {profile}.")
-    return Conversion(FeatureSpec(profile=profile, error=error, dtype=dtype), fields)
+    return Conversion(
+        FeatureSpec(profile=profile, max_relative_error=error, dtype=dtype), fields
+    )

@@ -135,9 +135,9 @@ def _record(progress: BuildStatus, block: Block, filled: BlockResult) -> None:
         progress.smaller_passes += 1
         if progress.smaller_passes == 1:
             log.warning(
-                "%s: %s; the last bits of the block may differ, and a lower "
-                "teacher.batch_atoms or teacher.batch_gib prevents this in new "
-                "stores",
+                "%s: %s; its last bits may differ for that, and a lower "
+                "teacher.batch_atoms or teacher.max_batch_gib spares new stores the "
+                "loss",
                 block,
                 note,
             )

@@ -180,26 +180,54 @@ def find_bad_samples(
     if not found:
         return []
     if len(found) == len(dataset):
-        raise DataError(
-            f"splits.{demands.split}: none of its {len(found)} samples can be used; "
-            f"the reason of the first: {found[0][1]}"
-        )
+        raise _none_left(demands.split, found)
     warn_of_bad_samples(demands.split, found, len(dataset))
     return found
 
 
+def sound_samples(name: str, dataset: Dataset, demands: Demands, skip: bool) -> Dataset:
+    """Samples of split ``name`` where no store is planned that would name bad ones.
+
+    A bad one is left out and named in a warning if ``skip``, else refused when it is
+    read.
+
+    Raises
+    ------
+    DataError
+        Not one is sound.
+    """
+    if skip:
+        bad = _find_bad_in(dataset, demands, range(len(dataset)))
+        if len(bad) == len(dataset):
+            raise _none_left(name, bad)
+        if bad:
+            warn_of_bad_samples(name, bad, len(dataset), stored=False)
+        dataset = drop_samples(dataset, [sample_id for sample_id, _ in bad])
+    return ValidatedDataset(dataset, demands)
+
+
+def _none_left(split: str, found: Sequence[tuple[str, str]]) -> DataError:
+    return DataError(
+        f"splits.{split}: none of its {len(found)} samples can be used, the first "
+        f"because: {found[0][1]}"
+    )
+
+
 def warn_of_bad_samples(
-    split: str, found: Sequence[tuple[str, str]], total: int
+    split: str, found: Sequence[tuple[str, str]], total: int, *, stored: bool = True
 ) -> None:
-    """Warn of the samples, ids and reasons, that a split of ``total`` does without."""
+    """Warn of the samples, ids and reasons, that a split of ``total`` skips.
+
+    ``stored`` says whether a store names all of them.
+    """
     named = ", ".join(repr(sample_id) for sample_id, _ in found[:_NAMED])
     more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
     # Without the advice, which has been followed.
     reason = found[0][1].split("; ")[0].rstrip(".")
     log.warning(
-        "splits.%s: %d of %d samples are skipped: %s%s; the reason of the first: "
-        "%s; the store lists all of them",
+        "splits.%s: %d of %d samples are left out: %s%s; the first because: %s%s",
         *(split, len(found), total, named, more, reason),
+        "; the store names all of them" if stored else "",
     )
 
 

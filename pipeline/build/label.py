@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from ase.data import chemical_symbols
 
+from pipeline.build.filter_samples import Demands, sound_samples
 from pipeline.datasets import open_split, warn_of_missing_labels
 from pipeline.errors import SpecError
 from pipeline.files.atomic import write_atomically
@@ -32,13 +33,17 @@ def label_splits(
     ------
     SpecError
         The spec has no teacher.
+    DataError
+        A sample is bad and not to be skipped.
     """
     if spec.teacher is None:
         raise SpecError("The spec has no teacher: section; add one to compute labels.")
     teacher = TeacherRunner.load(spec.teacher, device)
     files = []
     for name, split in spec.splits.items():
-        dataset = open_split(split)
+        demands = Demands.of(name, split, teacher)
+        skip = split.on_bad_sample == "skip"
+        dataset = sound_samples(name, open_split(split), demands, skip)
         warn_of_missing_labels(f"splits.{name}", dataset, only_named=True)
         frames: list[str] = []
         for begin in range(0, len(dataset), _SAMPLES):

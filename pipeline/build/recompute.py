@@ -17,7 +17,8 @@ from pipeline.fields import (
     PREDICTION_FIELDS,
     STRUCTURE_FIELDS,
 )
-from pipeline.spec.cache_spec import TeacherSpec
+from pipeline.spec.cache_spec import CacheSpec, TeacherSpec
+from pipeline.spec.renamed_keys import rename_keys
 from pipeline.spec.yaml_model import apply_overrides, as_json, validate
 from pipeline.store.reader import FeatureStore, SplitReader
 from pipeline.structure import Sample, Structure
@@ -91,9 +92,12 @@ def _load_teacher(
 ) -> TeacherRunner:
     known = store.attributes["teacher"]
     if known is None:
-        raise SpecError(f"{store.path} was built without a teacher; remove --teacher.")
-    document = {"teacher": dict(store.attributes["provenance"]["spec"]["teacher"])}
-    apply_overrides(document, overrides)
+        raise SpecError(
+            f"{store.path} was made without a teacher; leave --teacher out."
+        )
+    saved = {"teacher": store.attributes["provenance"]["spec"]["teacher"]}
+    document = rename_keys(CacheSpec, saved, str(store.path), warn=False)
+    apply_overrides(document, overrides, CacheSpec)
     spec = validate(TeacherSpec, document["teacher"], f"{store.path}: teacher")
     if spec.checkpoint is not None and not Path(spec.checkpoint).exists():
         raise SpecError(

@@ -30,7 +30,7 @@ Columns = dict[str, npt.NDArray[Any]]
 _VERSION = 2
 _PLACE = "place_"
 # Keys of a split that say nothing of its samples.
-_NO_MATTER = {"path", "source", "features", "compare_energies"}
+_NO_MATTER = {"path", "source", "features", "check_energy_kind"}
 
 
 class CachedScan(NamedTuple):

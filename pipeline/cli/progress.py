@@ -18,6 +18,12 @@ _MOMENT_S = 2.0
 _GOES_ON = "repeat the command to continue"
 
 
+def log_path(store: Path | str) -> Path:
+    """Return the path of the log file of ``store``, which is in the same folder."""
+    path = Path(store)
+    return path.with_name(f"{path.name}.log")
+
+
 @contextmanager
 def build_progress(store: Path, label: str = "") -> Iterator[tuple["Bar", BuildStatus]]:
     """A bar, a status file beside the store, and an end of the process on a signal.
@@ -70,7 +76,9 @@ def check_bar(what: str, unit: str = "block") -> Iterator[Count]:
 
         def count(done: int, total: int) -> None:
             if done == 0 and bar.n:
-                bar.reset()  # another pass
+                # Another pass. A reset would show a bar that is not due yet, and that
+                # then ends without a line break before the error that follows.
+                bar.n = bar.last_print_n = 0
             bar.total = total
             bar.update(done - bar.n)
 

@@ -4,12 +4,21 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 
-from pipeline.cli.progress import check_bar, end_on_signals, progress_bar
-from pipeline.console import CHECK_FAILED, one_sentence_errors
+from pipeline.cli.options import field_option, workers_option
+from pipeline.cli.progress import check_bar, end_on_signals, log_path, progress_bar
+from pipeline.console import (
+    CHECK_FAILED,
+    PATH,
+    PLACE,
+    device_option,
+    json_option,
+    one_sentence_errors,
+    set_option,
+)
 from pipeline.files.remote import is_url
 from pipeline.logs import log_to_file
 from pipeline.parallel.device_choice import choose_device
@@ -17,20 +26,6 @@ from pipeline.parallel.device_choice import choose_device
 if TYPE_CHECKING:
     from pipeline.build.convert import Conversion
     from pipeline.store.verify import Problem
-
-workers_option = click.option(
-    "--workers",
-    type=click.IntRange(min=0),
-    default=0,
-    show_default=True,
-    help="Processes to work in; 0: this one.",
-)
-
-
-def log_path(store: Path | str) -> Path:
-    """The log beside a store."""
-    place = Path(store)
-    return place.with_name(f"{place.name}.log")
 
 
 def _keep_warnings(store: str) -> None:
@@ -48,8 +43,17 @@ def _convert(store: str, out: Path, conversion: "Conversion", workers: int) -> N
     click.echo(f"{out}: complete and sealed.")
 
 
-_field_option = click.option(
-    "--field", "fields", multiple=True, help="Only this feature; may be repeated."
+_error_option = click.option(
+    "--max-relative-error",
+    "--error",
+    "error",
+    type=float,
+    help="Squared error of compact, relative to the variance. Default: 0.001.",
+)
+_dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(["float16", "float32"]),
+    help="Number format of faithful. Default: the format of the field.",
 )
 
 
@@ -58,17 +62,46 @@ _field_option = click.option(
 @click.argument("out", type=click.Path(path_type=Path))
 @click.option(
     "--profile",
+    type=click.Choice(["faithful", "q8", "compact"]),
+    required=True,
+    help="Form of the features. faithful: as computed; q8: a quarter of float32; "
+    "compact: smallest. faithful and q8 are read without decoding chunks.",
+)
+@_error_option
+@_dtype_option
+@field_option
+@workers_option
+@one_sentence_errors
+@end_on_signals()
+def convert(
+    store: str,
+    out: Path,
+    profile: Literal["faithful", "q8", "compact"],
+    error: float | None,
+    dtype: Literal["float16", "float32"] | None,
+    fields: tuple[str, ...],
+    workers: int,
+) -> None:
+    """Write STORE, which may be a URL, to OUT with features of another profile."""
+    from pipeline.build.convert import make_conversion
+
+    conversion = make_conversion(profile, error=error, dtype=dtype, fields=fields)
+    _convert(store, out, conversion, workers)
+
+
+@click.command()
+@click.argument("store", type=PLACE)
+@click.argument("out", type=PATH)
+@click.option(
+    "--profile",
     type=click.Choice(["compact", "q8"]),
     default="compact",
     show_default=True,
-    help="compact: smallest; q8: a quarter of float32, read at once.",
+    help="Form of the features. compact: smallest; q8: a quarter of float32, which is "
+    "read without decoding chunks.",
 )
-@click.option(
-    "--error",
-    type=float,
-    help="Of compact: squared error relative to the variance; default 0.001.",
-)
-@_field_option
+@_error_option
+@field_option
 @workers_option
 @one_sentence_errors
 @end_on_signals()
@@ -80,28 +113,24 @@ def compact(
     fields: tuple[str, ...],
     workers: int,
 ) -> None:
-    """Write STORE to OUT with smaller features."""
+    """Write STORE to OUT with smaller features, as `convert` does."""
     from pipeline.build.convert import make_conversion
 
     _convert(store, out, make_conversion(profile, error=error, fields=fields), workers)
 
 
 @click.command()
-@click.argument("store")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("store", type=PLACE)
+@click.argument("out", type=PATH)
 @click.option(
     "--profile",
     type=click.Choice(["faithful", "q8"]),
     default="faithful",
     show_default=True,
-    help="Both are read without decoding chunks.",
+    help="Form of the features; both are read without decoding chunks.",
 )
-@click.option(
-    "--dtype",
-    type=click.Choice(["float16", "float32"]),
-    help="Of faithful; default: the field's own.",
-)
-@_field_option
+@_dtype_option
+@field_option
 @workers_option
 @one_sentence_errors
 @end_on_signals()
@@ -113,16 +142,21 @@ def hydrate(
     fields: tuple[str, ...],
     workers: int,
 ) -> None:
-    """Write STORE, which may be a URL, to OUT with features that are fast to read."""
+    """Write STORE, which may be a URL, to OUT with features that are fast to read.
+
+    The same as `convert`.
+    """
     from pipeline.build.convert import make_conversion
 
     _convert(store, out, make_conversion(profile, dtype=dtype, fields=fields), workers)
 
 
 @click.command()
-@click.argument("store")
+@click.argument("store", type=PLACE)
 @click.argument("target")
-@click.option("--verify", "check", is_flag=True, help="Read every byte back.")
+@click.option(
+    "--verify", "check", is_flag=True, help="Check of the copy, which reads every byte."
+)
 @one_sentence_errors
 @end_on_signals()
 def push(store: str, target: str, check: bool) -> None:
@@ -146,11 +180,13 @@ def push(store: str, target: str, check: bool) -> None:
 
 @click.command()
 @click.argument("store")
-@click.option("--json", "as_json", is_flag=True, help="Machine-readable.")
-@click.option("--csv", "as_csv", is_flag=True, help="A table with a line per field.")
+@json_option
+@click.option(
+    "--csv", "as_csv", is_flag=True, help="Format of the output: a CSV line per field."
+)
 @one_sentence_errors
 def info(store: str, as_json: bool, as_csv: bool) -> None:
-    """Say what is inside STORE: a folder, a zip archive or a URL."""
+    """Print what STORE contains: a folder, a zip archive or a URL."""
     from pipeline.cli.info import field_table, render_description
     from pipeline.store.describe import describe_store
 
@@ -165,22 +201,27 @@ def info(store: str, as_json: bool, as_csv: bool) -> None:
 
 @click.command()
 @click.argument("store")
-@click.option("--repair", is_flag=True, help="Discard damaged blocks for `build`.")
+@click.option(
+    "--repair",
+    is_flag=True,
+    help="Removal of damaged blocks, so that `build` makes them again.",
+)
 @click.option(
     "--teacher",
     is_flag=True,
-    help="Also run the teacher on random samples and compare.",
+    help="Comparison of random samples with the teacher, in addition.",
 )
 @click.option(
     "--samples",
     type=click.IntRange(min=1),
     default=8,
     show_default=True,
-    help="Of every split, to compare with the teacher.",
+    help="Number of samples of every split to compare with the teacher.",
 )
-@click.option("--set", "overrides", multiple=True, help="teacher.checkpoint=PATH etc.")
-@click.option("--device", default=None, help="Of the teacher; default: a GPU if any.")
+@set_option
+@device_option
 @workers_option
+@json_option
 @one_sentence_errors
 @end_on_signals("the check is not finished, and the same command starts it again")
 def verify(
@@ -191,22 +232,30 @@ def verify(
     overrides: tuple[str, ...],
     device: str | None,
     workers: int,
+    as_json: bool,
 ) -> None:
-    """Check every byte of STORE; exit 1 when something is damaged."""
+    """Check every byte of STORE; exit 1 if something is damaged."""
     _keep_warnings(store)
-    problems = _verify(store, workers)
-    if not problems:
-        if teacher:
-            _compare_with_teacher(store, samples, device, overrides)
-        return
-    if repair:
+    problems = _verify(store, workers, quiet=as_json)
+    result: dict[str, Any] = {"store": store, "problems": list(map(str, problems))}
+    failed = bool(problems)
+    if teacher and not problems:
+        differences, compared = _compare_with_teacher(
+            store, samples, device, overrides, quiet=as_json
+        )
+        result |= {"compared_fields": compared, "differences": differences}
+        failed = bool(differences)
+    if problems and repair:
         from pipeline.store.repair import discard_damaged
 
         click.echo(discard_damaged(store, problems), err=True)
-    sys.exit(CHECK_FAILED)
+    if as_json:
+        click.echo(json.dumps(result, indent=2, ensure_ascii=False))
+    if failed:
+        sys.exit(CHECK_FAILED)
 
 
-def _verify(store: str, workers: int) -> list["Problem"]:
+def _verify(store: str, workers: int, *, quiet: bool = False) -> list["Problem"]:
     """Problems of the store, told as they are found."""
     from pipeline.store.verify import verify_store
 
@@ -214,23 +263,34 @@ def _verify(store: str, workers: int) -> list["Problem"]:
         problems = verify_store(store, workers, count)
     for problem in problems:
         click.echo(f"{problem}", err=True)
-    if not problems:
+    if not problems and not quiet:
         click.echo(f"{store}: everything checked, nothing damaged.")
     return problems
 
 
 def _compare_with_teacher(
-    store: str, samples: int, device: str | None, overrides: tuple[str, ...]
-) -> None:
+    store: str,
+    samples: int,
+    device: str | None,
+    overrides: tuple[str, ...],
+    *,
+    quiet: bool,
+) -> tuple[list[str], int]:
+    """Differences in words, which standard error has too, and the fields compared."""
     from pipeline.build.recompute import spot_check
 
     place = str(choose_device(device))
     found, compared = spot_check(store, samples, device=place, overrides=overrides)
     for difference in found:
         click.echo(f"{difference}", err=True)
-    if found:
-        sys.exit(CHECK_FAILED)
-    click.echo(f"{store}: {compared} fields of samples are what the teacher gives.")
+    if not found and not quiet:
+        click.echo(f"{store}: {compared} fields of samples are what the teacher gives.")
+    return list(map(str, found)), compared
 
 
-COMMANDS = (compact, hydrate, push, info, verify)
+@click.command()
+def schema() -> None:
+    """Print the JSON schema of spec files."""
+    from pipeline.spec.cache_spec import CacheSpec
+
+    click.echo(json.dumps(CacheSpec.model_json_schema(), indent=2, sort_keys=True))

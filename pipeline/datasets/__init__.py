@@ -1,21 +1,14 @@
 """Readers of the formats people have; each yields samples under stable ids."""
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-from pipeline.datasets.ase_db import AseDbDataset
-from pipeline.datasets.aselmdb import AselmdbDataset
 from pipeline.datasets.base import Dataset, IndexedDataset, Listing, Selection
-from pipeline.datasets.extxyz import ExtxyzDataset
-from pipeline.datasets.hdf5 import Hdf5Dataset
 from pipeline.datasets.labels import ReadOptions, warn_of_missing_labels
 from pipeline.datasets.molecules import NotPeriodic
-from pipeline.datasets.npz import NpzDataset
-from pipeline.datasets.oc20_lmdb import Oc20LmdbDataset
 from pipeline.datasets.oc20_raw import Energy, Oc20RawDataset
 from pipeline.datasets.paths import named_paths
 from pipeline.datasets.rattled import Rattled
-from pipeline.datasets.traj import TrajDataset
+from pipeline.datasets.registry import load_reader
 from pipeline.datasets.unlabelled import Unlabelled
 from pipeline.errors import DataError
 from pipeline.files.download import download
@@ -34,16 +27,6 @@ __all__ = [
     "warn_of_missing_labels",
 ]
 
-Reader = Callable[[Sequence[Path], Selection, ReadOptions], IndexedDataset]
-READERS: dict[str, Reader] = {
-    "extxyz": ExtxyzDataset,
-    "oc20_lmdb": Oc20LmdbDataset,
-    "ase_db": AseDbDataset,
-    "aselmdb": AselmdbDataset,
-    "traj": TrajDataset,
-    "npz": NpzDataset,
-    "hdf5": Hdf5Dataset,
-}
 Lister = Callable[[IndexedDataset], Listing]
 
 
@@ -72,6 +55,8 @@ def open_dataset(
 
     Raises
     ------
+    SpecError
+        There is no such format, or the plug-in that reads it is broken.
     DataError
         The file is damaged, holds no samples, or repeats a sample id.
     """
@@ -82,11 +67,12 @@ def open_dataset(
     if format == "oc20_raw":
         dataset = Oc20RawDataset(paths, selection, options, energy)
     else:
-        dataset = READERS[format](paths, selection, options)
+        dataset = load_reader(format)(paths, selection, options)
     dataset.use(lister(dataset))
     if offset and not len(dataset):
         raise DataError(
-            f"{path} has no sample left after offset={offset}; lower the offset."
+            f"{dataset.path} has no sample left after offset={offset}; lower the "
+            "offset."
         )
     dataset.check_ids()
     return dataset

@@ -33,6 +33,8 @@ class AseDbDataset(RecordDataset):
     of the metadata, where it names them.
     """
 
+    format: ClassVar[str] = "ase_db"
+    suffixes: ClassVar[tuple[str, ...]] = SUFFIXES
     columns: ClassVar[dict[str, str]] = {"file": "int32", "row": "int64"}
 
     def __init__(
@@ -69,8 +71,15 @@ class AseDbDataset(RecordDataset):
                 continue
             file = self._files[which]
             bare = str(number) if len(self._files) == 1 else f"{file.stem}_{number}"
-            ids.append(row_id(row, f"{file}: sample {number}") or bare)
-            sizes.append(len(row["numbers"]))
+            try:
+                own = row_id(row, f"{file}: sample {number}")
+                size = len(row["numbers"])
+            except DataError:
+                if not self.options.keep_bad:
+                    raise
+                own, size = None, 0
+            ids.append(own or bare)
+            sizes.append(size)
             places.append((which, number))
             lost.append(lost_constraints(row))
             if file.suffix == ".json":
@@ -88,15 +97,23 @@ class AseDbDataset(RecordDataset):
 
     def record(self, index: int) -> Record:
         """The row as it is in the file."""
+        which, _ = self._place(index)
+        record = row_record(self._row(index), self.place(index))
+        return replace(record, units=self._units[which])
+
+    def relist(self, index: int) -> None:
+        """Raise DataError again if the row could not be listed."""
+        row_id(self._row(index), self.place(index))
+
+    def _row(self, index: int) -> dict[str, Any]:
         which, number = self._place(index)
-        where = self.place(index)
         row = self._kept.get((which, number))
-        if row is None:
-            try:
-                row = _plain(_connect(self._files[which]).get(id=number))
-            except Exception as error:
-                raise _unreadable(where, error) from None
-        return replace(row_record(row, where), units=self._units[which])
+        if row is not None:
+            return row
+        try:
+            return _plain(_connect(self._files[which]).get(id=number))
+        except Exception as error:
+            raise _unreadable(self.place(index), error) from None
 
     def place(self, index: int) -> str:
         """File and number of the row."""

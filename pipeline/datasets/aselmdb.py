@@ -39,13 +39,15 @@ class AselmdbDataset(RecordDataset):
     row's number, after the file's name if there are several.
     """
 
+    format: ClassVar[str] = "aselmdb"
+    suffixes: ClassVar[tuple[str, ...]] = (".aselmdb",)
     columns: ClassVar[dict[str, str]] = {"file": "int32", "key": "int64"}
 
     def __init__(
         self, paths: Sequence[Path], selection: Selection, options: ReadOptions
     ) -> None:
         super().__init__(paths, selection, options)
-        self._files = lmdb_files(paths, ".aselmdb")
+        self._files = lmdb_files(paths, self.suffixes[0])
         self._units = [_units(file, options) for file in self._files]
 
     def files(self) -> list[Path]:
@@ -99,14 +101,30 @@ class AselmdbDataset(RecordDataset):
         for number, code in zip(*(column.tolist() for column in places), strict=True):
             file = self._files[number]
             key = file.key(code)
-            where = _where(file, key)
-            row = _row(file, key)
+            try:
+                own, size, constraints = _listed(file, key)
+            except DataError:
+                if not self.options.keep_bad:
+                    raise
+                own, size, constraints = None, 0, ()
             alone = len(self._files) == 1
             bare = key_text(key) if alone else f"{file.path.stem}_{key_text(key)}"
-            ids.append(row_id(row, where) or bare)
-            sizes.append(len(_sequence(row.get("numbers"), where)))
-            lost.append(lost_constraints(row))
+            ids.append(own or bare)
+            sizes.append(size)
+            lost.append(constraints)
         return ids, sizes, lost
+
+    def relist(self, index: int) -> None:
+        """Raise DataError again if the row could not be listed."""
+        _listed(*self._place(index))
+
+
+def _listed(file: LmdbFile, key: bytes) -> tuple[str | None, int, tuple[str, ...]]:
+    """Id, if there is one, atom count and lost constraints of a row."""
+    where = _where(file, key)
+    row = _row(file, key)
+    size = len(_sequence(row.get("numbers"), where))
+    return row_id(row, where), size, lost_constraints(row)
 
 
 def _codes(file: LmdbFile) -> npt.NDArray[np.int64]:

@@ -140,6 +140,9 @@ class IndexedDataset(Dataset):
     listing in use, the sample at an index must follow from ``places`` alone.
     """
 
+    # Name in `splits.NAME.format`, and endings by which files tell their format.
+    format: ClassVar[str]
+    suffixes: ClassVar[tuple[str, ...]] = ()
     # Dtypes of the places that a listing has.
     columns: ClassVar[dict[str, str]] = {}
 
@@ -231,14 +234,28 @@ class RecordDataset(IndexedDataset):
     def place(self, index: int) -> str:
         """File and sample at ``index``, as they begin the sentence of an error."""
 
+    def relist(self, index: int) -> None:
+        """Raise DataError again if the sample could not be listed."""
+
     def __getitem__(self, index: int) -> Sample:
+        if not self._n_atoms[index]:
+            self.relist(index)
         return record_sample(
             self._ids[index], self.record(index), self.options, self.place(index)
         )
 
     def where_values(self, index: int) -> tuple[Any, ...]:
-        """A sample's own values under the keys of ``where``."""
-        return look_up(self.record(index).properties, self.options.where)
+        """A sample's own values under the keys of ``where``.
+
+        One that cannot be read, but may be left out, meets them all and is named.
+        """
+        where = self.options.where
+        try:
+            return look_up(self.record(index).properties, where)
+        except DataError:
+            if not self.options.keep_bad:
+                raise
+            return tuple(one for _, (one, *_) in where)
 
     def label_names(self, index: int) -> list[str]:
         """Names in the record of a sample that look like labels but are not used."""

@@ -64,11 +64,16 @@ def _plain(value: Any) -> Any:
     return value if isinstance(value, bool | int | float | str) else repr(value)[:80]
 
 
+def _shown(value: Any) -> str:
+    return "absent" if value is ABSENT else repr(value)
+
+
 def _values(where: Sequence[Condition], rows: Sequence[tuple[Any, ...]]) -> str:
     """The values that frames do have, in a few words."""
     parts = []
-    for column, (key, _) in enumerate(where):
-        known = list(dict.fromkeys(repr(row[column]) for row in rows[:1000]))
+    for column, (key, wanted) in enumerate(where):
+        known = list(dict.fromkeys(_shown(row[column]) for row in rows[:1000]))
         more = ", …" if len(known) > _NAMED else ""
-        parts.append(f"{key} is {', '.join(known[:_NAMED])}{more}")
+        meant = " or ".join(map(repr, wanted))
+        parts.append(f"{key} is {', '.join(known[:_NAMED])}{more}, not {meant}")
     return "; ".join(parts)

@@ -1,6 +1,7 @@
 """Constraints of ASE as the one kind that samples have: atoms held on all axes."""
 
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -9,8 +10,19 @@ import numpy as np
 import numpy.typing as npt
 
 log = logging.getLogger("pipeline.datasets")
+# Names of values that hold atoms in ways of their own.
+_CONSTRAINT_LIKE = re.compile(
+    r"(is_?)?(fix(ed)?|fix(ed)?_?(atoms?|mask|flags?)|froze?n?|freeze|constraints?"
+    r"|constrained|selective_?dynamics|move|mov(e?able|ing)|mobile|free_?atoms?)",
+    re.I,
+)
 # Masks of these may hold an atom together; their axes differ.
 _MASKED = ("FixCartesian", "FixScaled")
+
+
+def is_constraint_like(name: str) -> bool:
+    """Whether a column or an array is named as if it held atoms."""
+    return _CONSTRAINT_LIKE.fullmatch(name) is not None
 
 
 def find_held_atoms(
@@ -41,7 +53,10 @@ def find_held_atoms(
     for constraint in constraints:
         name, kwargs = str(constraint["name"]), constraint["kwargs"]
         if name == "FixAtoms":
-            fixed[np.asarray(kwargs["indices"], np.intp)] = True
+            # Flags for all atoms, or numbers of some.
+            chosen = np.asarray(kwargs["indices"])
+            flags = chosen.dtype == np.bool_
+            fixed[chosen if flags else chosen.astype(np.intp)] = True
         elif name in _MASKED:
             mask = np.asarray(kwargs["mask"], np.bool_)
             axes[name][np.atleast_1d(np.asarray(kwargs["a"], np.intp))] |= mask
@@ -68,8 +83,9 @@ def warn_of_constraints(path: str, lost: Iterable[tuple[str, ...]]) -> None:
         names.update(sample)
     if count:
         log.warning(
-            "%s: %d of %d samples have constraints that are not stored, because a "
-            "store has only atoms fixed on all axes: %s",
+            "%s: %d of %d samples have constraints that are not kept: %s; a store "
+            "only knows atoms held on all axes, as FixAtoms and the columns fixed and "
+            "move_mask hold them",
             path,
             count,
             total,

@@ -63,6 +63,8 @@ class ExtxyzDataset(IndexedDataset):
     honoured.
     """
 
+    format: ClassVar[str] = "extxyz"
+    suffixes: ClassVar[tuple[str, ...]] = SUFFIXES
     columns: ClassVar[dict[str, str]] = {"frame": "int64"}
 
     def __init__(

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,7 @@ def metadata_units(path: Path, metadata: Any, options: ReadOptions) -> Units:
     """Units in the metadata of an ASE database, as schnetpack and nablaDFT write them.
 
     They are those of values in ``data``, where the split takes its labels from there,
-    and of lengths. Energies that ASE itself keeps are in eV.
+    and of lengths. Energies and forces that ASE itself keeps are in eV and eV/Å.
 
     Raises
     ------
@@ -84,6 +85,8 @@ def metadata_units(path: Path, metadata: Any, options: ReadOptions) -> Units:
         length=_text(path, metadata, "_distance_unit"),
         forces=_text(path, named, forces),
     )
+    if forces is None and stated != Units():
+        stated = replace(stated, forces="eV/Å")
     return reconcile_units(path, stated, options.units, "its metadata")
 
 

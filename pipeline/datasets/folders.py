@@ -27,14 +27,14 @@ def list_entries(path: Path, is_data: Callable[[Path], bool], what: str) -> list
     """
     if not path.is_dir():
         raise DataError(f"{path} does not exist.")
-    inside = sorted(path.iterdir())
+    inside = _visible(path)
     if found := [entry for entry in inside if is_data(entry)]:
         return found
     deeper = {
         folder: entries
         for folder in inside
         if folder.is_dir()
-        and (entries := [entry for entry in sorted(folder.iterdir()) if is_data(entry)])
+        and (entries := [entry for entry in _visible(folder) if is_data(entry)])
     }
     if not deeper:
         raise DataError(f"{path} holds no {what}.")
@@ -47,3 +47,8 @@ def list_entries(path: Path, is_data: Callable[[Path], bool], what: str) -> list
     (folder, entries) = deeper.popitem()
     log.info("%s is read, since %s itself holds no data files", folder, path)
     return entries
+
+
+def _visible(folder: Path) -> list[Path]:
+    """Entries whose names do not begin with a dot, as shells list them."""
+    return sorted(entry for entry in folder.iterdir() if entry.name[0] != ".")

@@ -19,6 +19,7 @@ from pipeline.datasets.columns import (
     parse_numbers,
     split_rows,
 )
+from pipeline.datasets.constraints import is_constraint_like
 from pipeline.datasets.headers import Malformed, Word, header_words, parse_word
 from pipeline.datasets.labels import Record, find, is_label_like
 from pipeline.datasets.numerals import flags, reals
@@ -26,7 +27,9 @@ from pipeline.datasets.samples import pair_id
 from pipeline.errors import DataError
 
 _SEPARATORS = re.compile(r"[\s,]+")
-_CELL_LIKE = re.compile(r"latt|cell|box", re.I)
+_CELL_LIKE = re.compile(r"latt|cell|box|^vec(tor)?_?[a-c1-3]$|^abc$|^tv_?[1-3]?$", re.I)
+_LENGTH_LIKE = re.compile(r"(cell|box|lattice)_?(length|size|edge|const(ant)?)s?", re.I)
+_PBC_LIKE = re.compile(r"pbcs|periodic(ity|_?bound\w*)?|bound(ary|aries)\w*", re.I)
 _STRUCTURE = {"lattice", "cell", "properties", "pbc"}
 _IDS = ("sample_id", "sid", "fid")
 
@@ -106,7 +109,7 @@ def _record(words: Mapping[str, Word], lines: Sequence[str]) -> Record:
         pbc=_pbc(words, cell is not None),
         tags=parse_numbers(rows, tags) if (tags := layout.roles.get("tags")) else None,
         fixed=_read_fixed(rows, layout),
-        lost=_list_partly_held(rows, layout),
+        lost=_not_kept(rows, layout),
         properties=_properties(words, rows, layout),
     )
 
@@ -154,13 +157,14 @@ def _read_fixed(
     return masks[0] if masks else None
 
 
-def _list_partly_held(rows: Sequence[Sequence[str]], layout: Layout) -> tuple[str, ...]:
-    """The name of a mask that holds an atom on some axes only."""
-    if (column := layout.roles.get("move_mask")) is None:
-        return ()
-    free = parse_flags(rows, column)
-    some = free.any(axis=1) & ~free.all(axis=1)
-    return (column.name,) if some.any() else ()
+def _not_kept(rows: Sequence[Sequence[str]], layout: Layout) -> tuple[str, ...]:
+    """Names of a mask that holds an atom on some axes only, and of unknown masks."""
+    lost = [c.name for c in layout.others if is_constraint_like(c.name)]
+    if (column := layout.roles.get("move_mask")) is not None:
+        free = parse_flags(rows, column)
+        if (free.any(axis=1) & ~free.all(axis=1)).any():
+            lost.append(column.name)
+    return tuple(lost)
 
 
 def _cell(words: Mapping[str, Word]) -> npt.NDArray[np.float64] | None:
@@ -197,14 +201,19 @@ def _vectors(key: str, word: Word) -> npt.NDArray[np.float64]:
 
 def _refuse_other_cells(words: Mapping[str, Word]) -> None:
     for key, word in words.items():
-        if _CELL_LIKE.search(key) and np.size(parse_word(word)) in (3, 6, 9):
-            raise Malformed(f"it has {key!r} but no 'Lattice'; rename the key")
+        many = _CELL_LIKE.search(key) and np.size(parse_word(word)) in (3, 6, 9)
+        if many or _LENGTH_LIKE.fullmatch(key):
+            raise Malformed(
+                f"it has {key!r} but no 'Lattice'; write a cell as nine numbers under "
+                "that name, or remove the key"
+            )
 
 
 def _pbc(words: Mapping[str, Word], in_cell: bool) -> npt.NDArray[np.bool_]:
     """Periodic directions, (3,); all of a frame with a cell that says nothing."""
     text = _text(words, "pbc")
     if text is None:
+        _refuse_other_pbc(words)
         return np.full(3, in_cell)
     parts = [part for part in _SEPARATORS.split(text) if part]
     try:
@@ -214,6 +223,15 @@ def _pbc(words: Mapping[str, Word], in_cell: bool) -> npt.NDArray[np.bool_]:
     if len(found) not in (1, 3):
         raise Malformed(f"pbc has {len(found)} values, expected 3")
     return np.broadcast_to(found, 3)
+
+
+def _refuse_other_pbc(words: Mapping[str, Word]) -> None:
+    for key, word in words.items():
+        if word.text is not None and _PBC_LIKE.fullmatch(key):
+            raise Malformed(
+                f"it has {key!r} but no 'pbc'; write the periodic directions under "
+                'that name, as in pbc="T T F", or remove the key'
+            )
 
 
 def _text(words: Mapping[str, Word], name: str) -> str | None:

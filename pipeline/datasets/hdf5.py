@@ -1,8 +1,9 @@
 """HDF5 files with a group for every molecule: the layouts of SPICE and of ANI-1x."""
 
 import logging
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ import numpy.typing as npt
 
 from pipeline.datasets.base import Selection
 from pipeline.datasets.file_units import reconcile_units
-from pipeline.datasets.labels import ReadOptions, Record
+from pipeline.datasets.labels import ReadOptions, Record, is_label_like
 from pipeline.datasets.numbered import Found, NumberedDataset, OpenFiles
 from pipeline.datasets.rows import NO_CELL, NO_PBC
 from pipeline.errors import DataError
@@ -22,6 +23,7 @@ MAX_PIECE_BYTES = 1 << 28
 MAX_DEPTH = 8
 _NUMBERS = "biuf"
 _ELEMENTS = "atomic_numbers"
+_CELL_LIKE = re.compile(r"pbc|cells?|lattice\w*|box\w*|cell_?\w*|unit_?cell", re.I)
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class _Opened:
     groups: list[str]
     ends: npt.NDArray[np.int64]
     n_atoms: npt.NDArray[np.int64]
+    # Molecules whose units and names have been looked at.
+    checked: set[str] = field(default_factory=set)
 
     def sample_id(self, frame: int) -> str:
         """Return ``GROUP/K`` of a frame."""
@@ -75,8 +79,17 @@ class _Opened:
 
     def place(self, frame: int) -> tuple[str, int]:
         """Return the molecule of a frame, and the frame's number within it."""
+        which, first = self._molecule(frame)
+        return self.groups[which], frame - first
+
+    def n_frames(self, frame: int) -> int:
+        """Return how many frames the molecule of a frame has."""
+        which, first = self._molecule(frame)
+        return int(self.ends[which]) - first
+
+    def _molecule(self, frame: int) -> tuple[int, int]:
         which = int(np.searchsorted(self.ends, frame, side="right"))
-        return self.groups[which], frame - (int(self.ends[which - 1]) if which else 0)
+        return which, int(self.ends[which - 1]) if which else 0
 
 
 class Hdf5Dataset(NumberedDataset):
@@ -86,6 +99,7 @@ class Hdf5Dataset(NumberedDataset):
     of the layout's publication, unless the file or the split names others.
     """
 
+    format: ClassVar[str] = "hdf5"
     suffixes: ClassVar[tuple[str, ...]] = (".h5", ".hdf5", ".hdf")
 
     def __init__(
@@ -120,7 +134,13 @@ class Hdf5Dataset(NumberedDataset):
         opened = _open[file]
         group, number = opened.place(frame)
         layout = opened.layout
-        values = _Values(_group(opened.file, group), number, self.place_of(file, frame))
+        where = self.place_of(file, frame)
+        values = _Values(
+            _group(opened.file, group), number, opened.n_frames(frame), where
+        )
+        if group not in opened.checked:
+            self._check_group(file, values, where)
+            opened.checked.add(group)
         forces = layout.forces
         if layout.gradient and forces in values.names:
             # What the gradient is the negative of has a name of its own.
@@ -138,6 +158,27 @@ class Hdf5Dataset(NumberedDataset):
             units=self._units[file],
         )
 
+    def _check_group(self, file: Path, values: "_Values", where: str) -> None:
+        """Refuse a molecule with a cell, or with other units than the first one."""
+        layout = _open[file].layout
+        periodic = [name for name in values.names if _CELL_LIKE.fullmatch(name)]
+        if periodic:
+            raise DataError(
+                f"{where} has {periodic[0]!r}, but the layout of {layout.name} has no "
+                "cell; write the frames as extended XYZ."
+            )
+        keys = _unit_keys(layout, self.options)
+        stated = Units(**_said(values.group, keys)).over(layout.units)
+        for part in (part for part, key in keys.items() if key in values.names):
+            mine, first = (
+                getattr(units.factors, part) for units in (stated, self._units[file])
+            )
+            if abs(mine / first - 1) > 1e-6:
+                raise DataError(
+                    f"{where}: {keys[part]!r} is in another unit than in the first "
+                    "molecule of the file; write both in the same unit."
+                )
+
     @staticmethod
     def place_of(file: Path, frame: int) -> str:
         """File, molecule and number of a conformation."""
@@ -150,13 +191,14 @@ class _Values(Mapping[str, Any]):
     A minus sign before a name asks for the negative.
     """
 
-    def __init__(self, group: Any, number: int, where: str) -> None:
-        self._group, self._number, self._where = group, number, where
+    def __init__(self, group: Any, number: int, n_frames: int, where: str) -> None:
+        self.group = group
+        self._number, self._n_frames, self._where = number, n_frames, where
         self.names = list(group)
 
     def only(self, names: Sequence[str]) -> "_Values":
         """The same with other names."""
-        found = _Values(self._group, self._number, self._where)
+        found = _Values(self.group, self._number, self._n_frames, self._where)
         found.names = list(dict.fromkeys(names))
         return found
 
@@ -170,19 +212,24 @@ class _Values(Mapping[str, Any]):
         if name not in self.names:
             raise KeyError(name)
         try:
-            if name not in self._group and name.startswith("-"):
+            if name not in self.group and name.startswith("-"):
                 return -np.asarray(self[name[1:]])
             return self._value(name)
         except (OSError, ValueError, RuntimeError, TypeError, MemoryError) as error:
             raise _unreadable(self._where, error) from None
 
     def _value(self, name: str) -> Any:
-        data = _data_set(self._group, name)
+        data = _data_set(self.group, name)
         if data is None:
             return None
-        if name == _ELEMENTS or data.size == 1:
+        if name == _ELEMENTS or (data.size == 1 and not is_label_like(name)):
             return _plain(data[()])
-        return _plain(data[self._number]) if data.ndim else None
+        if data.shape[:1] != (self._n_frames,):
+            raise ValueError(
+                f"{name!r} has shape {data.shape}, but the molecule has "
+                f"{self._n_frames} conformations"
+            )
+        return _plain(data[self._number])
 
 
 def _plain(value: Any) -> Any:
@@ -222,18 +269,8 @@ def _units(file: Path, options: ReadOptions) -> Units:
     """Units that the first molecule states, and those of the layout otherwise."""
     opened = _open[file]
     layout = opened.layout
-    keys = {
-        "energy": options.energy_key or layout.energy,
-        "length": layout.positions,
-        "forces": options.gradient_key or options.forces_key or layout.forces,
-    }
     first = _group(opened.file, opened.groups[0])
-    said = {
-        part: _plain(data.attrs.get("units"))
-        for part, key in keys.items()
-        if (data := _data_set(first, key)) is not None
-    }
-    stated = Units(**{p: u for p, u in said.items() if isinstance(u, str)})
+    stated = Units(**_said(first, _unit_keys(layout, options)))
     reconcile_units(file, stated, options.units, "the file itself")
     assumed = [
         f"{part} in {getattr(layout.units, part)}"
@@ -249,6 +286,28 @@ def _units(file: Path, options: ReadOptions) -> Units:
             layout.name,
         )
     return stated.over(layout.units)
+
+
+def _unit_keys(layout: Layout, options: ReadOptions) -> dict[str, str]:
+    """Names of the arrays whose units matter, by what they are units of."""
+    return {
+        "energy": options.energy_key or layout.energy,
+        "length": layout.positions,
+        "forces": options.gradient_key or options.forces_key or layout.forces,
+    }
+
+
+def _said(group: Any, keys: Mapping[str, str]) -> dict[str, str]:
+    """Units that the arrays of a molecule state, by what they are units of."""
+    found: dict[str, str] = {}
+    for part, key in keys.items():
+        if (data := _data_set(group, key)) is None:
+            continue
+        attributes = (data.attrs.get(name) for name in ("units", "unit"))
+        words = [_plain(word) for word in attributes if word is not None]
+        if words and isinstance(words[0], str):
+            found[part] = words[0]
+    return found
 
 
 def _open_file(path: Path) -> _Opened:

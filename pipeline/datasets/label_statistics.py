@@ -189,7 +189,7 @@ def check_energy_kinds(
 ) -> None:
     """Refuse splits that mix kinds of energies, say total and adsorption energies.
 
-    Looks at few samples of each split; ``compare_energies: false`` leaves a split out,
+    Looks at few samples of each split; ``check_energy_kind: false`` leaves a split out,
     and so does having no labels.
 
     Raises
@@ -200,7 +200,7 @@ def check_energy_kinds(
     energies = {
         name: _spread_samples(datasets[name])
         for name, split in splits.items()
-        if split.compare_energies and split.labelled
+        if split.check_energy_kind and split.labelled
     }
     for first, second in combinations(energies, 2):
         medians = find_differing_kinds(energies[first], energies[second])
@@ -209,7 +209,7 @@ def check_energy_kinds(
                 f"splits.{first} has energies around {medians[0]:.3g} eV per atom and "
                 f"splits.{second} around {medians[1]:.3g} eV for the same elements, so "
                 "they are of different kinds (total, adsorption, ...); make them alike "
-                f"or set splits.{second}.compare_energies: false."
+                f"or set splits.{second}.check_energy_kind: false."
             )
 
 

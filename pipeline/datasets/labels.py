@@ -1,6 +1,7 @@
 """Which values of a frame are its labels, by the names and units that a split gives."""
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -9,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.datasets.samples import Fields, make_sample
-from pipeline.errors import DataError
+from pipeline.errors import DataError, SpecError
 from pipeline.spec.units import Units
 from pipeline.structure import Sample
 
@@ -21,10 +22,18 @@ Value = TypeVar("Value")
 Scalar = bool | int | float | str
 # A key and the values of it that are wanted.
 Condition = tuple[str, tuple[Scalar, ...]]
-# Energies in OC20's LMDBs, of the structure at hand and of the relaxed one.
-_PYG_NAMES = {"y", "y_init", "y_relaxed"}
-_STEMS = ("energ", "forc", "grad", "virial", "stress")
+# Parts of names that are like a label's, and whole names: those of OC20's LMDBs, of
+# quantum chemistry and of MD17.
+_STEMS = {"energy": ("energ", "etot", "toten"), "forces": ("forc", "grad")}
+_WHOLE = {
+    "energy": {"y", "y_init", "y_relaxed", "e", "u", "u0", "scf"},
+    "forces": {"f", "fx", "fy", "fz", "de_dr", "dedr"},
+}
+_OTHERS = ("virial", "stress")
+_PER_ATOM = re.compile(r"per[_-]?atom|/atom", re.I)
 _NAMED = 8
+# Labels under two names are the same if they agree as single precision does.
+_SINGLE = 1e-5
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,11 @@ class ReadOptions:
     ``gradient_key`` names the gradient of the energy: forces are its negative.
     ``where`` are conditions that a frame must meet. With ``keep_bad`` a frame that
     cannot be read is listed, and refused when it is asked for.
+
+    Raises
+    ------
+    SpecError
+        ``energy_key`` looks like that of an energy per atom.
     """
 
     energy_key: str | None = None
@@ -42,6 +56,14 @@ class ReadOptions:
     units: Units = field(default_factory=Units)
     where: tuple[Condition, ...] = ()
     keep_bad: bool = False
+
+    def __post_init__(self) -> None:
+        if self.energy_key is not None and is_per_atom(self.energy_key):
+            raise SpecError(
+                f"energy_key is {self.energy_key!r}, which looks like an energy per "
+                "atom; a sample needs the energy of all its atoms together, so write "
+                "that into the file and name it."
+            )
 
 
 @dataclass(frozen=True)
@@ -88,8 +110,11 @@ def record_sample(
     Raises
     ------
     DataError
-        A value is impossible; names it.
+        A value is impossible, or a label is there twice with different values; names
+        it.
     """
+    for names, key in _searches(record, options):
+        _refuse_two(record.properties, names, key, where)
     energy, forces = _labels(record, options)
     factors = options.units.over(record.units).factors
     sign = 1.0 if options.gradient_key is None else -1.0
@@ -119,7 +144,20 @@ def label_like(record: Record, options: ReadOptions) -> list[str]:
 
 def is_label_like(name: str) -> bool:
     """Whether ``name`` looks like that of an energy, forces, a virial or a stress."""
-    return name in _PYG_NAMES or any(stem in name.lower() for stem in _STEMS)
+    others = any(stem in name.lower() for stem in _OTHERS)
+    return others or any(is_like(name, label) for label in _STEMS)
+
+
+def is_like(name: str, label: str) -> bool:
+    """Whether ``name`` looks like that of ``label``, which is energy or forces."""
+    # Values inside others have dots before their names.
+    word = name.lower().rpartition("data.")[2]
+    return word in _WHOLE[label] or any(stem in word for stem in _STEMS[label])
+
+
+def is_per_atom(name: str) -> bool:
+    """Whether ``name`` looks like that of an energy divided by the number of atoms."""
+    return _PER_ATOM.search(name) is not None
 
 
 def report_missing_labels(
@@ -209,6 +247,44 @@ def _labels(
     if (key := options.gradient_key or options.forces_key) is not None:
         forces = (key,)
     return _first(record.properties, energies), _first(record.properties, forces)
+
+
+def _searches(
+    record: Record, options: ReadOptions
+) -> list[tuple[tuple[str, ...], str]]:
+    """Names that are looked for without the split's word, and the key to give it."""
+    found = []
+    if options.energy_key is None:
+        found.append((record.energy_names, "energy_key"))
+    if options.forces_key is None and options.gradient_key is None:
+        found.append((record.forces_names, "forces_key"))
+    return found
+
+
+def _refuse_two(
+    properties: Mapping[str, Any], names: Sequence[str], key: str, where: str
+) -> None:
+    """Raise DataError where a label has two names, also by case, and two values."""
+    wanted = {name.lower() for name in names}
+    alike = [name for name in properties if name.lower() in wanted]
+    if len(alike) < 2:
+        return
+    values = {n: v for n in alike if (v := properties[n]) is not None}
+    first = next(iter(values.values()), None)
+    if not all(_agree(first, value) for value in values.values()):
+        raise DataError(
+            f"{where} has {' and '.join(map(repr, values))} with different values; "
+            f"name the one that is meant with {key}."
+        )
+
+
+def _agree(first: Any, second: Any) -> bool:
+    try:
+        return bool(
+            np.allclose(first, second, rtol=_SINGLE, atol=_SINGLE, equal_nan=True)
+        )
+    except (TypeError, ValueError):
+        return False
 
 
 def _first(

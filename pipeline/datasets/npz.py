@@ -12,10 +12,12 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.datasets.base import Selection
+from pipeline.datasets.constraints import is_constraint_like
 from pipeline.datasets.file_units import reconcile_units
 from pipeline.datasets.labels import ReadOptions, Record
 from pipeline.datasets.numbered import Found, NumberedDataset, OpenFiles
 from pipeline.datasets.rows import NO_CELL
+from pipeline.datasets.samples import id_text
 from pipeline.errors import DataError
 from pipeline.spec.units import Units
 
@@ -78,6 +80,7 @@ class NpzDataset(NumberedDataset):
     are in kcal/mol and lengths in Å, unless the file or the split names other units.
     """
 
+    format: ClassVar[str] = "npz"
     suffixes: ClassVar[tuple[str, ...]] = (".npz",)
 
     def __init__(
@@ -94,13 +97,16 @@ class NpzDataset(NumberedDataset):
     def look(self, file: Path, frames: range) -> Found:
         """Return ids and sizes of some frames."""
         arrays = _open[file]
-        old = arrays.values.get(arrays.layout.ids or "")
-        n_atoms = len(arrays.values[arrays.layout.numbers])
-        alone = len(self._files) == 1
+        name = arrays.layout.ids or ""
+        old = arrays.values.get(name)
+        ids: list[str | None] = [None] * len(frames)
         # Several files count the same indices.
-        known = old is not None and old.shape == (arrays.n_frames,) and alone
-        ids = [str(int(old[i])) if known else None for i in frames]  # type: ignore[index]
-        return Found(ids, [n_atoms] * len(frames), [()] * len(frames))
+        if old is not None and old.size == arrays.n_frames and len(self._files) == 1:
+            flat = old.reshape(-1)
+            ids = [id_text(flat[i], name, f"{file}: sample {i}") for i in frames]
+        n_atoms = len(arrays.values[arrays.layout.numbers])
+        lost = tuple(sorted(filter(is_constraint_like, arrays.values)))
+        return Found(ids, [n_atoms] * len(frames), [lost] * len(frames))
 
     def read(self, file: Path, frame: int) -> Record:
         """Return what a file has of one frame."""
@@ -217,8 +223,9 @@ def _check(file: Path, layout: Layout, values: Mapping[str, npt.NDArray[Any]]) -
     numbers, positions = values[layout.numbers], values[layout.positions]
     if numbers.ndim != 1 or numbers.dtype.kind not in _NUMBERS:
         raise DataError(
-            f"{file}: {layout.numbers} has shape {numbers.shape}, expected one atomic "
-            "number for each atom, the same in all frames."
+            f"{file}: {layout.numbers} has shape {numbers.shape} and type "
+            f"{numbers.dtype}, expected one atomic number for each atom, the same in "
+            "all frames."
         )
     if positions.ndim != 3 or positions.shape[1:] != (len(numbers), 3):
         raise DataError(

@@ -72,8 +72,6 @@ class NumberedDataset(RecordDataset):
     """
 
     columns: ClassVar[dict[str, str]] = {"file": "int32", "frame": "int64"}
-    # Endings of the files that are looked for in folders.
-    suffixes: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self, paths: Sequence[Path], selection: Selection, options: ReadOptions
@@ -149,13 +147,36 @@ class NumberedDataset(RecordDataset):
     def _look(self, piece: tuple[int, range]) -> Found:
         """`look`, with an id for every frame."""
         which, frames = piece
-        found = self.look(self._files[which], frames)
+        try:
+            found = self.look(self._files[which], frames)
+        except DataError:
+            if not self.options.keep_bad:
+                raise
+            found = self._one_by_one(self._files[which], frames)
         alone = len(self._files) == 1
         before = "" if alone else f"{self._files[which].stem}_"
         bare = [f"{before}{frame}" for frame in frames]
         pairs = zip(found.ids, bare, strict=True)
         found.ids = [other if own is None else own for own, other in pairs]
         return found
+
+    def _one_by_one(self, file: Path, frames: range) -> Found:
+        """`look` at each frame, without what cannot be listed of one."""
+        found = Found()
+        for frame in frames:
+            try:
+                one = self.look(file, range(frame, frame + 1))
+            except DataError:
+                one = Found([None], [0], [()])
+            found.ids += one.ids
+            found.sizes += one.sizes
+            found.lost += one.lost
+        return found
+
+    def relist(self, index: int) -> None:
+        """Raise DataError again if the frame could not be listed."""
+        file, frame = self._place(index)
+        self.look(file, range(frame, frame + 1))
 
 
 def _intersect(chosen: range, first: int, count: int) -> range:

@@ -35,13 +35,15 @@ class Oc20LmdbDataset(RecordDataset):
     periodic in three directions, as all of OC20 is.
     """
 
+    format: ClassVar[str] = "oc20_lmdb"
+    suffixes: ClassVar[tuple[str, ...]] = (".lmdb",)
     columns: ClassVar[dict[str, str]] = {"file": "int32", "key": "int64"}
 
     def __init__(
         self, paths: Sequence[Path], selection: Selection, options: ReadOptions
     ) -> None:
         super().__init__(paths, selection, options)
-        self._files = lmdb_files(paths, ".lmdb")
+        self._files = lmdb_files(paths, self.suffixes[0])
 
     def files(self) -> list[Path]:
         """All files with samples."""
@@ -102,10 +104,19 @@ class Oc20LmdbDataset(RecordDataset):
         ids, sizes = [], []
         for number, which, code in zip(*piece, strict=True):
             file = self._files[int(which)]
-            sample_id, size = _scan(file, file.key(int(code)))
+            try:
+                sample_id, size = _scan(file, file.key(int(code)))
+            except DataError:
+                if not self.options.keep_bad:
+                    raise
+                sample_id, size = None, 0
             ids.append(sample_id or str(number))
             sizes.append(size)
         return ids, sizes
+
+    def relist(self, index: int) -> None:
+        """Raise DataError again if the sample could not be listed."""
+        _scan(*self._place(index))
 
 
 def _scan(file: LmdbFile, key: bytes) -> tuple[str | None, int]:
@@ -185,6 +196,12 @@ def _as_record(
     for name in ("atomic_numbers", "cell"):
         if name not in values:
             raise DataError(f"{where} has no {name}.")
+    stated = np.ravel(properties.get("natoms", ()))
+    counted = np.size(values["atomic_numbers"])
+    if counted and stated.size == 1 and stated[0] != counted:
+        raise DataError(
+            f"{where} has {counted} atomic numbers, but natoms={stated[0]}."
+        )
     return Record(
         atomic_numbers=values["atomic_numbers"],
         positions=values.get("pos"),

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,10 @@ from pipeline.structure import Sample
 log = logging.getLogger("pipeline.datasets")
 Energy = Literal["adsorption", "total"]
 _texts = TextCache()
+# Columns that may be constraints; OC20's own frames have move_mask of one flag.
+_MASKED = re.compile(
+    rb"(?!move_mask:l:1\b)(fix|froz|freez|free_?a|constr|select|mov|mobil)", re.I
+)
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,9 @@ class Oc20RawDataset(RecordDataset):
     the number of the frame in its own file.
     """
 
+    format: ClassVar[str] = "oc20_raw"
+    # The frames end in .extxyz, too, so no ending tells this format.
+    suffixes: ClassVar[tuple[str, ...]] = ()
     columns: ClassVar[dict[str, str]] = {
         "chunk": "int32",
         "start": "int64",
@@ -204,7 +212,8 @@ def _subtracts(chunks: list[Chunk], energy: Energy | None) -> bool:
     if energy == "total":
         return False
     bare = [c for c in chunks if c.lines is None and c.reference is None]
-    if bare and (energy == "adsorption" or len(bare) < len(chunks)):
+    listed = any(c.systems is not None for c in bare)
+    if bare and (energy == "adsorption" or len(bare) < len(chunks) or listed):
         first = bare[0]
         lack = "has no .txt file with reference energies next to it"
         if first.systems is not None:
@@ -276,9 +285,9 @@ def _read_id(path: Path, text: bytes, number: int, span: Span) -> str | None:
 
 
 def _lost(path: Path, text: bytes, number: int, span: Span) -> tuple[str, ...]:
-    """Names of the frame's constraints that are not kept; parses a mask of all axes."""
+    """Names of the frame's constraints that are not kept; parses frames with masks."""
     frame = text[span.start : span.stop]
-    if b"move_mask:l:3" not in frame.split(b"\n", 2)[1].lower():
+    if not _MASKED.search(frame.split(b"\n", 2)[1]):
         return ()
     try:
         return FrameText.of(path, frame, number).record().lost

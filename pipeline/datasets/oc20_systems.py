@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pipeline.datasets.frames import read_unpacked
 from pipeline.datasets.paths import PACKED
+from pipeline.errors import DataError
 
 log = logging.getLogger("pipeline.datasets")
 
@@ -34,7 +35,13 @@ def system_reference(systems: Path, name: str) -> float | None:
 
 @lru_cache(maxsize=8)
 def _references(systems: Path, _changed: int, _size: int) -> dict[str, float]:
-    """Energies by system; warns of lines that are not ``system,energy``."""
+    """Energies by system; warns of lines that are not ``system,energy``.
+
+    Raises
+    ------
+    DataError
+        A system has two energies.
+    """
     found: dict[str, float] = {}
     wrong = 0
     lines = read_unpacked(systems).decode(errors="replace").splitlines()
@@ -45,7 +52,11 @@ def _references(systems: Path, _changed: int, _size: int) -> dict[str, float]:
         except ValueError:
             energy = math.nan
         if math.isfinite(energy):
-            found[name.strip()] = energy
+            if found.setdefault(name.strip(), energy) != energy:
+                raise DataError(
+                    f"{systems} has two energies for the system {name.strip()!r}; "
+                    "remove the one that is not meant."
+                )
         else:
             wrong += 1
     if wrong:

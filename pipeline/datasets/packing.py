@@ -25,6 +25,12 @@ _STRANGERS = (
         "a pointer of Git LFS",
         "fetch the file: git lfs pull",
     ),
+    (b"\xfd7zXZ\0", "a file that is packed twice", _UNPACK),
+    (b"\x1f\x8b", "a file that is packed twice", _UNPACK),
+    (b"BZh", "a file that is packed twice", _UNPACK),
+    (b"\x28\xb5\x2f\xfd", "a file that is packed twice", _UNPACK),
+    (b"\x5d\0\0", "a file packed by lzma", _UNPACK),
+    (b"\x1f\x9d", "a file packed by compress", _UNPACK),
     (b"PK\x03\x04", "a zip archive", _UNPACK),
     (b"7z\xbc\xaf\x27\x1c", "a 7z archive", _UNPACK),
     (b"\x89HDF\r\n", "an HDF5 file", "choose another format"),
@@ -45,7 +51,7 @@ def is_packed(path: Path) -> bool:
     if path.suffix in PACKED:
         return True
     with path.open("rb") as stream:
-        return _packer(stream.read(8)) is not None
+        return packer_of(stream.read(8)) is not None
 
 
 def unpack_file(path: Path) -> tuple[bytes, bool]:
@@ -58,10 +64,10 @@ def unpack_file(path: Path) -> tuple[bytes, bool]:
     """
     try:
         raw = path.read_bytes()
-        suffix = _packer(raw)
+        suffix = packer_of(raw)
         if suffix is None:
+            # A browser may have unpacked it and kept the name.
             refuse_stranger(path, raw)
-            suffix = path.suffix if path.suffix in PACKED else None
         text, complete = (raw, True) if suffix is None else _UNPACKERS[suffix](raw)
     except DataError:
         raise
@@ -92,7 +98,8 @@ def refuse_stranger(path: Path, raw: bytes) -> None:
         raise _stranger(path, kind, "choose another format, or convert it to UTF-8")
 
 
-def _packer(raw: bytes) -> str | None:
+def packer_of(raw: bytes) -> str | None:
+    """Return the suffix of the packer whose mark the bytes begin with, or None."""
     return next((s for s, magic in _MAGIC.items() if raw.startswith(magic)), None)
 
 

@@ -43,7 +43,9 @@ def find_files(
             found.append(path)
             continue
         what = f"{' or '.join(suffixes)} files"
-        files = list_entries(path, lambda file: file.name.endswith(wanted), what)
+        files = list_entries(
+            path, lambda file: file.name.lower().endswith(wanted), what
+        )
         found += sort_by_number(files)
     if len(found) > 1:
         refuse_twins(found)
@@ -52,16 +54,26 @@ def find_files(
 
 def refuse_twins(paths: Iterable[Path], endings: Sequence[str] = PACKED) -> None:
     """Raise DataError where two paths are one file, or differ by ``endings`` only."""
-    seen: dict[str, Path] = {}
+    seen: dict[str | tuple[int, int], Path] = {}
     for path in paths:
         name = str(path.resolve())
         for ending in endings:
             name = name.removesuffix(ending)
-        if (other := seen.setdefault(name, path)) is not path:
-            raise DataError(
-                f"{other} and {path} are the same file, so its samples would count "
-                "twice; remove one of the two."
-            )
+        keys: list[str | tuple[int, int]] = [name, *_inode(path)]
+        for key in keys:
+            if (other := seen.setdefault(key, path)) is not path:
+                raise DataError(
+                    f"{other} and {path} are the same file twice, so its samples would "
+                    "count twice; name or keep one of them."
+                )
+
+
+def _inode(path: Path) -> list[tuple[int, int]]:
+    """What hard links to a file have in common; nothing for a folder or no file."""
+    if not path.is_file():
+        return []
+    status = path.stat()
+    return [(status.st_dev, status.st_ino)]
 
 
 def _matches(name: str) -> list[Path]:

@@ -193,5 +193,6 @@ def _array(
     if shape is None:
         return array
     if np.squeeze(array).shape != tuple(size for size in shape if size != 1):
-        raise DataError(f"{where} has {what} of shape {array.shape}, expected {shape}.")
+        expected = f"expected {shape}" if shape else "expected one number"
+        raise DataError(f"{where} has {what} of shape {array.shape}, {expected}.")
     return array.reshape(shape)

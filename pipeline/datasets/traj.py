@@ -12,6 +12,7 @@ from ase.io.jsonio import decode
 from pipeline.datasets.constraints import find_held_atoms
 from pipeline.datasets.labels import Record
 from pipeline.datasets.numbered import Found, NumberedDataset, OpenFiles
+from pipeline.datasets.packing import packer_of
 from pipeline.datasets.rows import NO_CELL, NO_PBC, row_id
 from pipeline.errors import DataError
 
@@ -26,6 +27,7 @@ class TrajDataset(NumberedDataset):
     its number. Labels are what the image's calculator has computed.
     """
 
+    format: ClassVar[str] = "traj"
     suffixes: ClassVar[tuple[str, ...]] = (".traj",)
 
     @staticmethod
@@ -61,6 +63,7 @@ class TrajDataset(NumberedDataset):
 def _open_file(path: Path) -> ulm.Reader:
     try:
         with path.open("rb") as stream:
+            _refuse_others(stream.read(8))
             # Reads beyond the end of a map are short ones, however large they ask for.
             content = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         reader = ulm.Reader(content)
@@ -69,6 +72,13 @@ def _open_file(path: Path) -> ulm.Reader:
     except Exception as error:
         raise _unreadable(str(path), error) from None
     return reader
+
+
+def _refuse_others(head: bytes) -> None:
+    if not head:
+        raise ValueError("it is empty")
+    if packer_of(head) is not None:
+        raise ValueError("it is packed; unpack it first")
 
 
 _open = OpenFiles(_open_file, shared=False)

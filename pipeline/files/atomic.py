@@ -50,6 +50,15 @@ def is_free(path: Path) -> bool:
     return not path.exists()
 
 
+# Folders that this process holds.
+_HELD: set[Path] = set()
+
+
+def is_held(folder: Path) -> bool:
+    """Whether this process holds ``folder``."""
+    return folder.resolve() in _HELD
+
+
 @contextmanager
 def hold_lock(folder: Path) -> Iterator[None]:
     """Keep ``folder`` to this process, made if missing and removed if left empty.
@@ -71,9 +80,11 @@ def hold_lock(folder: Path) -> Iterator[None]:
             f"{folder} is in use by another process; wait for it to end or choose "
             "another --out."
         ) from None
+    _HELD.add(folder.resolve())
     try:
         yield
     finally:
+        _HELD.discard(folder.resolve())
         # Removed while held: whoever waits sees that it is gone and makes its own.
         Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()

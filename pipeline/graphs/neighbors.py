@@ -25,6 +25,11 @@ _MARGIN = 0.01
 # No crystal repeats within so little; a smaller cell is a mistake of units, and would
 # have millions of neighbours (Å).
 _LOWEST_CELL = 0.5
+# Boxes of vesin, and how many of one side have to be left when they become too many.
+_MOST_BOXES = 1e5
+_FEWEST = 1.3
+# Boxes over the open directions of a structure that is periodic in others.
+_MOST_OPEN = 5e3
 
 # Names that stores have for fields of `NeighborSpec`.
 _STORED_NAMES = {"extra_graphs": "sides"}
@@ -205,6 +210,8 @@ def find_pairs(structure: Structure, cutoff: float) -> _Pairs:
     DataError
         The cell cannot be, or the neighbours cannot be found.
     """
+    check_cell(structure)
+    _check_spread(structure, cutoff)
     # vesin leaves out pairs at exactly its cutoff, so it gets a slightly larger one.
     finder = NeighborList(
         cutoff=cutoff * (1 + 1e-9) + 1e-9,
@@ -212,7 +219,6 @@ def find_pairs(structure: Structure, cutoff: float) -> _Pairs:
         algorithm="cell_list",
         n_threads=1,
     )
-    check_cell(structure)
     try:
         target, source, shift, distance = finder.compute(
             np.asarray(structure.positions, np.float64),
@@ -231,6 +237,38 @@ def find_pairs(structure: Structure, cutoff: float) -> _Pairs:
         shift.astype(np.int64),
         distance,
     )
+
+
+def _check_spread(structure: Structure, cutoff: float) -> None:
+    """Refuse structures that reach so far that vesin would crash or take forever.
+
+    It sorts atoms into at most 10⁵ boxes, one per cutoff. Beyond, all three sides get
+    fewer of them, and if one is left without any it divides by zero, which ends the
+    process. Where only some directions are periodic, far open ones take minutes.
+    """
+    boxes = np.clip(_sides(structure) / cutoff, 1.0, 1e100)
+    total = float(np.prod(boxes))
+    left = float(boxes.min()) * (_MOST_BOXES / total) ** (1 / 3)
+    mixed = structure.pbc.any() and not structure.pbc.all()
+    slow = mixed and float(np.prod(boxes[~structure.pbc])) > _MOST_OPEN
+    empty = 2 * total > _MOST_BOXES and left < _FEWEST
+    if slow or empty or boxes.max() > _MOST_BOXES:
+        raise DataError(
+            f"A structure of {len(structure)} atoms reaches over "
+            f"{boxes.max() * cutoff:.4g} Å, too far for its few neighbours to be "
+            "found; check its positions and cell, and their unit (Å)."
+        )
+
+
+def _sides(structure: Structure) -> _Floats:
+    """(3,) how far a structure reaches: its cell, or its atoms where not periodic."""
+    with np.errstate(over="ignore"):
+        reach = np.ptp(np.asarray(structure.positions, np.float64), axis=0)
+    cell = np.asarray(structure.cell, np.float64)
+    if structure.pbc.all():
+        # Distances between opposite faces.
+        return np.asarray(1 / np.linalg.norm(np.linalg.inv(cell), axis=0))
+    return np.where(structure.pbc, np.linalg.norm(cell, axis=1), reach)
 
 
 def check_cell(structure: Structure) -> None:

@@ -61,10 +61,12 @@ def check_elements(
     atomic_numbers: npt.ArrayLike,
     elements: Container[int],
     sample_ids: npt.ArrayLike | None = None,
+    noun: str = "Sample",
 ) -> None:
     """Raise :class:`DataError` for the first atom whose element is not in ``elements``.
 
-    ``sample_ids`` (N,) names each atom's sample, for the message.
+    ``sample_ids`` (N,) names each atom's sample, for the message; ``noun`` is what a
+    sample is called there.
     """
     numbers = np.asarray(atomic_numbers)
     unknown = [int(z) for z in np.unique(numbers) if int(z) not in elements]
@@ -75,12 +77,12 @@ def check_elements(
     number = int(numbers[atom])
     if isinstance(elements, TrainedElements) and number in elements.embedded:
         raise DataError(
-            f"Sample{where} holds {list_symbols(number)}; the data that this model was "
+            f"{noun}{where} holds {list_symbols(number)}; the data that this model was "
             f"trained on held no {list_symbols(number)}, so its numbers would mean "
             f"nothing; leave such samples out, or set {elements.option} to go on."
         )
     raise DataError(
-        f"Sample{where} holds an atom with atomic number {number}, which "
+        f"{noun}{where} holds an atom with atomic number {number}, which "
         "this model cannot embed; leave such samples out or use a model with more "
         "elements."
     )

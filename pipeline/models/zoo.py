@@ -12,6 +12,8 @@ from pipeline.models.gemnet.options import GemNetOCOptions
 from pipeline.models.network import Network
 from pipeline.models.painn import PaiNN, PaiNNOptions
 from pipeline.models.schnet import SchNet, SchNetOptions
+from pipeline.models.students import GROUP, build_student, load_student
+from pipeline.plugins import PlugIns
 
 
 @dataclass(frozen=True)
@@ -194,10 +196,48 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
+STUDENTS = PlugIns(GROUP, "student", (*PRESETS, *MODELS))
+
+
+def student_names() -> tuple[str, ...]:
+    """Names that ``student.preset`` can have: presets and installed plug-ins."""
+    return (*PRESETS, *STUDENTS.installed())
+
+
+def model_names() -> tuple[str, ...]:
+    """Names that ``student.model`` can have: networks and installed plug-ins."""
+    return (*MODELS, *STUDENTS.installed())
+
+
+def find_preset(name: str) -> tuple[str, dict[str, Any]]:
+    """Return network and hyperparameters of the student ``name``.
+
+    Raises
+    ------
+    SpecError
+        There is no such student, or its plug-in is broken.
+    """
+    STUDENTS.check(name)
+    if name in PRESETS:
+        return PRESETS[name]
+    return name, dict(load_student(STUDENTS, name).hyperparameters)
+
+
 def build_model(name: str, hyperparameters: Mapping[str, Any]) -> Network:
-    """Freshly initialised model ``name``; keys left out take the model's defaults."""
+    """Freshly initialised model ``name``; keys left out take the model's defaults.
+
+    Raises
+    ------
+    SpecError
+        There is no such model, its plug-in is broken, or a hyperparameter is wrong.
+    """
     if name not in MODELS:
-        raise SpecError(f"There is no model {name!r} (known: {', '.join(MODELS)}).")
+        if name in STUDENTS.installed():
+            return build_student(STUDENTS, name, hyperparameters)
+        raise SpecError(
+            f"No model is called {name!r}; known are {', '.join(model_names())}, and "
+            "the model of a plug-in if its package is installed."
+        )
     kind = MODELS[name]
     for key, value in hyperparameters.items():
         _check(name, key, value, kind.options)
@@ -226,8 +266,10 @@ def _check(name: str, key: str, value: object, options: type) -> None:
     kinds = get_args(hint) if isinstance(hint, UnionType) else (hint,)
     least = known[key].metadata.get("least", None)
     if not any(_fits(value, kind, least) for kind in kinds):
+        most = f" of at most {_LARGEST}" if {int, float} & set(kinds) else ""
         raise SpecError(
-            f"{name}.{key} is {value!r}, but {_describe_needed(kinds)} is needed."
+            f"{name}.{key} is {value!r:.200}, but {_describe_needed(kinds)} is "
+            f"needed{most}."
         )
 
 
@@ -251,4 +293,6 @@ def _describe_needed(kinds: tuple[Any, ...]) -> str:
     """Name of the first of ``kinds`` for an error message."""
     kind = get_origin(kinds[0]) or kinds[0]
     names = {dict: "mapping", float: "positive float", int: "positive int"}
+    if kind is list:
+        return f"a list of {get_args(kinds[0])[0].__name__}s"
     return f"a {names.get(kind, kind.__name__)}"

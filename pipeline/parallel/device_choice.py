@@ -20,11 +20,13 @@ def choose_device(name: str | None) -> "torch.device":
 
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    usable = "cpu or cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        # Not where tensors hold no numbers, as on "meta".
+        torch.empty(1, device=device).fill_(0).item()
     except (RuntimeError, AssertionError):
         raise SpecError(
-            f"--device {name!r} cannot be used on this machine; try cpu or cuda."
+            f"--device {name!r} cannot be used on this machine; try {usable}."
         ) from None
     return device

@@ -85,7 +85,7 @@ for spec in sorted(Path("cache_specs").glob("*.yaml")):
             shell:
                 "(kd-cache build {input.spec:q} --out {params.store:q} "
                 "--threads {resources.threads_each} --workers {resources.processes} "
-                "--receipt {output.receipt:q} {params.overrides:q} && "
+                "--done-file {output.receipt:q} {params.overrides:q} && "
                 "kd-cache info {params.store:q} --csv > {output.fields:q}) 2>&1 | tee {log:q}"
 
     else:

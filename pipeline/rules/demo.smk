@@ -2,11 +2,10 @@
 # `--config quick=true` makes a short form for checks.
 QUICK = str(config.get("quick", "false")).lower() == "true"
 STRATEGIES = (
-    ["none", "v2v+vanilla2"]
-    if QUICK
-    else ["none", "n2n", "e2n", "v2v", "vanilla1", "vanilla2", "v2v+vanilla2"]
+    ["none", "v2v+vanilla2"] if QUICK else ["none", "n2n", "vanilla2", "v2v+vanilla2"]
 )
-STEPS = 600 if QUICK else 1500
+# At 1500 steps most of the gap to the teacher is short training.
+STEPS = 600 if QUICK else 6000
 RUNS = expand("results/demo/{strategy}-s0-{steps}", strategy=STRATEGIES, steps=STEPS)
 
 
@@ -31,7 +30,7 @@ rule demo_student:
         "kd-train --cache {params.store} --strategy {wildcards.strategy} "
         "--student {params.student} --config {input.config} --seed {wildcards.seed} "
         "--steps {wildcards.steps} --threads {threads} --out $(dirname {output.metrics}) "
-        "--auto-resume > {log} 2>&1"
+        "--resume auto > {log} 2>&1"
 
 
 rule demo:

@@ -1,8 +1,8 @@
 """``CacheSpec``: what a store is made of, read from ``cache_specs/*.yaml``."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field as Key
 from pydantic import field_validator
@@ -11,8 +11,9 @@ from pipeline.errors import SpecError
 from pipeline.fields import CACHEABLE_FIELDS, FIELDS
 from pipeline.files.globs import glob_matches, is_glob
 from pipeline.files.remote import is_url, refuse_credentials
-from pipeline.spec.formats import FORMATS, Format
+from pipeline.spec.formats import FORMATS
 from pipeline.spec.reference_energies import read_reference_energies
+from pipeline.spec.renamed_keys import rename_keys
 from pipeline.spec.units_spec import UnitsSpec
 from pipeline.spec.yaml_model import (
     ClosedModel,
@@ -33,6 +34,8 @@ Scalar = bool | int | float | str
 
 class TeacherSpec(ClosedModel):
     """Which network is run, and how."""
+
+    earlier_keys: ClassVar[Mapping[str, str]] = {"batch_gib": "max_batch_gib"}
 
     model: str = Key(
         description="Name of the teacher: gemnet_oc | painn | schnet | "
@@ -72,8 +75,10 @@ class TeacherSpec(ClosedModel):
     batch_atoms: int = Key(
         2048, ge=1, description="Maximum number of atoms in one forward pass."
     )
-    batch_gib: float = Key(
-        4.0, gt=0, description="Maximum estimated memory of one forward pass, in GiB."
+    max_batch_gib: float = Key(
+        4.0,
+        gt=0,
+        description="Maximum memory of one forward pass in GiB, by an estimate.",
     )
 
 
@@ -96,9 +101,14 @@ class RattleSpec(ClosedModel):
 class SplitSpec(ClosedModel):
     """One dataset, stored as one group."""
 
-    format: Format = Key(
-        description=f"Format of the files: {' | '.join(FORMATS)}. Text files may be "
-        "compressed."
+    earlier_keys: ClassVar[Mapping[str, str]] = {
+        "compare_energies": "check_energy_kind"
+    }
+
+    format: str = Key(
+        description=f"Format of the files: {' | '.join(FORMATS.built_in)} | the name "
+        "of an installed plug-in. Text may be packed.",
+        examples=list(FORMATS.built_in),
     )
     path: str | list[str] = Key(
         description="File, folder, URL or glob (* ? [), or a list of these. "
@@ -154,10 +164,9 @@ class SplitSpec(ClosedModel):
         "squares) | none | FILE, a JSON or YAML map from element "
         "to eV. They are stored next to the labels.",
     )
-    compare_energies: bool = Key(
+    check_energy_kind: bool = Key(
         True,
-        description="Whether the energies must be of the same kind as in the "
-        "other splits.",
+        description="Whether energies must be of the same kind as in other splits.",
     )
     on_bad_sample: Literal["fail", "skip"] = Key(
         "fail",
@@ -189,6 +198,13 @@ class SplitSpec(ClosedModel):
         None,
         description="Displaced copies to store instead of the samples (default: none).",
     )
+
+    @field_validator("format")
+    @classmethod
+    def _known_format(cls, value: str) -> str:
+        if value not in FORMATS.names():
+            raise ValueError(f"unknown dataset format{FORMATS.known()}")
+        return value
 
     @field_validator("path", mode="before")
     @classmethod
@@ -233,13 +249,15 @@ class SplitSpec(ClosedModel):
 class FeatureSpec(ClosedModel):
     """How one field is stored."""
 
+    earlier_keys: ClassVar[Mapping[str, str]] = {"error": "max_relative_error"}
+
     profile: Literal["faithful", "q8", "compact"] = Key(
         "faithful",
         description="Storage of the field: faithful, as computed, in dtype | "
         "q8, int8 and a scale for every atom, a quarter of float32 "
         "| compact, compressed to the given error.",
     )
-    error: float | None = Key(
+    max_relative_error: float | None = Key(
         None,
         gt=0,
         lt=1,
@@ -260,7 +278,8 @@ class FeatureSpec(ClosedModel):
         """Error that ``compact`` is to keep; None for the other profiles."""
         if self.profile != "compact":
             return None
-        return COMPACT_ERROR if self.error is None else self.error
+        error = self.max_relative_error
+        return COMPACT_ERROR if error is None else error
 
 
 class StoreSpec(ClosedModel):
@@ -296,7 +315,7 @@ class CacheSpec(ClosedModel):
 
 
 def load_spec(
-    path: Path, overrides: Iterable[str] = (), out: Path | None = None
+    path: Path | str, overrides: Iterable[str] = (), out: Path | None = None
 ) -> CacheSpec:
     """The spec at ``path`` with overrides applied and every path made absolute.
 
@@ -308,8 +327,9 @@ def load_spec(
         A key is unknown, missing or of the wrong kind, a field is unknown, an
         environment variable is unset, or a named file does not exist.
     """
-    document = read_yaml(path)
-    apply_overrides(document, overrides)
+    path = Path(path)
+    document = rename_keys(CacheSpec, read_yaml(path), str(path))
+    apply_overrides(document, overrides, CacheSpec)
     if out is not None and isinstance(document.setdefault("store", {}), dict | None):
         document["store"] = {**(document["store"] or {}), "path": str(out)}
     spec = validate(CacheSpec, document, str(path))
@@ -410,10 +430,10 @@ def _check_profile(name: str, feature: FeatureSpec) -> None:
             f"features.{name}: dtype is for profile faithful, but {feature.profile} "
             "stores integers; remove dtype or profile."
         )
-    if feature.profile != "compact" and feature.error is not None:
+    if feature.profile != "compact" and feature.max_relative_error is not None:
         raise SpecError(
-            f"features.{name}.error is for profile compact, not for "
-            f"{feature.profile}; remove it."
+            f"features.{name}.max_relative_error is for profile compact; the error of "
+            f"{feature.profile} is given, so remove the key."
         )
     if feature.profile != "faithful" and None not in FIELDS[name].shape:
         raise SpecError(

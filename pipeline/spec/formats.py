@@ -1,29 +1,16 @@
-"""The formats of data sets, in one list, and the endings of their files."""
+"""Names of the dataset formats: the built-in ones and those of plug-ins."""
 
-from typing import Literal, get_args
+from pipeline.plugins import PlugIns
 
-Format = Literal[
-    "oc20_lmdb",
-    "oc20_raw",
-    "extxyz",
-    "ase_db",
-    "aselmdb",
-    "traj",
-    "npz",
-    "hdf5",
-]
-FORMATS: tuple[Format, ...] = get_args(Format)
-# Frames of oc20_raw end in .extxyz, too; what lies beside them tells.
-BY_SUFFIX: dict[str, Format] = {
-    ".extxyz": "extxyz",
-    ".xyz": "extxyz",
-    ".lmdb": "oc20_lmdb",
-    ".db": "ase_db",
-    ".json": "ase_db",
-    ".aselmdb": "aselmdb",
-    ".traj": "traj",
-    ".npz": "npz",
-    ".h5": "hdf5",
-    ".hdf5": "hdf5",
-    ".hdf": "hdf5",
+# Reader of every built-in format.
+BUILT_IN = {
+    "oc20_lmdb": "pipeline.datasets.oc20_lmdb:Oc20LmdbDataset",
+    "oc20_raw": "pipeline.datasets.oc20_raw:Oc20RawDataset",
+    "extxyz": "pipeline.datasets.extxyz:ExtxyzDataset",
+    "ase_db": "pipeline.datasets.ase_db:AseDbDataset",
+    "aselmdb": "pipeline.datasets.aselmdb:AselmdbDataset",
+    "traj": "pipeline.datasets.traj:TrajDataset",
+    "npz": "pipeline.datasets.npz:NpzDataset",
+    "hdf5": "pipeline.datasets.hdf5:Hdf5Dataset",
 }
+FORMATS = PlugIns("pipeline.datasets", "dataset format", tuple(BUILT_IN))

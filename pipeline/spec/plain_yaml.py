@@ -10,16 +10,21 @@ from collections.abc import Callable, Hashable
 from typing import Any, ClassVar
 
 import yaml
-from yaml.nodes import MappingNode, Node, ScalarNode
+from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 _TAG = "tag:yaml.org,2002:"
+_MERGE = _TAG + "merge"
+# Of a document whose aliases are written out.
+_MOST_NODES = 1_000_000
+# Underscores stand between digits only.
+_WHOLE = r"(?:0|[1-9][0-9]*(?:_[0-9]+)*)"
 _SPELLINGS = (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?(?:0|[1-9][0-9_]*)", list("-+0123456789")),
+    ("int", rf"[-+]?{_WHOLE}", list("-+0123456789")),
     (
         "float",
-        r"[-+]?(?:\.[0-9]+|(?:0|[1-9][0-9_]*)(?:\.[0-9_]*)?)(?:[eE][-+]?[0-9]+)?"
+        rf"[-+]?(?:\.[0-9]+|{_WHOLE}(?:\.(?:[0-9]+(?:_[0-9]+)*)?)?)(?:[eE][-+]?[0-9]+)?"
         r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
         list("-+0123456789."),
     ),
@@ -44,18 +49,46 @@ class PlainLoader(yaml.SafeLoader):
         if tag in (None, *(_TAG + name for name in ("null", "str", "seq", "map")))
     }
 
-    def construct_mapping(self, node: Node, deep: bool = False) -> dict[Hashable, Any]:
-        """The mapping of ``node``, none of whose keys is there twice."""
-        if isinstance(node, MappingNode):
-            self._refuse_repeated(node)
-        return super().construct_mapping(node, deep)  # type: ignore[arg-type]
+    def __init__(self, stream: str) -> None:
+        super().__init__(stream)
+        self._flat: set[int] = set()
+
+    def get_single_node(self) -> Node | None:
+        """The node of the only document, of a size that can be read."""
+        node = super().get_single_node()
+        if node is not None and _written_out(node, {}) > _MOST_NODES:
+            raise yaml.YAMLError("its aliases stand for too much; write less of them")
+        return node
+
+    def flatten_mapping(self, node: MappingNode) -> None:
+        """Put what ``<<`` merges behind the keys of ``node``, of which none is twice.
+
+        A key of the mapping itself comes first, then the earlier of what is merged. An
+        anchored mapping may be merged elsewhere before it is made itself.
+        """
+        if id(node) in self._flat:
+            return
+        self._flat.add(id(node))
+        self._refuse_repeated(node)
+        merged = [value for key, value in node.value if key.tag == _MERGE]
+        node.value = [pair for pair in node.value if pair[0].tag != _MERGE]
+        known = {self.construct_object(key) for key, _ in node.value}
+        for part in (part for value in merged for part in _mappings(value)):
+            self.flatten_mapping(part)
+            for key, value in part.value:
+                if (name := self.construct_object(key)) not in known:
+                    known.add(name)
+                    node.value.append((key, value))
 
     def _refuse_repeated(self, node: MappingNode) -> None:
         first: dict[Hashable, int] = {}
         for key, _ in node.value:
-            if not isinstance(key, ScalarNode) or key.tag == _TAG + "merge":
-                continue
-            name, line = self.construct_object(key), key.start_mark.line + 1
+            if not isinstance(key, ScalarNode):
+                raise yaml.constructor.ConstructorError(
+                    None, None, "a list or map cannot be a key", key.start_mark
+                )
+            line = key.start_mark.line + 1
+            name = "<<" if key.tag == _MERGE else self.construct_object(key)
             if name in first:
                 raise RepeatedKey(
                     problem=f"the key {key.value!r} is in lines {first[name]} and "
@@ -63,6 +96,37 @@ class PlainLoader(yaml.SafeLoader):
                     problem_mark=key.start_mark,
                 )
             first[name] = line
+
+
+def _mappings(node: Node) -> list[MappingNode]:
+    """The mappings that ``<<: node`` merges."""
+    found = []
+    for part in node.value if isinstance(node, SequenceNode) else [node]:
+        if not isinstance(part, MappingNode):
+            raise yaml.constructor.ConstructorError(
+                None, None, "<< merges mappings only", part.start_mark
+            )
+        found.append(part)
+    return found
+
+
+def _written_out(node: Node, known: dict[int, int | None]) -> int:
+    """Number of nodes of ``node`` with its aliases written out; fills ``known``."""
+    if id(node) in known:
+        size = known[id(node)]
+        if size is None:
+            raise yaml.composer.ComposerError(
+                None, None, "an alias stands inside what it stands for", node.start_mark
+            )
+        return size
+    known[id(node)] = None
+    parts: list[Node] = []
+    if isinstance(node, MappingNode):
+        parts = [part for pair in node.value for part in pair]
+    elif isinstance(node, SequenceNode):
+        parts = node.value
+    known[id(node)] = size = 1 + sum(_written_out(part, known) for part in parts)
+    return size
 
 
 class _PlainDumper(yaml.SafeDumper):
@@ -86,13 +150,15 @@ for _name, _pattern, _first in _SPELLINGS:
         )
 
 
-def _number(kind: Callable[[str], Any]) -> Callable[[PlainLoader, ScalarNode], Any]:
+def _reader(
+    kind: Callable[[str], Any], noun: str = "number"
+) -> Callable[[PlainLoader, ScalarNode], Any]:
     def construct(loader: PlainLoader, node: ScalarNode) -> Any:
         text = node.value.replace("_", "").lower()
         try:
             return kind(re.sub(r"^([-+]?)\.(inf|nan)$", r"\1\2", text))
         except (ValueError, KeyError):
-            what = f"{node.value:.40} is not a readable number"
+            what = f"{node.value:.40} is no {noun} that can be read"
             raise yaml.constructor.ConstructorError(
                 None, None, what, node.start_mark
             ) from None
@@ -100,10 +166,21 @@ def _number(kind: Callable[[str], Any]) -> Callable[[PlainLoader, ScalarNode], A
     return construct
 
 
-PlainLoader.add_constructor(_TAG + "int", _number(int))
-PlainLoader.add_constructor(_TAG + "float", _number(float))
+def _text(loader: PlainLoader, node: ScalarNode) -> str:
+    """Text that can be written to a file: no halves of characters."""
+    text: str = loader.construct_scalar(node)
+    if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+        raise yaml.constructor.ConstructorError(
+            None, None, "text has half a character (\\ud800)", node.start_mark
+        )
+    return text
+
+
+PlainLoader.add_constructor(_TAG + "str", _text)
+PlainLoader.add_constructor(_TAG + "int", _reader(int))
+PlainLoader.add_constructor(_TAG + "float", _reader(float))
 PlainLoader.add_constructor(
-    _TAG + "bool", _number({"true": True, "false": False}.__getitem__)
+    _TAG + "bool", _reader({"true": True, "false": False}.__getitem__, "boolean")
 )
 
 
@@ -140,10 +217,12 @@ def parse_value(text: str) -> Any:
         resolver = PlainLoader("")
         tag = resolver.resolve(ScalarNode, text, (text != "<<", True))
         return resolver.construct_object(ScalarNode(tag, text))
+    value = parse_yaml(text)
     node = yaml.compose(text, Loader=PlainLoader)
-    if node is None or node.end_mark.index < len(text):
+    quoted = isinstance(node, ScalarNode) == (text[0] in "\"'")
+    if node is None or not quoted or node.end_mark.index < len(text):
         raise yaml.YAMLError("something follows the value")
-    return parse_yaml(text)
+    return value
 
 
 def yaml_text(value: Any, *, flow: bool | None = False) -> str:

@@ -6,37 +6,25 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import UnionType
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
-from pydantic_core.core_schema import ValidationInfo
+from pydantic import BaseModel, ValidationError
 
 from pipeline.errors import SpecError
 from pipeline.files.strict_json import parse_json
+from pipeline.spec.closed_model import ClosedModel, is_model, without_none
 from pipeline.spec.plain_yaml import RepeatedKey, parse_value, parse_yaml
+from pipeline.spec.renamed_keys import rename_keys, rename_setting
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}|\$(\w+)")
-# Integers beyond have no place in arrays, generators and files.
-_LARGEST = 2**63 - 1
-
-
-class ClosedModel(BaseModel):
-    """A document part that refuses unknown keys and cannot change once read.
-
-    Where a number is wanted, booleans and text are refused, and so are integers that
-    do not fit into 64 bits.
-    """
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _plain_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        assert info.field_name is not None
-        _check_numbers(cls.model_fields[info.field_name].annotation, value)
-        return value
+_WANTED = {
+    "model_type": "a map of keys is wanted",
+    "dict_type": "a map of keys is wanted",
+    "tuple_type": "a list is wanted",
+}
+# Characters of a value in a message.
+_SHOWN = 200
 
 
 Document = TypeVar("Document", bound=ClosedModel)
@@ -59,11 +47,23 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except RepeatedKey as error:
         raise SpecError(f"{path}: {error.problem}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
-        raise SpecError(f"{path} is not valid YAML: {reason}.") from None
+        raise SpecError(f"{path} is not valid YAML: {_reason(error)}.") from None
     if not isinstance(loaded, dict):
         raise SpecError(f"{path} must be a mapping of keys, but it is {loaded!r:.60}.")
     return loaded
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong with YAML, where, and what helps against the usual causes."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:
+        return " ".join(str(error).split())
+    reason = f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"  # type: ignore[attr-defined]
+    if "'\\t'" in reason:
+        return f"{reason}; use spaces"
+    if "cannot start any token" in reason or "not allowed here" in reason:
+        return f"{reason}; put text that is meant as it is in quotes"
+    return reason
 
 
 def read_json_map(path: Path) -> dict[str, Any]:
@@ -77,13 +77,23 @@ def read_json_map(path: Path) -> dict[str, Any]:
     return loaded
 
 
-def apply_overrides(document: dict[str, Any], overrides: Iterable[str]) -> None:
-    """Set ``a.b.c=value`` entries in place; values are read by `parse_value`."""
+def apply_overrides(
+    document: dict[str, Any],
+    overrides: Iterable[str],
+    model: type[BaseModel] | None = None,
+) -> None:
+    """Set ``a.b.c=value`` entries in place; `parse_value` reads the values.
+
+    ``document`` has the names of today, and so have the keys that are set: ``model``
+    knows the earlier names of both.
+    """
     for override in overrides:
         dotted, equals, text = override.partition("=")
-        if not equals or not dotted:
-            raise SpecError(f"--set {override!r} must look like key.subkey=value.")
+        if model is not None:
+            dotted = rename_setting(model, dotted, "--set")
         *parents, last = dotted.split(".")
+        if not equals or not all((*parents, last)):
+            raise SpecError(f"--set {override!r} must look like key.subkey=value.")
         target = document
         for key in parents:
             if target.get(key) is None:
@@ -97,20 +107,28 @@ def apply_overrides(document: dict[str, Any], overrides: Iterable[str]) -> None:
             target[last] = parse_value(text)
         except RepeatedKey as error:
             raise SpecError(f"--set {override!r}: {error.problem}.") from None
-        except yaml.YAMLError:
-            raise SpecError(
-                f"--set {override!r}: the value is not valid YAML; put text that "
-                "begins with a bracket or a quotation mark in quotes."
-            ) from None
+        except yaml.YAMLError as error:
+            reason = _reason(error)
+            if text.strip().startswith(("[", "{", '"', "'")):
+                reason = (
+                    "the value is not YAML; put text that begins with a bracket or a "
+                    "quotation mark in quotes of its own"
+                )
+            raise SpecError(f"--set {_shown(override)}: {reason}.") from None
 
 
 def validate(model: type[Document], data: Mapping[str, Any], where: str) -> Document:
-    """``data`` as ``model``; the first thing wrong becomes one SpecError sentence."""
+    """Read ``data`` as ``model``; the first fault becomes one SpecError sentence.
+
+    Earlier names of keys are read with a warning.
+    """
     try:
+        if isinstance(data, Mapping):
+            data = rename_keys(model, data, where)
         return model.model_validate(data)
     except ValidationError as failure:
         error = failure.errors()[0]
-    place = ".".join(str(part) for part in error["loc"]) or "the document"
+    place = ".".join(map(str, error["loc"])) if error["loc"] else "the document"
     if error["type"] == "extra_forbidden":
         key = str(error["loc"][-1])
         known = _known_keys(model, error["loc"][:-1])
@@ -123,11 +141,28 @@ def validate(model: type[Document], data: Mapping[str, Any], where: str) -> Docu
         raise SpecError(
             f"{where}: {parent}: the key {key!r} must be text; put it in quotes."
         )
+    raise SpecError(f"{where}: {place}: {_message(error)}.")
+
+
+def _message(error: Mapping[str, Any]) -> str:
+    """What pydantic's ``error`` is, what was found, and a remedy that is known."""
+    kind, value = error["type"], error["input"]
     message = error["msg"].removeprefix("Value error, ").rstrip(".")
-    if error["type"] == "string_type" and isinstance(error["input"], int | float):
-        message = "the value must be text, so put it in quotes"
-    found = "" if isinstance(error["input"], dict) else f", found {error['input']!r}"
-    raise SpecError(f"{where}: {place}: {message}{found}.")
+    if value is None:
+        return f"{message}, found nothing (null); leave the key out for its default"
+    if kind == "string_type" and isinstance(value, int | float):
+        message = "text is wanted, so put the value in quotes"
+    elif kind in _WANTED:
+        message = _WANTED[kind]
+    if isinstance(value, dict):
+        return message if kind == "value_error" else f"{message}, found a map"
+    return f"{message}, found {_shown(value)}"
+
+
+def _shown(value: Any) -> str:
+    """``value`` as Python writes it, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -172,60 +207,16 @@ def expand_text(text: str, key: str) -> str:
     return _VARIABLE.sub(value, text)
 
 
-def _check_numbers(annotation: Any, value: Any) -> None:
-    """Raise ValueError for what is no number where ``annotation`` wants one."""
-    kinds = [kind for kind in _alternatives(annotation) if kind is not type(None)]
-    if value is None or len(kinds) != 1:
-        return
-    (kind,) = kinds
-    if kind in (int, float):
-        _check_number(value)
-    elif get_origin(kind) is tuple and isinstance(value, list | tuple):
-        for item in value:
-            _check_numbers(get_args(kind)[0], item)
-    elif get_origin(kind) is dict and isinstance(value, Mapping):
-        for item in value.values():
-            _check_numbers(get_args(kind)[1], item)
-
-
-def _check_number(value: Any) -> None:
-    if isinstance(value, bool | str):
-        raise ValueError("the value must be a plain decimal number")
-    if isinstance(value, int) and abs(value) > _LARGEST:
-        raise ValueError(f"the number is too large (maximum: {_LARGEST})")
-
-
-def _alternatives(annotation: Any) -> tuple[Any, ...]:
-    """Kinds that ``annotation`` allows, without what annotates them."""
-    if get_origin(annotation) is Annotated:
-        return _alternatives(get_args(annotation)[0])
-    if get_origin(annotation) in (Union, UnionType):
-        return tuple(k for a in get_args(annotation) for k in _alternatives(a))
-    return (annotation,)
-
-
 def _known_keys(model: type[BaseModel], location: tuple[Any, ...]) -> list[str]:
     """Keys allowed at ``location``, following nested models and mappings of models."""
     current: Any = model
     for part in location:
-        if _is_model(current):
+        if is_model(current):
             field = current.model_fields.get(part)
-            current = None if field is None else _without_none(field.annotation)
+            current = None if field is None else without_none(field.annotation)
         elif get_origin(current) is dict:
             current = get_args(current)[1]
-    return list(current.model_fields) if _is_model(current) else []
-
-
-def _is_model(annotation: Any) -> bool:
-    plain = isinstance(annotation, type) and get_origin(annotation) is None
-    return plain and issubclass(annotation, BaseModel)
-
-
-def _without_none(annotation: Any) -> Any:
-    """``X`` of ``X | None``; anything else unchanged."""
-    if get_origin(annotation) is not UnionType:
-        return annotation
-    return next(a for a in get_args(annotation) if a is not type(None))
+    return list(current.model_fields) if is_model(current) else []
 
 
 def as_json(value: Any) -> Any:

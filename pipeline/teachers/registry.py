@@ -3,14 +3,13 @@
 import importlib
 import importlib.util
 from collections.abc import Callable
-from importlib.metadata import EntryPoint, entry_points
 
 from pipeline.errors import SpecError
+from pipeline.plugins import PlugIns
 from pipeline.spec.cache_spec import TeacherSpec
 from pipeline.spec.yaml_model import nearest
 from pipeline.teachers.potential import Potential
 
-GROUP = "pipeline.teachers"
 OWN_MODELS = ("gemnet_oc", "painn", "schnet")
 # Module with a ``load``, the package it needs, and the extra that brings that package.
 PLUGINS = {
@@ -19,6 +18,7 @@ PLUGINS = {
     "mace": ("pipeline.teachers.mace", "mace", "mace"),
     "fairchem": ("pipeline.teachers.fairchem", "fairchem", "fairchem"),
 }
+TEACHERS = PlugIns("pipeline.teachers", "teacher", (*OWN_MODELS, *PLUGINS))
 
 
 def load_potential(spec: TeacherSpec) -> Potential:
@@ -27,7 +27,8 @@ def load_potential(spec: TeacherSpec) -> Potential:
     Raises
     ------
     SpecError
-        No teacher has this name, or the package it needs is not installed.
+        No teacher has this name, the package it needs is not installed, or a plug-in
+        of this name is broken or is not the only one.
     CheckpointError
         The file is not what the spec says.
     """
@@ -36,23 +37,23 @@ def load_potential(spec: TeacherSpec) -> Potential:
 
 def teacher_names() -> list[str]:
     """Names that ``teacher.model`` can have here, sorted."""
-    return sorted({*OWN_MODELS, *PLUGINS, *_entry_points()})
+    return sorted(TEACHERS.names())
 
 
 def _loader(name: str) -> Callable[[TeacherSpec], Potential]:
+    TEACHERS.check(name)
     if name in OWN_MODELS:
         from pipeline.teachers.builtin import load
 
         return load
     if name in PLUGINS:
         return _plugin(name)
-    found = _entry_points()
-    if name not in found:
+    if name not in TEACHERS.names():
         raise SpecError(
             "teacher.model: there is no teacher "
             f"{name!r}{nearest(name, teacher_names())}."
         )
-    loader: Callable[[TeacherSpec], Potential] = found[name].load()
+    loader: Callable[[TeacherSpec], Potential] = TEACHERS.load(name)
     return loader
 
 
@@ -65,7 +66,3 @@ def _plugin(name: str) -> Callable[[TeacherSpec], Potential]:
         )
     loader: Callable[[TeacherSpec], Potential] = importlib.import_module(module).load
     return loader
-
-
-def _entry_points() -> dict[str, EntryPoint]:
-    return {point.name: point for point in entry_points(group=GROUP)}

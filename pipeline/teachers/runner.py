@@ -122,7 +122,7 @@ class TeacherRunner:
             "precision": self.spec.precision,
             "layers": dict(self.layers),
             "batch_atoms": self.spec.batch_atoms,
-            "batch_gib": self.spec.batch_gib,
+            "max_batch_gib": self.spec.max_batch_gib,
             "graph_rule": self.potential.graph_rule.to_dict(),
             "normalizer": self.potential.normalizer.to_dict(),
         }
@@ -195,7 +195,7 @@ class TeacherRunner:
             graph = self.potential.graph(sample)
             need = self.potential.estimate_memory(graph)
             many = atoms + len(graph.structure) > self.spec.batch_atoms
-            if group and (many or size + need > self.spec.batch_gib * 2**30):
+            if group and (many or size + need > self.spec.max_batch_gib * 2**30):
                 yield group
                 group, atoms, size = [], 0, 0
             group.append(graph)

@@ -132,6 +132,20 @@ def test_impossible_structures_are_refused(make_structure, positions, cell, pbc,
         neighbor_edges(structure, NeighborSpec(5.0, 10, symmetric=False))
 
 
+@pytest.mark.parametrize("far", [1e4, 1e6, 1e300])
+def test_a_stray_atom_does_not_end_the_process(make_structure, far):
+    """A12: vesin divided by zero, and the process was gone without a word."""
+    positions = [[0.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, far / 2, far]]
+    flags = [(False, False, False), (True, False, False), (True, True, False)]
+    for pbc in flags:
+        structure = make_structure(positions, 10 * np.eye(3), pbc)
+        if sum(pbc) == 2 and far == 1e4:
+            assert len(neighbor_edges(structure, NeighborSpec(5.0, 20, False)))
+            continue
+        with pytest.raises(DataError, match="too far for its few neighbours.*unit"):
+            neighbor_edges(structure, NeighborSpec(5.0, 20, False))
+
+
 def test_flat_vectors_do_no_harm_where_nothing_repeats(make_structure):
     structure = make_structure([[0, 0, 0]], SLAB, [True, True, False])
     edges = neighbor_edges(structure, NeighborSpec(4.5, 10, symmetric=False))

@@ -223,7 +223,9 @@ def test_what_cannot_be_calculated_is_told(schnet: Path, tmp_path: Path) -> None
     allowed = molecule("CH3NO2")
     allowed.calc = StudentCalculator(schnet, device="cpu", any_element=True)
     assert np.isfinite(allowed.get_potential_energy())
-    with pytest.raises(CheckpointError, match="no run folder or model file"):
+    with pytest.raises(
+        CheckpointError, match="does not exist; name a run folder or a model file"
+    ):
         StudentCalculator(tmp_path / "absent")
     with pytest.raises(SpecError, match="'float16'"):
         StudentCalculator(schnet, device="cpu", dtype="float16")
@@ -261,7 +263,7 @@ def test_files_that_do_not_list_elements_are_told(tmp_path: Path) -> None:
     path = tmp_path / "bare.safetensors"
     model = build_model("schnet", STUDENTS["schnet-demo"])
     save_model(path, "schnet", model, Normalizer(), {})
-    with pytest.warns(UserWarning, match="does not say which elements"):
+    with pytest.warns(UserWarning, match="does not list the elements"):
         calc = calculator(path)
     atoms = molecule("CH3NO2")
     atoms.calc = calc

@@ -212,7 +212,7 @@ def test_command_says_what_is_wrong(finished, small_spec, labels_store, tmp_path
     store = small_spec.parent / "small.zarr"
     given = ("--data", store, "--split", "val", "--out", tmp_path / "out")
     cases = {
-        (finished, tmp_path, *given): "holds no student.safetensors",
+        (finished, tmp_path, *given): "has no student.safetensors",
         (finished, tmp_path / "no.pt", *given): "There is no checkpoint file",
         (finished, finished / "config.yaml", *given): "config.yaml",
         (finished, "teacher", *given[:3], "tset", *given[4:]): "no split 'tset'",
@@ -220,7 +220,7 @@ def test_command_says_what_is_wrong(finished, small_spec, labels_store, tmp_path
     for arguments, message in cases.items():
         assert message in refusal(cka_main, arguments)
     assert not (tmp_path / "out").exists()
-    with pytest.raises(ValueError, match="holds no node_features of the teacher"):
+    with pytest.raises(ValueError, match="has no node_features of the teacher"):
         compare_models((str(finished), "teacher"), labels_store, "val", CPU)
 
 

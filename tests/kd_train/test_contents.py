@@ -93,7 +93,7 @@ def test_elements_of_other_splits_are_told(
     caplog.clear()
     make_run(water, tmp_path, plain(val_split="train", test_split="val"))
     assert re.search(f"test_split: {told}", caplog.text)
-    assert "val_split: 'val' has samples with" not in caplog.text
+    assert not re.search(r"val_split: '\w+' has samples with", caplog.text)
 
 
 def test_elements_without_a_reference_energy_are_told(
@@ -131,7 +131,7 @@ def test_the_calculator_goes_by_what_the_student_keeps(student: Path) -> None:
     four.get_potential_energy()
     alone = molecule("H2")
     alone.calc = calc
-    told = "did not determine the reference energies of H, and H2 is no combination"
+    told = "do not determine the reference energies of H, and H2 is not a combination"
     with pytest.warns(UserWarning, match=told):
         alone.get_potential_energy()
     alone.positions[0] += 0.01
@@ -145,7 +145,7 @@ def test_the_calculator_goes_by_what_the_student_keeps(student: Path) -> None:
 def test_energies_without_references_list_their_elements_too(tmp_path: Path) -> None:
     """A8: nothing but the list tells which elements were there."""
     store = store_of(tmp_path, train=waters(16), val=waters(4, name="v"))
-    config = plain(normalizer="unit")
+    config = plain(normalizer="none")
     make_run(store, tmp_path / "run", config).train(resume=False)
     calc = StudentCalculator(tmp_path / "run", device="cpu")
     assert calc.reference_energies() == {}

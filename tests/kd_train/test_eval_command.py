@@ -155,7 +155,7 @@ def test_compositions_outside_the_span_are_told(tmp_path: Path) -> None:
     save_model(path, "painn", model, normalizer, {"training_data": about})
     water = frame("w", ["O", "H", "H"], [[0, 0, 0], [1, 0, 0], [0, 1, 0]], energy=-9)
     pair = frame("h", ["H", "H"], [[0, 0, 0], [1, 0, 0]], energy=-9)
-    told = "did not determine the reference energies of H,"
+    told = "do not determine the reference energies of H,"
     for frames, expected in (([water], False), ([water, pair], True)):
         data = write_frames(tmp_path / f"{len(frames)}.extxyz", frames)
         done = run_command(eval_main, [path, "--data", data, "--device", "cpu"])
@@ -208,8 +208,8 @@ def test_other_energies_and_unknown_elements_are_told(
     assert "set --any-element to go on" in told
     words.append("--any-element")
     done = run_command(eval_main, [finished, "--data", other, *words])
-    assert "held no Si" in done.stderr
-    assert "held no Si" in json.loads(done.stdout)["warnings"][0]
+    assert "has no Si" in done.stderr
+    assert "has no Si" in json.loads(done.stdout)["warnings"][0]
     right = tmp_path / "right.extxyz"
     write_frames(right, frames)
     trained = DEMO / "painn_teacher.safetensors"
@@ -224,7 +224,7 @@ def test_files_that_do_not_list_elements_are_told(tmp_path: Path) -> None:
     data = write_frames(tmp_path / "some.extxyz", collision_frames(3))
     done = run_command(eval_main, [bare, "--data", data, "--device", "cpu"])
     assert done.exit_code == 0
-    told = "some.extxyz: the file of the model does not say which elements it was"
+    told = "some.extxyz: the model file does not list the elements of its training"
     assert f"Warning: {told}" in done.stderr
 
 
@@ -386,7 +386,10 @@ def test_refusals(
     (tmp_path / "lone.extxyz").write_text(alone)
     cases: list[tuple[list[object], str]] = [
         ([finished, "--data", tmp_path / "absent.xyz"], "does not exist"),
-        ([tmp_path / "absent", "--data", val], "no run folder or model file"),
+        (
+            [tmp_path / "absent", "--data", val],
+            "does not exist; name a run folder or a model file",
+        ),
         ([tmp_path, "--data", val], "has no student.safetensors"),
         ([finished, "--data", store, "--split", "tets"], "'tets'"),
         ([finished, "--data", val, "--split", "val"], "--split"),

@@ -172,7 +172,7 @@ def test_sizes_of_the_paper_without_a_recipe_are_told(
         caplog.clear()
         config = TrainConfig.model_validate({"student": {"preset": preset}})
         resolve_config(config, labels_store)
-        told[preset] = f"no recipe has the student {preset}" in caplog.text
+        told[preset] = f"no recipe contains the student {preset}" in caplog.text
     assert {preset for preset, is_told in told.items() if is_told} == {
         "gemnet-oc-small",
         "gemnet-oc-oc20",

@@ -102,7 +102,7 @@ def _brute(output: ModelOutput, batch: Data, weight: float, error: str) -> float
 def test_l0_with_labels_of_the_teacher_equals_loops(weight: float, error: str) -> None:
     output, batch = _case()
     config = LossConfig.model_validate(
-        {"energy_weight": 2.0, "force_weight": 30.0, "force_error": error}
+        {"energy_weight": 2.0, "force_weight": 30.0, "force_loss": error}
     )
 
     def labels(batch: Data) -> Labels:
@@ -161,7 +161,7 @@ def test_a_step_on_several_batches_is_one_on_the_joint_batch(
     """Also where batches differ in labels and sizes, so that means of means differ."""
     config = train_config(
         strategy="n2n+v2v+vanilla1+vanilla2",
-        loss={"teacher_labels": 0.5, "force_error": "mae"},
+        loss={"pseudo_label_weight": 0.5, "force_loss": "mae"},
         optimizer={"clip_norm": None},
     )
     joint, parted = (make_run(partly_labelled, tmp_path, config) for _ in range(2))
@@ -193,7 +193,9 @@ def test_validation_knows_no_label_of_the_teacher(
     rows = []
     for weight in (0.0, 5.0):
         run = make_run(
-            partly_labelled, tmp_path, train_config(loss={"teacher_labels": weight})
+            partly_labelled,
+            tmp_path,
+            train_config(loss={"pseudo_label_weight": weight}),
         )
         rows.append(run.validator(run.learner.student))
     assert rows[0].loss == rows[1].loss
@@ -201,6 +203,8 @@ def test_validation_knows_no_label_of_the_teacher(
 
 
 def test_labels_of_a_teacher_need_one(labels_store: FeatureStore) -> None:
-    config = train_config(loss={"teacher_labels": 0.1})
-    with pytest.raises(SpecError, match=r"loss\.teacher_labels needs .*teacher_energy"):
+    config = train_config(loss={"pseudo_label_weight": 0.1})
+    with pytest.raises(
+        SpecError, match=r"loss\.pseudo_label_weight needs .*teacher_energy"
+    ):
         make_learner(config, labels_store)

@@ -19,7 +19,7 @@ def _modules() -> nn.ModuleDict:
 def test_a_step_without_gradient_shrinks_only_what_decays(decayed: str) -> None:
     modules = _modules()
     options = OptimizerConfig.model_validate(
-        {"lr": 0.1, "weight_decay": 0.5, "decayed": decayed}
+        {"lr": 0.1, "weight_decay": 0.5, "weight_decay_on": decayed}
     )
     before = {n: p.detach().clone() for n, p in modules.named_parameters()}
     for parameter in modules.parameters():
@@ -37,7 +37,7 @@ def test_a_step_without_gradient_shrinks_only_what_decays(decayed: str) -> None:
 def test_every_trainable_parameter_is_in_one_group() -> None:
     modules = _modules()
     next(modules.parameters()).requires_grad_(False)
-    groups = parameter_groups(modules, OptimizerConfig(decayed="matrices"))
+    groups = parameter_groups(modules, OptimizerConfig(weight_decay_on="matrices"))
     found = [p for group in groups for p in group["params"]]  # type: ignore[attr-defined]
     expected = {id(p) for p in modules.parameters() if p.requires_grad}
     assert len(found) == len(expected)

@@ -225,7 +225,7 @@ def test_a_block_that_is_cut_is_permuted_first() -> None:
 
 def test_samples_of_a_block_are_spread_over_the_window() -> None:
     """Neither blocks nor samples keep their neighbours of the store."""
-    rule = SamplerConfig(1, 16, buffer_blocks=10)
+    rule = SamplerConfig(1, 16, shuffle_blocks=10)
     (batches,) = _all_ranks([20] * 40, _atoms(800), rule, 0)
     order = np.concatenate(batches)
     windows = [set((order[i : i + 200] // 20).tolist()) for i in range(0, 800, 200)]
@@ -296,7 +296,7 @@ def test_ordered_batches_keep_the_order() -> None:
 def _variance_ratio(labels: np.ndarray, rule: SamplerConfig, block: int) -> float:
     """Variance of the means of batches ÷ that with one window over all blocks."""
     blocks = _blocks([block] * (len(labels) // block))
-    everything = SamplerConfig(rule.seed, rule.batch_size, buffer_blocks=len(blocks))
+    everything = SamplerConfig(rule.seed, rule.batch_size, shuffle_blocks=len(blocks))
 
     def variance(rule: SamplerConfig) -> float:
         batches = [
@@ -322,12 +322,12 @@ def test_block_shuffle_of_the_stores_order_is_a_full_shuffle(
     buffer: int, trajectories: np.ndarray
 ) -> None:
     stored = trajectories[storage_order(len(trajectories), 0)]
-    rule = SamplerConfig(0, 25, buffer_blocks=buffer)
+    rule = SamplerConfig(0, 25, shuffle_blocks=buffer)
     # 6 400 batches: their variance is known to 1.8 %.
     assert _variance_ratio(stored, rule, 100) == pytest.approx(1, abs=0.1)
 
 
 def test_block_shuffle_of_the_natural_order_is_not(trajectories: np.ndarray) -> None:
     """Batches from two systems: what the test above would see if order were natural."""
-    rule = SamplerConfig(0, 25, buffer_blocks=1)
+    rule = SamplerConfig(0, 25, shuffle_blocks=1)
     assert _variance_ratio(trajectories, rule, 100) > 5

@@ -102,7 +102,12 @@ def _arguments(store: FeatureStore, out: Path, *more: object) -> list[object]:
     settings = [
         f"student.hyperparameters.{k}={v}" for k, v in STUDENTS[STUDENT].items()
     ]
-    settings += ["batch_size=8", "accumulate=2", "eval_every=4", "distill.balance=0.5"]
+    settings += [
+        "batch_size=8",
+        "accumulate_steps=2",
+        "eval_every=4",
+        "distill.target_ratio=0.5",
+    ]
     flags = [part for setting in settings for part in ("--set", setting)]
     return [
         *("--cache", store.path, "--out", out, "--student", STUDENT),
@@ -141,7 +146,7 @@ def test_processes_share_the_batch_of_a_recipe(
     arguments += [part for size in sizes for part in ("--set", size)]
     launched = torchrun(logs, "kd_train", [*arguments, "--device", "cpu"])
     assert launched.wait(TIMEOUT) == 0, _said(logs)
-    config = yaml.safe_load((out / "config.yaml").read_text())["config"]
+    config = yaml.safe_load((out / "config.yaml").read_text())
     assert (config["recipe"], config["batch_size"]) == ("coll", 16)
     assert _said(logs).count("no weights for painn to painn-big") == 1
 
@@ -194,7 +199,7 @@ def test_another_number_of_processes_is_refused(
     out = tmp_path / "run"
     shutil.copytree(trained, out)
     sentence = refusal(main, _arguments(small_store, out, "--resume"))
-    assert "trained by 2 processes, now there are 1" in sentence
+    assert "trained by 2 processes, but now there are 1" in sentence
 
 
 @pytest.mark.parametrize("failing", [0, 1])

@@ -17,8 +17,8 @@ from click.testing import CliRunner
 from PIL import Image
 
 from kd_train.cli.evaluate import eval_main
+from kd_train.cli.report import report_main
 from kd_train.cli.train import main as train_main
-from kd_train.cli.train import report_main
 from kd_train.config.recipe import apply_recipe
 from kd_train.config.train_config import TrainConfig, load_config
 from kd_train.report import figures
@@ -204,7 +204,7 @@ def commanded(words, teacher=None):
 
 ODD = {
     "batch_size": 32,
-    "loss": {"force_error": "l2", "teacher_labels": 0.5},
+    "loss": {"force_loss": "l2", "pseudo_label_weight": 0.5},
     "optimizer": {"lr": 1e-3, "eps": 1e-7, "clip_norm": 10.0, "weight_decay": 2e-6},
     "schedule": {"kind": "cosine", "warmup_steps": 3750, "milestones": []},
     "distill": {"n2n": 100.0, "vanilla1": 1.0},
@@ -352,7 +352,7 @@ def test_machines_are_not_mixed_silently(tmp_path):
     ]
     caption = throughput_caption(points)
     assert "circles: cpu, 2 threads; squares: NVIDIA H100" in caption
-    assert "compare speeds within one kind of marker only" in caption
+    assert "compare speeds only between markers of one kind" in caption
 
 
 @pytest.mark.parametrize("text", ["[", "{}", '{"samples_per_second": "fast"}'])
@@ -453,7 +453,7 @@ def test_commands_in_refusals_can_be_typed(tmp_path):
     for message in messages:
         asked = typed(message)
         assert (asked["cache"], asked["out"], asked["resume"]) == ("STORE", run, True)
-        assert "the settings that it was started with" in message
+        assert "the original settings of the run" in message
 
 
 def test_refuses_runs_of_different_stores(tmp_path):
@@ -465,7 +465,10 @@ def test_refuses_runs_of_different_stores(tmp_path):
     ("changes", "words"),
     [
         ({"steps": 99}, "different steps (99 and 100)"),
-        ({"val_split": "test"}, "different splits, test_split or else val_split"),
+        (
+            {"val_split": "test"},
+            "different splits for the metrics, test_split or else val_split",
+        ),
         ({"config": {"val_split": "more"}}, "different val_split (more and val)"),
     ],
 )
@@ -498,7 +501,7 @@ def test_partial_lists_what_cannot_be_compared(tmp_path):
     text = write_report([*early, *rest, others["twice"]], out, partial=True)
     alone = write_report(rest, tmp_path / "alone")
     table, listed = text.split(
-        "\nFinished runs that cannot be compared with the others:"
+        "\nFinished runs that are not comparable with the other runs:"
     )
     assert table == alone
     said = dict(
@@ -510,13 +513,17 @@ def test_partial_lists_what_cannot_be_compared(tmp_path):
     assert said["steps"] == f"unlike {rest[0]}: different steps (99 and 100)"
     assert "(64 samples and 32 samples" in said["batch"]
     assert "fingerprints aaaaaaaaaaaa… and ffffffffffff…" in said["store"]
-    assert "metrics of different splits" in said["split"]
+    assert "different splits for the metrics" in said["split"]
     assert "different val_split (more and val)" in said["curves"]
     assert "different initial weights" in said["start"]
     assert said["twice"].startswith(f"unlike {rest[2]}: both are painn-small with")
     page = parsed(out / "report.html")
-    assert page.titles[-2] == "Finished runs that cannot be compared with the others"
-    assert "7 finished runs not comparable with the others: see below." in page.words
+    assert (
+        page.titles[-2] == "Finished runs that are not comparable with the other runs"
+    )
+    assert (
+        "7 finished runs not comparable with the other runs: see below." in page.words
+    )
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -533,8 +540,8 @@ def test_partial_keeps_the_plain_student_where_all_runs_differ(tmp_path, order):
     ("processes", "config", "batch"),
     [
         (4, {}, "128 samples"),
-        (None, {"accumulate": 2}, "64 samples"),
-        (2, {"batch_size": 8, "accumulate": 3}, "48 samples"),
+        (None, {"accumulate_steps": 2}, "64 samples"),
+        (2, {"batch_size": 8, "accumulate_steps": 3}, "48 samples"),
         (3, {"batch_atoms": 1000}, "3000 atoms"),
     ],
 )

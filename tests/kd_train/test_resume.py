@@ -10,13 +10,18 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
-from kd_train.config.train_config import TrainConfig
+from kd_train.config.train_config import (
+    DistillConfig,
+    LossConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 from kd_train.loader.sampler import SamplerConfig, epoch_batches
 from kd_train.report.runs import read_run
 from kd_train.trainer.checkpoint import read_checkpoint, save_checkpoint
 from kd_train.trainer.trainer import Trainer
 from pipeline.errors import CheckpointError, SpecError
-from pipeline.spec.yaml_model import read_yaml
+from pipeline.spec.yaml_model import ClosedModel, read_yaml
 from pipeline.store.reader import FeatureStore
 from tests.kd_train.runs import TIMINGS, distilling, make_run, metric_rows
 from tests.stores import train_config
@@ -30,10 +35,10 @@ def _interrupt(run: Trainer, at_step: int, *, extend: bool = False) -> None:
     """Train ``run`` until step ``at_step`` begins, then stop as a kill would."""
     step = run.step
 
-    def stopping(batch: Data) -> dict[str, Tensor]:
+    def stopping(*batches: Data) -> dict[str, Tensor]:
         if run.progress.step == at_step:
             raise _Killed
-        return step(batch)
+        return step(*batches)
 
     run.step = stopping  # type: ignore[method-assign]
     with pytest.raises(_Killed):
@@ -58,7 +63,7 @@ def _assert_same(left: Any, right: Any, where: str = "state") -> None:
 
 def _by_atoms(**changes: Any) -> TrainConfig:
     """Batches of few samples, so that every epoch has its own number of them."""
-    return distilling(batch_atoms=70, buffer_blocks=1, **changes)
+    return distilling(batch_atoms=70, shuffle_blocks=1, **changes)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +102,7 @@ def test_an_extended_run_ends_as_if_it_had_been_longer(
     straight, extended = tmp_path / "straight", tmp_path / "extended"
     make_run(small_store, straight, _longer(12)).train(resume=False)
     make_run(small_store, extended, _longer(6)).train(resume=False)
-    with pytest.raises(SpecError, match=r"steps = 6, now it is 12; .*add --extend"):
+    with pytest.raises(SpecError, match=r"steps = 6, but now it is 12; .*add --extend"):
         make_run(small_store, extended, _longer(12)).train(resume=True)
     going_on = make_run(small_store, extended, _longer(12))
     _interrupt(going_on, 7, extend=True)
@@ -110,12 +115,15 @@ def test_an_extended_run_ends_as_if_it_had_been_longer(
     assert states[1]["header"].pop("extended_from") == [6]
     _assert_same(*states)
     assert metric_rows(straight) == metric_rows(extended)
-    header = read_yaml(extended / "config.yaml")
-    assert header["extended_from"] == [6]
-    assert header["config"]["steps"] == 12
+    assert _about(extended)["extended_from"] == [6]
+    assert read_yaml(extended / "config.yaml")["steps"] == 12
     assert read_run(extended).summary.steps == 12
     make_run(small_store, extended, _longer(15)).train(resume=True, extend=True)
-    assert read_yaml(extended / "config.yaml")["extended_from"] == [6, 12]
+    assert _about(extended)["extended_from"] == [6, 12]
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    return dict(json.loads((folder / "run.json").read_text()))
 
 
 FADING = {"schedule": {"kind": "linear"}}
@@ -124,12 +132,16 @@ FADING = {"schedule": {"kind": "linear"}}
 @pytest.mark.parametrize(
     ("changes", "steps", "words"),
     [
-        ({"schedule": {"kind": "cosine"}}, 8, "schedule.kind=cosine lets the learning"),
-        ({"distill": FADING}, 8, "distill.schedule.kind=linear goes on"),
-        ({}, 3, "steps = 4, and --extend makes a run longer; set steps to more than 4"),
-        ({"seed": 1}, 8, "seed = 0, now it is 1"),
         (
-            {"patience": 1, "eval_every": 1, "best_by": "efwt"},
+            {"schedule": {"kind": "cosine"}},
+            8,
+            "schedule.kind=cosine decays the learning",
+        ),
+        ({"distill": FADING}, 8, "distill.schedule.kind=linear ends at the last step"),
+        ({}, 3, "steps = 4, but --extend needs more steps; set steps to more than 4"),
+        ({"seed": 1}, 8, "seed = 0, but now it is 1"),
+        (
+            {"patience": 1, "eval_every": 1, "monitor": "efwt"},
             8,
             "stopped early",
         ),
@@ -188,7 +200,7 @@ def test_resume_refuses_another_store(
         ({"seed": 5}, ["seed = 0", "5"]),
         ({"batch_size": 9}, ["batch_size = 16", "9"]),
         ({"batch_atoms": 900}, ["batch_atoms = None", "900"]),
-        ({"buffer_blocks": 2}, ["buffer_blocks = 16", "2"]),
+        ({"shuffle_blocks": 2}, ["shuffle_blocks = 16", "2"]),
         ({"loader_threads": 1}, ["loader_threads = 2", "1"]),
         ({"train_split": "train+val"}, ["train_split = 'train'", "train+val"]),
         ({"distill": {"n2n": 3.0}}, ["distill", "3.0"]),
@@ -211,7 +223,7 @@ def test_resume_refuses_another_number_of_processes(
     state = read_checkpoint(finished / "last.pt")
     state["progress"]["world_size"] = 2
     save_checkpoint(tmp_path / "last.pt", state)
-    with pytest.raises(SpecError, match="trained by 2 processes, now there are 1"):
+    with pytest.raises(SpecError, match="trained by 2 processes, but now there are 1"):
         make_run(small_store, tmp_path, distilling(eval_every=5)).train(resume=True)
 
 
@@ -264,7 +276,7 @@ def _epoch_lengths(store: FeatureStore, config: TrainConfig) -> list[int]:
     split = store.splits["train"]
     blocks = [split.block_positions(block) for block in range(split.n_blocks)]
     rule = SamplerConfig(
-        config.seed, config.batch_size, config.batch_atoms, config.buffer_blocks
+        config.seed, config.batch_size, config.batch_atoms, config.shuffle_blocks
     )
     return [
         len(epoch_batches(blocks, split.n_atoms, rule, epoch, 0)) for epoch in range(2)
@@ -330,3 +342,45 @@ def test_same_seed_gives_the_same_run_and_another_seed_another(
     first, again, other = (metric_rows(folder) for folder in folders)
     assert first == again
     assert first != other
+
+
+def _with_earlier_names(config: dict[str, Any]) -> dict[str, Any]:
+    """``config`` as runs of before keys were renamed have it."""
+    sections: tuple[tuple[type[ClosedModel], dict[str, Any]], ...] = (
+        (TrainConfig, config),
+        (LossConfig, config["loss"]),
+        (DistillConfig, config["distill"]),
+        (OptimizerConfig, config["optimizer"]),
+    )
+    for model, section in sections:
+        for old, new in model.earlier_keys.items():
+            section[old] = section.pop(new)
+    config["normalizer"] = "unit" if config["normalizer"] == "none" else "store"
+    return config
+
+
+def test_runs_of_before_keys_were_renamed_are_read_and_resumed(
+    small_store: FeatureStore, tmp_path: Path
+) -> None:
+    straight, early = tmp_path / "straight", tmp_path / "early"
+    config = distilling(loss={"force_loss": "mae"}, accumulate_steps=2)
+    make_run(small_store, straight, config).train(resume=False)
+    _interrupt(make_run(small_store, early, config), 8)
+    state = read_checkpoint(early / "last.pt")
+    state["header"]["config"] = _with_earlier_names(state["header"]["config"])
+    assert "accumulate" in state["header"]["config"]
+    save_checkpoint(early / "last.pt", state)
+    make_run(small_store, early, config).train(resume=True)
+    name = "student.safetensors"
+    assert (straight / name).read_bytes() == (early / name).read_bytes()
+    header = read_yaml(straight / "config.yaml")
+    before = read_run(straight)
+    header["config"] = _with_earlier_names(header["config"])
+    (straight / "config.yaml").write_text(json.dumps(header))
+    after = read_run(straight)
+    assert after.settings == before.settings
+    assert after.batch == before.batch
+    state["header"]["config"]["accumulate"] = 3
+    save_checkpoint(early / "last.pt", state)
+    with pytest.raises(SpecError, match="accumulate_steps = 3, now it is 2"):
+        make_run(small_store, early, config).train(resume=True)

@@ -148,7 +148,7 @@ def test_export_has_exactly_the_plain_architecture(finished: Path) -> None:
 def test_export_of_the_last_step_is_the_average(
     small_store: FeatureStore, tmp_path: Path
 ) -> None:
-    run = make_run(small_store, tmp_path, distilling(steps=4, export="last"))
+    run = make_run(small_store, tmp_path, distilling(steps=4, export_weights="last"))
     run.train(resume=False)
     exported = load_file(tmp_path / "student.safetensors")
     averaged = run.average.module["student"].state_dict()
@@ -187,7 +187,8 @@ def test_folder_of_a_run_tells_the_same_everywhere(
     assert [int(row["step"]) for row in rows] == [5, 10, 12]
     assert {"train_loss", "train_l0", "train_n2n", "train_v2v"} <= rows[0].keys()
     summary = json.loads((finished / "metrics.json").read_text())
-    header = yaml.safe_load((finished / "config.yaml").read_text())
+    header = json.loads((finished / "run.json").read_text())
+    header["config"] = yaml.safe_load((finished / "config.yaml").read_text())
     assert summary["fingerprint"] == small_store.fingerprint == header["fingerprint"]
     asked = distilling(eval_every=5, recipe="none")
     assert header["config"] == asked.model_dump(mode="json")

@@ -66,7 +66,7 @@ def test_run_stops_after_its_patience_and_stays_stopped(
     small_store: FeatureStore, tmp_path: Path
 ) -> None:
     config = train_config(
-        steps=20, eval_every=2, best_by="forces_cos", patience=3, batch_size=4
+        steps=20, eval_every=2, monitor="forces_cos", patience=3, batch_size=4
     )
     run = make_run(small_store, tmp_path, config)
     _scripted(run, [0.1, 0.3, NAN, 0.2, 0.3, 0.9], "forces_cos")
@@ -85,7 +85,7 @@ def test_run_stops_after_its_patience_and_stays_stopped(
 
 
 def test_patience_survives_a_resume(small_store: FeatureStore, tmp_path: Path) -> None:
-    config = train_config(steps=8, eval_every=2, best_by="efwt", patience=2)
+    config = train_config(steps=8, eval_every=2, monitor="efwt", patience=2)
     run = make_run(small_store, tmp_path, config)
     _scripted(run, [0.5, 0.4], "efwt")
     step = run.step

@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch_geometric.data import Data
 
-from kd_train.config.train_config import STRATEGIES, DistillConfig, LossConfig
-from kd_train.strategies import REGISTRY, Strategy
+from kd_train.config.strategy_names import BUILT_IN, STRATEGIES
+from kd_train.config.train_config import DistillConfig, LossConfig
+from kd_train.strategies import Strategy, load_strategy
 from kd_train.strategies.base import Setting
 from kd_train.trainer.setup import make_learner
 from pipeline.errors import DataError, SpecError
@@ -25,7 +26,7 @@ N = sum(ATOMS)
 S, T = 5, 7
 FIXED = [1, 6, 7]
 NUMBERS = [6, 1, 1, 8, 1, 1, 6, 8, 1, 6, 6, 1]
-NAMES = tuple(REGISTRY)
+NAMES = tuple(BUILT_IN)
 
 
 def _setting(
@@ -181,14 +182,18 @@ BRUTE_FORCE: dict[str, Callable[[Strategy, Case], float]] = {
 
 
 def test_registry_configuration_and_weights_name_the_same_strategies() -> None:
-    assert ("none", *sorted(NAMES)) == ("none", *sorted(STRATEGIES[1:]))
-    assert set(DistillConfig.model_fields) - {"schedule", "balance"} == set(NAMES)
-    assert all(REGISTRY[name].name == name for name in NAMES)
+    others = {"schedule", "balance", "weights"}
+    assert set(DistillConfig.model_fields) - others == set(NAMES)
+    assert STRATEGIES.names()[: len(NAMES) + 1] == ("none", *NAMES)
+    for name in NAMES:
+        cls = load_strategy(name)
+        assert cls.name == name
+        assert getattr(DistillConfig(), name) == cls.default_weight
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_loss_equals_loops_over_atoms(name: str, case: Case) -> None:
-    strategy = REGISTRY[name](_setting())
+    strategy = load_strategy(name)(_setting())
     expected = BRUTE_FORCE[name](strategy, case)
     assert strategy.loss(case.output, case.batch).item() == pytest.approx(
         expected, rel=1e-5
@@ -198,7 +203,7 @@ def test_loss_equals_loops_over_atoms(name: str, case: Case) -> None:
 def _agreeing(name: str) -> tuple[Strategy, Case]:
     """A student of the teacher's width that says what the store holds."""
     case = _case(student=T)
-    strategy = REGISTRY[name](_setting(student=T))
+    strategy = load_strategy(name)(_setting(student=T))
     if isinstance(strategy.adapter, torch.nn.Linear):
         torch.nn.init.eye_(strategy.adapter.weight)
         if strategy.adapter.bias is not None:
@@ -238,7 +243,7 @@ STUDENT_SIDE = {
 
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_reaches_student_and_adapter(name: str, case: Case) -> None:
-    strategy = REGISTRY[name](_setting())
+    strategy = load_strategy(name)(_setting())
     leaves = {k: leaf for k, leaf in vars(case.output).items() if leaf is not None}
     for leaf in leaves.values():
         leaf.requires_grad_()
@@ -255,14 +260,14 @@ def test_gradient_reaches_student_and_adapter(name: str, case: Case) -> None:
 
 @pytest.mark.parametrize("name", ["n2n", "e2n", "v2v", "vanilla2"])
 def test_fixed_atoms_count_in_feature_losses(name: str, case: Case) -> None:
-    strategy = REGISTRY[name](_setting())
+    strategy = load_strategy(name)(_setting())
     before = strategy.loss(case.output, case.batch).item()
     case.batch.fixed = ~case.batch.fixed
     assert strategy.loss(case.output, case.batch).item() == before
 
 
 def test_fixed_atoms_do_not_count_in_force_terms(case: Case) -> None:
-    strategy = REGISTRY["vanilla1"](_setting())
+    strategy = load_strategy("vanilla1")(_setting())
     before = strategy.loss(case.output, case.batch).item()
     case.batch.teacher_forces[FIXED] += 100.0
     assert strategy.loss(case.output, case.batch).item() == before
@@ -271,7 +276,7 @@ def test_fixed_atoms_do_not_count_in_force_terms(case: Case) -> None:
 
 
 def test_v2v_does_not_see_a_joint_rotation(case: Case) -> None:
-    strategy = REGISTRY["v2v"](_setting())
+    strategy = load_strategy("v2v")(_setting())
     before = strategy.loss(case.output, case.batch).item()
     generator = np.random.default_rng(2)
     rotation, _ = np.linalg.qr(generator.normal(size=(3, 3)))
@@ -296,7 +301,7 @@ def _with_edge_states(case: Case) -> Strategy:
     case.output.edge_features = _random(generator, edges, S + 1)
     case.batch.edge_mismatch = ""
     widths = {"node_features": S, "vector_features": S, "edge_features": S + 1}
-    return REGISTRY["e2e"](replace(_setting(), student_widths=widths))
+    return load_strategy("e2e")(replace(_setting(), student_widths=widths))
 
 
 def test_edge_states_of_a_student_are_compared_edge_by_edge(case: Case) -> None:
@@ -324,12 +329,12 @@ def test_edge_states_of_a_student_are_compared_edge_by_edge(case: Case) -> None:
 def test_edge_states_on_other_edges_are_refused_by_sample(case: Case) -> None:
     strategy = _with_edge_states(case)
     case.batch.edge_mismatch = "7_3"
-    with pytest.raises(DataError, match=r"'a student' .* sample '7_3' differ; give"):
+    with pytest.raises(DataError, match=r"'a student' .* sample '7_3' differ; set"):
         strategy.loss(case.output, case.batch)
 
 
 def test_invariants_need_no_equal_graphs(case: Case) -> None:
-    strategy = REGISTRY["e2e"](_setting())
+    strategy = load_strategy("e2e")(_setting())
     case.batch.edge_mismatch = "7_3"
     expected = _brute_edges(strategy, case)
     found = strategy.loss(case.output, case.batch).item()
@@ -339,16 +344,16 @@ def test_invariants_need_no_equal_graphs(case: Case) -> None:
 def test_e2e_needs_edge_states_or_vectors() -> None:
     setting = replace(_setting(), student_widths={"node_features": S})
     with pytest.raises(SpecError, match="'e2e' needs 'vector_features' of the student"):
-        REGISTRY["e2e"](setting)
+        load_strategy("e2e")(setting)
 
 
 def test_adapters_depend_on_the_seed_only_and_leave_other_random_numbers() -> None:
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    first = REGISTRY["n2n"](_setting())
+    first = load_strategy("n2n")(_setting())
     assert torch.equal(torch.rand(3), expected)
-    second = REGISTRY["n2n"](_setting())
+    second = load_strategy("n2n")(_setting())
     assert np.array_equal(_weights(first)[0], _weights(second)[0])
     assert _weights(first)[0].std() > 0
 

@@ -24,8 +24,8 @@ GRID: dict[str, Any] = {
     "seeds": [0, 4],
     "variants": {
         "paper": {},
-        "balanced": {"distill": {"balance": 0.3}},
-        "slow": {"optimizer.lr": 0.1, "distill.balance": 0.2},
+        "balanced": {"distill": {"target_ratio": 0.3}},
+        "slow": {"optimizer.lr": 0.1, "distill.target_ratio": 0.2},
     },
 }
 
@@ -65,7 +65,7 @@ def test_the_grid_is_the_product(tmp_path: Path) -> None:
             run.variant,
             run.config.distill.v2v,
             run.config.distill.n2n,
-            run.config.distill.balance,
+            run.config.distill.target_ratio,
             run.config.optimizer.lr,
         )
         for run in sweep.runs
@@ -109,23 +109,30 @@ def test_shipped_sweeps_expand(path: Path) -> None:
         ({"students": None}, ["'students' is missing"]),
         ({"studens": ["schnet"]}, ["'studens'", "'students'"]),
         ({"students": []}, ["students"]),
-        ({"students": ["schnet", "schnet"]}, ["'schnet' is there twice"]),
-        ({"seeds": [1, 1]}, ["1 is there twice"]),
+        ({"students": ["schnet", "schnet"]}, ["'schnet' occurs twice"]),
+        ({"seeds": [1, 1]}, ["1 occurs twice"]),
         ({"seeds": [-1]}, ["seeds.0"]),
         ({"strategies": ["n2n+v2v", "v2v+n2n"]}, ["'n2n+v2v' and 'v2v+n2n'"]),
-        ({"strategies": ["v2w"], "weights": None}, ["'v2w'", "'v2v'"]),
+        ({"strategies": ["v2w"], "weights": None}, ["'v2w'", "known: none, n2n"]),
         ({"weights": {"v2w": [1]}}, ["'v2w'", "'v2v'"]),
         ({"weights": {"n2n": []}}, ["'n2n' has no values"]),
-        ({"weights": {"n2n": [1, 1.0]}}, ["1.0 is there twice"]),
+        ({"weights": {"n2n": [1, 1.0]}}, ["1.0 occurs twice"]),
         ({"weights": {"n2n": [-1]}}, ["weights.n2n.0"]),
         ({"weights": {"e2n": [1]}}, ["no strategy", "'e2n'"]),
         ({"variants": {"a b": {}}}, ["'a b'", "hyphens"]),
         ({"variants": {"x": {"sead": 1}}}, ["'sead'", "'seed'", "-x-"]),
-        ({"variants": {"x": {"seed": 1}}}, ["variants.x", "'seed'", "seeds decides"]),
-        ({"variants": {"x": {}, "y": {}}}, ["would be the same run"]),
+        ({"variants": {"x": {"seed": 1}}}, ["variants.x", "'seed'", "seeds sets"]),
+        ({"variants": {"x": {}, "y": {}}}, ["are the same run"]),
         ({"settings": {"distill": {"n2n": 1}}}, ["settings", "'distill.n2n'"]),
+        (
+            {"settings": {"distill.weights": {"n2n": 1}}},
+            ["settings", "'distill.weights.n2n'", "weights decides"],
+        ),
         ({"settings": {"optimizer": 3}}, ["optimizer"]),
-        ({"settings": {"distill.blance": 3}}, ["distill.blance", "'balance'"]),
+        (
+            {"settings": {"distill.target_rato": 3}},
+            ["distill.target_rato", "'target_ratio'"],
+        ),
         ({"config": "absent.yaml"}, ["absent.yaml does not exist"]),
         ({"store": "${NOT_SET}/a.zarr"}, ["NOT_SET"]),
         ({"gpus": 2}, ["gpus"]),
@@ -182,7 +189,7 @@ def test_what_the_store_does_not_allow_is_one_sentence(
             '({} and {"cutoff": 4.0})',
         ),
         ({"a": {}, "b": {"batch_size": 6}}, "'batch_size' (5 and 6)"),
-        ({"a": {}, "b": {"accumulate": 2}}, "'accumulate' (1 and 2)"),
+        ({"a": {}, "b": {"accumulate_steps": 2}}, "'accumulate_steps' (1 and 2)"),
         ({"a": {}, "b": {"batch_atoms": 99}}, "'batch_atoms' (None and 99)"),
         ({"a": {}, "b": {"patience": 3}}, "'patience'"),
         # The recipes' steps and batches differ, though the file names neither.
@@ -199,15 +206,15 @@ def test_what_the_report_could_not_compare_is_refused(
     sentence = refusal(main, ["list", path])
     assert key in sentence
     assert "painn-small-none-b-s0" in sentence
-    assert "report could not compare" in sentence
+    assert "report cannot compare" in sentence
 
 
 def test_what_the_report_compares_is_no_reason_to_refuse(
     small_store: FeatureStore, tmp_path: Path
 ) -> None:
     variants = {
-        "a": {"batch_size": 6, "accumulate": 2},
-        "b": {"batch_size": 4, "accumulate": 3, "export": "last"},
+        "a": {"batch_size": 6, "accumulate_steps": 2},
+        "b": {"batch_size": 4, "accumulate_steps": 3, "export_weights": "last"},
         "c": {"batch_size": 12, "test_split": "val", "optimizer.lr": 0.1},
     }
     path = _write(tmp_path, _on_store(small_store, {"variants": variants}))
@@ -230,9 +237,13 @@ def test_students_may_differ_in_steps(
         (
             "painn-small-oc20",
             {"schedule.kind": "cosine", "schedule.milestones": [5]},
-            ["milestones belong to"],
+            ["milestones need kind"],
         ),
-        ("painn-small", {"normalizer": "unit"}, ["normalizer: unit", "this store's"]),
+        (
+            "painn-small",
+            {"normalizer": "unit"},
+            ["normalizer: unit", "the teacher of this store has its own scale"],
+        ),
         ("painn-small", {"recipe": "oc20"}, ["'oc20' has no student 'painn-small'"]),
         ("painn-small", {"train_split": "tain"}, ["no split 'tain'"]),
     ],
@@ -272,11 +283,11 @@ def test_variants_by_training_split_need_students_that_no_data_shapes(
 def test_labels_of_a_teacher_that_never_ran_are_refused(
     labels_store: FeatureStore, tmp_path: Path
 ) -> None:
-    variants = {"a": {}, "b": {"loss.teacher_labels": 0.5}}
+    variants = {"a": {}, "b": {"loss.pseudo_label_weight": 0.5}}
     changes = {"strategies": ["none"], "variants": variants}
     path = _write(tmp_path, _on_store(labels_store, changes))
     sentence = refusal(main, ["list", path])
-    assert "run painn-small-demo-none-b-s0: loss.teacher_labels needs" in sentence
+    assert "run painn-small-demo-none-b-s0: loss.pseudo_label_weight needs" in sentence
 
 
 def test_the_list_tells_what_is_skipped_and_why(

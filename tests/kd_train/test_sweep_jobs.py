@@ -36,7 +36,7 @@ def _run(program: str, folder: Path, *arguments: str) -> str | None:
         ("", None),
         ("import os; assert os.environ['MORE'] == '3'", None),
         ("import sys; print('x'); sys.exit('a\\rError: It broke.')", "It broke."),
-        ("import sys; sys.exit(7)", "exit code 7: it said nothing"),
+        ("import sys; sys.exit(7)", "exit code 7: it printed nothing"),
         ("1 / 0", "exit code 1: ZeroDivisionError: division by zero"),
     ],
 )
@@ -61,7 +61,7 @@ def test_a_killed_process_is_started_again(tmp_path: Path) -> None:
 def test_one_that_is_always_killed_is_given_up(tmp_path: Path) -> None:
     said = _run(KILL, tmp_path)
     assert said is not None
-    assert "SIGKILL 3 times" in said
+    assert "SIGKILL killed the training 3 times" in said
 
 
 def test_the_training_holds_the_lock_itself(tmp_path: Path) -> None:
@@ -146,7 +146,7 @@ def test_no_gpu_is_no_reason_to_train_on_the_cpu(
     assert sweep.device == "cuda"
     outcome = run_job(sweep, name)
     assert outcome.state == "failed"
-    assert "(gpus: 1), but there is none here" in str(outcome.error)
+    assert "(gpus: 1), but this machine has none" in str(outcome.error)
     assert read_outcome(sweep, name) == outcome
     assert not (sweep.out / "logs" / f"{name}.log").exists()
 

@@ -200,6 +200,16 @@ def weighted(root, weight, seed=0, metrics=HALF, **changes):
     return make_run(root, "v2v", seed, metrics, config=config, name=name, **changes)
 
 
+def test_runs_of_a_plugin_are_reported_without_its_package(tmp_path):
+    runs = [make_run(tmp_path)]
+    for weight in (5.0, 50.0):
+        config = {"distill": {"weights": {"absent": weight}}}
+        name = f"absent_{weight}"
+        runs.append(make_run(tmp_path, "absent", 0, HALF, config=config, name=name))
+    _, rows = compare(runs)
+    assert {"absent λ=5", "absent λ=50"} <= {label for _, label in rows}
+
+
 def test_two_weights_of_a_strategy_are_two_rows(tmp_path):
     runs = [make_run(tmp_path, seed=seed) for seed in (0, 1)]
     runs += [weighted(tmp_path, 1000.0, seed) for seed in (0, 1)]
@@ -241,8 +251,8 @@ def test_balance_and_schedule_make_rows_where_they_differ(tmp_path):
     constant = {"kind": "constant", "start": 1.0, "end": 0.25}  # the end plays no part
     sections = {
         "plain": {"n2n": 100.0},
-        "same": {"n2n": 100.0, "balance": None, "schedule": constant},
-        "half": {"n2n": 100.0, "balance": 0.5},
+        "same": {"n2n": 100.0, "target_ratio": None, "schedule": constant},
+        "half": {"n2n": 100.0, "target_ratio": 0.5},
         "falling": {"n2n": 100.0, "schedule": falling},
     }
     runs = [make_run(tmp_path)]
@@ -256,13 +266,13 @@ def test_balance_and_schedule_make_rows_where_they_differ(tmp_path):
         "teacher": "",
         "n2n": "2",
         "n2n λ schedule linear 1→0 within 50": "1",
-        "n2n balance=0.5": "1",
+        "n2n target_ratio=0.5": "1",
     }
 
 
 def on_splits(root, strategy, splits, metrics, teacher_labels=0.0, seed=0):
     """A run on some splits."""
-    config = {"train_split": splits, "loss": {"teacher_labels": teacher_labels}}
+    config = {"train_split": splits, "loss": {"pseudo_label_weight": teacher_labels}}
     name = f"{strategy}_{splits}_{teacher_labels}_s{seed}"
     return make_run(root, strategy, seed, metrics, config=config, name=name)
 
@@ -298,14 +308,16 @@ def test_more_splits_and_teacher_labels_count_from_the_plain_student(tmp_path):
         on_splits(tmp_path, "n2n", "more", HALF),
     ]
     text, rows = compare(runs)
-    labels = rows["painn-small", "none teacher_labels=0.5 on train+more"]
-    both = rows["painn-small", "n2n teacher_labels=0.5 on train+more"]
+    labels = rows["painn-small", "none pseudo_label_weight=0.5 on train+more"]
+    both = rows["painn-small", "n2n pseudo_label_weight=0.5 on train+more"]
     assert float(labels["energy_mae_gap_closed"]) == pytest.approx(50.0)
     assert float(both["energy_mae_gap_closed"]) == pytest.approx(50.0)
     # Its splits hold none of the baseline's, so there is nothing to count from.
     assert rows["painn-small", "n2n on more"]["energy_mae_gap_closed"] == ""
     assert "n2n on more: 0 of 1 seeds have a baseline" in text
-    assert text.index("teacher → painn-small") < text.index("none teacher_labels=0.5")
+    assert text.index("teacher → painn-small") < text.index(
+        "none pseudo_label_weight=0.5"
+    )
 
 
 def test_other_settings_make_rows_that_pair_with_their_own_baseline(tmp_path):
@@ -341,7 +353,7 @@ def test_no_gap_without_a_baseline_of_equal_settings(tmp_path):
 def test_one_batch_may_be_shared_out(tmp_path):
     """32 samples a step, at once or as 4 × 2 × 4, are equal training."""
     runs = [make_run(tmp_path)]
-    parts = {"batch_size": 4, "accumulate": 2}
+    parts = {"batch_size": 4, "accumulate_steps": 2}
     runs += [make_run(tmp_path, "n2n", 0, HALF, config=parts, processes=4)]
     _, rows = compare(runs)
     assert float(rows["painn-small", "n2n"]["energy_mae_gap_closed"]) == 50.0

@@ -39,7 +39,9 @@ def _arguments(store: Path, out: Path, *more: object) -> list[object]:
 
 def test_trains_from_a_staged_copy(small_store: FeatureStore, tmp_path: Path) -> None:
     near = _arguments(small_store.path, tmp_path / "near")
-    far = _arguments(small_store.path, tmp_path / "far", "--stage", tmp_path / "stage")
+    far = _arguments(
+        small_store.path, tmp_path / "far", "--local-copy", tmp_path / "stage"
+    )
     for arguments in (near, far):
         assert run_command(main, arguments).exit_code == 0
     (copy,) = (tmp_path / "stage").glob("small-*.zarr")
@@ -59,6 +61,7 @@ def test_trains_and_resumes(small_store: FeatureStore, tmp_path: Path) -> None:
     names = {path.name for path in out.iterdir()}
     assert names == {
         "config.yaml",
+        "run.json",
         "last.pt",
         "metrics.csv",
         "metrics.json",
@@ -66,7 +69,7 @@ def test_trains_and_resumes(small_store: FeatureStore, tmp_path: Path) -> None:
         "student.safetensors",
         "train.log",
     }
-    config = yaml.safe_load((out / "config.yaml").read_text())["config"]
+    config = yaml.safe_load((out / "config.yaml").read_text())
     assert (config["strategy"], config["seed"], config["steps"]) == ("n2n", 3, 3)
     assert config["student"]["preset"] == STUDENT
     assert "step 2" in (out / "train.log").read_text()
@@ -75,7 +78,7 @@ def test_trains_and_resumes(small_store: FeatureStore, tmp_path: Path) -> None:
     resumed = run_command(main, [*again, "--resume"])
     assert resumed.exit_code == 0
     longer = [*again, "--steps", 5]
-    assert "add --extend to go on with more" in refusal(main, [*longer, "--resume"])
+    assert "add --extend to continue with more" in refusal(main, [*longer, "--resume"])
     assert run_command(main, [*longer, "--extend"]).exit_code == 0
     assert json.loads((out / "metrics.json").read_text())["steps"] == 5
 
@@ -88,7 +91,7 @@ def test_file_flags_and_overrides_join(
     out = tmp_path / "run"
     done = run_command(main, _arguments(small_store.path, out, "--config", file))
     assert done.exit_code == 0
-    config = yaml.safe_load((out / "config.yaml").read_text())["config"]
+    config = yaml.safe_load((out / "config.yaml").read_text())
     assert config["strategy"] == "vanilla2"
     assert config["ema_decay"] == 0.5
     assert config["steps"] == 3
@@ -97,7 +100,7 @@ def test_file_flags_and_overrides_join(
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--strategy", "n2m"], ["n2m", "'n2n'"]),
+        (["--strategy", "n2m"], ["n2m", "known: none, n2n"]),
         (["--strategy", "e2n"], ["'edge_to_node_features'", "features:"]),
         (["--student", "painn-smal"], ["'painn-smal'", "'painn-small'"]),
         (["--set", "sted=1"], ["'sted'", "'seed'"]),
@@ -268,3 +271,54 @@ def test_damaged_store_is_named_with_the_repair(
     sentence = refusal(main, _arguments(store, tmp_path / "run"))
     assert "labels/energy" in sentence
     assert "--repair" in sentence
+
+
+@pytest.mark.parametrize("option", ["--out", "--cache", "--config", "--stage"])
+def test_an_empty_path_is_not_the_current_folder(
+    option: str,
+    labels_store: FeatureStore,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """B7: `--out "$UNSET"` trained in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    arguments = [*_arguments(labels_store.path, tmp_path / "r"), option, ""]
+    done = run_command(main, arguments)
+    assert done.exit_code == 2
+    assert "it is empty; is a variable of the shell not set?" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--student", "--strategy"])
+def test_an_empty_name_is_no_default(
+    option: str, labels_store: FeatureStore, tmp_path: Path
+) -> None:
+    arguments = _arguments(labels_store.path, tmp_path / "r", option, "")
+    told = refusal(main, arguments)
+    assert told == f"{option} is empty; name one or leave the option out."
+
+
+@pytest.mark.parametrize("name", ["meta", "gpu", "cuda:99"])
+def test_a_device_without_numbers_is_refused(
+    name: str, labels_store: FeatureStore, tmp_path: Path
+) -> None:
+    arguments = _arguments(labels_store.path, tmp_path / "r", "--device", name)
+    assert f"--device '{name}' cannot be used" in refusal(main, arguments)
+
+
+def test_the_largest_budget_is_no_traceback(
+    labels_store: FeatureStore, tmp_path: Path
+) -> None:
+    setting = ["--set", f"batch_atoms={2**63 - 1}", "--steps", 1]
+    arguments = _arguments(labels_store.path, tmp_path / "r", *setting)
+    assert run_command(main, arguments).exit_code == 0
+
+
+def test_weights_that_are_no_numbers_end_the_run(
+    labels_store: FeatureStore, tmp_path: Path
+) -> None:
+    """The student's file was said to be damaged."""
+    arguments = ["--set", "optimizer.eps=1e-300", "--set", "optimizer.lr=1e-3"]
+    told = refusal(main, _arguments(labels_store.path, tmp_path / "r", *arguments))
+    assert "weights are no longer finite numbers by step" in told
+    assert "optimizer.eps" in told

@@ -99,7 +99,7 @@ REFUSED: list[tuple[Any, tuple[str, ...], list[str]]] = [
     ({"steps": "many"}, (), ["steps", "'many'"]),
     ({"batch_size": 2.5}, (), ["batch_size", "2.5"]),
     ({"batch_atoms": 0}, (), ["batch_atoms", "0"]),
-    ({"buffer_blocks": 0}, (), ["buffer_blocks", "0"]),
+    ({"shuffle_blocks": 0}, (), ["shuffle_blocks", "0"]),
     ({"loader_threads": 0}, (), ["loader_threads", "0"]),
     ({"train_split": "a+b+a"}, (), ["train_split", "a+b+a", "once"]),
     ({"seed": -1}, (), ["seed", "-1"]),
@@ -110,10 +110,10 @@ REFUSED: list[tuple[Any, tuple[str, ...], list[str]]] = [
     ({"loss": {"force_weight": float("inf")}}, (), ["loss.force_weight"]),
     ({"distill": {"n2n": -1}}, (), ["distill.n2n", "-1"]),
     ({"export": "both"}, (), ["export", "'both'"]),
-    ({"strategy": "n2m"}, (), ["n2m", "'n2n'"]),
+    ({"strategy": "n2m"}, (), ["n2m", "known: none, n2n"]),
     ({"strategy": ""}, (), ["strategy"]),
     ({"strategy": "n2n+n2n"}, (), ["once"]),
-    ({"strategy": "none+n2n"}, (), ["none only alone"]),
+    ({"strategy": "none+n2n"}, (), ["none cannot be joined"]),
     ({"schedule": {"kind": "step"}}, (), ["schedule.kind", "'step'"]),
     ({"student": "painn"}, (), ["student"]),
     (None, ("steps",), ["--set", "'steps'", "key.subkey=value"]),
@@ -139,3 +139,29 @@ def test_wrong_values_are_named(
     message = str(error.value)
     assert all(word in message for word in words), message
     assert "\n" not in message
+
+
+def test_weights_by_name_and_keys_of_built_in_strategies_are_one() -> None:
+    by_name = load_config(None, {}, ["distill.weights.n2n=7", "distill.v2v=3"])
+    flat = load_config(None, {}, ["distill.n2n=7", "distill.v2v=3"])
+    assert by_name == flat
+    assert by_name.model_dump() == flat.model_dump()
+    assert "weights" not in flat.model_dump()["distill"]
+    assert (by_name.distill.weight("n2n"), by_name.distill.weight("e2n")) == (7, 10)
+    assert by_name.distill.set_weights == {"n2n", "v2v"}
+    for overrides, words in (
+        (["distill.weights.n2n=7", "distill.n2n=7"], "n2n and weights.n2n are one key"),
+        (["distill.weights.n2m=7"], r"unknown strategy 'n2m' \(known: none, n2n, e2n"),
+        (["distill.weights.n2n=-7"], "distill.n2n: .*greater than or equal to 0"),
+        (["distill.weights=7"], "distill.weights: "),
+    ):
+        with pytest.raises(SpecError, match=words):
+            load_config(None, {}, overrides)
+
+
+def test_a_network_without_a_preset_can_be_the_student() -> None:
+    config = load_config(None, {}, ["student.model=painn"])
+    assert config.student.name == "painn"
+    assert "model" not in load_config(None, {}, []).model_dump()["student"]
+    with pytest.raises(SpecError, match="model and preset exclude each other"):
+        load_config(None, {"student.preset": "schnet"}, ["student.model=painn"])

@@ -141,7 +141,7 @@ def test_trains_on_labelled_and_rattled_samples(
         "train+bare+rattled",
         strategy="n2n+v2v",
         batch_size=2,
-        loss={"teacher_labels": weight},
+        loss={"pseudo_label_weight": weight},
     )
     assert run.learner.normalizer == teacher_normalizer()
     summary = run.train(resume=False)
@@ -153,7 +153,7 @@ def test_trains_on_labelled_and_rattled_samples(
 def test_labels_of_the_teacher_are_those_of_a_file_that_it_labelled(
     teacher_file: Path, tmp_path: Path
 ) -> None:
-    """Two ways to the same run: ``loss.teacher_labels``, and ``kd-cache label``."""
+    """Two ways to one run: ``loss.pseudo_label_weight``, and ``kd-cache label``."""
     data = write_frames(tmp_path / "d.extxyz", collision_frames(24))
     rattled = _section(data, limit=8, rattle=RATTLE)
     val = _section(data, offset=16)
@@ -174,7 +174,7 @@ def test_labels_of_the_teacher_are_those_of_a_file_that_it_labelled(
     assert any("~r1" in name for name in ids[0])
     rows = {}
     for name, store in stores.items():
-        weight = {"teacher_labels": 1.0} if name == "completed" else {}
+        weight = {"pseudo_label_weight": 1.0} if name == "completed" else {}
         run = _run(store, tmp_path / name, "train", loss=weight)
         run.train(resume=False)
         rows[name] = metric_rows(tmp_path / name)
@@ -212,10 +212,19 @@ def test_nothing_to_learn_from_is_refused_and_nothing_to_validate_against_told(
     with pytest.raises(SpecError, match=r"'bare\+rattled'.*nothing to learn from"):
         _run(store, tmp_path, "bare+rattled")
     _run(store, tmp_path, "bare+rattled", strategy="v2v+vanilla1")
-    _run(store, tmp_path, "bare", loss={"teacher_labels": 1.0}, val_split="energies")
+    _run(
+        store, tmp_path, "bare", loss={"pseudo_label_weight": 1.0}, val_split="energies"
+    )
     assert "has no reference labels" not in caplog.text
     _run(store, tmp_path, "train", val_split="bare")
-    _run(store, tmp_path, "train", val_split="bare", export="last", best_by="efwt")
+    _run(
+        store,
+        tmp_path,
+        "train",
+        val_split="bare",
+        export_weights="last",
+        monitor="efwt",
+    )
     assert "val_split: 'bare' has no reference labels" in caplog.text
 
 
@@ -248,18 +257,18 @@ def test_metrics_that_are_never_a_number_cannot_be_gone_by(
     """What is refused is what the validation gives as NaN."""
 
     def run(**changes: Any) -> Trainer:
-        wish = {"best_by": metric} | changes
+        wish = {"monitor": metric} | changes
         return _run(store, tmp_path, "train", val_split=split, **wish)
 
-    free = run(export="last")
+    free = run(export_weights="last")
     result = free.validator(free.averaged_student)
     value = result.loss if metric == "loss" else result.metrics[metric]
     if np.isfinite(value):
         run(patience=2)
-        run(export="best")
+        run(export_weights="best")
         return
-    message = rf"val_split: '{split}' has no labels for best_by={metric}, which "
-    with pytest.raises(SpecError, match=message + "patience=2 goes by"):
+    message = rf"val_split: '{split}' has no labels for monitor={metric}, which "
+    with pytest.raises(SpecError, match=message + "patience=2 needs"):
         run(patience=2)
-    with pytest.raises(SpecError, match=message + "export=best goes by"):
+    with pytest.raises(SpecError, match=message + "export=best needs"):
         run(export="best")

@@ -103,14 +103,15 @@ def _arguments(
 
 NOTHING = (
     "train_split: 'bare' has no reference labels, {}; join a split with labels to "
-    "train_split, set loss.teacher_labels=1, add vanilla1 to the strategy, or set "
-    "energy_key and forces_key of the split where the file has labels under other "
-    "names."
+    "train_split, set loss.pseudo_label_weight=1, add vanilla1 to the strategy, or, if "
+    "the file has labels under other names, set energy_key and forces_key of the "
+    "split."
 )
 NO_FORCES = (
     "train_split: 'bare' has no reference forces, and no term of the loss replaces "
-    "them, so the forces of the student would stay random; set loss.teacher_labels=1, "
-    "add vanilla1 to the strategy, set student.hyperparameters.direct_forces=false to "
+    "them, so the forces of the student would stay random; set "
+    "loss.pseudo_label_weight=1, add vanilla1 to the strategy, set "
+    "student.hyperparameters.direct_forces=false to "
     "take forces as the gradient of the energy, or set loss.force_weight=0 if you do "
     "not need them."
 )
@@ -118,8 +119,8 @@ NO_FORCES = (
 
 def _features_alone(strategy: str) -> str:
     return NOTHING.format(
-        f"and {strategy} trains no energies or forces, so those of the student would "
-        "stay random"
+        f"and {strategy} does not train energies or forces, so both outputs of the "
+        "student would stay random"
     )
 
 
@@ -170,12 +171,20 @@ def _train(arguments: list[Any], sentence: str) -> None:
     ("split", "changes", "words"),
     [
         ("full", {}, ""),
-        ("bare", {"loss": {"teacher_labels": 1}}, ""),
-        ("bare", {"strategy": "n2n", "loss": {"teacher_labels": 0.1}}, ""),
-        ("bare", {"strategy": "vanilla1", "distill": {"vanilla1": 0}}, "no energies"),
+        ("bare", {"loss": {"pseudo_label_weight": 1}}, ""),
+        ("bare", {"strategy": "n2n", "loss": {"pseudo_label_weight": 0.1}}, ""),
+        (
+            "bare",
+            {"strategy": "vanilla1", "distill": {"vanilla1": 0}},
+            "train energies",
+        ),
         ("bare", {"strategy": "vanilla1", "loss": {"force_weight": 0}}, ""),
         ("bare", {"strategy": "vanilla2", "loss": {"force_weight": 0}}, ""),
-        ("bare", {"strategy": "vanilla1", "distill": {"balance": 0.1}}, "balance"),
+        (
+            "bare",
+            {"strategy": "vanilla1", "distill": {"target_ratio": 0.1}},
+            "target_ratio",
+        ),
         ("energies", {}, "no reference forces"),
         ("energies", {"strategy": "n2n+v2v"}, "no reference forces"),
         ("energies", {"strategy": "vanilla1"}, ""),
@@ -217,10 +226,10 @@ def test_forces_that_are_gradients_need_no_labels_of_their_own(
 ) -> None:
     monkeypatch.setitem(STUDENTS, student, STUDENTS[student] | hyperparameters)
     _run(store, tmp_path, "energies", student)
-    assert "no reference forces; those of the student follow from its" in caplog.text
+    assert "no reference forces; the student's forces follow from its" in caplog.text
     _run(store, tmp_path, "forces", student)
-    assert "known up to a constant only" in caplog.text
-    with pytest.raises(SpecError, match="n2n trains no energies"):
+    assert "known only up to a constant" in caplog.text
+    with pytest.raises(SpecError, match="n2n does not train energies"):
         _run(store, tmp_path, "bare", student, strategy="n2n")
 
 
@@ -230,10 +239,10 @@ def test_samples_that_l0_leaves_out_are_counted(
     _run(store, tmp_path, "full+energies+bare", strategy="n2n")
     assert (
         "train_split: of the 18 samples of 'full+energies+bare', 6 have no reference "
-        "energy and 12 have no reference forces; L0 leaves these out"
+        "energy and 12 have no reference forces; L0 skips these samples"
     ) in caplog.text
     caplog.clear()
-    _run(store, tmp_path, "full+bare", loss={"teacher_labels": 1})
+    _run(store, tmp_path, "full+bare", loss={"pseudo_label_weight": 1})
     _run(store, tmp_path, "full")
     assert "no reference" not in caplog.text
     _run(store, tmp_path, "energies", loss={"force_weight": 0})
@@ -288,8 +297,67 @@ def test_structures_of_training_in_validation_are_told(
         _run(store, tmp_path, "full+energies", test_split="bare+energies")
     first = store.splits["full"].sample_ids[0]
     assert (
-        "val_split: 6 of the 6 samples of 'full' have structures that train_split "
-        f"'full+energies' has too, the first is '{first}'; errors on them are too low"
+        "val_split: 6 of the 6 samples of 'full' have structures that are also in "
+        f"train_split 'full+energies' (first: '{first}'); errors on them are too low"
     ) in caplog.text
     assert "test_split: 6 of the 6 samples of 'energies'" in caplog.text
     assert "'bare' have" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("split", "strategy", "changes", "remedy"),
+    [
+        (
+            "bare",
+            "vanilla1",
+            {"distill": {"schedule": {"start": 0}}},
+            "set distill.schedule.start above 0",
+        ),
+        (
+            "bare",
+            "n2n+vanilla1",
+            {"distill": {"schedule": {"kind": "linear", "start": 0}}},
+            "set distill.schedule.start above 0",
+        ),
+        (
+            "bare",
+            "vanilla2",
+            {"distill": {"vanilla2": 0}},
+            "set distill.vanilla2 above 0",
+        ),
+        (
+            "full",
+            "none",
+            {"loss": {"energy_weight": 0, "force_weight": 0}},
+            "set loss.energy_weight or loss.force_weight above 0",
+        ),
+        (
+            "energies",
+            "none",
+            {"loss": {"energy_weight": 0}},
+            "set loss.energy_weight above 0, join a split",
+        ),
+    ],
+)
+def test_what_a_weight_of_zero_switches_off(
+    split: str,
+    strategy: str,
+    changes: dict[str, Any],
+    remedy: str,
+    store: FeatureStore,
+    tmp_path: Path,
+) -> None:
+    """A1: a factor of 0 trained nothing, and remedies were those of other causes."""
+    with pytest.raises(SpecError, match=remedy):
+        _run(store, tmp_path, split, strategy=strategy, **changes)
+
+
+def test_gradients_of_labels_that_have_no_weight(
+    store: FeatureStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The labels are there, so no warning denies that."""
+    _run(store, tmp_path, "full", SCHNET, loss={"energy_weight": 0})
+    assert caplog.messages[0] == (
+        "loss.energy_weight is 0, so reference energies are not used; the student's "
+        "energies are known only up to a constant"
+    )

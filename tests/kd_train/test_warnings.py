@@ -33,7 +33,7 @@ def test_training_warns_in_its_log_from_the_start(
     said = run_command(train_main, [*words, *flags, *place])
     assert said.exit_code == 0, said.output
     told = _warned(said.stderr)
-    assert any("takes the recipe oc20" in line for line in told)
+    assert any("selects the recipe oc20" in line for line in told)
     assert len(set(told)) == len(told)
     assert _logged(tmp_path / "run" / "train.log") == told
 

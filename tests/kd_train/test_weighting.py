@@ -57,7 +57,7 @@ def test_schedule_weighs_the_terms_of_a_run(
 
 def test_balance_follows_the_running_means() -> None:
     config = train_config(strategy="n2n+v2v", distill={"n2n": 2.0, "v2v": 10.0})
-    distill = config.distill.model_copy(update={"balance": 0.4})
+    distill = config.distill.model_copy(update={"target_ratio": 0.4})
     weighting = Weighting(config.model_copy(update={"distill": distill}), CPU)
     assert {float(w) for w in weighting.weights(0).values()} == {0.0}
     generator = torch.Generator().manual_seed(0)
@@ -74,7 +74,9 @@ def test_balance_follows_the_running_means() -> None:
 
 
 def test_balance_of_a_term_that_vanishes_is_no_weight() -> None:
-    weighting = Weighting(train_config(strategy="n2n", distill={"balance": 1.0}), CPU)
+    weighting = Weighting(
+        train_config(strategy="n2n", distill={"target_ratio": 1.0}), CPU
+    )
     weighting.note({"l0": torch.tensor(3.0), "n2n": torch.tensor(0.0)})
     assert float(weighting.weights(1)["n2n"]) == 0
 
@@ -86,7 +88,7 @@ def test_balanced_terms_are_the_wished_fraction_of_l0(
     config = distilling(
         steps=60,
         eval_every=20,
-        distill={"n2n": 1e5, "v2v": 1e6, "balance": 0.3},
+        distill={"n2n": 1e5, "v2v": 1e6, "target_ratio": 0.3},
         optimizer={"lr": 1e-4},
     )
     run = make_run(small_store, tmp_path, config)

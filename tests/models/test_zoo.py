@@ -78,7 +78,9 @@ def test_layers_without_a_factor_have_one(given, expected):
     sizes = {"hidden_channels": 8, "num_layers": 2, "scale_factors": given}
     model = build_model("painn", sizes)
     assert [p.item() for p in model.parameters() if not p.requires_grad] == expected
-    with pytest.raises(SpecError, match="scale_factors is 'a', but a list is needed"):
+    with pytest.raises(
+        SpecError, match="scale_factors is 'a', but a list of floats is"
+    ):
         build_model("painn", sizes | {"scale_factors": "a"})
 
 

@@ -121,9 +121,9 @@ def test_no_label_at_all_is_a_warning_unless_it_is_meant(
     said = run_command(main, ["plan", spec, "--device", "cpu"])
     told = _warnings(said.stderr)
     assert told[0] == (
-        "splits.train: none of the 3 samples has an energy, the first is 'w0'; it has "
-        "no name like energy, so set splits.train.energy_key if the label has another "
-        "one, or splits.train.labels: none"
+        "splits.train: none of the 3 samples has an energy, the first is 'w0'; "
+        "nothing else in it has a name like energy, so set splits.train.energy_key if "
+        "the label has another one, or splits.train.labels: none"
     )
     assert len(told) == 2
     assert not any("pool" in line for line in told)

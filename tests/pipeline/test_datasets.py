@@ -227,7 +227,7 @@ def test_folders_are_read_in_counting_order(tmp_path: Path) -> None:
     assert list(chosen.sample_ids) == ["1", "3"]
     (tmp_path / "part10.extxyz.xz").write_bytes(b"broken")
     assert len(open_dataset("extxyz", str(tmp_path), limit=4)) == 4
-    with pytest.raises(DataError, match=r"part10\.extxyz\.xz is damaged"):
+    with pytest.raises(DataError, match=r"part10\.extxyz\.xz .* damaged"):
         open_dataset("extxyz", str(tmp_path))
 
 

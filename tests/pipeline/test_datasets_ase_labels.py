@@ -194,6 +194,10 @@ CONSTRAINTS = [
     FixedLine(4, (0, 0, 1)),
     FixBondLengths([[3, 4]]),
 ]
+KEPT = (
+    "a store only knows atoms held on all axes, as FixAtoms and the columns fixed and "
+    "move_mask hold them"
+)
 LOST = "FixBondLengths (2), FixCartesian (2), FixedLine (2)"
 
 
@@ -219,8 +223,7 @@ def test_constraints_that_are_lost_are_named(path: Path, caplog: Any) -> None:
     fixed = [dataset[i].structure.fixed.tolist() for i in range(3)]
     assert sorted(fixed) == [[False] * 5, *[[True, True, True, False, False]] * 2]
     assert caplog.messages == [
-        f"{path}: 2 of 3 samples have constraints that are not kept, since a store "
-        f"only knows atoms held on all axes: {LOST}"
+        f"{path}: 2 of 3 samples have constraints that are not kept: {LOST}; {KEPT}"
     ]
 
 
@@ -239,6 +242,6 @@ def test_masks_on_some_axes_are_named(format: str, tmp_path: Path, caplog: Any) 
     assert dataset[0].structure.fixed.tolist() == [True, False]
     assert not dataset[1].structure.fixed.any()
     assert caplog.messages == [
-        f"{path}: 1 of 2 samples have constraints that are not kept, since a store "
-        "only knows atoms held on all axes: move_mask (1)"
+        f"{path}: 1 of 2 samples have constraints that are not kept: move_mask (1); "
+        f"{KEPT}"
     ]

@@ -148,11 +148,11 @@ def test_splits_of_different_kinds_are_refused_by_name(tmp_path: Path) -> None:
     }
     words = (
         r"splits\.train has energies around -4\.99 eV per atom and splits\.val around "
-        r"0\.123 eV .*splits\.val\.compare_energies: false"
+        r"0\.123 eV .*splits\.val\.check_energy_kind: false"
     )
     with pytest.raises(DataError, match=words):
         make_build_plan(_spec(tmp_path, **splits))
-    splits["val"]["compare_energies"] = False
+    splits["val"]["check_energy_kind"] = False
     assert make_build_plan(_spec(tmp_path, **splits)).plans
 
 

@@ -165,8 +165,9 @@ def test_constraints_that_are_lost_are_named(tmp_path: Path, caplog: Any) -> Non
     dataset = _open_written(tmp_path / "a.traj", images)
     _assert_is(dataset[2], images[2])
     assert caplog.messages == [
-        f"{tmp_path / 'a.traj'}: 1 of 5 samples have constraints that are not kept, "
-        "since a store only knows atoms held on all axes: FixedPlane (1)"
+        f"{tmp_path / 'a.traj'}: 1 of 5 samples have constraints that are not kept: "
+        "FixedPlane (1); a store only knows atoms held on all axes, as FixAtoms and "
+        "the columns fixed and move_mask hold them"
     ]
 
 

@@ -82,7 +82,7 @@ def test_an_extended_store_is_one_built_at_once(
     assert kept
     assert all(after[name] == before[name] for name in kept)
     assert verify_store(store) == []
-    names = ["s.zarr", "s.zarr.scan-cache", "s.zarr.log", "s.zarr.status.json"]
+    names = ["s.zarr", "s.zarr.log", "s.zarr.scan-cache", "s.zarr.status.json"]
     assert sorted(f.name for f in tmp_path.iterdir() if "s.zarr" in f.name) == names
     shutil.rmtree(store)
     kd_cache("build", spec)

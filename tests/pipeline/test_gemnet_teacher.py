@@ -143,7 +143,7 @@ def test_painn_layers(teacher_file: Path, samples: list[Sample]) -> None:
         assert np.abs(found[name] - final[name]).max() > 1e-3
 
 
-@pytest.mark.parametrize("change", [{"batch_gib": 1e-9}, {"batch_atoms": 1}, {}])
+@pytest.mark.parametrize("change", [{"max_batch_gib": 1e-9}, {"batch_atoms": 1}, {}])
 def test_budgets_decide_the_passes_and_not_the_numbers(
     change: dict[str, object], gemnet_file: Path, samples: list[Sample]
 ) -> None:

@@ -169,9 +169,10 @@ def test_systems_without_a_reference_are_named(tmp_path: Path, caplog: Any) -> N
         _open(tmp_path)
     assert "system.txt: 1 of 2 lines are not system,energy" in caplog.text
     (tmp_path / "system.txt").write_text("a list of systems\n")
-    assert _open(tmp_path).sample_ids[0] == "0"
-    with pytest.raises(DataError, match="no reference energy"):
-        _open(tmp_path, energy="adsorption")
+    for energy in (None, "adsorption"):
+        with pytest.raises(DataError, match="no reference energy.*set energy: total"):
+            _open(tmp_path, energy=energy)
+    assert _open(tmp_path, energy="total").sample_ids[0] == "0"
 
 
 def test_one_chunk_alone(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from tests.stores import build, spec_document, write_spec
 
 NODE, VECTOR = "features/node_features", "features/vector_features"
 PROFILES = {
-    "node_features": {"profile": "compact", "error": 2e-3},
+    "node_features": {"profile": "compact", "max_relative_error": 2e-3},
     "vector_features": {"profile": "q8"},
     "per_atom_energy": {},
 }
@@ -97,7 +97,7 @@ def test_the_fingerprint_knows_profile_and_error(
 ) -> None:
     for change in (
         "features.vector_features.profile=faithful",
-        "features.node_features.error=1e-3",
+        "features.node_features.max_relative_error=1e-3",
     ):
         said = refusal(main, ["build", spec, "--device", "cpu", "--set", change])
         assert "was planned for another spec" in said
@@ -110,9 +110,9 @@ def test_the_fingerprint_knows_profile_and_error(
     ("changes", "words"),
     [
         ({"node_features.dtype": "float16"}, "dtype is for profile faithful"),
-        ({"vector_features.error": 0.01}, "error is for profile compact; q8 has"),
+        ({"vector_features.max_relative_error": 0.01}, "is for profile compact; the"),
         ({"per_atom_energy.profile": "q8"}, "for features with channels"),
-        ({"node_features.error": 2.0}, "node_features.error"),
+        ({"node_features.max_relative_error": 2.0}, "node_features.max_relative_error"),
         ({"node_features.profile": "q9"}, "node_features.profile"),
     ],
 )

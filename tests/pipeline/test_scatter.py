@@ -111,7 +111,7 @@ def test_refusals(small_spec: Path, tmp_path: Path) -> None:
     part = ("--part", "1/2")
     assert "kd-cache plan SPEC" in refusal(main, ["build", *common, *part])
     assert "3/32" in refusal(main, ["build", *common, "--part", "3/2"])
-    for more in (("--blocks", "0:1"), ("--receipt", tmp_path / "r.json")):
+    for more in (("--blocks", "0:1"), ("--done-file", tmp_path / "r.json")):
         refused = run_command(main, ["build", *common, *part, *more])
         assert refused.exit_code == 2
         assert more[0] in refused.stderr

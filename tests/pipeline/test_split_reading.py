@@ -100,7 +100,7 @@ def test_where_holds_in_every_format(tmp_path: Path) -> None:
     ("where", "words"),
     [
         ({"heads": "pbe"}, "no frame has the key 'heads'"),
-        ({"head": "PBE"}, "chooses no frame; head is 'pbe', 'scan', None"),
+        ({"head": "PBE"}, "chooses no frame; head is 'pbe', 'scan', absent, not 'PBE'"),
         ({"charge": "0"}, "chooses no frame; charge is 0, 1, -1"),
         ({"head": "scan", "charge": 1}, "chooses no frame"),
     ],

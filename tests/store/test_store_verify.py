@@ -72,7 +72,7 @@ def test_values_that_are_no_numbers_are_found(tmp_path: Path, monkeypatch):
             rows.reshape(len(rows), -1)[-1, 0] = bad[info.path]
         return rows
 
-    monkeypatch.setattr(rows_module, "_checked_rows", unchecked)
+    monkeypatch.setattr(rows_module, "_check_rows", unchecked)
     path = tmp_path / "toy.zarr"
     toy_store.build(path, ("train",))
     last = PLAN.sample_ids[PLAN.blocks.block_bounds[2] - 1]

@@ -159,7 +159,7 @@ def test_store_of_real_frames_is_sound(tmp_path: Path) -> None:
             "format": "extxyz",
             "path": str(molecules),
             "limit": 5,
-            "compare_energies": False,
+            "check_energy_kind": False,
         },
     }
     document = spec_document(splits, tmp_path / "s.zarr")

@@ -101,7 +101,7 @@ def test_store_of_real_frames_is_sound(tmp_path: Path) -> None:
         "molecules": {"format": "extxyz", "path": str(molecules), "limit": 5},
     }
     document = spec_document(splits, tmp_path / "s.zarr")
-    document["splits"]["molecules"]["compare_energies"] = False
+    document["splits"]["molecules"]["check_energy_kind"] = False
     document["teacher"] = {"model": "sevennet"}
     fields = ("node_features", "vector_features", "per_atom_energy")
     document["features"] = {name: {} for name in fields}
@@ -166,7 +166,7 @@ def test_memory_estimate_bounds_the_passes() -> None:
     samples = made_samples()
     need = max(potential.estimate_memory(potential.graph(sample)) for sample in samples)
     assert need > 10_000 * len(potential.graph(samples[2]).edges)
-    spec = TeacherSpec(model="sevennet", batch_gib=1.5 * need / 2**30)
+    spec = TeacherSpec(model="sevennet", max_batch_gib=1.5 * need / 2**30)
     passes: list[int] = []
     teacher = TeacherRunner.load(spec)
     model = teacher.potential.model  # type: ignore[attr-defined]

@@ -153,7 +153,7 @@ def test_one_failure_is_told_and_not_fatal(swept: Swept) -> None:
         assert not (sweep.folder(name) / "failure.json").exists()
     failure = json.loads((sweep.folder(FAILING) / "failure.json").read_text())
     assert failure["step"] is None
-    assert "the loss is no longer a finite number by step 5" in failure["error"]
+    assert "the training loss is no longer finite at step 5" in failure["error"]
     report = (sweep.out / "report" / "sweep.txt").read_text()
     assert "4 runs, 3 done, 1 failed" in report
     assert f"{sweep.folder(FAILING)}: failed: {failure['error']}" in report
@@ -214,7 +214,7 @@ def test_changed_settings_of_a_trained_run_are_refused(
     before = sha256_of(changed.folder(FINE[0]) / "student.safetensors")
     outcome = run_job(changed, FINE[0])
     assert outcome.state == "failed"
-    assert "batch_size = 8, now it is 9" in str(outcome.error)
+    assert "batch_size = 8, but now it is 9" in str(outcome.error)
     assert sha256_of(changed.folder(FINE[0]) / "student.safetensors") == before
 
 
