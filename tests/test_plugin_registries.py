@@ -18,7 +18,7 @@ from pipeline.datasets.registry import format_of_suffix, load_reader
 from pipeline.errors import SpecError
 from pipeline.models.normalizer import Normalizer
 from pipeline.models.zoo import build_model
-from pipeline.spec.cache_spec import TeacherSpec
+from pipeline.spec.sections import TeacherSpec
 from pipeline.teachers.registry import load_potential
 from tests.plugin_packages import install
 

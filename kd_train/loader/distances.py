@@ -6,7 +6,7 @@ from pipeline.datasets import Dataset
 from pipeline.datasets.base import DerivedDataset
 from pipeline.errors import DataError
 from pipeline.graphs.closeness import check_distances
-from pipeline.spec.cache_spec import MIN_PAIR_DISTANCE
+from pipeline.spec.sections import MIN_PAIR_DISTANCE
 from pipeline.structure import Sample
 
 log = logging.getLogger("kd_train")

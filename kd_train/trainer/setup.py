@@ -41,7 +41,7 @@ from pipeline.fields import FIELDS, PREDICTION_FIELDS
 from pipeline.models.network import Network
 from pipeline.models.normalizer import Normalizer
 from pipeline.models.zoo import build_model, model_names, student_names
-from pipeline.spec.cache_spec import PER_ELEMENT
+from pipeline.spec.sections import PER_ELEMENT
 from pipeline.store.reader import FeatureStore
 
 log = logging.getLogger("kd_train")

@@ -5,7 +5,7 @@ import logging
 import numpy as np
 
 from pipeline.datasets import Dataset
-from pipeline.spec.cache_spec import FeatureSpec
+from pipeline.spec.sections import FeatureSpec
 from pipeline.store.calibration import CALIBRATION_ROWS, Calibration, calibrate
 from pipeline.store.quantization import Profile
 from pipeline.teachers.runner import TeacherRunner

@@ -12,7 +12,7 @@ from ase.data import chemical_symbols
 from pipeline.datasets import Dataset
 from pipeline.datasets.labels import is_like, is_per_atom
 from pipeline.errors import DataError
-from pipeline.spec.cache_spec import SplitSpec
+from pipeline.spec.sections import SplitSpec
 from pipeline.structure import Sample
 
 log = logging.getLogger("pipeline.build.contents")

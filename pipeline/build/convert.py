@@ -20,7 +20,7 @@ from pipeline.parallel.ordered_map import (
     processes,
     useful_workers,
 )
-from pipeline.spec.cache_spec import FeatureSpec
+from pipeline.spec.sections import FeatureSpec
 from pipeline.store.calibration import (
     CALIBRATION_ROWS,
     Calibration,

@@ -14,7 +14,7 @@ from pipeline.errors import DataError
 from pipeline.graphs.closeness import check_distances
 from pipeline.graphs.neighbors import NeighborSpec, check_cell, sample_edges
 from pipeline.parallel.ordered_map import OrderedMap, ignore_items
-from pipeline.spec.cache_spec import SplitSpec
+from pipeline.spec.sections import SplitSpec
 from pipeline.structure import Sample
 from pipeline.teachers.potential import check_sample
 from pipeline.teachers.runner import TeacherRunner

@@ -23,14 +23,8 @@ from pipeline.fields import (
     STRUCTURE_FIELDS,
 )
 from pipeline.models.elements import list_symbols
-from pipeline.spec.cache_spec import (
-    NO_REFERENCES,
-    PER_ELEMENT,
-    CacheSpec,
-    FeatureSpec,
-    SplitSpec,
-    read_reference_energies,
-)
+from pipeline.spec.cache_spec import CacheSpec, read_reference_energies
+from pipeline.spec.sections import NO_REFERENCES, PER_ELEMENT, FeatureSpec, SplitSpec
 from pipeline.store.calibration import Calibration
 from pipeline.store.layout import INNER_ROWS, plan_blocks
 from pipeline.store.quantization import DTYPES

@@ -17,8 +17,9 @@ from pipeline.fields import (
     PREDICTION_FIELDS,
     STRUCTURE_FIELDS,
 )
-from pipeline.spec.cache_spec import CacheSpec, TeacherSpec
+from pipeline.spec.cache_spec import CacheSpec
 from pipeline.spec.renamed_keys import rename_keys
+from pipeline.spec.sections import TeacherSpec
 from pipeline.spec.yaml_model import apply_overrides, as_json, validate
 from pipeline.store.reader import FeatureStore, SplitReader
 from pipeline.structure import Sample, Structure

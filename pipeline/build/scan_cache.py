@@ -22,7 +22,7 @@ from pipeline.build.scan import Hashes, Scan
 from pipeline.datasets import IndexedDataset, Lister, Listing
 from pipeline.files.atomic import write_atomically
 from pipeline.parallel.ordered_map import OrderedMap
-from pipeline.spec.cache_spec import SplitSpec
+from pipeline.spec.sections import SplitSpec
 
 log = logging.getLogger("pipeline.build.scan_cache")
 Columns = dict[str, npt.NDArray[Any]]

@@ -7,7 +7,8 @@ from typing import Any
 
 from pipeline.errors import SpecError
 from pipeline.files.remote import is_url
-from pipeline.spec.cache_spec import NO_REFERENCES, PER_ELEMENT, CacheSpec, load_spec
+from pipeline.spec.cache_spec import CacheSpec, load_spec
+from pipeline.spec.sections import NO_REFERENCES, PER_ELEMENT
 
 # Where one change ends and the next begins; values may have blanks themselves.
 _BETWEEN = re.compile(r"\s+(?=[A-Za-z_][\w.]*=)")

@@ -13,7 +13,7 @@ from pipeline.datasets.unlabelled import Unlabelled
 from pipeline.errors import DataError
 from pipeline.files.download import download
 from pipeline.files.remote import is_url
-from pipeline.spec.cache_spec import SplitSpec
+from pipeline.spec.sections import SplitSpec
 
 __all__ = [
     "Dataset",

@@ -12,12 +12,8 @@ from pipeline.datasets import Dataset
 from pipeline.datasets.base import split_pieces
 from pipeline.errors import DataError, SpecError
 from pipeline.models.normalizer import NUM_REFERENCES, Normalizer
-from pipeline.spec.cache_spec import (
-    NO_REFERENCES,
-    PER_ELEMENT,
-    SplitSpec,
-    read_reference_energies,
-)
+from pipeline.spec.cache_spec import read_reference_energies
+from pipeline.spec.sections import NO_REFERENCES, PER_ELEMENT, SplitSpec
 from pipeline.structure import Sample
 
 # Samples whose equations are folded into the triangle at a time.

@@ -10,7 +10,7 @@ import numpy.typing as npt
 from pipeline.datasets.base import Dataset, DerivedDataset
 from pipeline.errors import DataError
 from pipeline.graphs.neighbors import NeighborSpec, neighbor_edges
-from pipeline.spec.cache_spec import RattleSpec
+from pipeline.spec.sections import RattleSpec
 from pipeline.structure import Sample, Structure
 
 # No bond is as short; H2, the shortest, has 0.74 Å.

@@ -15,7 +15,7 @@ from pipeline.models.checkpoint import LoadedModel, load_checkpoint
 from pipeline.models.contents import Weights
 from pipeline.models.elements import trained_elements, usable_elements
 from pipeline.models.network import Network
-from pipeline.spec.cache_spec import TeacherSpec
+from pipeline.spec.sections import TeacherSpec
 from pipeline.teachers.potential import FieldInfo, Guarantees, Potential, SampleGraph
 
 

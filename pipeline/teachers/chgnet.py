@@ -21,7 +21,7 @@ from pipeline.errors import CheckpointError, SpecError
 from pipeline.files.atomic import sha256_of
 from pipeline.graphs.neighbors import Edges, NeighborSpec
 from pipeline.models.normalizer import NUM_REFERENCES, Normalizer
-from pipeline.spec.cache_spec import TeacherSpec
+from pipeline.spec.sections import TeacherSpec
 from pipeline.structure import Sample, Structure
 from pipeline.teachers.batch import collate_graphs, structure_edge_vectors
 from pipeline.teachers.capture import capture_outputs

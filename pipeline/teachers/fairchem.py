@@ -18,7 +18,7 @@ from pipeline.errors import SpecError
 from pipeline.files.atomic import sha256_of
 from pipeline.graphs.neighbors import NeighborSpec
 from pipeline.models.normalizer import NUM_REFERENCES, Normalizer
-from pipeline.spec.cache_spec import TeacherSpec
+from pipeline.spec.sections import TeacherSpec
 from pipeline.teachers.capture import capture_outputs
 from pipeline.teachers.potential import FieldInfo, Guarantees, Potential, SampleGraph
 from pipeline.teachers.trust import check_options, require_trust

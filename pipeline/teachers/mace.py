@@ -20,7 +20,7 @@ from pipeline.files.atomic import sha256_of
 from pipeline.graphs.batch import collate
 from pipeline.graphs.neighbors import NeighborSpec
 from pipeline.models.normalizer import NUM_REFERENCES, Normalizer
-from pipeline.spec.cache_spec import TeacherSpec
+from pipeline.spec.sections import TeacherSpec
 from pipeline.teachers.capture import capture_outputs
 from pipeline.teachers.irreps import invariants, vectors
 from pipeline.teachers.potential import FieldInfo, Potential, SampleGraph

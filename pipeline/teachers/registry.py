@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from pipeline.errors import SpecError
 from pipeline.plugins import PlugIns
-from pipeline.spec.cache_spec import TeacherSpec
+from pipeline.spec.sections import TeacherSpec
 from pipeline.spec.yaml_model import nearest
 from pipeline.teachers.potential import Potential
 

@@ -16,7 +16,7 @@ from pipeline.errors import DataError, SpecError
 from pipeline.fields import EDGE_IDENTITY_FIELDS, FIELDS, PREDICTION_FIELDS
 from pipeline.graphs.neighbors import NeighborSpec, neighbor_edges
 from pipeline.parallel.devices import is_out_of_memory, run_halving_on_oom
-from pipeline.spec.cache_spec import TeacherSpec
+from pipeline.spec.sections import TeacherSpec
 from pipeline.structure import Sample, Structure
 from pipeline.teachers.potential import FieldInfo, Potential, SampleGraph, check_sample
 from pipeline.teachers.registry import load_potential

@@ -12,7 +12,7 @@ from torch import nn
 
 from pipeline.errors import SpecError
 from pipeline.models.torch_file import load_restricted
-from pipeline.spec.cache_spec import TeacherSpec
+from pipeline.spec.sections import TeacherSpec
 
 # Arrays of numbers, by the names that numpy 1 and 2 gave their parts.
 NUMPY_ARRAYS: list[Any] = [

@@ -8,7 +8,7 @@ import torch
 
 from kd_train.trainer.trainer import Trainer
 from pipeline.fields import PREDICTION_FIELDS
-from pipeline.spec.cache_spec import TeacherSpec
+from pipeline.spec.sections import TeacherSpec
 from pipeline.store.reader import FeatureStore
 from pipeline.structure import Sample
 from pipeline.teachers.runner import TeacherRunner

@@ -23,7 +23,7 @@ from kd_train.trainer.schedule import learning_rate
 from pipeline.datasets import open_dataset
 from pipeline.models.checkpoint import load_checkpoint
 from pipeline.models.output import ModelOutput
-from pipeline.spec.cache_spec import TeacherSpec
+from pipeline.spec.sections import TeacherSpec
 from pipeline.store.reader import FeatureStore
 from pipeline.structure import Sample
 from pipeline.teachers.runner import TeacherRunner

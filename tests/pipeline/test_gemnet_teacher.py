@@ -14,7 +14,8 @@ from pipeline.errors import SpecError
 from pipeline.graphs.batch import collate
 from pipeline.graphs.neighbors import neighbor_edges
 from pipeline.models.checkpoint import load_checkpoint
-from pipeline.spec.cache_spec import TeacherSpec, load_spec
+from pipeline.spec.cache_spec import load_spec
+from pipeline.spec.sections import TeacherSpec
 from pipeline.store.describe import describe_store
 from pipeline.structure import Sample
 from pipeline.teachers.runner import TeacherRunner

@@ -32,7 +32,8 @@ from pipeline.errors import DataError, SpecError, WorkersError
 from pipeline.graphs.neighbors import NeighborSpec, neighbor_edges
 from pipeline.parallel import local_cluster as clusters
 from pipeline.parallel.ordered_map import OrderedMap, processes
-from pipeline.spec.cache_spec import TeacherSpec, load_spec
+from pipeline.spec.cache_spec import load_spec
+from pipeline.spec.sections import TeacherSpec
 from pipeline.store.reader import FeatureStore
 from pipeline.structure import Structure
 from pipeline.teachers.runner import TeacherRunner

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.cli.main import main
 from pipeline.datasets import open_split
-from pipeline.spec.cache_spec import SplitSpec, TeacherSpec
+from pipeline.spec.sections import SplitSpec, TeacherSpec
 from pipeline.store.reader import FeatureStore
 from pipeline.teachers.builtin import BuiltinPotential
 from pipeline.teachers.potential import SampleGraph

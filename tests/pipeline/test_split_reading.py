@@ -9,7 +9,8 @@ import pytest
 
 from pipeline.datasets import open_dataset, open_split
 from pipeline.errors import DataError, SpecError
-from pipeline.spec.cache_spec import CacheSpec, SplitSpec, load_spec
+from pipeline.spec.cache_spec import CacheSpec, load_spec
+from pipeline.spec.sections import SplitSpec
 from pipeline.spec.units import Units, parse_units
 from tests.frames import frame, write_frames
 

@@ -14,7 +14,8 @@ from pipeline.errors import DataError
 from pipeline.files import download as staging
 from pipeline.files import remote
 from pipeline.files.download import download
-from pipeline.spec.cache_spec import SplitSpec, load_spec
+from pipeline.spec.cache_spec import load_spec
+from pipeline.spec.sections import SplitSpec
 from pipeline.store.reader import FeatureStore
 from tests.frames import collision_frames, write_frames
 from tests.store.http_server import FolderServer, serving

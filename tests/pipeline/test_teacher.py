@@ -13,7 +13,7 @@ from pipeline.graphs.batch import collate
 from pipeline.graphs.neighbors import neighbor_edges
 from pipeline.models.checkpoint import load_checkpoint, save_model
 from pipeline.models.zoo import build_model
-from pipeline.spec.cache_spec import TeacherSpec
+from pipeline.spec.sections import TeacherSpec
 from pipeline.structure import Sample
 from pipeline.teachers.runner import TeacherRunner, width_shape
 from tests.frames import collision_frames, frame, write_frames

@@ -18,7 +18,8 @@ from pipeline.cli.main import main
 from pipeline.datasets import Dataset, open_dataset, open_split
 from pipeline.datasets.rattled import CLOSEST_PAIR
 from pipeline.errors import DataError, SpecError
-from pipeline.spec.cache_spec import SplitSpec, load_spec
+from pipeline.spec.cache_spec import load_spec
+from pipeline.spec.sections import SplitSpec
 from pipeline.store.reader import FeatureStore
 from pipeline.store.verify import verify_store
 from pipeline.structure import Sample

@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeline.errors import ContractError
 from pipeline.models.checkpoint import save_model
 from pipeline.models.zoo import build_model
-from pipeline.spec.cache_spec import TeacherSpec
+from pipeline.spec.sections import TeacherSpec
 from pipeline.structure import Sample
 from pipeline.teachers.checks import CHECKS, Subject, check_potential
 from pipeline.teachers.potential import FieldInfo, Guarantees, Potential, SampleGraph

@@ -8,7 +8,7 @@ import torch
 
 from pipeline.datasets import open_dataset
 from pipeline.errors import SpecError
-from pipeline.spec.cache_spec import TeacherSpec
+from pipeline.spec.sections import TeacherSpec
 from pipeline.teachers.checks import Subject, check_potential
 from pipeline.teachers.registry import load_potential
 from pipeline.teachers.runner import TeacherRunner

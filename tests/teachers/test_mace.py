@@ -12,7 +12,8 @@ import torch
 
 from pipeline.build.build import build_store
 from pipeline.errors import CheckpointError, SpecError
-from pipeline.spec.cache_spec import TeacherSpec, load_spec
+from pipeline.spec.cache_spec import load_spec
+from pipeline.spec.sections import TeacherSpec
 from pipeline.store.verify import verify_store
 from pipeline.teachers.checks import Subject, check_potential
 from pipeline.teachers.mace import Mace, load

@@ -11,7 +11,8 @@ import torch
 from pipeline.cli.main import main
 from pipeline.datasets import open_dataset
 from pipeline.errors import CheckpointError, SpecError
-from pipeline.spec.cache_spec import TeacherSpec, load_spec
+from pipeline.spec.cache_spec import load_spec
+from pipeline.spec.sections import TeacherSpec
 from pipeline.teachers.irreps import invariants, vectors
 from pipeline.teachers.registry import PLUGINS, load_potential, teacher_names
 from pipeline.teachers.runner import TeacherRunner

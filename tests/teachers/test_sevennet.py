@@ -11,7 +11,8 @@ import torch
 
 from pipeline.build.build import build_store
 from pipeline.errors import CheckpointError, SpecError
-from pipeline.spec.cache_spec import TeacherSpec, load_spec
+from pipeline.spec.cache_spec import load_spec
+from pipeline.spec.sections import TeacherSpec
 from pipeline.store.reader import FeatureStore
 from pipeline.store.verify import verify_store
 from pipeline.structure import Sample
