@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
-from kd_train.config.train_config import LossConfig, StudentConfig, TrainConfig
+from kd_train.config.sections import LossConfig, StudentConfig
+from kd_train.config.train_config import TrainConfig
 from kd_train.strategies import load_strategy
 from kd_train.strategies.base import Setting
 from kd_train.strategies.n2n import NodeToNode

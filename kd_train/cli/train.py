@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 import click
 
 from kd_train.cli.report import cka_main, report_main
+from kd_train.config.sections import STRATEGY_ALIASES
 from kd_train.config.strategy_names import STRATEGIES
-from kd_train.config.train_config import STRATEGY_ALIASES, TrainConfig, load_config
+from kd_train.config.train_config import TrainConfig, load_config
 from kd_train.distributed import World, process_device, process_group, read_world
 from pipeline.console import (
     HELP,

@@ -11,8 +11,9 @@ from typing import Any
 
 from pydantic import Field as Key
 
+from kd_train.config.sections import DistillConfig
 from kd_train.config.strategy_names import BUILT_IN
-from kd_train.config.train_config import RECIPES, DistillConfig, TrainConfig
+from kd_train.config.train_config import RECIPES, TrainConfig
 from pipeline.errors import SpecError
 from pipeline.spec.yaml_model import ClosedModel, read_yaml, validate
 

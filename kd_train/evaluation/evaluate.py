@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
-from kd_train.config.train_config import LossConfig
+from kd_train.config.sections import LossConfig
 from kd_train.distributed import ALONE, World, interleave
 from kd_train.evaluation.metrics import METRICS, MetricSums
 from kd_train.loader.prefetch import move_to_device

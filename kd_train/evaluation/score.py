@@ -14,7 +14,7 @@ from ase.data import chemical_symbols
 from torch_geometric.data import Data
 from tqdm import tqdm
 
-from kd_train.config.train_config import LossConfig
+from kd_train.config.sections import LossConfig
 from kd_train.evaluation.evaluate import evaluate, teacher_metrics
 from kd_train.evaluation.load_student import (
     undetermined_elements,

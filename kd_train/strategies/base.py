@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
-from kd_train.config.train_config import LossConfig
+from kd_train.config.sections import LossConfig
 from kd_train.strategies.losses import joint_mean
 from pipeline.errors import SpecError
 from pipeline.fields import FIELDS, PREDICTION_FIELDS

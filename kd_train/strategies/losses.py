@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
-from kd_train.config.train_config import LossConfig
+from kd_train.config.sections import LossConfig
 from pipeline.models.normalizer import Normalizer
 from pipeline.models.output import ModelOutput
 

@@ -5,8 +5,8 @@ import re
 from functools import cache
 from pkgutil import resolve_name
 
+from kd_train.config.sections import DistillConfig
 from kd_train.config.strategy_names import BUILT_IN, STRATEGIES
-from kd_train.config.train_config import DistillConfig
 from kd_train.strategies.base import Strategy
 from pipeline.fields import FIELDS
 

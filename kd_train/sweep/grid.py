@@ -10,8 +10,9 @@ from typing import Annotated, Any
 from pydantic import Field as Key
 from pydantic import field_validator
 
+from kd_train.config.sections import DistillConfig
 from kd_train.config.strategy_names import BASELINE, BUILT_IN, term_names
-from kd_train.config.train_config import DistillConfig, TrainConfig, strategy_name
+from kd_train.config.train_config import TrainConfig, strategy_name
 from pipeline.errors import SpecError
 from pipeline.spec.renamed_keys import rename_keys
 from pipeline.spec.yaml_model import (

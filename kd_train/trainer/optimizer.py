@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from kd_train.config.train_config import OptimizerConfig
+from kd_train.config.sections import OptimizerConfig
 
 
 def make_optimizer(modules: nn.Module, options: OptimizerConfig) -> torch.optim.AdamW:

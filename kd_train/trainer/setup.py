@@ -13,8 +13,9 @@ from torch import nn
 from torch_geometric.data import Data
 
 from kd_train.config.recipe import apply_recipe
+from kd_train.config.sections import LossConfig
 from kd_train.config.strategy_names import BUILT_IN
-from kd_train.config.train_config import LossConfig, TrainConfig
+from kd_train.config.train_config import TrainConfig
 from kd_train.loader.choose_split import choose_split, stored_widths
 from kd_train.loader.data import CachedSamples
 from kd_train.loader.split import Split

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from kd_train.config.train_config import StudentConfig
+from kd_train.config.sections import StudentConfig
 from pipeline.errors import SpecError
 from pipeline.models.zoo import STUDENTS, find_preset, model_names, student_names
 from pipeline.spec.yaml_model import nearest

@@ -1,6 +1,5 @@
 """The training loop, top to bottom: one store, one student, one run folder."""
 
-import inspect
 import itertools
 import logging
 import math
@@ -14,7 +13,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch_geometric.data import Data
 
@@ -36,6 +34,7 @@ from kd_train.trainer.labels import warn_of_training_samples
 from kd_train.trainer.numerics import compile_student, determinism, training_numerics
 from kd_train.trainer.objective import Objective
 from kd_train.trainer.optimizer import make_optimizer
+from kd_train.trainer.parallel import average_gradients, keep_gradients
 from kd_train.trainer.progress import TrainingState
 from kd_train.trainer.records import (
     Window,
@@ -218,7 +217,7 @@ class Trainer:
         counts = self.world.all_sum(counts.sum(dim=0))
         values: dict[str, Tensor] = {}
         for number, batch in enumerate(batches):
-            with self._gradients_kept(number < len(batches) - 1):
+            with keep_gradients(self._parallel, number < len(batches) - 1):
                 totals = self._parallel(batch)
                 shares = self._weighted(self.objective.values(totals, counts))
                 # Gradients are averaged over processes, and are to be summed.
@@ -254,11 +253,7 @@ class Trainer:
             return self.objective
         start = f"{self.header()} {weights_digest(self.modules)}"
         self.world.require_equal(start, "Store, configuration or initial weights")
-        # Buffers are constants; the option to leave them alone changed its name.
-        known = inspect.signature(DistributedDataParallel).parameters
-        new = "forward_sync_buffers"
-        options: dict[str, Any] = {new if new in known else "broadcast_buffers": False}
-        return DistributedDataParallel(self.objective, **options)
+        return average_gradients(self.objective)
 
     def _settle(self) -> None:
         """Let the exchange of gradients find its order, as it does after a first pass.
@@ -272,12 +267,6 @@ class Trainer:
         with training_numerics(self.config):
             (0 * self._parallel(batch).sum()).backward()
         self.optimizer.zero_grad(set_to_none=True)
-
-    def _gradients_kept(self, kept: bool) -> Any:
-        """Return the context of a batch; ``kept`` gradients are not exchanged yet."""
-        if kept and isinstance(self._parallel, DistributedDataParallel):
-            return self._parallel.no_sync()
-        return nullcontext()
 
     def _samples(self, split: str, fields: tuple[str, ...]) -> CachedSamples:
         student = self.learner.student

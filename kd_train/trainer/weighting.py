@@ -6,7 +6,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from kd_train.config.train_config import LambdaSchedule, TrainConfig
+from kd_train.config.sections import LambdaSchedule
+from kd_train.config.train_config import TrainConfig
 from kd_train.strategies import term_weight
 
 # Of the running means; they look back about fifty steps.

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch_geometric.data import Data
 
-from kd_train.config.train_config import LossConfig
+from kd_train.config.sections import LossConfig
 from kd_train.strategies.losses import (
     Labels,
     OutputError,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from kd_train.config.train_config import LossConfig
+from kd_train.config.sections import LossConfig
 from kd_train.evaluation.evaluate import evaluate, teacher_metrics
 from kd_train.evaluation.metrics import MetricSums, gap_closed
 from kd_train.loader.data import CachedSamples

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from kd_train.config.train_config import OptimizerConfig
+from kd_train.config.sections import OptimizerConfig
 from kd_train.trainer.optimizer import make_optimizer, parameter_groups
 from pipeline.models.zoo import build_model
 from tests.stores import TINY_PAINN

@@ -10,12 +10,8 @@ import torch
 from torch import Tensor
 from torch_geometric.data import Data
 
-from kd_train.config.train_config import (
-    DistillConfig,
-    LossConfig,
-    OptimizerConfig,
-    TrainConfig,
-)
+from kd_train.config.sections import DistillConfig, LossConfig, OptimizerConfig
+from kd_train.config.train_config import TrainConfig
 from kd_train.loader.sampler import SamplerConfig, epoch_batches
 from kd_train.report.runs import read_run
 from kd_train.trainer.checkpoint import read_checkpoint, save_checkpoint

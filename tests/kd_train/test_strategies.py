@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch_geometric.data import Data
 
+from kd_train.config.sections import DistillConfig, LossConfig
 from kd_train.config.strategy_names import BUILT_IN, STRATEGIES
-from kd_train.config.train_config import DistillConfig, LossConfig
 from kd_train.strategies import Strategy, load_strategy
 from kd_train.strategies.base import Setting
 from kd_train.trainer.setup import make_learner

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from kd_train.config.train_config import LambdaSchedule
+from kd_train.config.sections import LambdaSchedule
 from kd_train.trainer.weighting import Weighting, schedule_factor
 from pipeline.store.reader import FeatureStore
 from tests.kd_train.runs import distilling, make_run, metric_rows

@@ -123,7 +123,7 @@ def test_torch_still_loads_with_care(mace_file: Path) -> None:
     """In a process of its own, which imports mace for the first time."""
     program = (
         "import os, sys\n"
-        "from pipeline.spec.cache_spec import TeacherSpec\n"
+        "from pipeline.spec.sections import TeacherSpec\n"
         "from pipeline.teachers.mace import load\n"
         "load(TeacherSpec.model_validate_json(sys.argv[1]))\n"
         f"sys.exit(int({UNSAFE!r} in os.environ))"
