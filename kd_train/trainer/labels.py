@@ -62,10 +62,10 @@ def _require_measure(config: TrainConfig, val: Split) -> None:
     if config.patience is not None:
         wish, instead = f"patience={config.patience}", "omit patience"
     elif config.export_weights == "best" and config.model_fields_set & {
-        "export",
+        "export_weights",
         "monitor",
     }:
-        wish, instead = "export=best", "set export=last"
+        wish, instead = "export_weights=best", "set export_weights=last"
     else:
         return
     if not is_measured(val, config.monitor):

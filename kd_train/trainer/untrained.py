@@ -150,7 +150,7 @@ def _remedies(config: TrainConfig, counts: LabelCounts) -> str:
         [
             *unused,
             _JOIN,
-            "set loss.teacher_labels=1",
+            "set loss.pseudo_label_weight=1",
             f"add vanilla1 to the strategy, or, {_KEYS}",
         ]
     )

@@ -110,7 +110,7 @@ def test_a_program_computes_what_the_model_does(kind: str, tmp_path: Path) -> No
     assert header["elements"] == ([z for z, e in enumerate(references) if e] or None)
     # Another model is not taken for this one.
     other = replace(student, normalizer=replace(NORMALIZER, energy_mean=-2.0))
-    with pytest.raises(CheckpointError, match=r"its energy is up to 0\.5 away"):
+    with pytest.raises(CheckpointError, match=r"its energy deviates by up to 0\.5"):
         compare_program(other, program.read_bytes())
 
 

@@ -219,7 +219,7 @@ def test_error_of_one_process_ends_all_with_its_sentence(
     )
     damaged = next(n for n, b in enumerate(blocks) if not others & set(b))
     assert mine & set(blocks[damaged])
-    shard = store / "train" / "labels" / "energy" / "c" / str(damaged)
+    shard = store / "train" / "labels" / "forces" / "c" / str(damaged) / "0"
     content = bytearray(shard.read_bytes())
     content[3] ^= 1
     shard.write_bytes(content)
@@ -229,7 +229,7 @@ def test_error_of_one_process_ends_all_with_its_sentence(
     processes = by_hand("kd_train", arguments)
     said = [process.communicate(timeout=TIMEOUT)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2]
-    assert "labels/energy" in said[failing]
+    assert "labels/forces" in said[failing]
     assert said[failing].count("Error: ") == 1
     assert "Error" not in said[1 - failing]
     assert all("Traceback" not in text and "frame #" not in text for text in said)

@@ -182,7 +182,7 @@ BRUTE_FORCE: dict[str, Callable[[Strategy, Case], float]] = {
 
 
 def test_registry_configuration_and_weights_name_the_same_strategies() -> None:
-    others = {"schedule", "balance", "weights"}
+    others = {"schedule", "target_ratio", "weights"}
     assert set(DistillConfig.model_fields) - others == set(NAMES)
     assert STRATEGIES.names()[: len(NAMES) + 1] == ("none", *NAMES)
     for name in NAMES:

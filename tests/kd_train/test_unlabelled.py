@@ -270,5 +270,5 @@ def test_metrics_that_are_never_a_number_cannot_be_gone_by(
     message = rf"val_split: '{split}' has no labels for monitor={metric}, which "
     with pytest.raises(SpecError, match=message + "patience=2 needs"):
         run(patience=2)
-    with pytest.raises(SpecError, match=message + "export=best needs"):
-        run(export="best")
+    with pytest.raises(SpecError, match=message + "export_weights=best needs"):
+        run(export_weights="best")

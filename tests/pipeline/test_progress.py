@@ -195,8 +195,8 @@ def test_a_second_process_leaves_the_file_to_the_first(tmp_path: Path) -> None:
     path = tmp_path / "s.status.json"
     program = (
         "import sys; from pathlib import Path; "
-        "from pipeline.build.status import Progress, status_file\n"
-        "with status_file(Path(sys.argv[1]), Progress()): raise SystemExit(7)"
+        "from pipeline.build.status import BuildStatus, status_file\n"
+        "with status_file(Path(sys.argv[1]), BuildStatus()): raise SystemExit(7)"
     )
     command = [sys.executable, "-c", program, str(path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
