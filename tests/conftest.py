@@ -35,14 +35,14 @@ N_VAL = 24
 
 @pytest.fixture(autouse=True)
 def _closed_logs() -> Iterator[None]:
-    """Close what the command lines attach to our loggers."""
+    """Take away what a test, or a worker in its process, attaches to our loggers."""
     yield
     for name in ("pipeline", "kd_train"):
         logger = logging.getLogger(name)
         for handler in list(logger.handlers):
-            if isinstance(handler, logging.StreamHandler):
-                logger.removeHandler(handler)
-                handler.close()
+            logger.removeHandler(handler)
+            handler.close()
+        logger.propagate = True
         logger.setLevel(logging.NOTSET)
 
 

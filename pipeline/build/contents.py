@@ -161,7 +161,7 @@ def _advice(split: str, label: str, gap: Gap, whole: bool) -> str:
     if alike and all(map(is_per_atom, alike)):
         return f"it has {_quoted(alike)}, but energies are those of all atoms together"
     if alike:
-        return f"it has {_quoted(alike)}, so set {keys} to the name that is meant"
+        return f"it has {_quoted(alike)}, so set {keys} to the right name"
     nothing = (
         f"nothing else in it has a name like {label}, so set {keys} if the label has "
         "another one"

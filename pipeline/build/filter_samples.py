@@ -225,9 +225,9 @@ def warn_of_bad_samples(
     # Without the advice, which has been followed.
     reason = found[0][1].split("; ")[0].rstrip(".")
     log.warning(
-        "splits.%s: %d of %d samples are left out: %s%s; the first because: %s%s",
+        "splits.%s: %d of %d samples are skipped: %s%s; the reason of the first: %s%s",
         *(split, len(found), total, named, more, reason),
-        "; the store names all of them" if stored else "",
+        "; the store lists all of them" if stored else "",
     )
 
 

@@ -55,7 +55,7 @@ def _check_numbers(annotation: Any, value: Any) -> None:
         return
     (kind,) = kinds
     if kind is bool and not isinstance(value, bool):
-        raise ValueError("true or false is wanted")
+        raise ValueError("must be true or false")
     if kind in (int, float):
         _check_number(value)
     elif get_origin(kind) is tuple and isinstance(value, list | tuple):
@@ -68,7 +68,7 @@ def _check_numbers(annotation: Any, value: Any) -> None:
 
 def _check_number(value: Any) -> None:
     if isinstance(value, bool | str):
-        raise ValueError("a plain decimal number is wanted")
+        raise ValueError("must be a plain decimal number")
     if isinstance(value, int) and abs(value) > _LARGEST:
         raise ValueError(f"the number is too large, {_LARGEST} is the largest")
 

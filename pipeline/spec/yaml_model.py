@@ -19,9 +19,9 @@ from pipeline.spec.renamed_keys import rename_keys, rename_setting
 
 _VARIABLE = re.compile(r"\$\{(\w+)\}|\$(\w+)")
 _WANTED = {
-    "model_type": "a map of keys is wanted",
-    "dict_type": "a map of keys is wanted",
-    "tuple_type": "a list is wanted",
+    "model_type": "must be a map of keys",
+    "dict_type": "must be a map of keys",
+    "tuple_type": "must be a list",
 }
 # Characters of a value in a message.
 _SHOWN = 200
@@ -111,8 +111,8 @@ def apply_overrides(
             reason = _reason(error)
             if text.strip().startswith(("[", "{", '"', "'")):
                 reason = (
-                    "the value is not YAML; put text that begins with a bracket or a "
-                    "quotation mark in quotes of its own"
+                    "the value is not valid YAML; put text that begins with a bracket or "
+                    "a quotation mark in quotes of its own"
                 )
             raise SpecError(f"--set {_shown(override)}: {reason}.") from None
 
@@ -151,7 +151,7 @@ def _message(error: Mapping[str, Any]) -> str:
     if value is None:
         return f"{message}, found nothing (null); leave the key out for its default"
     if kind == "string_type" and isinstance(value, int | float):
-        message = "text is wanted, so put the value in quotes"
+        message = "the value must be text, so put it in quotes"
     elif kind in _WANTED:
         message = _WANTED[kind]
     if isinstance(value, dict):

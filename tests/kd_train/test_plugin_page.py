@@ -111,7 +111,7 @@ def test_the_strategy_trains_and_is_named_if_it_is_absent(
     assert code == 0, error
     header = (tmp_path / "run" / "metrics.csv").read_text().splitlines()[0]
     assert "train_cosine" in header.split(",")
-    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["config"]
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
     assert config["distill"]["weights"] == {"cosine": 50.0}
     assert config["distill"]["n2n"] == 100.0
     code, error = _train(packages, store, tmp_path / "run", *choice, "--resume")

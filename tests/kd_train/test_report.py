@@ -452,7 +452,11 @@ def test_commands_in_refusals_can_be_typed(tmp_path):
     messages.append(message_of(read_run, run))
     for message in messages:
         asked = typed(message)
-        assert (asked["cache"], asked["out"], asked["resume"]) == ("STORE", run, "always")
+        assert (asked["cache"], asked["out"], asked["resume"]) == (
+            "STORE",
+            run,
+            "always",
+        )
         assert "the original settings of the run" in message
 
 

@@ -107,7 +107,10 @@ def test_file_flags_and_overrides_join(
         (["--set", "garbage"], ["--set 'garbage'"]),
         (["--seed", 10**20], ["seed", "too large"]),
         (["--set", "seed=99999999999999999999"], ["seed", "too large"]),
-        (["--set", "batch_size=true"], ["batch_size", "number is wanted"]),
+        (
+            ["--set", "batch_size=true"],
+            ["batch_size", "must be a plain decimal number"],
+        ),
         (["--set", "student.hyperparameters.layers=3"], ["layers", "num_layers"]),
         (
             ["--set", "student.hyperparameters.regress_forces=false"],

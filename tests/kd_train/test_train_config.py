@@ -85,7 +85,7 @@ REFUSED: list[tuple[Any, tuple[str, ...], list[str]]] = [
     ({"sted": 1}, (), ["'sted'", "'seed'"]),
     ({"optimizer": {"learning_rate": 1}}, (), ["'optimizer.learning_rate'", "lr"]),
     ({"steps": 0}, (), ["steps", "greater"]),
-    ({"steps": True}, (), ["steps", "number is wanted, found True"]),
+    ({"steps": True}, (), ["steps", "must be a plain decimal number, found True"]),
     (
         {"loss": {"force_weight": True}},
         (),

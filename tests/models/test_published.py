@@ -80,9 +80,9 @@ def test_damaged_files_are_refused(tmp_path, content):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (None, "does not say which model"),
-        ("not json", "does not say which model"),
-        ("[" * 100_000, "does not say which model"),
+        (None, "does not name its model"),
+        ("not json", "does not name its model"),
+        ("[" * 100_000, "does not name its model"),
         ("[1]", "needs the entries"),
         ({"model": 3}, "needs the entries"),
         ({"provenance": None}, "needs the entries"),

@@ -130,7 +130,9 @@ def test_units_that_disagree_are_refused(
     with pytest.raises(DataError, match=words) as error:
         _open(path, options)
     assert str(error.value).startswith(f"{path}: ")
-    assert str(error.value).endswith("by the split's units:; remove one of the two.")
+    assert str(error.value).endswith(
+        "the split's units: has another unit; remove one of the two."
+    )
 
 
 @pytest.mark.parametrize(

@@ -286,6 +286,8 @@ def test_the_extra_is_named_where_h5py_is_missing(
 ) -> None:
     path = _spice(tmp_path / "s.h5")
     monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(DataError, match=r"takes h5py.*'kd-train\[hdf5\]'") as error:
+    with pytest.raises(
+        DataError, match=r"needs the package h5py.*'kd-train\[hdf5\]'"
+    ) as error:
         _open(path)
     assert str(path) in str(error.value)

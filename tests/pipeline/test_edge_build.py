@@ -212,7 +212,5 @@ def test_a_student_with_edge_states_needs_the_teachers_graph(
 ) -> None:
     sizes = TINY_GEMNET | {"cutoff": 3.0}
     run = _run(store, tmp_path / "run", "gemnet-oc-demo", **sizes)
-    with pytest.raises(
-        DataError, match=r"'gemnet-oc-demo' .* sample '.*' differ; set"
-    ):
+    with pytest.raises(DataError, match=r"'gemnet-oc-demo' .* sample '.*' differ; set"):
         run.train(resume=False)

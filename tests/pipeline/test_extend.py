@@ -162,13 +162,13 @@ def test_readers_go_on_while_a_store_is_extended(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"features": {"vector_features": {}}}, "node_features is .* and None by the"),
+        ({"features": {"vector_features": {}}}, "node_features is .* and None in the"),
         (
             {"features": {**MORE, "node_features": {}}},
             "features/node_features is .*q8.* in the store and .*float16",
         ),
         ({"teacher": "other"}, "teacher: checkpoint_sha256 is "),
-        ({"seed": 5}, "store.order_seed is 0 in the store and 5 by the spec"),
+        ({"seed": 5}, "store.order_seed is 0 in the store and 5 in the spec"),
         ({"limit": 100}, "splits.train: content is "),
         ({"drop": "test"}, "has a split 'test' that the spec lacks"),
     ],

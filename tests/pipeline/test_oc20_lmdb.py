@@ -336,7 +336,7 @@ def test_files_without_their_last_free_pages_must_be_written_anew(
         last = int.from_bytes(raw[meta + 136 : meta + 144], "little")
         raw[meta + 136 : meta + 144] = (last + 3).to_bytes(8, "little")
     path.write_bytes(raw)
-    with pytest.raises(DataError, match="anew with mdb_dump and mdb_load"):
+    with pytest.raises(DataError, match="rewrite it with mdb_dump and mdb_load"):
         _open(path)
     with (
         lmdb.open(str(path), subdir=False, readonly=True, lock=False) as whole,

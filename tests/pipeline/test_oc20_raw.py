@@ -334,7 +334,7 @@ def test_large_packed_sets_come_with_advice(
     monkeypatch.setattr("pipeline.datasets.oc20_raw.UNPACKED_BYTES", 1000)
     with caplog.at_level(logging.WARNING):
         _open(tmp_path)
-    assert "unpack its files first" in caplog.text
+    assert "decompress its files first" in caplog.text
 
 
 def test_real_trajectories_without_references(tmp_path: Path) -> None:

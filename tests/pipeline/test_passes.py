@@ -1,5 +1,6 @@
 """Passes over datasets: alike in one process and in several, and not made twice."""
 
+import asyncio
 import os
 import re
 import shutil
@@ -113,6 +114,9 @@ def test_a_worker_that_is_given_up_is_replaced() -> None:
 
 async def _give_up_all(cluster: Any) -> None:
     """What a cluster does with workers that are lost."""
+    # A worker takes tasks before the cluster has it in its list.
+    while not cluster.workers:
+        await asyncio.sleep(0.01)
     while cluster.workers:
         _, nanny = cluster.workers.popitem()
         await nanny.close()

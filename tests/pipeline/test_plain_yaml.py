@@ -69,12 +69,12 @@ def test_underscores_stand_between_digits(text: str) -> None:
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("compile=on", "compile: true or false is wanted, found 'on'"),
-        ("compile=1", "compile: true or false is wanted, found 1"),
-        ("optimizer.amsgrad='true'", "amsgrad: true or false is wanted"),
+        ("compile=on", "compile: must be true or false, found 'on'"),
+        ("compile=1", "compile: must be true or false, found 1"),
+        ("optimizer.amsgrad='true'", "amsgrad: must be true or false"),
         ("optimizer=", "found nothing .null.; leave the key out for its default"),
-        ("student=schnet", "student: a map of keys is wanted, found 'schnet'"),
-        ("schedule.milestones=5", "milestones: a list is wanted, found 5"),
+        ("student=schnet", "student: must be a map of keys, found 'schnet'"),
+        ("schedule.milestones=5", "milestones: must be a list, found 5"),
         (f"steps={'9' * 4000}", "9{200}…[.]$"),
     ],
 )

@@ -135,7 +135,7 @@ def test_info_tells_profiles_errors_and_how_to_read(coded: FeatureStore) -> None
     assert fields[VECTOR]["codec"] == "bytes+crc32c"
     assert fields["labels/energy"]["relative_squared_error"] is None
     (advice,) = told["advice"]
-    assert "split train: chunks are decoded" in advice
+    assert "split train: every read decodes chunks" in advice
     assert "kd-cache hydrate" in advice
     text = run_command(main, ["info", coded.path]).stdout
     assert "compact, relative squared error 1." in text

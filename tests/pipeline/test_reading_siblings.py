@@ -353,7 +353,7 @@ def test_rows_that_cannot_be_listed_are_skipped(
     with pytest.raises(DataError):
         dataset[1]
     told = _plan(tmp_path, path, format=format, on_bad_sample="skip")
-    assert "splits.train: 1 of 3 samples are left out" in told
+    assert "splits.train: 1 of 3 samples are skipped" in told
 
 
 def test_conditions_do_not_hide_what_cannot_be_read(tmp_path: Path) -> None:
@@ -480,7 +480,7 @@ def test_commands_without_a_store_refuse_or_skip_bad_samples(
             assert "Sample 'close': atoms 0 (H) and 1 (H)" in refusal(main, command)
             continue
         told = run_command(main, command)
-        assert "1 of 2 samples are left out: 'close'" in told.stderr
+        assert "1 of 2 samples are skipped: 'close'" in told.stderr
         assert "the store names" not in told.stderr
     if name == "label":
         written = _open(tmp_path / "labels" / "train.extxyz")

@@ -101,9 +101,9 @@ def test_where_holds_in_every_format(tmp_path: Path) -> None:
     ("where", "words"),
     [
         ({"heads": "pbe"}, "no frame has the key 'heads'"),
-        ({"head": "PBE"}, "chooses no frame; head is 'pbe', 'scan', absent, not 'PBE'"),
-        ({"charge": "0"}, "chooses no frame; charge is 0, 1, -1"),
-        ({"head": "scan", "charge": 1}, "chooses no frame"),
+        ({"head": "PBE"}, "selects no frame; head is 'pbe', 'scan', absent, not 'PBE'"),
+        ({"charge": "0"}, "selects no frame; charge is 0, 1, -1"),
+        ({"head": "scan", "charge": 1}, "selects no frame"),
     ],
 )
 def test_where_that_chooses_nothing_is_refused(

@@ -150,7 +150,7 @@ def test_nothing_there_or_no_ranges(
         download("nosuchprotocol://x/y.extxyz")
     server.ranges = False
     monkeypatch.setattr(staging, "PIECE", 100)
-    with pytest.raises(DataError, match="server sends .* serves byte ranges"):
+    with pytest.raises(DataError, match="server sends .* supports byte ranges"):
         download(f"{server.url}/b.extxyz")
 
 

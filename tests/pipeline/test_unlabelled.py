@@ -306,7 +306,7 @@ def test_info_counts_the_samples_with_labels(
     lines = run_command(main, ["info", store.path]).stdout.splitlines()
     bare, _, train = [line for line in lines if "blocks; " in line]
     assert train.startswith("split train: 12 samples, ")
-    assert train.endswith("; energies of 12 and forces of 12 samples")
+    assert train.endswith("; 12 samples have energies, 12 have forces")
     assert bare.endswith("; the source has no labels")
 
 

@@ -100,7 +100,9 @@ def test_adding_a_split_warns_of_it(tmp_path: Path, teacher_file: Path) -> None:
     said = run_command(main, ["add-field", more, "--device", "cpu"])
     assert said.exit_code == 0, said.output
     told = warned(said.stderr)
-    assert sum("have structures that splits.train has" in line for line in told) == 1
+    assert (
+        sum("have structures that splits.train also has" in line for line in told) == 1
+    )
     assert logged(log)[before:] == told
 
 

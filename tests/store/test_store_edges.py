@@ -202,7 +202,9 @@ def test_edge_rows_follow_the_atoms_blocks(samples, rows, seed):
 def test_a_split_without_edges_says_so(tmp_path: Path):
     toy_store.build(tmp_path / "val.zarr", ("val",))
     store = FeatureStore.open(tmp_path / "val.zarr")
-    with pytest.raises(StoreError, match=r"'val' of .* has no edges; ask for"):
+    with pytest.raises(
+        StoreError, match=r"'val' of .* has no edges; add edge_features"
+    ):
         _ = store.splits["val"].n_edges
 
 
@@ -418,7 +420,7 @@ LARGE = plan_blocks([65536], 131072, n_edges=[1])
         (
             {"blocks": LARGE, "sample_ids": ["big"], "checksums": PLAN.checksums[:1]},
             DataError,
-            "Sample 'big' of split 'bonds' has 65536 atoms and .* up to 65535; leave",
+            "Sample 'big' of split 'bonds' has 65536 atoms, .* up to 65535 atoms; remove",
         ),
     ],
 )
@@ -458,6 +460,8 @@ def test_edge_counts_are_sealed_with_the_index(victim: Path):
         chunk = victim / f"bonds/edges/{name}/c/0"
         intact = chunk.read_bytes()
         chunk.write_bytes(intact[:-1])
-        with pytest.raises(DamagedStoreError, match=f"{name}/c/0 is not what was seal"):
+        with pytest.raises(
+            DamagedStoreError, match=f"{name}/c/0 differs from the sealed store"
+        ):
             FeatureStore.open(victim)
         chunk.write_bytes(intact)

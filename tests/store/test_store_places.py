@@ -170,7 +170,7 @@ def test_a_network_that_fails_now_and_then(
 def test_a_server_without_ranges_is_refused(folder: Path, server: FolderServer):
     server.ranges = False
     split = FeatureStore.open(f"{server.url}/toy.zarr").splits["train"]
-    with pytest.raises(StoreError, match="server sends .* serves byte ranges"):
+    with pytest.raises(StoreError, match="server sends .* supports byte ranges"):
         split.read([3], ["features/node_features"])
 
 

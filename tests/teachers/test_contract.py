@@ -215,7 +215,7 @@ def _keep_silent(values: Values, graphs: Sequence[SampleGraph], calls: int) -> N
         (_widen, "shapes", "node_features has shape"),
         (_divide_by_zero, "shapes", "vector_features holds numbers that are not"),
         (_drop_edges, "shapes", "edge_features has shape"),
-        (_keep_silent, "shapes", "asked for edge_features"),
+        (_keep_silent, "shapes", "returned no edge_features"),
     ],
 )
 def test_a_broken_promise_is_noticed(

@@ -82,7 +82,7 @@ def test_example_keeps_the_contract_and_its_store_trains_without_it(
 
     absent = _run("pipeline.cli.main", "build", spec, packages=None)
     assert absent.returncode == 2
-    assert "no teacher is called 'toy'" in absent.stderr
+    assert "there is no teacher 'toy'" in absent.stderr
 
     built = _run("pipeline.cli.main", "build", spec, packages=package)
     assert built.returncode == 0, built.stderr
