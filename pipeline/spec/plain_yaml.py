@@ -158,7 +158,7 @@ def _reader(
         try:
             return kind(re.sub(r"^([-+]?)\.(inf|nan)$", r"\1\2", text))
         except (ValueError, KeyError):
-            what = f"{node.value:.40} is no {noun} that can be read"
+            what = f"{node.value:.40} is not a readable {noun}"
             raise yaml.constructor.ConstructorError(
                 None, None, what, node.start_mark
             ) from None

@@ -111,8 +111,8 @@ def apply_overrides(
             reason = _reason(error)
             if text.strip().startswith(("[", "{", '"', "'")):
                 reason = (
-                    "the value is not valid YAML; put text that begins with a bracket or "
-                    "a quotation mark in quotes of its own"
+                    "the value is not valid YAML; put text that begins with a bracket "
+                    "or a quotation mark in quotes of its own"
                 )
             raise SpecError(f"--set {_shown(override)}: {reason}.") from None
 
