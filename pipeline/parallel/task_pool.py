@@ -326,6 +326,9 @@ class DaskPool:
         except TimeoutError:
             if future.status == "error":
                 raise  # the task's own
+            if future.status == "finished":
+                # A worker that is killed may be the only one that has the result.
+                raise TaskLost("its result cannot be fetched") from None
             raise StillRunning from None
 
     def capacity(self) -> int:

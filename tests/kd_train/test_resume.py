@@ -379,5 +379,5 @@ def test_runs_of_before_keys_were_renamed_are_read_and_resumed(
     assert after.batch == before.batch
     state["header"]["config"]["accumulate"] = 3
     save_checkpoint(early / "last.pt", state)
-    with pytest.raises(SpecError, match="accumulate_steps = 3, now it is 2"):
+    with pytest.raises(SpecError, match="accumulate_steps = 3, but now it is 2"):
         make_run(small_store, early, config).train(resume=True)
