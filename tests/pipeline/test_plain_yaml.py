@@ -46,7 +46,7 @@ def test_merges(text: str, value: object) -> None:
         ("a: x: y", "line 1, column 5: .*in quotes"),
         ("a: @x", "line 1, column 4: .*in quotes"),
         ('a: "\\ud800"', "half a character"),
-        ("a: !!bool yes", "yes is no boolean"),
+        ("a: !!bool yes", "yes is not a readable boolean"),
     ],
 )
 def test_what_cannot_be_read_is_named_with_its_place(
