@@ -123,6 +123,35 @@ class LossConfig(ClosedModel):
     )
 
 
+class JacobianConfig(ClosedModel):
+    """Choice and differences of the columns of the strategy ``jacobian``."""
+
+    fraction: float = Key(
+        0.5,
+        gt=0,
+        le=1,
+        description="Share of the structures of a batch of which a column is compared "
+        "(default: 0.5).",
+    )
+    columns: int | None = Key(
+        None,
+        ge=1,
+        description="Number of stored columns to use (default: all).",
+    )
+    step: float = Key(
+        0.005,
+        ge=1e-4,
+        le=0.1,
+        description="Displacement of an atom for the student's column, in Å "
+        "(default: 0.005).",
+    )
+    difference: Literal["one_sided", "central"] = Key(
+        "one_sided",
+        description="Difference of the student's forces (default: one_sided, with one "
+        "more graph for each column); central takes two graphs.",
+    )
+
+
 class LambdaSchedule(ClosedModel):
     """Factor of all distillation weights as a function of the step."""
 
@@ -159,6 +188,7 @@ class DistillConfig(ClosedModel):
     v2v: float = Key(10000.0, ge=0)
     vanilla1: float = Key(1.0, ge=0)
     vanilla2: float = Key(100.0, ge=0)
+    jacobian: float = Key(50.0, ge=0)
     weights: dict[str, Annotated[float, Key(ge=0)]] = Key(
         default_factory=dict,
         description="weight of a term by the name of its strategy, built in or plug-in",

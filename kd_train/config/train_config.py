@@ -13,6 +13,7 @@ from pydantic import (
 from kd_train.config.sections import (
     STRATEGY_ALIASES,
     DistillConfig,
+    JacobianConfig,
     LossConfig,
     OptimizerConfig,
     ScheduleConfig,
@@ -109,6 +110,7 @@ class TrainConfig(ClosedModel):
     schedule: ScheduleConfig = ScheduleConfig()
     loss: LossConfig = LossConfig()
     distill: DistillConfig = DistillConfig()
+    jacobian: JacobianConfig = JacobianConfig()
     ema_decay: float = Key(
         0.999,
         ge=0,

@@ -98,6 +98,7 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
         normalizer=normalizer,
         loss=config.loss,
         seed=config.seed,
+        jacobian=config.jacobian,
     )
     strategies = tuple(load_strategy(s)(setting) for s in config.strategies)
     require_measured(config, choose_split(store, config.val_split))

@@ -182,8 +182,21 @@ class Trainer:
                     log.info("stopped early at step %d", progress.step)
                     break
 
+    def _load(self, draw: BatchIndex) -> Data:
+        """Read a batch of the training stream, ready for the terms of the loss."""
+        batch = self.train_samples.batch(draw.positions)
+        return self._prepare(batch, (draw.epoch, draw.offset, self.world.rank))
+
+    def _prepare(self, batch: Data, draw: tuple[int, ...]) -> Data:
+        for strategy in self.learner.strategies:
+            strategy.prepare(batch, draw)
+        batch.prepared = True
+        return batch
+
     def on_device(self, batch: Data) -> Data:
         """Move ``batch`` to the student's device and decode its features."""
+        if not batch.get("prepared"):
+            batch = self._prepare(batch, ())
         return decode_batch(
             move_to_device(batch, self.device), self.learner.fields, self.tables
         )
@@ -299,10 +312,10 @@ class Trainer:
             rank=self.world.rank,
             start=(progress.epoch, progress.offset),
         )
-        load = pin_batches(self.train_samples.batch, self.device)
+        load = pin_batches(self._load, self.device)
         left = config.accumulate_steps * (config.steps - progress.step)
         return prefetch(
-            lambda draw: (draw, load(draw.positions)),
+            lambda draw: (draw, load(draw)),
             itertools.islice(indices, min(left, sys.maxsize)),
             threads=config.loader_threads,
         )

@@ -71,6 +71,10 @@ class ScanCache:
 
         return listing
 
+    def key(self, name: str) -> str:
+        """Return what identifies the samples of an opened split."""
+        return self._keys[name]
+
     def scan(self, name: str, content_sha256: str, n_samples: int) -> CachedScan | None:
         """What is kept of a pass over the content of an opened split.
 
