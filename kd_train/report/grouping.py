@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from kd_train.config.strategy_names import STRATEGIES
-from kd_train.report.runs import FinishedRun, Metrics, format_number
+from kd_train.report.documents import Metrics, Training
+from kd_train.report.runs import FinishedRun, format_number
 
 # Settings that may differ between a run and its baseline, besides distillation,
 # the last of which changes no number.
@@ -41,6 +42,12 @@ class Variant:
         """Whether this is a baseline: it learns from reference labels alone."""
         return is_plain(self.runs[0])
 
+    @property
+    def training(self) -> Training | None:
+        """What the runs were trained on, None if their folders do not record it."""
+        found = (run.summary.training for run in self.runs)
+        return next((one for one in found if one is not None), None)
+
 
 @dataclass(frozen=True)
 class Cohort:
@@ -67,24 +74,45 @@ class Cohort:
     def baseline_of(self, run: FinishedRun) -> FinishedRun | None:
         """Find the baseline with the seed and settings of ``run``, except distillation.
 
-        It has the same training splits, or some of them if no baseline has all.
+        Its training splits are those of ``run`` that have reference labels. If there is
+        no such baseline, it has some of them, and is the only one with so few.
         """
         seed, settings = run.summary.seed, _bound(run)
         found = {
-            str(one.settings["train_split"]): one
+            _splits(one): one
             for one in self.plain
             if one.summary.seed == seed and _bound(one) == settings
         }
-        splits = str(run.settings["train_split"])
-        if splits in found:
-            return found[splits]
-        within = [s for s in found if set(s.split("+")) < set(splits.split("+"))]
+        if (labelled := _labelled_splits(run)) in found:
+            return found[labelled]
+        within = [splits for splits in found if splits < labelled]
+        fewest = min(map(len, within), default=0)
+        within = [splits for splits in within if len(splits) == fewest]
         return found[within[0]] if len(within) == 1 else None
 
 
 def is_plain(run: FinishedRun) -> bool:
-    """Return whether ``run`` used nothing of the teacher."""
-    return not run.strategies and not run.settings["loss.pseudo_label_weight"]
+    """Return whether ``run`` used nothing of the teacher: no terms, no structures.
+
+    A folder of an earlier version does not record which splits have labels, so all of
+    them count as labelled.
+    """
+    training = run.summary.training
+    if run.strategies:
+        return False
+    if training is None:
+        return not run.settings["loss.pseudo_label_weight"]
+    return training.is_reference_only
+
+
+def _splits(run: FinishedRun) -> frozenset[str]:
+    return frozenset(str(run.settings["train_split"]).split("+"))
+
+
+def _labelled_splits(run: FinishedRun) -> frozenset[str]:
+    """Return the training splits of ``run`` that have labels; all, if not known."""
+    training = run.summary.training
+    return _splits(run) if training is None else frozenset(training.labelled_splits)
 
 
 def make_cohorts(runs: Sequence[FinishedRun]) -> list[Cohort]:

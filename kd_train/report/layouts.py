@@ -1,4 +1,4 @@
-"""The comparison table as text, CSV and LaTeX."""
+"""The comparison table as text, CSV and LaTeX, each with what rows rest on."""
 
 import csv
 import io
@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from math import isfinite, nan
 
-from kd_train.report.tables import COLUMNS, Column, Row, Spread, Table
+from kd_train.report.basis import BASIS_COLUMNS, basis_digits
+from kd_train.report.tables import COLUMNS, Column, Group, Row, Spread, Table
 
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -28,7 +29,7 @@ _LATEX = {
 
 
 def text_table(table: Table) -> str:
-    """Format the table for a terminal: aligned columns, then the footnotes."""
+    """Format the table for a terminal: aligned columns, footnotes, bases of rows."""
     if not table.rows:
         return "\n".join(table.notes) + "\n"
     rows = table.rows
@@ -48,7 +49,36 @@ def text_table(table: Table) -> str:
     text = lines[:2]
     for group in table.groups:
         text += [rule, group.title, *(next(body) for _ in group.rows)]
-    return "\n".join([*text, rule, *table.notes]) + "\n"
+    return "\n".join([*text, rule, *table.notes, "", *_basis_lines(table)]) + "\n"
+
+
+def _basis_lines(table: Table) -> list[str]:
+    """Format what the rows rest on, a line for each row, below its title."""
+    groups = basis_groups(table)
+    rows = [row for group in groups for row in group.rows]
+    columns = [_pad(["", *(f"  {row.label}" for row in rows)], left=True)]
+    for place, column in enumerate(BASIS_COLUMNS):
+        texts = [column.text(row.basis) for row in rows if row.basis is not None]
+        columns.append(_pad([column.title, *texts], left=place == 0))
+    lines = ["  ".join(cells).rstrip() for cells in zip(*columns, strict=True)]
+    body = iter(lines[1:])
+    text = lines[:1]
+    for group in groups:
+        text += [group.title, *(next(body) for _ in group.rows)]
+    return text
+
+
+def basis_groups(table: Table) -> list[Group]:
+    """Return the groups of the table without the rows of the teacher."""
+    groups = [
+        Group(group.title, tuple(row for row in group.rows if row.basis is not None))
+        for group in table.groups
+    ]
+    return [
+        Group(group.title.replace(" and teacher", ""), group.rows)
+        for group in groups
+        if group.rows
+    ]
 
 
 def csv_table(table: Table) -> str:
@@ -59,16 +89,18 @@ def csv_table(table: Table) -> str:
         header += [column.name, f"{column.name}_sd"]
         if table.has_gaps:
             header += [f"{column.name}_gap_closed", f"{column.name}_gap_closed_sd"]
+    header += [column.name for column in BASIS_COLUMNS]
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(header)
     for row in table.rows:
         steps = "" if row.steps is None else row.steps
         cells = [row.student, row.strategy, row.settings, _seeds(row)]
-        cells += [str(steps), table.val_split]
+        cells += [str(steps), row.split or table.val_split]
         for column in COLUMNS:
             cells += _digits(row.values[column.name])
             if table.has_gaps:
                 cells += _digits(row.gaps[column.name] if row.gaps else Spread(nan))
+        cells += basis_digits(row.basis)
         writer.writerow(cells)
     return buffer.getvalue()
 
@@ -79,20 +111,51 @@ def latex_table(table: Table) -> str:
     The best mean of a student is bold. Footnotes are comments at the end.
     """
     width = 2 + len(COLUMNS) * (1 + table.has_gaps)
-    lines = [
-        "% Needs \\usepackage{booktabs} in the preamble.",
-        f"\\begin{{tabular}}{{l{'r' * (width - 1)}}}",
-        "\\toprule",
-        *_latex_head(table.has_gaps),
+    head = list(_latex_head(table.has_gaps))
+    groups = [
+        (group.title, [_latex_cells(row, table.has_gaps) for row in group.rows])
+        for group in table.groups
     ]
-    for group in table.groups:
-        title = escape_latex(group.title)
-        lines += ["\\midrule", f"\\multicolumn{{{width}}}{{l}}{{{title}}} \\\\"]
-        lines += [_latex_row(_latex_cells(row, table.has_gaps)) for row in group.rows]
-    lines += ["\\bottomrule", "\\end{tabular}"]
+    lines = _tabular(f"l{'r' * (width - 1)}", head, groups)
     # A line break in a note would end the comment.
     lines += [f"% {' '.join(note.split())}" for note in table.notes]
     return "\n".join(lines) + "\n"
+
+
+def latex_bases(table: Table) -> str:
+    """Format what the rows rest on as a ``tabular``, as `latex_table` does."""
+    titles = ["", *(escape_latex(column.title) for column in BASIS_COLUMNS)]
+    groups = [
+        (group.title, [_latex_basis(row) for row in group.rows])
+        for group in basis_groups(table)
+    ]
+    spec = f"ll{'r' * (len(BASIS_COLUMNS) - 1)}"
+    return "\n".join(_tabular(spec, [_latex_row(titles)], groups)) + "\n"
+
+
+def _latex_basis(row: Row) -> Iterator[str]:
+    assert row.basis is not None
+    yield r"\quad " + escape_latex(row.label)
+    for column in BASIS_COLUMNS:
+        yield escape_latex(column.text(row.basis))
+
+
+def _tabular(
+    spec: str,
+    head: Iterable[str],
+    groups: Iterable[tuple[str, Iterable[Iterable[str]]]],
+) -> list[str]:
+    """Return the lines of a tabular: header lines, then rows below their titles."""
+    lines = [
+        "% Needs \\usepackage{booktabs} in the preamble.",
+        f"\\begin{{tabular}}{{{spec}}}",
+        "\\toprule",
+        *head,
+    ]
+    for title, rows in groups:
+        spanned = f"\\multicolumn{{{len(spec)}}}{{l}}{{{escape_latex(title)}}}"
+        lines += ["\\midrule", f"{spanned} \\\\", *map(_latex_row, rows)]
+    return [*lines, "\\bottomrule", "\\end{tabular}"]
 
 
 def escape_latex(text: str) -> str:

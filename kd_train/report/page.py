@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from html import escape
 from importlib.metadata import PackageNotFoundError, version
 
+from kd_train.report.basis import BASIS_COLUMNS, MISSING
 from kd_train.report.grouping import Cohort
-from kd_train.report.layouts import format_mean_sd, gap_text
+from kd_train.report.layouts import basis_groups, format_mean_sd, gap_text
 from kd_train.report.runs import FinishedRun, SkippedRun
 from kd_train.report.summary import training_command
-from kd_train.report.tables import COLUMNS, MISSING, TEACHER, Row, Table
+from kd_train.report.tables import COLUMNS, TEACHER, Row, Table
 
 WITHOUT_RESULTS = "Runs without results"
 NOT_COMPARABLE = "Finished runs that are not comparable with the other runs"
@@ -68,6 +69,7 @@ def page(report: PageContent) -> str:
     sections = [
         _section("Summary", "".join(f"<p>{escape(s)}</p>\n" for s in report.sentences)),
         _section("Gap closed", _results(report.table)),
+        *_bases(report.table),
         *(_section(one.title, _figure(one)) for one in report.figures),
     ]
     for title, runs in (
@@ -103,6 +105,24 @@ def _results(table: Table) -> str:
     notes = "".join(f"<li>{escape(note)}</li>" for note in table.notes)
     body = f'<div class="wide">{_html_table(table)}</div>\n' if table.rows else ""
     return f'{body}<ul class="notes">{notes}</ul>\n'
+
+
+def _bases(table: Table) -> list[str]:
+    """Return the section on training samples, passes of the teacher and cost."""
+    rows = []
+    for group in basis_groups(table):
+        title = escape(group.title)
+        span = 1 + len(BASIS_COLUMNS)
+        rows.append(f'<tr class="title"><th colspan="{span}">{title}</th></tr>\n')
+        for row in group.rows:
+            assert row.basis is not None
+            texts = [column.text(row.basis) for column in BASIS_COLUMNS]
+            rows.append(_cells([row.label, *texts], "td"))
+    if not rows:
+        return []
+    head = _cells(["model", *(column.title for column in BASIS_COLUMNS)], "th")
+    content = f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>"
+    return [_section("Training data", f'<div class="wide">{content}</div>\n')]
 
 
 def _html_table(table: Table) -> str:

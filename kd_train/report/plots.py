@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from kd_train.report.documents import ThroughputRecord
 from kd_train.report.figures import (
     GRID,
     RowStyle,
@@ -16,7 +17,7 @@ from kd_train.report.figures import (
     style,
 )
 from kd_train.report.grouping import Cohort, Variant
-from kd_train.report.runs import FinishedRun, ThroughputRecord
+from kd_train.report.runs import FinishedRun
 from kd_train.report.tables import COLUMNS, TEACHER, Column, Spread
 
 _ERRORS = (COLUMNS[1], COLUMNS[0])  # forces first: they judge a potential better

@@ -6,7 +6,7 @@ from pathlib import Path
 from kd_train.report.comparable import comparable
 from kd_train.report.grouping import Cohort, make_cohorts
 from kd_train.report.heatmap import read_similarity
-from kd_train.report.layouts import csv_table, latex_table, text_table
+from kd_train.report.layouts import csv_table, latex_bases, latex_table, text_table
 from kd_train.report.page import (
     NOT_COMPARABLE,
     WITHOUT_RESULTS,
@@ -53,8 +53,8 @@ def write_report(
 ) -> str:
     """Compare finished runs in ``out`` and return the table for a terminal.
 
-    Writes table.txt, table.csv, table.tex, every figure as PNG and PDF, and
-    report.html, which holds all of them. With ``partial`` unfinished, failed and
+    Writes table.txt, table.csv, table.tex, training.tex, every figure as PNG and PDF,
+    and report.html, which holds all of them. With ``partial`` unfinished, failed and
     damaged runs are listed instead of refused, and so are finished ones that cannot be
     compared with the others. ``cka`` are folders that ``kd-cka`` wrote. Nothing is
     written if the runs are refused.
@@ -85,6 +85,7 @@ def write_report(
         "table.txt": text.encode(),
         "table.csv": csv_table(table).encode(),
         "table.tex": latex_table(table).encode(),
+        "training.tex": latex_bases(table).encode(),
         "report.html": content.encode(),
     }
     with hold_lock(out):

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import math
 import shlex
 import zipfile
 import zlib
@@ -11,118 +10,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BeforeValidator, ConfigDict, field_validator
-from pydantic import Field as Key
 
 from kd_train.config.strategy_names import BASELINE
-from kd_train.config.train_config import TrainConfig, saved_settings
+from kd_train.config.train_config import TrainConfig
+from kd_train.report.documents import (
+    BatchSizes,
+    Document,
+    Failure,
+    Header,
+    Summary,
+    ThroughputRecord,
+)
 from pipeline.errors import SpecError
-from pipeline.spec.yaml_model import ClosedModel, read_yaml, validate
+from pipeline.spec.yaml_model import read_yaml, validate
 
 _PREDICTIONS = ("energy", "energy_label", "forces", "forces_label", "n_atoms")
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, NotImplementedError)
 _LONGEST_REASON = 300
-
-
-class _Open(ClosedModel):
-    """Part of a document in a run folder; further keys are ignored."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=True)
-
-
-Metric = Annotated[float, BeforeValidator(lambda x: math.nan if x is None else x)]
-
-
-class Metrics(_Open):
-    """Metrics in meV, meV/Å, cosine and %, NaN if the split lacks the labels."""
-
-    energy_mae: Metric
-    forces_mae: Metric
-    forces_cos: Metric
-    efwt: Metric
-
-
-class Summary(_Open):
-    """Content of ``metrics.json`` of a finished run."""
-
-    student: str
-    strategy: str
-    seed: int
-    steps: int
-    seconds: float
-    parameters: int
-    fingerprint: str
-    val_split: str
-    metrics: Metrics
-    teacher_metrics: Metrics | None
-    teacher: str | None = None
-
-
-class Header(_Open):
-    """Configuration and provenance of a run, of ``config.yaml`` and ``run.json``.
-
-    ``processes`` trained together; folders of the first versions lack the key.
-    """
-
-    config: dict[str, Any]
-    initial_weights: str
-    processes: int = Key(1, ge=1)
-    versions: dict[str, str] = Key(default_factory=dict)
-
-    @field_validator("config")
-    @classmethod
-    def _by_todays_names(cls, config: dict[str, Any]) -> dict[str, Any]:
-        return saved_settings(config, "config")
-
-
-class BatchSizes(_Open):
-    """Settings that decide how much an optimiser step sees."""
-
-    batch_size: int
-    batch_atoms: int | None
-    accumulate_steps: int
-
-    def together(self, processes: int) -> str:
-        """Return the size of a step over all processes, as ``128 samples``."""
-        atoms = self.batch_atoms
-        size = self.batch_size if atoms is None else atoms
-        total = size * self.accumulate_steps * processes
-        return f"{total} {'samples' if atoms is None else 'atoms'}"
-
-
-class ThroughputRecord(_Open):
-    """Content of ``throughput.json``: samples per second of inference and machine.
-
-    ``samples_per_second_with_graphs`` includes making the graphs. ``mean_atoms`` is
-    that of the samples measured.
-    """
-
-    samples_per_second: float
-    samples_per_second_with_graphs: float
-    batch_size: int
-    device: str
-    threads: int | None
-    mean_atoms: float
-    device_name: str | None = None
-
-    @property
-    def machine(self) -> str:
-        """Device and threads in words."""
-        name = self.device_name or self.device
-        if self.threads is None:
-            return name
-        return f"{name}, {self.threads} thread{'s' if self.threads > 1 else ''}"
-
-
-class Failure(_Open):
-    """Content of ``failure.json`` of a run that ended with an error."""
-
-    error: str
-    step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -340,7 +248,7 @@ def _last_step(path: Path) -> int | None:
     return max(steps, default=None)
 
 
-_Document = TypeVar("_Document", bound=_Open)
+_Document = TypeVar("_Document", bound=Document)
 
 
 def _json_document(model: type[_Document], path: Path, remedy: str) -> _Document:

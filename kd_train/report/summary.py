@@ -17,6 +17,7 @@ from kd_train.report.runs import (
     flatten_settings,
 )
 from kd_train.report.tables import COLUMNS, Column, Row, Table
+from kd_train.report.teacher_row import teacher_notes
 from pipeline.errors import SpecError
 from pipeline.spec.plain_yaml import yaml_text
 from pipeline.spec.yaml_model import validate
@@ -59,7 +60,7 @@ def summarize(
         if any(row.gaps is not None for row in rows):
             best = "; ".join(_best(rows, column) for column in COLUMNS[:2])
             sentences.append(f"{cohort.student}: {best}.")
-    return sentences
+    return [*sentences, *teacher_notes(cohorts)]
 
 
 def training_command(run: FinishedRun) -> str:

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from math import isfinite, nan
 
 from kd_train.evaluation.metrics import gap_closed
+from kd_train.report.basis import MISSING, Basis, find_basis
+from kd_train.report.documents import Metrics
 from kd_train.report.grouping import Cohort, Variant
-from kd_train.report.runs import Metrics
+from kd_train.report.teacher_row import teacher_notes, train_metrics
 
-MISSING = "–"
 TEACHER = "teacher"
 
 
@@ -69,7 +70,8 @@ class Row:
 
     ``label`` names it within its group, ``gaps`` is None if a gap is not defined.
     ``best`` are the metrics on which no row of the same student has a better mean, and
-    some have a worse one.
+    some have a worse one. ``basis`` is None for the teacher, whose ``split`` is the
+    training split in one of its rows.
     """
 
     label: str
@@ -81,6 +83,8 @@ class Row:
     values: dict[str, Spread]
     gaps: dict[str, Spread] | None = None
     best: frozenset[str] = frozenset()
+    basis: Basis | None = None
+    split: str = ""
 
 
 @dataclass(frozen=True)
@@ -128,6 +132,8 @@ def make_table(cohorts: Sequence[Cohort]) -> Table:
     goal = cohorts[0].teacher
     if goal is not None:
         plain.append(Row(teacher, "", TEACHER, "", None, 0, _values([goal])))
+        plain += [_train_row(teacher, *found) for found in train_metrics(cohorts)]
+        notes += teacher_notes(cohorts)
     title = f"Baselines and teacher {where}" if goal else f"Baselines {where}"
     groups = (Group(title, tuple(plain)), *pairs) if plain else tuple(pairs)
     general = _general_notes(groups, has_teacher=goal is not None)
@@ -139,10 +145,14 @@ def _general_notes(groups: Sequence[Group], *, has_teacher: bool) -> list[str]:
     if has_teacher:
         notes.append(
             "Gap closed is the share of the way from the plain student of the same "
-            "seed to the teacher."
+            "seed to the teacher. The plain student has reference labels alone."
         )
     else:
         notes.append("The store has no teacher predictions, so the table shows no gap.")
+    notes.append(
+        "Cost per step is the training time, validations included, divided by that of "
+        "the plain student."
+    )
     if any(row.seeds > 1 for group in groups for row in group.rows):
         notes.append("± is the standard deviation over seeds.")
     return notes
@@ -179,6 +189,7 @@ def _rows(
             means[variant.label],
             gaps,
             _best_columns(means[variant.label], list(means.values())),
+            find_basis(cohort, variant),
         )
         (plain if variant.is_plain else distilled).append(row)
     seeds = {
@@ -213,10 +224,7 @@ def _comparable_columns(cohort: Cohort, notes: list[str]) -> set[str]:
     if teacher is None or len(baselines) == len(cohort.runs):
         return set()
     if not baselines:
-        notes.append(
-            f"{cohort.student} has no run with strategy none, so the table shows no "
-            "gap."
-        )
+        notes.append(f"{_no_baseline(cohort)}, so the table shows no gap.")
         return set()
     found = set()
     for column in COLUMNS:
@@ -230,6 +238,23 @@ def _comparable_columns(cohort: Cohort, notes: list[str]) -> set[str]:
                 "the plain student, so the table shows no gap."
             )
     return found
+
+
+def _no_baseline(cohort: Cohort) -> str:
+    """Describe what the gaps of a student without any baseline lack."""
+    if any(not run.strategies for run in cohort.runs):
+        return (
+            f"{cohort.student} has no run with strategy none on splits with reference "
+            "labels alone, without pseudo-labels"
+        )
+    return f"{cohort.student} has no run with strategy none"
+
+
+def _train_row(teacher: str, split: str, metrics: Metrics) -> Row:
+    """Return the row of the teacher's errors on the training split ``split``."""
+    label, settings = f"{teacher} on {split}", f"on {split}"
+    values = _values([metrics])
+    return Row(label, "", TEACHER, settings, None, 0, values, split=split)
 
 
 def _gaps(

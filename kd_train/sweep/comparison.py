@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Mapping
 from operator import attrgetter
 
 from kd_train.config.train_config import TrainConfig
-from kd_train.report.runs import BatchSizes
+from kd_train.report.documents import BatchSizes
 from pipeline.errors import SpecError
 
 _BATCH_KEYS = ("batch_atoms", "batch_size", "accumulate_steps")

@@ -13,6 +13,7 @@ from kd_train.sweep.comparison import require_comparable, require_equal
 from kd_train.sweep.grid import Sweep, SweepRun, load_sweep
 from kd_train.trainer.labels import require_predictions
 from kd_train.trainer.setup import (
+    choose_fitting_split,
     has_direct_forces,
     required_fields,
     resolve_config,
@@ -150,21 +151,26 @@ class _Checks:
     def require_equal_starts(
         self, configs: Mapping[str, TrainConfig], where: str
     ) -> None:
-        """Refuse other training splits for students that begin with a fit to them.
+        """Refuse other labelled splits for students that begin with a fit to them.
 
         The report compares runs of one seed only if they had equal initial weights.
 
         Raises
         ------
         SpecError
-            Two runs of such a student differ in ``train_split``.
+            Two runs of such a student differ in the labelled part of ``train_split``.
         """
         fitted: dict[str, dict[str, TrainConfig]] = {}
         for name, config in configs.items():
             if not self._network(config).is_fitted:
                 fitted.setdefault(config.student.name, {})[name] = config
         for runs in fitted.values():
-            require_equal(runs, where, "train_split", lambda c: c.train_split)
+            require_equal(
+                runs,
+                where,
+                "train_split",
+                lambda c: choose_fitting_split(c, self.store).name,
+            )
 
     def _find_reason(self, config: TrainConfig) -> str | None:
         split = choose_split(self.store, config.train_split, required_fields(config))

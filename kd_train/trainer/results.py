@@ -14,6 +14,7 @@ from kd_train.evaluation.load_student import STUDENT_FILE
 from kd_train.evaluation.metrics import without_nan
 from kd_train.trainer.progress import TrainingState
 from kd_train.trainer.setup import Learner
+from kd_train.trainer.training_facts import teacher_train_metrics, training_facts
 from kd_train.trainer.validate import Validator
 from pipeline.files.atomic import write_atomically
 from pipeline.models.checkpoint import load_checkpoint, save_model
@@ -66,6 +67,8 @@ def write_results(
             if None not in of_teacher
             else None
         ),
+        "teacher_train_metrics": without_nan(teacher_train_metrics(config, store)),
+        "training": training_facts(config, store),
     }
     if validators[0].world.is_first:
         buffer = io.BytesIO()

@@ -35,7 +35,11 @@ from kd_train.trainer.labels import (
     require_predictions,
 )
 from kd_train.trainer.students import find_student
-from kd_train.trainer.untrained import count_labels, require_trained_outputs
+from kd_train.trainer.untrained import (
+    count_labels,
+    labelled_splits,
+    require_trained_outputs,
+)
 from pipeline.datasets.label_statistics import KIND_DIFFERENCE
 from pipeline.errors import SpecError
 from pipeline.fields import FIELDS, PREDICTION_FIELDS
@@ -120,7 +124,7 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
         _reference_split(config, store, normalizer),
     )
     if not student.is_fitted:
-        student.fit(_fitting_batch(student, split))
+        student.fit(_fitting_batch(student, choose_fitting_split(config, store)))
     adapters = {s.name: s.adapter for s in strategies if s.adapter is not None}
     return Learner(
         name,
@@ -282,6 +286,15 @@ def _is_periodic(split: Split) -> bool:
     path = FIELDS["pbc"].path
     positions = np.arange(min(FIRST_SAMPLES, len(split)))
     return bool(split.read(positions, [path])[path].any())
+
+
+def choose_fitting_split(config: TrainConfig, store: FeatureStore) -> Split:
+    """Return the training splits that have labels, or all of them if none has.
+
+    A baseline on the labelled splits then starts alike.
+    """
+    named = labelled_splits(store, config.train_split)
+    return choose_split(store, "+".join(named) or config.train_split)
 
 
 def _fitting_batch(student: Network, split: Split) -> Data:

@@ -52,6 +52,12 @@ def count_labels(store: FeatureStore, choice: str) -> LabelCounts:
     )
 
 
+def labelled_splits(store: FeatureStore, choice: str) -> tuple[str, ...]:
+    """Return those of the splits of ``choice`` that have reference labels."""
+    counts = [count_labels(store, name) for name in choice.split("+")]
+    return tuple(one.name for one in counts if one.energy or one.forces)
+
+
 def _count_in_split(
     store: FeatureStore, name: str, counts: dict[str, int] | None
 ) -> LabelCounts:

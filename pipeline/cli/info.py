@@ -23,6 +23,7 @@ def render_description(description: dict[str, Any]) -> str:
         f"{description['path']}  (format {description['format_version']}, {state})",
         f"fingerprint  {description['fingerprint']}",
         *_teacher_lines(description["teacher"]),
+        *_error_lines(description["teacher_errors"]),
         "codec        bytes+crc32c (default)",
     ]
     for split, found in description["preview"].items():
@@ -33,6 +34,8 @@ def render_description(description: dict[str, Any]) -> str:
         lines += ["", *_split_lines(name, split)]
     checked = checked_lines(description)
     lines += ["", *checked] if checked else []
+    if description["teacher_warning"] is not None:
+        lines += ["", description["teacher_warning"]]
     lines += ["", *description["advice"]] if description["advice"] else []
     return "\n".join(lines)
 
@@ -73,6 +76,23 @@ def _teacher_lines(teacher: dict[str, Any] | None) -> list[str]:
     )
     layers = [f"layer        {name} from {k}" for name, k in teacher["layers"].items()]
     return [first, *layers]
+
+
+def _error_lines(errors: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Format the errors of the teacher against the labels, a line for each split."""
+    lines = []
+    for split, found in errors.items():
+        parts = [
+            f"{name} {found[key]:.1f} {unit}"
+            for key, name, unit in (
+                ("energy_mae", "energy MAE", "meV"),
+                ("forces_mae", "force MAE", "meV/Å"),
+            )
+            if found[key] is not None
+        ]
+        text = f"{', '.join(parts)} ({found['samples']} samples)"
+        lines.append(f"error        of the teacher, {split}: {text}")
+    return lines
 
 
 def _split_lines(name: str, split: dict[str, Any]) -> list[str]:

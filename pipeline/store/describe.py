@@ -1,32 +1,41 @@
 """Contents, sizes and codecs of a store, as plain data."""
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
-from pipeline.fields import CHANNEL_FIELDS
+from pipeline.errors import StoreError
+from pipeline.fields import CHANNEL_FIELDS, FIELDS
+from pipeline.files.remote import is_url
 from pipeline.store.compressed import SHUFFLE
 from pipeline.store.reader import ArrayInfo, FeatureStore, SplitReader
+from pipeline.store.teacher_error import TeacherError, measure_teacher, warn_of_unlike
 
+log = logging.getLogger("pipeline.store.describe")
 _LETTERS = {"node": "N", "edge": "E", "sample": "S"}
 
 
 def describe_store(path: Path | str) -> dict[str, Any]:
     """Fingerprint, teacher, splits, fields and sizes of the store; JSON-able.
 
-    Works on unsealed stores too, and then counts the blocks that are done.
+    Works on unsealed stores too, and then counts the blocks that are done. The teacher
+    is compared with the labels if the store is complete and no URL.
     """
     store = FeatureStore.open(path, allow_unsealed=True)
     teacher = store.attributes["teacher"]
     complete = store.attributes["complete"]
     # Stores of older versions do not say it.
     labelled = store.attributes.get("provenance", {}).get("labelled", {})
+    errors = {} if is_url(path) or not complete else _teacher_errors(store)
     return {
         "path": str(path),
         "format_version": store.attributes["format_version"],
         "complete": complete,
         "fingerprint": store.fingerprint,
         "teacher": None if teacher is None else _teacher_summary(teacher),
+        "teacher_errors": {name: error.to_dict() for name, error in errors.items()},
+        "teacher_warning": warn_of_unlike(errors),
         "preview": store.attributes.get("provenance", {}).get("preview", {}),
         "left_out": {name: len(bad) for name, bad in _bad_samples(store).items()},
         "contents": store.attributes.get("provenance", {}).get("contents", {}),
@@ -58,6 +67,23 @@ def _teacher_summary(teacher: dict[str, Any]) -> dict[str, Any]:
     kept = ("model", "checkpoint_sha256", "weights", "precision", "graph_rule")
     found = {key: teacher[key] for key in kept if key in teacher}
     return found | {"layers": teacher.get("layers", {})}
+
+
+def _teacher_errors(store: FeatureStore) -> dict[str, TeacherError]:
+    """Compare the teacher with the labels of every split that has both."""
+    found: dict[str, TeacherError] = {}
+    for name, split in store.splits.items():
+        if FIELDS["teacher_energy"].path not in split.arrays:
+            continue
+        try:
+            error = measure_teacher(split)
+        except StoreError as damage:
+            # The metadata are worth reading even so.
+            log.warning("%s", damage)
+            continue
+        if error is not None:
+            found[name] = error
+    return found
 
 
 def _describe_split(split: SplitReader, complete: bool) -> dict[str, Any]:

@@ -48,6 +48,7 @@ FILES = [
     "table.csv",
     "table.tex",
     "table.txt",
+    "training.tex",
 ]
 
 
@@ -143,6 +144,7 @@ def test_page_is_whole_and_holds_figures_and_provenance(three_seeds, tmp_path):
     assert page.titles == [
         "Summary",
         "Gap closed",
+        "Training data",
         "Learning curves",
         "Parity",
         "Provenance",

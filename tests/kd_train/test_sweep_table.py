@@ -87,7 +87,7 @@ def test_results_of_other_settings_are_not_in_the_table(file: Path, said: str) -
     later = run_command(main, ["report", file]).stdout
     record(sweep, name, JobResult(state="done", step=3))
     assert f"Refused:\n  {name}: It was started otherwise.\n" in later
-    assert len((file.parent / "out/report/table.csv").read_text().splitlines()) == 6
+    assert len((file.parent / "out/report/table.csv").read_text().splitlines()) == 7
 
 
 def test_a_run_that_stopped_early_is_told_beside_the_table(file: Path) -> None:
@@ -100,7 +100,7 @@ def test_a_run_that_stopped_early_is_told_beside_the_table(file: Path) -> None:
     (folder / "metrics.json").write_text(before)
     plain = load_sweep(file).folder(_name(TRAINED[0]))
     assert f"  {folder}: unlike {plain}: different steps (2 and 3)\n" in said
-    assert len((file.parent / "out/report/table.csv").read_text().splitlines()) == 6
+    assert len((file.parent / "out/report/table.csv").read_text().splitlines()) == 7
 
 
 def test_the_list_tells_how_far_runs_are(file: Path) -> None:
