@@ -196,7 +196,11 @@ def array_attributes(name: str, feature: FeatureSpec | None) -> dict[str, Any]:
 
 def features_of_split(spec: CacheSpec, split: SplitSpec) -> dict[str, FeatureSpec]:
     """Fields that the teacher is asked for in this split, with their options."""
-    return dict(spec.features) if split.features else {}
+    if isinstance(split.features, bool):
+        return dict(spec.features) if split.features else {}
+    return {
+        name: part for name, part in spec.features.items() if name in split.features
+    }
 
 
 def store_attributes(

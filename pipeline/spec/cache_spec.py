@@ -1,6 +1,6 @@
 """``CacheSpec``: what a store is made of, read from ``cache_specs/*.yaml``."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +206,18 @@ def _check_reading(split: SplitSpec, key: str) -> None:
         )
 
 
+def _check_features(
+    split: SplitSpec, key: str, features: Mapping[str, FeatureSpec]
+) -> None:
+    named = [] if isinstance(split.features, bool) else split.features
+    for name in named:
+        if name not in features:
+            raise SpecError(
+                f"{key}.features: {name!r} is not under features: of the spec"
+                f"{nearest(name, features)}; add it there, or remove it here."
+            )
+
+
 def _check_generated(split: SplitSpec, key: str, teacher: TeacherSpec | None) -> None:
     if split.generate is None:
         return
@@ -249,6 +261,7 @@ def _check_choices(spec: CacheSpec) -> None:
                 f"splits.{name}.energy is for format oc20_raw, not for "
                 f"{split.format}; remove it."
             )
+        _check_features(split, f"splits.{name}", spec.features)
         _check_generated(split, f"splits.{name}", spec.teacher)
         if split.rattle is not None and split.labels == "all":
             raise SpecError(

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field as Key
-from pydantic import field_validator
+from pydantic import StrictBool, field_validator
 
 from pipeline.spec.closed_model import ClosedModel
 from pipeline.spec.formats import FORMATS
@@ -107,10 +107,11 @@ class SplitSpec(ClosedModel):
     source: str | None = Key(
         None, description="Address at which the data are published (default: none)."
     )
-    features: bool = Key(
+    features: StrictBool | list[str] = Key(
         True,
-        description="Whether features are stored. If false, the split has "
-        "structures, labels, teacher energy and teacher forces.",
+        description="Features that are stored: true, all of the spec | false, none | "
+        "a list of their names. Structures, labels, teacher energy and teacher forces "
+        "are always stored (default: true).",
     )
     offset: int = Key(0, ge=0, description="Number of samples to skip at the start.")
     limit: int | None = Key(
