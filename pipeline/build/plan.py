@@ -161,7 +161,7 @@ def _array_plans(
         if "edge_features" in wanted:
             names += EDGE_IDENTITY_FIELDS
         names += [other for n in wanted for other in COMPANION_FIELDS.get(n, ())]
-        widths = teacher.widths
+        widths = teacher.stored_widths
     return tuple(
         ArrayPlan(
             path=FIELDS[name].path,

@@ -9,7 +9,6 @@ from ase import Atoms, units
 from ase.calculators.calculator import Calculator, all_changes
 from ase.constraints import FixAtoms
 from ase.md.langevin import Langevin
-from ase.md.velocitydistribution import MaxwellBoltzmannDistribution
 
 from pipeline.errors import DataError
 from pipeline.generate.method import Copy, Method, PassEstimate
@@ -46,7 +45,9 @@ class Dynamics(Method):
         random = self.generator(Copy(parent, 0), attempt, "md")
         atoms = _as_atoms(sample, self.teacher)
         temperature = spec.setting("temperature")
-        MaxwellBoltzmannDistribution(atoms, temperature_K=temperature, rng=random)
+        # Maxwell-Boltzmann: a variance of m kT for each component of a momentum.
+        widths = np.sqrt(atoms.get_masses() * units.kB * temperature)
+        atoms.set_momenta(widths[:, None] * random.standard_normal((len(atoms), 3)))
         dynamics = Langevin(
             atoms,
             spec.setting("timestep") * units.fs,

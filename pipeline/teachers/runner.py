@@ -76,22 +76,25 @@ class TeacherRunner:
         chosen = {
             n: available_fields[n].layers[layer] for n, layer in self.layers.items()
         }
-        derived = {
-            name: self.columns.count for name in ("force_jacobian", COLUMN_FIELD)
-        }
-        return default | chosen | derived
+        return default | chosen
+
+    @property
+    def stored_widths(self) -> dict[str, int]:
+        """Width of every field that a spec may ask for, and of its companions."""
+        columns = dict.fromkeys(("force_jacobian", COLUMN_FIELD), self.columns.count)
+        return self.widths | columns
 
     def check_fields(self, names: Sequence[str]) -> None:
         """Raise SpecError when a field of the spec is none of this teacher's."""
         for name in names:
-            if name not in self.widths:
+            if name not in self.stored_widths:
                 raise SpecError(
                     f"features: teacher {self.spec.model!r} has no {name!r}; it offers "
                     f"{', '.join(self._offered())}{self._elsewhere(name)}."
                 )
 
     def _offered(self) -> list[str]:
-        return sorted(self.widths.keys() - {COLUMN_FIELD})
+        return sorted(self.stored_widths.keys() - {COLUMN_FIELD})
 
     def _elsewhere(self, name: str) -> str:
         """Say at which layers a field exists that the default layer lacks."""
