@@ -11,6 +11,7 @@ from pipeline.errors import SpecError
 from pipeline.fields import CACHEABLE_FIELDS, CHANNEL_FIELDS, DERIVED_FIELDS
 from pipeline.files.globs import glob_matches, is_glob
 from pipeline.files.remote import is_url, refuse_credentials
+from pipeline.spec.id_list import read_ids
 from pipeline.spec.reference_energies import read_reference_energies
 from pipeline.spec.renamed_keys import rename_keys
 from pipeline.spec.sections import (
@@ -163,6 +164,10 @@ def _resolve_split(split: SplitSpec, folder: Path, key: str) -> SplitSpec:
             )
         read_reference_energies(file)
         changes["reference_energies"] = str(file)
+    if split.ids is not None:
+        ids = expand_path(split.ids, folder, f"{key}.ids")
+        read_ids(ids, f"{key}.ids")
+        changes["ids"] = str(ids)
     return split.model_copy(update=changes)
 
 

@@ -123,6 +123,11 @@ class SplitSpec(ClosedModel):
         description="Step between samples: 1 reads all samples, n reads every n-th "
         "sample.",
     )
+    ids: str | None = Key(
+        None,
+        description="File with the ids of the samples to read, one id a line, of those "
+        "that where, offset, every and limit choose (default: all).",
+    )
     energy: Literal["adsorption", "total"] | None = Key(
         None,
         description="Kind of energy of oc20_raw (default: adsorption if the "
