@@ -60,7 +60,14 @@ def _exact_jacobian(teacher: TeacherRunner, sample: Sample) -> np.ndarray:
         moved.positions = positions
         return model(moved).forces * potential.normalizer.force_std
 
-    found = torch.autograd.functional.jacobian(forces, batch.positions)
+    def energy(positions: torch.Tensor) -> torch.Tensor:
+        return model._energy(batch, positions, {})[0].sum()
+
+    if model.hyperparameters["direct_forces"]:
+        found = torch.autograd.functional.jacobian(forces, batch.positions)
+    else:
+        found = -torch.autograd.functional.hessian(energy, batch.positions)
+        found *= potential.normalizer.force_std
     model.float().eval()
     return found.numpy()
 
