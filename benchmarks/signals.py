@@ -74,6 +74,7 @@ _MOLECULE = {
     "md x8": _copies("md8"),
     "jacobian k=4": _jacobian(4),
     "modes x8 + vanilla2": _copies("modes8", strategy="vanilla2"),
+    "modes x8 + vanilla2 + jacobian": _copies("modes8", strategy="vanilla2+jacobian"),
 }
 _ETHANOL = {
     **_MOLECULE,
@@ -105,12 +106,8 @@ STUDIES = {
         6000,
         _GRADIENT,
     ),
-    "acac": Study(_MOLECULE, ("test", "hot"), 4000),
-    "3bpa": Study(
-        {n: r for n, r in _MOLECULE.items() if n not in ("n2n", "v2v")},
-        ("test", "hot"),
-        4000,
-    ),
+    "acac": Study(_MOLECULE, ("test", "hot"), 6000),
+    "3bpa": Study(_MOLECULE, ("test", "hot"), 6000),
     "silicon": Study(_PERIODIC, ("test",), 3000),
     "molybdenum": Study(_PERIODIC, ("test",), 3000),
     "oc20": Study(_PERIODIC, ("test",), 3000),

@@ -1,4 +1,4 @@
-"""Generated splits of a build: their files beside the store, and what they cost."""
+"""Generated splits of a build: their files next to the store, and what they cost."""
 
 import hashlib
 import json
@@ -56,7 +56,7 @@ def make_structures(
 ) -> None:
     """Make the structures of generated splits that are not there yet.
 
-    A kill loses at most the piece in hand. A sealed store needs none of them.
+    A kill loses at most one piece. A sealed store needs none of them.
 
     Parameters
     ----------

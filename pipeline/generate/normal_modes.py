@@ -129,7 +129,7 @@ class NormalModes(Method):
 def _inner_motions(structure: Structure, group: npt.NDArray[np.intp]) -> Floats:
     """Return an orthonormal basis (3n, m) of the motions that change the structure.
 
-    A group of some atoms, or free atoms beside fixed atoms, has no such symmetry. A
+    A group of some atoms, or free atoms near fixed atoms, has no such symmetry. A
     periodic structure has translations, a molecule also rotations.
     """
     count = 3 * len(group)

@@ -9,7 +9,7 @@ from pydantic import model_validator
 from pipeline.spec.closed_model import ClosedModel
 
 Method = Literal["rattle", "normal_modes", "md", "rattle_relax"]
-# Keys of a method beside those that all methods have, with their defaults.
+# Keys of a method that not all methods have, with their defaults.
 METHOD_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "rattle": {"sigma": 0.05},
     "normal_modes": {
