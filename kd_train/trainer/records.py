@@ -58,26 +58,16 @@ def require_same_run(
             f"{saved['fingerprint'][:12]}…, but this store has "
             f"{current['fingerprint'][:12]}…; use the same store or another --out."
         )
-    # Runs of an earlier version lack keys that are newer, which then had no effect.
-    known = _merge(TrainConfig().model_dump(mode="json"), saved["config"])
+    if saved["config"] == current["config"]:
+        return
     for key, value in current["config"].items():
-        if known.get(key) != value:
-            before = known.get(key)
+        if saved["config"].get(key) != value:
+            before = saved["config"].get(key)
             raise SpecError(
                 f"{folder} was started with {key} = {before!r}, but now it is "
                 f"{value!r}; resume with the same "
                 f"configuration{_or_extend(key, before, value)} or use another --out."
             )
-
-
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Return ``below`` with the values of ``above``, section by section."""
-    merged = dict(below)
-    for key, value in above.items():
-        old = merged.get(key)
-        both = isinstance(old, dict) and isinstance(value, dict)
-        merged[key] = _merge(old, value) if both else value
-    return merged
 
 
 def _or_extend(key: str, before: Any, value: Any) -> str:
