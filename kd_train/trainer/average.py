@@ -18,7 +18,7 @@ class MovingAverage(AveragedModel):
         self._decay = decay
         self._averages: list[Tensor] = list(self.module.parameters())
         self._weights: list[Tensor] = list(model.parameters())
-        self._buffers = list(zip(self.module.buffers(), model.buffers(), strict=True))
+        self._copied = list(zip(self.module.buffers(), model.buffers(), strict=True))
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
@@ -27,7 +27,7 @@ class MovingAverage(AveragedModel):
             super().update_parameters(model)
             return
         self._move()
-        for own, buffer in self._buffers:
+        for own, buffer in self._copied:
             own.copy_(buffer)
         self.n_averaged += 1
 
