@@ -32,7 +32,7 @@ class MovingAverage(AveragedModel):
         self.n_averaged += 1
 
     def _move(self) -> None:
-        library = wanted_library("adamw", *self._weights) if self._weights else None
+        library = wanted_library(*self._weights) if self._weights else None
         part = 1 - self._decay
         if library is None:
             torch._foreach_lerp_(self._averages, self._weights, part)

@@ -57,7 +57,7 @@ class WeightUpdate:
         """Use the gradients of this step."""
         gradients = [parameter.grad for parameter in self._trained]
         present = [gradient for gradient in gradients if gradient is not None]
-        library = wanted_library("adamw", *present) if present else None
+        library = wanted_library(*present) if present else None
         if library is None or not self._find_groups(gradients):
             if self._clip_norm is not None and present:
                 clip_gradients(present, self._clip_norm)

@@ -29,7 +29,7 @@ def fused_library(x: Tensor, edges: EdgeTensors) -> Library | None:
         return None
     if torch.is_autocast_enabled("cpu"):
         return None
-    return wanted_library("painn", x, edges.basis)
+    return wanted_library(x, edges.basis)
 
 
 class FusedMessage(torch.autograd.Function):

@@ -24,7 +24,6 @@ Argument = int | float | Tensor | ctypes.Array[Any] | None
 
 log = logging.getLogger(__name__)
 
-_FOLDER = Path(__file__).parent
 _REALS = {torch.float32: "float", torch.float64: "double"}
 _FLAGS = (
     *("-O3", "-shared", "-fPIC", "-ffp-contract=fast"),
@@ -48,7 +47,7 @@ def native_kernels(wanted: bool) -> Iterator[None]:
 
 
 class Library:
-    """Functions of one source file for one type of real numbers."""
+    """Functions of all source files for one type of real numbers."""
 
     def __init__(self, loaded: ctypes.CDLL) -> None:
         self._loaded = loaded
@@ -80,8 +79,8 @@ def sizes(tensors: Sequence[Tensor]) -> "ctypes.Array[ctypes.c_int64]":
     return (ctypes.c_int64 * len(tensors))(*[t.numel() for t in tensors])
 
 
-def wanted_library(name: str, *tensors: Tensor) -> Library | None:
-    """Functions of ``name`` that can work on ``tensors``, if they are to be used.
+def wanted_library(*tensors: Tensor) -> Library | None:
+    """Functions that can work on ``tensors``, if they are to be used.
 
     These are on the CPU, in one precision, and contiguous. A program that is recorded
     or compiled has no such functions.
@@ -90,17 +89,17 @@ def wanted_library(name: str, *tensors: Tensor) -> Library | None:
         return None
     dtype = tensors[0].dtype
     fits = (t.is_cpu and t.dtype == dtype and t.is_contiguous() for t in tensors)
-    return find_library(name, dtype) if dtype in _REALS and all(fits) else None
+    return find_library(dtype) if dtype in _REALS and all(fits) else None
 
 
 @functools.cache
-def find_library(name: str, dtype: torch.dtype) -> Library | None:
-    """Functions of ``name`` for ``dtype``; None, with a warning, if not possible."""
+def find_library(dtype: torch.dtype) -> Library | None:
+    """Build the functions for ``dtype``; None, with a warning, if not possible."""
     compiler = shlex.split(os.environ.get("CC", "")) or [_default_compiler()]
     errors: list[Exception] = []
     for processor in _PROCESSORS:
         try:
-            return _build((*compiler, *_FLAGS, *processor), name, _REALS[dtype])
+            return _build((*compiler, *_FLAGS, *processor), _REALS[dtype])
         except (OSError, subprocess.SubprocessError) as error:
             errors.append(error)
     log.warning(
@@ -117,12 +116,12 @@ def _default_compiler() -> str:
     return next((name for name in names if shutil.which(name)), "cc")
 
 
-def _build(command: tuple[str, ...], name: str, real: str) -> Library:
+def _build(command: tuple[str, ...], real: str) -> Library:
+    sources = sorted(map(str, Path(__file__).parent.glob("*.c")))
     with tempfile.TemporaryDirectory(prefix="kd-train-") as folder:
-        built = Path(folder) / f"{name}.so"
-        source = _FOLDER / f"{name}.c"
+        built = Path(folder) / "native.so"
         subprocess.run(
-            [*command, f"-DREAL={real}", "-o", str(built), str(source), "-lm"],
+            [*command, f"-DREAL={real}", "-o", str(built), *sources, "-lm"],
             check=True,
             capture_output=True,
             text=True,

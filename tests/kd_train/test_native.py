@@ -21,7 +21,7 @@ from tests.kd_train.runs import distilling, make_run, metric_rows
 
 @pytest.fixture(autouse=True)
 def _compiler() -> None:
-    if find_library("painn", torch.float32) is None:
+    if find_library(torch.float32) is None:
         pytest.skip("there is no C compiler")
 
 
