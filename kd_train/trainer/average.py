@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from pipeline.native.library import addresses, sizes, wanted_library
+
 
 class MovingAverage(AveragedModel):
     """The average of torch, without its search for parameters in every step.
@@ -16,6 +18,7 @@ class MovingAverage(AveragedModel):
         self._decay = decay
         self._averages: list[Tensor] = list(self.module.parameters())
         self._weights: list[Tensor] = list(model.parameters())
+        self._copied = list(zip(self.module.buffers(), model.buffers(), strict=True))
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
@@ -23,7 +26,16 @@ class MovingAverage(AveragedModel):
         if self.n_averaged == 0:
             super().update_parameters(model)
             return
-        torch._foreach_lerp_(self._averages, self._weights, 1 - self._decay)
-        for own, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
+        self._move()
+        for own, buffer in self._copied:
             own.copy_(buffer)
         self.n_averaged += 1
+
+    def _move(self) -> None:
+        library = wanted_library(*self._weights) if self._weights else None
+        part = 1 - self._decay
+        if library is None:
+            torch._foreach_lerp_(self._averages, self._weights, part)
+            return
+        lists = addresses(self._averages), addresses(self._weights)
+        library.call("move_averages", len(lists[0]), sizes(self._weights), *lists, part)

@@ -33,7 +33,7 @@ from kd_train.trainer.checkpoint import save_checkpoint
 from kd_train.trainer.labels import warn_of_training_samples
 from kd_train.trainer.numerics import compile_student, determinism, training_numerics
 from kd_train.trainer.objective import Objective
-from kd_train.trainer.optimizer import clip_gradients, make_optimizer
+from kd_train.trainer.optimizer import make_optimizer
 from kd_train.trainer.parallel import average_gradients, keep_gradients
 from kd_train.trainer.progress import TrainingState
 from kd_train.trainer.records import (
@@ -59,6 +59,7 @@ from kd_train.trainer.setup import (
     resolve_config,
     weights_digest,
 )
+from kd_train.trainer.update import WeightUpdate
 from kd_train.trainer.validate import Validator
 from kd_train.trainer.weighting import Weighting
 from pipeline.errors import PipelineError
@@ -102,7 +103,9 @@ class Trainer:
         terms: list[Term] = [self.learner.supervised, *self.learner.strategies]
         self.objective = Objective(self.modules, terms, config.precision)
         self.optimizer = make_optimizer(self.modules, config.optimizer)
-        self._trained = [p for p in self.modules.parameters() if p.requires_grad]
+        self._update = WeightUpdate(
+            self.modules, self.optimizer, self.average, config.optimizer.clip_norm
+        )
         self.weighting = Weighting(config, device)
         self.train_samples = self._samples(config.train_split, self.learner.fields)
         self.tables = self.train_samples.tables(device)
@@ -211,14 +214,10 @@ class Trainer:
         rate = learning_rate(self.config, self.progress.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        for parameter in self._trained:
-            parameter.grad = None
+        self._update.clear_gradients()
         with training_numerics(self.config):
             values = self._accumulate(batches)
-        if self.config.optimizer.clip_norm is not None:
-            clip_gradients(self._trained, self.config.optimizer.clip_norm)
-        self.optimizer.step()
-        self.average.update_parameters(self.modules)
+            self._update()
         if self.weighting.needs_values:
             joint = self.world.all_sum(torch.stack(list(values.values())))
             self.weighting.note(dict(zip(values, joint, strict=True)))

@@ -11,7 +11,7 @@ from pipeline.errors import SpecError
 
 # Gaussian tails below 1e-20 become exact zeros. They change nothing, but left alone
 # they reach subnormal numbers, on which processors are up to 100 times slower.
-_NEGLIGIBLE = 1e-20
+NEGLIGIBLE = 1e-20
 _LOWEST_EXPONENT = -50.0
 _LOG_2 = 0.6931471824645996  # rounded to single precision, as released models use it
 
@@ -62,12 +62,16 @@ class GaussianSmearing(nn.Module):
         self.width = stop / (num_gaussians - 1) if exact_width else None
         self.register_buffer("offset", torch.linspace(0.0, stop, num_gaussians))
 
+    def deviation(self) -> float:
+        """Width of the Gaussians as a number, which waits for the device."""
+        return self.width or float(self.offset[1] - self.offset[0])
+
     def forward(self, distance: Tensor) -> Tensor:
         """Basis (E, K) of distances (E,) in the unit of the centres."""
         width = self.width or self.offset[1] - self.offset[0]
         deviation = (distance[:, None] - self.offset) / width  # (E, K)
         exponent = (-0.5 * deviation.square()).clamp_min(_LOWEST_EXPONENT)
-        return nn.functional.threshold(torch.exp(exponent), _NEGLIGIBLE, 0.0)
+        return nn.functional.threshold(torch.exp(exponent), NEGLIGIBLE, 0.0)
 
 
 class RadialBasis(nn.Module):

@@ -15,6 +15,7 @@ from torch_geometric.utils import scatter
 from pipeline.errors import SpecError
 from pipeline.graphs.neighbors import NeighborSpec
 from pipeline.models.fused import FusedMessage, FusedUpdate, fused_library
+from pipeline.models.fused_edges import fused_edges
 from pipeline.models.layers import (
     AtomEmbedding,
     RadialBasis,
@@ -157,15 +158,8 @@ class PaiNN(Network):
 
         Notes the states of all layers in ``states``.
         """
-        pairs = Pairs.of(batch)
-        edge_vec = edge_vectors(batch, positions)[pairs.edge]  # (P, 3)
-        edge_dist = vector_norm(edge_vec)
-        rbf = self.radial_basis(edge_dist)  # (P, K)
-        edges = EdgeTensors(
-            pairs,
-            basis=torch.cat((rbf, torch.ones_like(rbf[:, :1])), dim=1),
-            direction=edge_vec / edge_dist[:, None],
-        )
+        edges = fused_edges(batch, positions, self.radial_basis)
+        edges = self._edges(batch, positions) if edges is None else edges
         x = self.atom_emb(batch.atomic_numbers)
         library = fused_library(x, edges)
         vec: Tensor | None = None
@@ -182,6 +176,18 @@ class PaiNN(Network):
             per_atom = self.out_energy(x).squeeze(1)
         energy = scatter(per_atom, batch.batch, dim=0, dim_size=batch.num_graphs)
         return energy, per_atom, x, vec
+
+    def _edges(self, batch: Data, positions: Tensor) -> EdgeTensors:
+        """Pairs of edges with their radial basis and directions."""
+        pairs = Pairs.of(batch)
+        edge_vec = edge_vectors(batch, positions)[pairs.edge]  # (P, 3)
+        edge_dist = vector_norm(edge_vec)
+        rbf = self.radial_basis(edge_dist)  # (P, K)
+        return EdgeTensors(
+            pairs,
+            basis=torch.cat((rbf, torch.ones_like(rbf[:, :1])), dim=1),
+            direction=edge_vec / edge_dist[:, None],
+        )
 
 
 def _with_layers(

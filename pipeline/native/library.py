@@ -11,17 +11,19 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+Argument = int | float | Tensor | ctypes.Array[Any] | None
+
 log = logging.getLogger(__name__)
 
-_FOLDER = Path(__file__).parent
 _REALS = {torch.float32: "float", torch.float64: "double"}
 _FLAGS = (
     *("-O3", "-shared", "-fPIC", "-ffp-contract=fast"),
@@ -45,12 +47,12 @@ def native_kernels(wanted: bool) -> Iterator[None]:
 
 
 class Library:
-    """Functions of one source file for one type of real numbers."""
+    """Functions of all source files for one type of real numbers."""
 
     def __init__(self, loaded: ctypes.CDLL) -> None:
         self._loaded = loaded
 
-    def call(self, name: str, *values: int | float | Tensor | None) -> None:
+    def call(self, name: str, *values: Argument) -> None:
         """Call the function ``name``; it is given the addresses of tensors.
 
         Tensors are contiguous, numbers with a fraction are doubles, None is NULL.
@@ -58,35 +60,46 @@ class Library:
         self._loaded[name](*map(_argument, values))
 
 
-def _argument(
-    value: int | float | Tensor | None,
-) -> ctypes.c_int64 | ctypes.c_double | ctypes.c_void_p:
+def _argument(value: Argument) -> Any:
     if isinstance(value, Tensor):
         assert value.is_contiguous()
         return ctypes.c_void_p(value.data_ptr())
     if isinstance(value, int):
         return ctypes.c_int64(value)
-    return ctypes.c_void_p() if value is None else ctypes.c_double(value)
+    return ctypes.c_double(value) if isinstance(value, float) else value
 
 
-def wanted_library(name: str, like: Tensor) -> Library | None:
-    """Functions of ``name`` for tensors such as ``like``, if they are to be used.
+def addresses(tensors: Sequence[Tensor]) -> "ctypes.Array[ctypes.c_void_p]":
+    """Array of the addresses of contiguous ``tensors``, which must outlive it."""
+    return (ctypes.c_void_p * len(tensors))(*[t.data_ptr() for t in tensors])
 
-    They are for the CPU, and a program that is recorded or compiled has none.
+
+def sizes(tensors: Sequence[Tensor]) -> "ctypes.Array[ctypes.c_int64]":
+    """Array of the numbers of entries of ``tensors``."""
+    return (ctypes.c_int64 * len(tensors))(*[t.numel() for t in tensors])
+
+
+def wanted_library(*tensors: Tensor) -> Library | None:
+    """Functions that can work on ``tensors``, if they are to be used.
+
+    These are on the CPU, in one precision, and contiguous. A program that is recorded
+    or compiled has no such functions.
     """
-    if not _wanted.get() or like.device.type != "cpu" or like.dtype not in _REALS:
+    if not _wanted.get() or torch.compiler.is_compiling():
         return None
-    return None if torch.compiler.is_compiling() else find_library(name, like.dtype)
+    dtype = tensors[0].dtype
+    fits = (t.is_cpu and t.dtype == dtype and t.is_contiguous() for t in tensors)
+    return find_library(dtype) if dtype in _REALS and all(fits) else None
 
 
 @functools.cache
-def find_library(name: str, dtype: torch.dtype) -> Library | None:
-    """Functions of ``name`` for ``dtype``; None, with a warning, if not possible."""
+def find_library(dtype: torch.dtype) -> Library | None:
+    """Build the functions for ``dtype``; None, with a warning, if not possible."""
     compiler = shlex.split(os.environ.get("CC", "")) or [_default_compiler()]
     errors: list[Exception] = []
     for processor in _PROCESSORS:
         try:
-            return _build((*compiler, *_FLAGS, *processor), name, _REALS[dtype])
+            return _build((*compiler, *_FLAGS, *processor), _REALS[dtype])
         except (OSError, subprocess.SubprocessError) as error:
             errors.append(error)
     log.warning(
@@ -103,12 +116,12 @@ def _default_compiler() -> str:
     return next((name for name in names if shutil.which(name)), "cc")
 
 
-def _build(command: tuple[str, ...], name: str, real: str) -> Library:
+def _build(command: tuple[str, ...], real: str) -> Library:
+    sources = sorted(map(str, Path(__file__).parent.glob("*.c")))
     with tempfile.TemporaryDirectory(prefix="kd-train-") as folder:
-        built = Path(folder) / f"{name}.so"
-        source = _FOLDER / f"{name}.c"
+        built = Path(folder) / "native.so"
         subprocess.run(
-            [*command, f"-DREAL={real}", "-o", str(built), str(source), "-lm"],
+            [*command, f"-DREAL={real}", "-o", str(built), *sources, "-lm"],
             check=True,
             capture_output=True,
             text=True,

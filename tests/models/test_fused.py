@@ -18,7 +18,7 @@ FIELDS = ("energy", "forces", "per_atom_energy", "node_features", "vector_featur
 
 @pytest.fixture(scope="module")
 def library():
-    found = find_library("painn", torch.float64)
+    found = find_library(torch.float64)
     if found is None:
         pytest.skip("there is no C compiler")
     return found
