@@ -18,7 +18,8 @@ class Relations(Strategy):
     The relation of an edge from j to i is the direction of the difference of features,
     r = (f_i - f_j)/|f_i - f_j|, of the student after a linear map. The term is the mean
     over edges e of -log softmax_e'(r_s(e) · r_t(e') / τ) at e' = e: the other edges of
-    the batch are the negatives.
+    the batch are the negatives. Edges to periodic images are left out, because their
+    relation is that of another edge, or of an atom with itself.
     """
 
     name = "rel"
@@ -34,13 +35,14 @@ class Relations(Strategy):
 
     def counts(self, batch):
         """(1,) number of edges that are compared."""
-        edges = batch.edge_index[:, self._chosen(batch)].shape[1]
-        device = batch.edge_index.device
-        return torch.full((1,), edges, dtype=torch.float64, device=device)
+        edges = self._edges(batch)
+        return torch.full(
+            (1,), edges.shape[1], dtype=torch.float64, device=edges.device
+        )
 
     def totals(self, output, batch):
         """(1,) sum over the edges that are compared."""
-        source, target = batch.edge_index[:, self._chosen(batch)]
+        source, target = self._edges(batch)
         mapped = self.adapter(output.node_features)
         own = normalize(mapped[target] - mapped[source], dim=1)
         known = batch.node_features
@@ -49,7 +51,9 @@ class Relations(Strategy):
         places = torch.arange(len(similarity), device=similarity.device)
         return cross_entropy(similarity, places, reduction="sum").reshape(1)
 
-    def _chosen(self, batch):
-        """Edges at even distances, at most MAX_EDGES of each batch."""
-        step = -(-batch.edge_index.shape[1] // MAX_EDGES)
-        return slice(None, None, max(step, 1))
+    def _edges(self, batch):
+        """(2, E) sources and targets, at even distances if there are too many."""
+        inside = (batch.cell_offsets == 0).all(dim=1)
+        edges = batch.edge_index[:, inside]
+        step = -(-edges.shape[1] // MAX_EDGES)
+        return edges[:, :: max(step, 1)]

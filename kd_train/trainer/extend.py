@@ -6,6 +6,7 @@ from typing import Any
 
 from kd_train.config.train_config import TrainConfig
 from kd_train.trainer.progress import TrainingState
+from kd_train.trainer.weighting import reads_features
 from pipeline.errors import SpecError
 
 
@@ -51,6 +52,10 @@ def _ends_with_the_run(config: TrainConfig) -> str | None:
     if config.schedule.kind == "cosine":
         return "schedule.kind=cosine decays the learning rate to 0 at the last step"
     fading = config.distill.schedule
+    if fading.kind == "fade":
+        if not any(map(reads_features, config.strategies)):
+            return None
+        return "distill.schedule=fade ends at half of the steps"
     if config.strategies and fading.kind != "constant" and fading.steps is None:
         return f"distill.schedule.kind={fading.kind} ends at the last step"
     return None

@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 import torch
 
 from kd_train.config.train_config import TrainConfig
+from kd_train.strategies import Strategy, load_strategy
 from pipeline.errors import PipelineError, SpecError
 from pipeline.models.network import Network
 from pipeline.models.output import ModelOutput
@@ -54,6 +55,23 @@ def in_float32(output: ModelOutput) -> ModelOutput:
     values = {field.name: getattr(output, field.name) for field in fields(output)}
     present = {name: v.float() for name, v in values.items() if v is not None}
     return replace(output, **present)
+
+
+def require_exact_differences(config: TrainConfig) -> None:
+    """Refuse a precision that hides differences between displaced copies.
+
+    Raises
+    ------
+    SpecError
+        A term needs displaced copies, and the student runs in bfloat16.
+    """
+    plain = Strategy.displacements
+    moving = [s for s in config.strategies if load_strategy(s).displacements != plain]
+    if moving and config.precision == "bfloat16":
+        raise SpecError(
+            "precision: bfloat16 rounds away the small differences of forces that the "
+            f"strategy {moving[0]} compares; set precision=float32."
+        )
 
 
 @contextmanager

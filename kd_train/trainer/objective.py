@@ -55,6 +55,17 @@ class Objective(nn.Module):
             totals.append(_parts(term, values))
         return torch.cat(totals)
 
+    def prepare(self, batch: Data, draw: Sequence[int]) -> Data:
+        """Let the terms add what they need to ``batch``, which is on the CPU.
+
+        ``draw`` identifies the batch in its run, see `Strategy.prepare`.
+        """
+        for term in self.terms:
+            if isinstance(term, Strategy):
+                term.prepare(batch, draw)
+        batch.prepared = True
+        return batch
+
     def counts(self, batch: Data) -> Tensor:
         """(P,) float64: what :meth:`forward` of ``batch`` is to be divided by."""
         return torch.cat([_parts(t, t.counts(batch)) for t in self.terms])

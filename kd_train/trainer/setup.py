@@ -34,6 +34,7 @@ from kd_train.trainer.labels import (
     require_measured,
     require_predictions,
 )
+from kd_train.trainer.numerics import require_exact_differences
 from kd_train.trainer.students import find_student
 from kd_train.trainer.untrained import (
     count_labels,
@@ -87,7 +88,6 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
         store or student lack, or nothing would train an output of the student.
     """
     name, hyperparameters = find_student(config.student)
-    _require_exact_differences(config)
     fields = required_fields(config)
     split = choose_split(store, config.train_split, fields)
     if config.loss.pseudo_label_weight:
@@ -173,15 +173,6 @@ def has_direct_forces(student: Network) -> bool:
     return bool(student.hyperparameters.get("direct_forces", False))
 
 
-def _require_exact_differences(config: TrainConfig) -> None:
-    """Refuse differences of forces that a reduced precision would hide."""
-    if config.precision == "bfloat16" and "jacobian" in config.strategies:
-        raise SpecError(
-            "precision: bfloat16 rounds away the small differences of forces that the "
-            "strategy jacobian compares; set precision=float32."
-        )
-
-
 def _require_forces(student: Network) -> None:
     """Refuse a student that neither L0 nor its validation could be computed of."""
     if not student.hyperparameters.get("regress_forces", True):
@@ -203,14 +194,16 @@ def resolve_config(
     Raises
     ------
     SpecError
-        The store has no such split, or lacks a field of the strategies; the recipe has
-        no such student, or its batch cannot be shared by the processes.
+        The store has no such split, or lacks a field of the strategies; the precision
+        is too low for one of them; the recipe has no such student, or its batch cannot
+        be shared by the processes.
     """
     config = choose_student(config, store)
     split = choose_split(store, config.train_split)
     stored = stored_widths(split)
     for strategy in config.strategies:
         load_strategy(strategy).require_fields(stored)
+    require_exact_differences(config)
     if "normalizer" not in config.model_fields_set and _has_units(store, config):
         config = config.model_copy(update={"normalizer": "store"})
     chosen = apply_recipe(config, _teacher_model(store), processes)

@@ -189,18 +189,13 @@ class Trainer:
     def _load(self, draw: BatchIndex) -> Data:
         """Read a batch of the training stream, ready for the terms of the loss."""
         batch = self.train_samples.batch(draw.positions)
-        return self._prepare(batch, (draw.epoch, draw.offset, self.world.rank))
-
-    def _prepare(self, batch: Data, draw: tuple[int, ...]) -> Data:
-        for strategy in self.learner.strategies:
-            strategy.prepare(batch, draw)
-        batch.prepared = True
-        return batch
+        place = (draw.epoch, draw.offset, self.world.rank)
+        return self.objective.prepare(batch, place)
 
     def on_device(self, batch: Data) -> Data:
         """Move ``batch`` to the student's device and decode its features."""
         if not batch.get("prepared"):
-            batch = self._prepare(batch, ())
+            batch = self.objective.prepare(batch, ())
         return decode_batch(
             move_to_device(batch, self.device), self.learner.fields, self.tables
         )

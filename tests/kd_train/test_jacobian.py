@@ -9,10 +9,13 @@ import pytest
 import torch
 from torch_geometric.data import Data
 
+from kd_train.strategies.base import Strategy
 from kd_train.strategies.displaced import Displacements, append_displaced
 from kd_train.strategies.jacobian import ForceJacobian
+from kd_train.trainer.objective import Objective
 from kd_train.trainer.trainer import Trainer
 from pipeline.errors import SpecError
+from pipeline.models.output import ModelOutput
 from pipeline.store.reader import FeatureStore
 from tests.frames import collision_frames, frame, write_frames
 from tests.kd_train.runs import make_run
@@ -250,6 +253,63 @@ def test_copies_keep_the_edges_and_move_one_coordinate(
     assert torch.equal(
         found.batch[found.edge_index[0]], found.batch[found.edge_index[1]]
     )
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_choice_does_not_depend_on_the_loader(
+    store: FeatureStore, tmp_path: Path, threads: int
+) -> None:
+    """Batches of two threads may be ready in another order than they were drawn."""
+    run = _run(store, tmp_path, loader_threads=threads, batch_size=4)
+    stream = run._training_stream()
+    for _, (draw, batch) in zip(range(12), stream, strict=False):
+        again = run.train_samples.batch(draw.positions)
+        run.objective.prepare(again, (draw.epoch, draw.offset, 0))
+        assert torch.equal(batch.jacobian_choice, again.jacobian_choice)
+    stream.close()
+
+
+class _Stretched(Strategy):
+    """A term of a plug-in: the energy rise of the first graph if its atom 1 moves."""
+
+    name = "stretched"
+    fields = ("node_features",)
+    moves = Displacements(torch.tensor([0]), torch.tensor([3]), torch.tensor([0.25]))
+
+    def counts(self, batch: Data) -> torch.Tensor:
+        return torch.ones(1, dtype=torch.float64)
+
+    def totals(self, output: ModelOutput, batch: Data) -> torch.Tensor:
+        raise AssertionError("the objective has copies for this term")
+
+    def displacements(self, batch: Data) -> Displacements:
+        return self.moves
+
+    def displaced_totals(
+        self, output: ModelOutput, displaced: ModelOutput, batch: Data
+    ) -> torch.Tensor:
+        assert displaced.energy.shape == (1,)
+        return displaced.energy - output.energy[:1]
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_each_term_gets_its_own_copies(
+    store: FeatureStore, tmp_path: Path, first: bool
+) -> None:
+    run = _run(store, tmp_path)
+    batch = _batch(run, [4, 9, 2])
+    other, jacobian = _Stretched(_term(run).setting), _term(run)
+    terms = [other, jacobian] if first else [jacobian, other]
+    totals = Objective(run.modules, terms, "float32")(batch).detach()
+    student = run.learner.student
+    moved = copy.copy(batch)
+    moved.positions = batch.positions.clone()
+    moved.positions[1, 0] += 0.25
+    rise = (student(moved).energy - student(batch).energy)[0].item()
+    alone = run.objective(batch).detach()[-1].item()
+    wanted = [rise, alone] if first else [alone, rise]
+    assert abs(rise) > 1e-3
+    assert totals.tolist() == pytest.approx(wanted, rel=1e-3)
 
 
 def test_bfloat16_is_refused(store: FeatureStore, tmp_path: Path) -> None:

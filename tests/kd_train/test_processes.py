@@ -55,7 +55,7 @@ def full_store(
         {"train": split, "val": split},
         folder / "s.zarr",
         teacher,
-        dict.fromkeys(names, FLOAT32),
+        {**dict.fromkeys(names, FLOAT32), "force_jacobian": {"columns": 1}},
     )
     document["teacher"]["model"] = "gemnet_oc"
     return build(write_spec(folder / "s.yaml", document))

@@ -134,6 +134,11 @@ FADING = {"schedule": {"kind": "linear"}}
             "schedule.kind=cosine decays the learning",
         ),
         ({"distill": FADING}, 8, "distill.schedule.kind=linear ends at the last step"),
+        (
+            {"distill": {"schedule": "fade"}},
+            8,
+            "distill.schedule=fade ends at half of the steps",
+        ),
         ({}, 3, "steps = 4, but --extend needs more steps; set steps to more than 4"),
         ({"seed": 1}, 8, "seed = 0, but now it is 1"),
         (
