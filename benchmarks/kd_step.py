@@ -26,7 +26,7 @@ from kd_train.trainer.trainer import Trainer
 from pipeline.models.checkpoint import load_checkpoint
 from pipeline.store.reader import FeatureStore
 
-STRATEGIES = ("none", "n2n", "e2n", "v2v", "vanilla1", "vanilla2", "n2n+v2v")
+STRATEGIES = ("none", "n2n", "e2n", "v2v", "vanilla1", "vanilla2", "n2n+v2v", "jacobian")
 
 
 def seconds(work: Callable[[], object]) -> float:

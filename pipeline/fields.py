@@ -16,7 +16,7 @@ class Field:
     """One named array of a split.
 
     ``shape`` is what follows the node, edge or sample axis; ``None`` in it stands for
-    the teacher's width and is fixed when a store is planned.
+    the teacher's width, or the number of columns, and is fixed when a store is planned.
     """
 
     name: str
@@ -62,6 +62,24 @@ _TABLE = (
         "float32",
         "eV",
         "teacher's energy per atom, without mean and element references",
+    ),
+    Field(
+        "force_jacobian",
+        "teacher",
+        "node",
+        (None, 3),
+        "float32",
+        "eV/Å²",
+        "change of the teacher's force per Å of every chosen coordinate",
+    ),
+    Field(
+        "force_jacobian_column",
+        "teacher",
+        "sample",
+        (None,),
+        "int32",
+        "1",
+        "chosen coordinates, 3 * atom + axis; -1 = no column",
     ),
     Field(
         "node_features",
@@ -127,6 +145,12 @@ FEATURE_FIELDS = tuple(f.name for f in _TABLE if f.group == "features")
 # They say which edge a row of edge features belongs to and are stored with them.
 EDGE_IDENTITY_FIELDS = ("edge_index", "cell_offsets")
 # Path to name of the fields with channels of the teacher's width.
-CHANNEL_FIELDS = {f.path: f.name for f in _TABLE if None in f.shape}
-# What a spec's `features:` section may ask for.
+CHANNEL_FIELDS = {
+    f.path: f.name for f in _TABLE if None in f.shape and f.group != "teacher"
+}
+# Fields that a network returns in its forward pass if it is asked for them.
 CACHEABLE_FIELDS = ("per_atom_energy", *FEATURE_FIELDS, "edge_features")
+# Fields that passes over displaced atoms give, of any teacher with forces.
+DERIVED_FIELDS = ("force_jacobian",)
+# Fields that a row of another field means nothing without, by that field.
+COMPANION_FIELDS = {"force_jacobian": ("force_jacobian_column",)}

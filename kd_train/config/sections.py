@@ -115,21 +115,56 @@ class LossConfig(ClosedModel):
         description="Force error in the loss (default: l2); l2 is the mean of "
         "|dF|, mae is the mean over components.",
     )
-    pseudo_label_weight: float = Key(
-        0.0,
+    pseudo_label_weight: float | None = Key(
+        None,
         ge=0,
         description="Weight of pseudo-labels in L0: the teacher's energy and forces "
-        "replace missing reference labels (default: 0, no pseudo-labels).",
+        "replace missing reference labels (default: 1 if a training split is "
+        "unlabelled by its spec, with labels: none, generate or rattle; else 0, no "
+        "pseudo-labels).",
+    )
+
+
+class JacobianConfig(ClosedModel):
+    """Choice and differences of the columns of the strategy ``jacobian``."""
+
+    fraction: float = Key(
+        0.5,
+        gt=0,
+        le=1,
+        description="Share of the structures of a batch of which a column is compared "
+        "(default: 0.5).",
+    )
+    columns: int | None = Key(
+        None,
+        ge=1,
+        description="Number of stored columns to use (default: all).",
+    )
+    step: float = Key(
+        0.005,
+        ge=1e-4,
+        le=0.1,
+        description="Displacement of an atom for the student's column, in Å "
+        "(default: 0.005).",
+    )
+    difference: Literal["one_sided", "central"] = Key(
+        "one_sided",
+        description="Difference of the student's forces (default: one_sided, with one "
+        "more graph for each column); central takes two graphs.",
     )
 
 
 class LambdaSchedule(ClosedModel):
-    """Factor of all distillation weights as a function of the step."""
+    """Factor of all distillation weights as a function of the step.
 
-    kind: Literal["constant", "linear", "cosine"] = Key(
+    The kind ``fade`` has no other keys.
+    """
+
+    kind: Literal["constant", "linear", "cosine", "fade"] = Key(
         "constant",
         description="Shape of the change from start to end (default: constant, "
-        "the factor stays at start).",
+        "the factor stays at start). With fade, terms on features fall linearly from "
+        "1 to 0 at half of the steps, and the other terms keep their weights.",
     )
     start: float = Key(1.0, ge=0)
     end: float = Key(0.0, ge=0)
@@ -159,6 +194,7 @@ class DistillConfig(ClosedModel):
     v2v: float = Key(10000.0, ge=0)
     vanilla1: float = Key(1.0, ge=0)
     vanilla2: float = Key(100.0, ge=0)
+    jacobian: float = Key(50.0, ge=0)
     weights: dict[str, Annotated[float, Key(ge=0)]] = Key(
         default_factory=dict,
         description="weight of a term by the name of its strategy, built in or plug-in",
@@ -171,6 +207,12 @@ class DistillConfig(ClosedModel):
         "common factor; the weights then only set the shares of the terms (default: "
         "no common factor).",
     )
+
+    @field_validator("schedule", mode="before")
+    @classmethod
+    def _kind_alone(cls, value: object) -> object:
+        """Read ``schedule: fade`` as the kind of the schedule."""
+        return {"kind": value} if isinstance(value, str) else value
 
     @model_validator(mode="before")
     @classmethod
@@ -187,6 +229,16 @@ class DistillConfig(ClosedModel):
         own = {name: weights[name] for name in weights if name in BUILT_IN}
         rest = {name: weights[name] for name in weights if name not in BUILT_IN}
         return {**document, **own, "weights": rest}
+
+    @field_validator("schedule")
+    @classmethod
+    def _fade_alone(cls, value: LambdaSchedule) -> LambdaSchedule:
+        others = sorted(value.model_fields_set - {"kind"})
+        document = value.model_dump()
+        changed = [k for k in others if document[k] != LambdaSchedule().model_dump()[k]]
+        if value.kind == "fade" and changed:
+            raise ValueError(f"kind fade has no key {changed[0]}; remove it")
+        return value
 
     @field_validator("weights")
     @classmethod

@@ -11,6 +11,7 @@ BUILT_IN = {
     "v2v": "kd_train.strategies.v2v:VectorToVector",
     "vanilla1": "kd_train.strategies.vanilla1:Vanilla1",
     "vanilla2": "kd_train.strategies.vanilla2:Vanilla2",
+    "jacobian": "kd_train.strategies.jacobian:ForceJacobian",
 }
 STRATEGIES = PlugIns("kd_train.strategies", "strategy", (BASELINE, *BUILT_IN))
 

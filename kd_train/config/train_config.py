@@ -13,6 +13,7 @@ from pydantic import (
 from kd_train.config.sections import (
     STRATEGY_ALIASES,
     DistillConfig,
+    JacobianConfig,
     LossConfig,
     OptimizerConfig,
     ScheduleConfig,
@@ -109,6 +110,7 @@ class TrainConfig(ClosedModel):
     schedule: ScheduleConfig = ScheduleConfig()
     loss: LossConfig = LossConfig()
     distill: DistillConfig = DistillConfig()
+    jacobian: JacobianConfig = JacobianConfig()
     ema_decay: float = Key(
         0.999,
         ge=0,
@@ -125,6 +127,11 @@ class TrainConfig(ClosedModel):
         False,
         description="Whether to compile the student with torch.compile (default: "
         "false).",
+    )
+    native_kernels: bool = Key(
+        False,
+        description="Whether steps on the CPU run layers of PaiNN and the optimiser as "
+        "C code, which a C compiler builds at the start (default: false).",
     )
     deterministic: bool = Key(
         False,
@@ -203,8 +210,21 @@ def strategy_name(text: str) -> str:
 
 
 def saved_settings(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the configuration of an earlier run by the names of today."""
-    return rename_keys(TrainConfig, settings, where, warn=False)
+    """Return the configuration of an earlier run with the keys of today.
+
+    Of a key that the earlier version lacked, the default is what that version did.
+    """
+    renamed = rename_keys(TrainConfig, settings, where, warn=False)
+    return _completed(renamed, TrainConfig().model_dump(mode="json"))
+
+
+def _completed(values: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Add the ``defaults`` of missing keys to ``values``, also in sections."""
+    complete = {**defaults, **values}
+    for key, default in defaults.items():
+        if isinstance(default, dict) and isinstance(complete[key], dict):
+            complete[key] = _completed(complete[key], default)
+    return complete
 
 
 def load_config(

@@ -32,7 +32,9 @@ def choose_split(store: FeatureStore, choice: str, fields: Sequence[str] = ()) -
 def stored_widths(split: Split) -> dict[str, int]:
     """Return the width of every stored field, 0 for fields without channels."""
     return {
-        name: split.arrays[field.path].shape[-1] if None in field.shape else 0
+        name: split.arrays[field.path].shape[field.shape.index(None)]
+        if None in field.shape
+        else 0
         for name, field in FIELDS.items()
         if field.path in split.arrays
     }

@@ -9,15 +9,22 @@ import numpy.typing as npt
 
 from kd_train.loader.split import Arrays, Indices, Split
 from pipeline.errors import SpecError, StoreError
-from pipeline.fields import Level
+from pipeline.fields import FIELDS, Level
 from pipeline.store.reader import ArrayInfo
+
+# Arrays that a split may lack, and the values that mean "nothing known" there.
+_FILL = {
+    FIELDS["force_jacobian"].path: 0,
+    FIELDS["force_jacobian_column"].path: -1,
+}
 
 
 class ConcatSplit:
     """The samples of several splits, one split after the other.
 
     Every array in ``wanted`` that one split has must be the same kind in all splits.
-    Other arrays are visible if they are the same kind in all splits.
+    Other arrays are visible if they are the same kind in all splits. Splits without
+    columns of the force Jacobian have no column for each sample.
 
     Raises
     ------
@@ -34,10 +41,11 @@ class ConcatSplit:
         self._first_block = np.cumsum([0, *(part.n_blocks for part in parts)])
         self._sample_ids = np.concatenate([part.sample_ids for part in parts])
         self._n_atoms = np.concatenate([part.n_atoms for part in parts])
+        known = {path: info for part in parts for path, info in part.arrays.items()}
         self._arrays = {
             path: info
-            for path, info in parts[0].arrays.items()
-            if all(_is_alike(info, part.arrays.get(path)) for part in parts[1:])
+            for path, info in known.items()
+            if all(_is_alike(info, _info(part, path, info)) for part in parts)
         }
 
     def __len__(self) -> int:
@@ -97,7 +105,10 @@ class ConcatSplit:
 
     def max_shuffle_blocks(self, paths: Sequence[str]) -> int | None:
         """Return the maximum number of blocks to read at a time, None if unlimited."""
-        limits = [part.max_shuffle_blocks(paths) for part in self._parts]
+        limits = [
+            part.max_shuffle_blocks([path for path in paths if path in part.arrays])
+            for part in self._parts
+        ]
         return min((limit for limit in limits if limit is not None), default=None)
 
     def read_stored(self, positions: npt.ArrayLike, paths: Sequence[str]) -> Arrays:
@@ -114,7 +125,7 @@ class ConcatSplit:
         owner = np.searchsorted(self._bounds, chosen, side="right") - 1
         owners = np.unique(owner).tolist() or [0]
         found = [
-            self._parts[part].read(chosen[owner == part] - self._bounds[part], paths)
+            self._read_part(part, chosen[owner == part] - self._bounds[part], paths)
             for part in owners
         ]
         if len(found) == 1:
@@ -129,6 +140,20 @@ class ConcatSplit:
             ]
             for path in paths
         }
+
+    def _read_part(
+        self, number: int, positions: Indices, paths: Sequence[str]
+    ) -> Arrays:
+        """Read rows of one split, and fill arrays that it may lack."""
+        part = self._parts[number]
+        found = part.read(positions, [path for path in paths if path in part.arrays])
+        for path in paths:
+            if path not in found:
+                info = self._arrays[path]
+                node = info.level == "node"
+                rows = part.n_atoms[positions].sum() if node else len(positions)
+                found[path] = np.full((rows, *info.shape), _FILL[path], info.dtype)
+        return found
 
     def _check(self, chosen: Indices, paths: Sequence[str]) -> None:
         outside = chosen[(chosen < 0) | (chosen >= len(self))]
@@ -166,6 +191,11 @@ def _rows(counts: Indices, place: Indices) -> Indices:
     return np.arange(int(counts.sum())) + np.repeat(shift, counts)
 
 
+def _info(part: Split, path: str, info: ArrayInfo) -> ArrayInfo | None:
+    """Return the array of ``part``, or ``info`` if the split may lack it."""
+    return part.arrays.get(path, info if path in _FILL else None)
+
+
 def _is_alike(info: ArrayInfo, other: ArrayInfo | None) -> bool:
     return other is not None and _kind(info) == _kind(other)
 
@@ -180,7 +210,7 @@ def _require_alike(parts: Sequence[Split], path: str) -> None:
     if not having:
         return
     first = having[0]
-    for part in parts:
+    for part in parts if path not in _FILL else having:
         if part not in having:
             raise SpecError(
                 f"Split {part.name!r} lacks {path!r}, which split {first.name!r} "

@@ -177,6 +177,8 @@ def _schedule(settings: dict[str, Any]) -> str | None:
         settings[f"distill.schedule.{key}"]
         for key in ("kind", "start", "end", "first_step", "steps")
     )
+    if kind == "fade":
+        return kind
     if kind == "constant":
         return None if start == 1 else f"×{format_number(start)}"
     since = f" from step {format_number(first)}" if first else ""

@@ -1,19 +1,22 @@
 """A strategy: the fields it reads from the store, its adapter, its loss."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
-from kd_train.config.sections import LossConfig
+from kd_train.config.sections import JacobianConfig, LossConfig
+from kd_train.strategies.displaced import Displacements
 from kd_train.strategies.losses import joint_mean
 from pipeline.errors import SpecError
-from pipeline.fields import FIELDS, PREDICTION_FIELDS
+from pipeline.fields import PREDICTION_FIELDS
 from pipeline.models.normalizer import Normalizer
 from pipeline.models.output import ModelOutput
+
+JACOBIAN_DEFAULTS = JacobianConfig()
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Setting:
     normalizer: Normalizer
     loss: LossConfig
     seed: int
+    jacobian: JacobianConfig = JACOBIAN_DEFAULTS
 
 
 class Strategy(ABC):
@@ -67,6 +71,31 @@ class Strategy(ABC):
         The store's fields are attributes of ``batch``.
         """
 
+    def prepare(self, batch: Data, draw: Sequence[int]) -> None:
+        """Add what the term needs to ``batch``, in the loader's thread, on the CPU.
+
+        ``draw`` are numbers that identify the batch in its run, for random choices
+        that a resumed run repeats: epoch, number in the epoch, process. By default,
+        nothing is added.
+        """
+        return
+
+    def displacements(self, batch: Data) -> Displacements | None:
+        """Return displaced copies that the student's pass is to contain, or None.
+
+        With copies, the objective calls `displaced_totals` instead of `totals`.
+        """
+        return None
+
+    def displaced_totals(
+        self, output: ModelOutput, displaced: ModelOutput, batch: Data
+    ) -> Tensor:
+        """Return the summed errors (P,) of a term with displaced copies.
+
+        ``displaced`` is the output of the copies, in the order of `displacements`.
+        """
+        raise NotImplementedError
+
     def loss(self, output: ModelOutput, batch: Data) -> Tensor:
         """Return the scalar loss of one batch alone."""
         totals = self.totals(output, batch)
@@ -96,7 +125,9 @@ class Strategy(ABC):
 def _remedy(field: str) -> str:
     if field in PREDICTION_FIELDS:
         return "add a teacher: section to the spec"
-    return f"add the line '{FIELDS[field].name}: {{}}' under features: of the spec"
+    field = "force_jacobian" if field.startswith("force_jacobian") else field
+    value = "{columns: 4}" if field == "force_jacobian" else "{}"
+    return f"add the line '{field}: {value}' under features: of the spec"
 
 
 def square_total(difference: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from kd_train.config.train_config import TrainConfig
 from pipeline.errors import PipelineError, SpecError
 from pipeline.models.network import Network
 from pipeline.models.output import ModelOutput
+from pipeline.native.library import native_kernels
 
 _WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _WORKSPACES = (":4096:8", ":16:8")
@@ -19,8 +20,12 @@ _WORKSPACES = (":4096:8", ":16:8")
 
 @contextmanager
 def training_numerics(config: TrainConfig) -> Iterator[None]:
-    """Set precision and translate compiler errors in forward and backward passes."""
-    with matmul_precision(config.precision), compiler_errors(config.compile):
+    """Set precision and kernels of a step, and translate errors of the compiler."""
+    with (
+        matmul_precision(config.precision),
+        native_kernels(config.native_kernels),
+        compiler_errors(config.compile),
+    ):
         yield
 
 

@@ -6,6 +6,13 @@ import torch
 from torch import Tensor, nn
 from torch_geometric.data import Data
 
+from kd_train.strategies import Strategy
+from kd_train.strategies.displaced import (
+    Displacements,
+    append_displaced,
+    split_copies,
+    split_output,
+)
 from kd_train.strategies.losses import Term, joint_mean
 from kd_train.trainer.numerics import forward_precision, in_float32
 from pipeline.errors import SpecError
@@ -29,10 +36,24 @@ class Objective(nn.Module):
 
     def forward(self, batch: Data) -> Tensor:
         """Return summed errors of ``batch``, term by term, with gradients, (P,)."""
+        found = {term.name: _displacements(term, batch) for term in self.terms}
+        moves = {name: m for name, m in found.items() if m is not None}
+        extended = batch
+        for copies in moves.values():
+            extended = append_displaced(extended, copies)
         with forward_precision(self._precision, batch.positions.device):
-            output = self.learned["student"](batch)
-        output = in_float32(output)
-        return torch.cat([_parts(t, t.totals(output, batch)) for t in self.terms])
+            output = self.learned["student"](extended)
+        output, rest = split_output(in_float32(output), batch)
+        totals = []
+        for term in self.terms:
+            if isinstance(term, Strategy) and term.name in moves:
+                copies = batch.natoms[moves[term.name].graph]
+                own, rest = split_copies(rest, len(copies), int(copies.sum()))
+                values = term.displaced_totals(output, own, batch)
+            else:
+                values = term.totals(output, batch)
+            totals.append(_parts(term, values))
+        return torch.cat(totals)
 
     def counts(self, batch: Data) -> Tensor:
         """(P,) float64: what :meth:`forward` of ``batch`` is to be divided by."""
@@ -53,6 +74,11 @@ class Objective(nn.Module):
             term.name: joint_mean(term.part_weights, total, count)
             for term, total, count in parts
         }
+
+
+def _displacements(term: Term, batch: Data) -> Displacements | None:
+    """Return the displaced copies that ``term`` needs; None for most terms."""
+    return term.displacements(batch) if isinstance(term, Strategy) else None
 
 
 def _parts(term: Term, values: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
 """The optimiser of student and adapters."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 
@@ -40,3 +42,19 @@ def parameter_groups(
         {"params": matrices, "weight_decay": options.weight_decay},
         {"params": spared, "weight_decay": 0.0},
     ]
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[nn.Parameter], limit: float) -> None:
+    """Scale all gradients so that their joint norm is at most ``limit``.
+
+    What torch's function computes, with fewer calls and without products by 1.
+    """
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norms = torch._foreach_norm(gradients)
+    total = torch.linalg.vector_norm(torch.stack(norms))
+    factor = (limit / (total + 1e-6)).clamp(max=1.0)
+    # Reading the factor from a GPU would wait for it.
+    if factor.device.type == "cpu" and factor == 1:
+        return
+    torch._foreach_mul_(gradients, factor)

@@ -67,6 +67,13 @@ def write_results(
             if None not in of_teacher
             else None
         ),
+        "test_splits": {
+            v.samples.split.name: {
+                "metrics": without_nan(result.metrics),
+                "teacher_metrics": without_nan(teacher),
+            }
+            for v, result, teacher in zip(validators, results, of_teacher, strict=True)
+        },
         "teacher_train_metrics": without_nan(teacher_train_metrics(config, store)),
         "training": training_facts(config, store),
     }

@@ -87,6 +87,7 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
         store or student lack, or nothing would train an output of the student.
     """
     name, hyperparameters = find_student(config.student)
+    _require_exact_differences(config)
     fields = required_fields(config)
     split = choose_split(store, config.train_split, fields)
     if config.loss.pseudo_label_weight:
@@ -102,6 +103,7 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
         normalizer=normalizer,
         loss=config.loss,
         seed=config.seed,
+        jacobian=config.jacobian,
     )
     strategies = tuple(load_strategy(s)(setting) for s in config.strategies)
     require_measured(config, choose_split(store, config.val_split))
@@ -171,6 +173,15 @@ def has_direct_forces(student: Network) -> bool:
     return bool(student.hyperparameters.get("direct_forces", False))
 
 
+def _require_exact_differences(config: TrainConfig) -> None:
+    """Refuse differences of forces that a reduced precision would hide."""
+    if config.precision == "bfloat16" and "jacobian" in config.strategies:
+        raise SpecError(
+            "precision: bfloat16 rounds away the small differences of forces that the "
+            "strategy jacobian compares; set precision=float32."
+        )
+
+
 def _require_forces(student: Network) -> None:
     """Refuse a student that neither L0 nor its validation could be computed of."""
     if not student.hyperparameters.get("regress_forces", True):
@@ -204,6 +215,7 @@ def resolve_config(
         config = config.model_copy(update={"normalizer": "store"})
     chosen = apply_recipe(config, _teacher_model(store), processes)
     chosen = _with_plugin_weights(chosen)
+    chosen = _with_pseudo_label_weight(chosen, store)
     if config.recipe == "auto":
         _warn_of_recipe(chosen, split)
     return chosen
@@ -218,6 +230,27 @@ def _with_plugin_weights(config: TrainConfig) -> TrainConfig:
     weights = {**config.distill.weights, **weights}
     distill = config.distill.model_copy(update={"weights": weights})
     return config.model_copy(update={"distill": distill})
+
+
+def _with_pseudo_label_weight(config: TrainConfig, store: FeatureStore) -> TrainConfig:
+    """``config`` with a weight of pseudo-labels: 1 if they are what a split is for."""
+    if config.loss.pseudo_label_weight is not None:
+        return config
+    names = config.train_split.split("+")
+    weight = float(any(_is_unlabelled(store, name) for name in names))
+    loss = config.loss.model_copy(update={"pseudo_label_weight": weight})
+    return config.model_copy(update={"loss": loss})
+
+
+def _is_unlabelled(store: FeatureStore, name: str) -> bool:
+    """Return whether the spec leaves the samples of a split to the teacher."""
+    if store.attributes["teacher"] is None:
+        return False
+    spec = store.attributes.get("provenance", {}).get("spec", {})
+    split = spec.get("splits", {}).get(name, {})
+    return split.get("labels") == "none" or any(
+        split.get(key) is not None for key in ("generate", "rattle")
+    )
 
 
 def _has_units(store: FeatureStore, config: TrainConfig) -> bool:

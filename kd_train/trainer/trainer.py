@@ -13,7 +13,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch_geometric.data import Data
 
 from kd_train.config.train_config import TrainConfig
@@ -29,11 +28,12 @@ from kd_train.loader.sampler import (
     training_batches,
 )
 from kd_train.strategies.losses import Term
+from kd_train.trainer.average import MovingAverage
 from kd_train.trainer.checkpoint import save_checkpoint
 from kd_train.trainer.labels import warn_of_training_samples
 from kd_train.trainer.numerics import compile_student, determinism, training_numerics
 from kd_train.trainer.objective import Objective
-from kd_train.trainer.optimizer import make_optimizer
+from kd_train.trainer.optimizer import clip_gradients, make_optimizer
 from kd_train.trainer.parallel import average_gradients, keep_gradients
 from kd_train.trainer.progress import TrainingState
 from kd_train.trainer.records import (
@@ -65,6 +65,7 @@ from pipeline.errors import PipelineError
 from pipeline.files.atomic import hold_lock, is_held
 from pipeline.models.network import Network
 from pipeline.parallel.device_choice import choose_device
+from pipeline.parallel.memory import reuse_freed_memory
 from pipeline.store.reader import FeatureStore
 
 log = logging.getLogger("kd_train")
@@ -90,18 +91,18 @@ class Trainer:
         self.folder = Path(folder)
         self.device = device = choose_device(None if device is None else str(device))
         self.world = world
+        reuse_freed_memory()
         self.learner: Learner = make_learner(config, store)
         self.modules = nn.ModuleDict(
             {"student": self.learner.student, "adapters": self.learner.adapters}
         ).to(device)
-        self.average: AveragedModel = AveragedModel(
-            self.modules, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay)
-        )
+        self.average = MovingAverage(self.modules, config.ema_decay)
         if config.compile:
             compile_student(self.learner.student)
         terms: list[Term] = [self.learner.supervised, *self.learner.strategies]
         self.objective = Objective(self.modules, terms, config.precision)
         self.optimizer = make_optimizer(self.modules, config.optimizer)
+        self._trained = [p for p in self.modules.parameters() if p.requires_grad]
         self.weighting = Weighting(config, device)
         self.train_samples = self._samples(config.train_split, self.learner.fields)
         self.tables = self.train_samples.tables(device)
@@ -182,8 +183,21 @@ class Trainer:
                     log.info("stopped early at step %d", progress.step)
                     break
 
+    def _load(self, draw: BatchIndex) -> Data:
+        """Read a batch of the training stream, ready for the terms of the loss."""
+        batch = self.train_samples.batch(draw.positions)
+        return self._prepare(batch, (draw.epoch, draw.offset, self.world.rank))
+
+    def _prepare(self, batch: Data, draw: tuple[int, ...]) -> Data:
+        for strategy in self.learner.strategies:
+            strategy.prepare(batch, draw)
+        batch.prepared = True
+        return batch
+
     def on_device(self, batch: Data) -> Data:
         """Move ``batch`` to the student's device and decode its features."""
+        if not batch.get("prepared"):
+            batch = self._prepare(batch, ())
         return decode_batch(
             move_to_device(batch, self.device), self.learner.fields, self.tables
         )
@@ -197,13 +211,12 @@ class Trainer:
         rate = learning_rate(self.config, self.progress.step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
+        for parameter in self._trained:
+            parameter.grad = None
         with training_numerics(self.config):
             values = self._accumulate(batches)
         if self.config.optimizer.clip_norm is not None:
-            torch.nn.utils.clip_grad_norm_(
-                self.modules.parameters(), self.config.optimizer.clip_norm
-            )
+            clip_gradients(self._trained, self.config.optimizer.clip_norm)
         self.optimizer.step()
         self.average.update_parameters(self.modules)
         if self.weighting.needs_values:
@@ -299,10 +312,10 @@ class Trainer:
             rank=self.world.rank,
             start=(progress.epoch, progress.offset),
         )
-        load = pin_batches(self.train_samples.batch, self.device)
+        load = pin_batches(self._load, self.device)
         left = config.accumulate_steps * (config.steps - progress.step)
         return prefetch(
-            lambda draw: (draw, load(draw.positions)),
+            lambda draw: (draw, load(draw)),
             itertools.islice(indices, min(left, sys.maxsize)),
             threads=config.loader_threads,
         )

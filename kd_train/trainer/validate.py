@@ -13,6 +13,7 @@ from kd_train.loader.sampler import ordered_batches, ordered_within
 from kd_train.trainer.numerics import matmul_precision
 from pipeline.models.network import Network
 from pipeline.models.normalizer import Normalizer
+from pipeline.native.library import native_kernels
 
 
 class Validator:
@@ -47,7 +48,8 @@ class Validator:
             batches[world.rank :: world.size],
             threads=config.loader_threads,
         )
-        with closing(stream), matmul_precision("float32"):
+        native = native_kernels(config.native_kernels)
+        with closing(stream), matmul_precision("float32"), native:
             return evaluate(
                 student, stream, self._normalizer, config.loss, self.device, world
             )

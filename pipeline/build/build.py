@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.build.contents import check_labels, warn_repeated, warn_shared
 from pipeline.build.fill import BlockCallback, count_blocks, fill_blocks
 from pipeline.build.filter_samples import find_bad_samples, warn_of_bad_samples
+from pipeline.build.generated import count_teacher_passes, make_structures
 from pipeline.build.inputs import BuildInputs
 from pipeline.build.plan import plan_split, store_attributes, warn_undetermined
 from pipeline.build.preflight import preview
@@ -71,9 +72,9 @@ def make_build_plan(
     new = before is not None or is_free(Path(spec.store.path))
     old = {} if before is None else before.splits
     with processes(workers) as run:
-        source, bad = _filter_bad_samples(
-            BuildInputs.open(spec, device, run), run, count
-        )
+        source = BuildInputs.open(spec, device, run)
+        make_structures(source, before is None, run, count)
+        source, bad = _filter_bad_samples(source, run, count)
         if new:
             check_energy_kinds(spec.splits, source.datasets)
         tally = Tally(count, sum(map(len, source.datasets.values())))
@@ -101,6 +102,8 @@ def make_build_plan(
     attributes = store_attributes(spec, scans, plans, source.teacher)
     if bad:
         attributes["provenance"]["bad_samples"] = bad
+    if source.teacher is not None:
+        attributes["provenance"]["teacher_passes"] = count_teacher_passes(source)
     if new and source.teacher is not None:
         attributes["provenance"]["preview"] = {
             name: preview(name, dataset, source.teacher, source.fields(name))

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.datasets import Dataset
-from pipeline.datasets.base import DerivedDataset, split_pieces
+from pipeline.datasets.base import DerivedDataset, KnownLabel, split_pieces
 from pipeline.errors import DataError
 from pipeline.graphs.closeness import check_distances
 from pipeline.graphs.neighbors import NeighborSpec, check_cell, sample_edges
@@ -116,6 +116,10 @@ class SubsetDataset(DerivedDataset):
     def label_names(self, index: int) -> list[str]:
         """Names in the record of a sample that look like labels but are not used."""
         return self._inner.label_names(self._chosen[index])
+
+    def known_label(self, index: int) -> KnownLabel | None:
+        """Return the teacher's energy and forces of a sample if they are known."""
+        return self._inner.known_label(self._chosen[index])
 
     @property
     def n_atoms(self) -> npt.NDArray[np.int32]:

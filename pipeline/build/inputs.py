@@ -10,6 +10,7 @@ import numpy as np
 
 from pipeline.build.calibrate import calibrate_fields
 from pipeline.build.filter_samples import Demands, ValidatedDataset, drop_samples
+from pipeline.build.generated import wrap_generated
 from pipeline.build.plan import features_of_split
 from pipeline.build.scan import CountEdges, Hashes, Scan, sample_hash, scan_dataset
 from pipeline.build.scan_cache import ScanCache
@@ -28,6 +29,7 @@ from pipeline.store.metadata import read_root
 from pipeline.store.reused_shards import ReusedShards
 from pipeline.store.writer import StoreWriter
 from pipeline.structure import Sample
+from pipeline.teachers.jacobian import ColumnSpec
 from pipeline.teachers.runner import Arrays, TeacherRunner
 
 
@@ -37,7 +39,8 @@ class BuildInputs:
 
     ``orders`` gives for every split the dataset index at each storage position,
     ``planned`` ids and reasons of samples that planned splits do without, ``known``
-    what a pass over its content found when the store was planned.
+    what a pass over its content found when the store was planned, ``generated`` the
+    datasets of generated splits with all their copies.
     """
 
     spec: CacheSpec
@@ -47,6 +50,7 @@ class BuildInputs:
     sidecar: ScanCache
     planned: dict[str, list[tuple[str, str]]]
     known: dict[str, Scan]
+    generated: dict[str, Dataset] = field(default_factory=dict)
     _working: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
@@ -71,7 +75,8 @@ class BuildInputs:
         layers = {n: f.layer for n, f in spec.features.items() if f.layer is not None}
         teacher = None
         if spec.teacher is not None:
-            teacher = TeacherRunner.load(spec.teacher, device, layers)
+            columns = ColumnSpec.of(spec.features)
+            teacher = TeacherRunner.load(spec.teacher, device, layers, columns)
             teacher.check_fields(tuple(spec.features))
         place = Path(spec.store.path)
         sidecar = ScanCache(place)
@@ -81,13 +86,17 @@ class BuildInputs:
             name: open_split(split, sidecar.lister(name, split, run))
             for name, split in spec.splits.items()
         }
+        generated: dict[str, Dataset] = {}
+        if teacher is not None:
+            generated = wrap_generated(spec, datasets, sidecar, teacher)
+        datasets |= generated
         for name in datasets.keys() & planned.keys():
             if planned[name]:
                 ids = [sample_id for sample_id, _ in planned[name]]
                 datasets[name] = drop_samples(datasets[name], ids)
         known = _known_scans(header, sidecar, datasets)
         orders = _orders(spec, datasets)
-        return cls(spec, datasets, orders, teacher, sidecar, planned, known)
+        return cls(spec, datasets, orders, teacher, sidecar, planned, known, generated)
 
     def drop(self, split: str, ids: Collection[str]) -> "BuildInputs":
         """The same without some samples of a split."""
@@ -182,9 +191,24 @@ class BuildInputs:
         )
         values = _source_arrays(samples)
         if self.teacher is not None:
-            with self._working:
-                values |= self.teacher.predict(samples, fields)
+            labels = self._known_labels(index.name, chosen) if not fields else None
+            if labels is None:
+                with self._working:
+                    labels = self.teacher.predict(samples, fields)
+            values |= labels
         return {FIELDS[name].path: array for name, array in values.items()}
+
+    def _known_labels(self, split: str, chosen: IntArray) -> Arrays | None:
+        """Return the teacher's labels of samples if generation has kept all of them."""
+        dataset = self.datasets[split]
+        known = [dataset.known_label(int(i)) for i in chosen]
+        found = [label for label in known if label is not None]
+        if len(found) < len(known) or not known:
+            return None
+        return {
+            "teacher_energy": np.array([energy for energy, _ in found]),
+            "teacher_forces": np.concatenate([forces for _, forces in found]),
+        }
 
     def fields(self, split: str) -> tuple[str, ...]:
         """Fields that the teacher is asked for in ``split``."""

@@ -16,6 +16,7 @@ from pipeline.build.scan import Scan
 from pipeline.datasets import Dataset
 from pipeline.errors import SpecError
 from pipeline.fields import (
+    COMPANION_FIELDS,
     EDGE_IDENTITY_FIELDS,
     FIELDS,
     LABEL_FIELDS,
@@ -24,7 +25,13 @@ from pipeline.fields import (
 )
 from pipeline.models.elements import list_symbols
 from pipeline.spec.cache_spec import CacheSpec, read_reference_energies
-from pipeline.spec.sections import NO_REFERENCES, PER_ELEMENT, FeatureSpec, SplitSpec
+from pipeline.spec.sections import (
+    DEFAULT_STEP,
+    NO_REFERENCES,
+    PER_ELEMENT,
+    FeatureSpec,
+    SplitSpec,
+)
 from pipeline.store.calibration import Calibration
 from pipeline.store.layout import INNER_ROWS, plan_blocks
 from pipeline.store.quantization import DTYPES
@@ -153,7 +160,8 @@ def _array_plans(
         names += [*PREDICTION_FIELDS, *wanted]
         if "edge_features" in wanted:
             names += EDGE_IDENTITY_FIELDS
-        widths = teacher.widths
+        names += [other for n in wanted for other in COMPANION_FIELDS.get(n, ())]
+        widths = teacher.stored_widths
     return tuple(
         ArrayPlan(
             path=FIELDS[name].path,
@@ -181,12 +189,18 @@ def array_attributes(name: str, feature: FeatureSpec | None) -> dict[str, Any]:
     if feature is not None and feature.profile != "faithful":
         attributes["profile"] = feature.profile
         attributes["stated_error"] = feature.stated_error
+    if name == "force_jacobian" and feature is not None:
+        attributes["step"] = feature.step or DEFAULT_STEP
     return attributes
 
 
 def features_of_split(spec: CacheSpec, split: SplitSpec) -> dict[str, FeatureSpec]:
     """Fields that the teacher is asked for in this split, with their options."""
-    return dict(spec.features) if split.features else {}
+    if isinstance(split.features, bool):
+        return dict(spec.features) if split.features else {}
+    return {
+        name: part for name, part in spec.features.items() if name in split.features
+    }
 
 
 def store_attributes(
@@ -237,7 +251,7 @@ def array_identity(array: ArrayPlan) -> list[Any]:
     """
     profile = [
         array.attributes[key]
-        for key in ("profile", "stated_error")
+        for key in ("profile", "stated_error", "step")
         if key in array.attributes
     ]
     return [array.path, list(array.shape), array.dtype, *profile]

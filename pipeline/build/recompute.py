@@ -1,7 +1,7 @@
 """Asks the teacher again, to see whether it gives what a store says it gave."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import numpy.typing as npt
 from pipeline.errors import SpecError
 from pipeline.fields import (
     CACHEABLE_FIELDS,
+    DERIVED_FIELDS,
     FIELDS,
     LABEL_FIELDS,
     PREDICTION_FIELDS,
@@ -19,10 +20,11 @@ from pipeline.fields import (
 )
 from pipeline.spec.cache_spec import CacheSpec
 from pipeline.spec.renamed_keys import rename_keys
-from pipeline.spec.sections import TeacherSpec
+from pipeline.spec.sections import FeatureSpec, TeacherSpec
 from pipeline.spec.yaml_model import apply_overrides, as_json, validate
 from pipeline.store.reader import FeatureStore, SplitReader
 from pipeline.structure import Sample, Structure
+from pipeline.teachers.jacobian import ColumnSpec
 from pipeline.teachers.runner import TeacherRunner
 
 log = logging.getLogger("pipeline.build.recompute")
@@ -105,7 +107,9 @@ def _load_teacher(
             f"teacher.checkpoint: {spec.checkpoint} does not exist; set its path "
             "with --set teacher.checkpoint=PATH."
         )
-    teacher = TeacherRunner.load(spec, device, known["layers"])
+    saved_features = store.attributes["provenance"]["spec"]["features"]
+    columns = _saved_columns(saved_features)
+    teacher = TeacherRunner.load(spec, device, known["layers"], columns)
     identity = as_json(teacher.identity)
     for key in sorted(known.keys() - _NO_IDENTITY):
         if identity.get(key) != known[key]:
@@ -116,10 +120,18 @@ def _load_teacher(
     return teacher
 
 
+def _saved_columns(features: Mapping[str, Any]) -> ColumnSpec:
+    """Return the columns that the ``features`` of a saved spec ask for."""
+    saved = features.get("force_jacobian") or {}
+    wanted = FeatureSpec(columns=saved.get("columns"), step=saved.get("step"))
+    return ColumnSpec.of({"force_jacobian": wanted})
+
+
 def _differences(
     split: SplitReader, position: int, teacher: TeacherRunner
 ) -> list[Difference]:
-    fields = [name for name in CACHEABLE_FIELDS if FIELDS[name].path in split.arrays]
+    known = (*CACHEABLE_FIELDS, *DERIVED_FIELDS)
+    fields = [name for name in known if FIELDS[name].path in split.arrays]
     names = [*PREDICTION_FIELDS, *fields]
     paths = {name: FIELDS[name].path for name in names}
     stored = split.read([position], list(paths.values()))

@@ -22,6 +22,7 @@ from pipeline.build.scan import Hashes, Scan
 from pipeline.datasets import IndexedDataset, Lister, Listing
 from pipeline.files.atomic import write_atomically
 from pipeline.parallel.ordered_map import OrderedMap
+from pipeline.spec.id_list import digest_ids, read_ids
 from pipeline.spec.sections import SplitSpec
 
 log = logging.getLogger("pipeline.build.scan_cache")
@@ -29,8 +30,8 @@ Columns = dict[str, npt.NDArray[Any]]
 
 _VERSION = 2
 _PLACE = "place_"
-# Keys of a split that say nothing of its samples.
-_NO_MATTER = {"path", "source", "features", "check_energy_kind"}
+# Keys of a split that say nothing of its samples, or of which the content counts.
+_NO_MATTER = {"path", "source", "features", "check_energy_kind", "ids"}
 
 
 class CachedScan(NamedTuple):
@@ -70,6 +71,10 @@ class ScanCache:
             return found
 
         return listing
+
+    def key(self, name: str) -> str:
+        """Return what identifies the samples of an opened split."""
+        return self._keys[name]
 
     def scan(self, name: str, content_sha256: str, n_samples: int) -> CachedScan | None:
         """What is kept of a pass over the content of an opened split.
@@ -149,6 +154,8 @@ def _key(split: SplitSpec, dataset: IndexedDataset) -> str:
         inside = file.relative_to(root) if file.is_relative_to(root) else file
         files.append((str(inside), status.st_size, status.st_mtime_ns))
     document = [_VERSION, split.model_dump(exclude=_NO_MATTER), files]
+    if split.ids is not None:
+        document.append(digest_ids(read_ids(Path(split.ids), "ids")))
     return hashlib.sha256(json.dumps(document).encode()).hexdigest()
 
 

@@ -230,8 +230,11 @@ def plan(
         _tell_contents(store)
     blocks = {name: s.n_blocks for name, s in StoreWriter(store).splits.items()}
     counts = ", ".join(f"{count} of {name}" for name, count in blocks.items())
+    from pipeline.store.describe import describe_contents
+
+    passes = describe_contents(store)["teacher_passes"]
     print_result(
-        {"store": str(store), "blocks": blocks},
+        {"store": str(store), "blocks": blocks, "teacher_passes": passes},
         f"{store}: planned; blocks: {counts}.",
         as_json,
     )

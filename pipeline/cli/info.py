@@ -13,6 +13,11 @@ _TABLE = (
     *("bytes per sample", "bytes", "relative squared error"),
 )
 _COUNTED = {"sample": "samples", "node": "atoms", "edge": "edges"}
+_USES = {
+    "labels": "labels and features",
+    "generation": "generation",
+    "force_jacobian": "force_jacobian",
+}
 _COLUMNS = ("split", "frames", "energy", "forces", "periodic", "elements", "left out")
 
 
@@ -63,6 +68,10 @@ def checked_lines(description: Mapping[str, Any]) -> list[str]:
                 f"samples of {split}: cosine {forces['cosine']:.2f}, RMS ratio "
                 f"{forces['rms_ratio']:.3g}"
             )
+    for split, passes in description["teacher_passes"].items():
+        used = [f"{n} for {_USES[use]}" for use, n in passes.items() if n]
+        if used:
+            lines.append(f"teacher passes of {split}: {', '.join(used)}")
     return lines
 
 

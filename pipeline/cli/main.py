@@ -4,6 +4,7 @@ import click
 
 from pipeline.cli.build import add_field, build, plan, seal
 from pipeline.cli.options import SectionedGroup
+from pipeline.cli.select import select
 from pipeline.cli.store import compact, convert, hydrate, info, push, schema, verify
 from pipeline.cli.teacher import check_teacher, label
 from pipeline.console import HELP, version_option
@@ -13,6 +14,7 @@ _SECTIONS = {
     "Look at a store": (info, verify, schema),
     "Convert a store": (convert, compact, hydrate, push),
     "Use a teacher": (check_teacher, label),
+    "Choose what to label": (select,),
 }
 
 

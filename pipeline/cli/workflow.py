@@ -64,6 +64,8 @@ def _list_named(spec: CacheSpec) -> Iterator[str]:
         yield from [split.path] if isinstance(split.path, str) else split.path
         if split.reference_energies not in (PER_ELEMENT, NO_REFERENCES):
             yield split.reference_energies
+        if split.ids is not None:
+            yield split.ids
 
 
 def _files(text: str) -> list[Path]:

@@ -1,8 +1,10 @@
 """Readers of the formats people have; each yields samples under stable ids."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from pipeline.datasets.base import Dataset, IndexedDataset, Listing, Selection
+from pipeline.datasets.choosing import select_ids
 from pipeline.datasets.labels import ReadOptions, warn_of_missing_labels
 from pipeline.datasets.molecules import NotPeriodic
 from pipeline.datasets.oc20_raw import Energy, Oc20RawDataset
@@ -13,6 +15,7 @@ from pipeline.datasets.unlabelled import Unlabelled
 from pipeline.errors import DataError
 from pipeline.files.download import download
 from pipeline.files.remote import is_url
+from pipeline.spec.id_list import read_ids
 from pipeline.spec.sections import SplitSpec
 
 __all__ = [
@@ -44,6 +47,7 @@ def open_dataset(
     energy: Energy | None = None,
     options: ReadOptions | None = None,
     lister: Lister = _list_anew,
+    ids: str | None = None,
 ) -> Dataset:
     """The dataset at ``path`` from ``offset`` on, each ``every``-th, at most ``limit``.
 
@@ -51,14 +55,16 @@ def open_dataset(
     units and conditions; by default ``energy`` and ``forces`` in eV and Å are read.
     ``energy`` chooses between adsorption and total energies of ``oc20_raw``; the other
     formats have one kind and take None. ``lister`` gives the listing of its samples:
-    by reading all files here and now, where nothing else is said.
+    by reading all files here and now, where nothing else is said. ``ids`` names a file
+    with the ids of the samples to keep of these.
 
     Raises
     ------
     SpecError
         There is no such format, or the plug-in that reads it is broken.
     DataError
-        The file is damaged, holds no samples, or repeats a sample id.
+        The file is damaged, holds no samples, repeats a sample id, or lacks an id of
+        the file ``ids``.
     """
     paths = named_paths([path] if isinstance(path, str) else path)
     options = ReadOptions() if options is None else options
@@ -68,7 +74,11 @@ def open_dataset(
         dataset = Oc20RawDataset(paths, selection, options, energy)
     else:
         dataset = load_reader(format)(paths, selection, options)
-    dataset.use(lister(dataset))
+    listing = lister(dataset)
+    if ids is not None and listing.ids:
+        wanted = read_ids(Path(ids), "ids")
+        listing = listing.only(select_ids(dataset.path, listing.ids, wanted, ids))
+    dataset.use(listing)
     if offset and not len(dataset):
         raise DataError(
             f"{dataset.path} has no sample left after offset={offset}; lower the "
@@ -94,6 +104,7 @@ def open_split(split: SplitSpec, lister: Lister = _list_anew) -> Dataset:
         energy=split.energy,
         options=read_options(split),
         lister=lister,
+        ids=split.ids,
     )
     if split.pbc == "none":
         dataset = NotPeriodic(dataset)

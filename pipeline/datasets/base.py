@@ -17,6 +17,8 @@ from pipeline.errors import DataError
 from pipeline.parallel.ordered_map import OrderedMap
 from pipeline.structure import Sample
 
+# A teacher's energy in eV and forces (N, 3) float32 in eV/Å.
+KnownLabel = tuple[float, npt.NDArray[np.float32]]
 # Samples whose values one process looks up at a time.
 _PIECE = 512
 
@@ -61,6 +63,10 @@ class Dataset(ABC):
     def label_names(self, index: int) -> list[str]:
         """Names in the record of a sample that look like labels but are not used."""
         return []
+
+    def known_label(self, index: int) -> KnownLabel | None:
+        """Return the teacher's energy and forces of a sample if they are known."""
+        return None
 
     @property
     def keeps_samples(self) -> bool:

@@ -1,6 +1,6 @@
-"""The frames that a split's ``where`` chooses by their own values."""
+"""The frames that a split's ``where`` chooses by their values, and ``ids`` by ids."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,30 @@ def select_matching(
     if not chosen:
         raise DataError(f"{path}: where: selects no frame; {_values(where, rows)}.")
     return chosen
+
+
+def select_ids(
+    path: str, ids: Sequence[str], wanted: Collection[str], file: str
+) -> list[int]:
+    """Return the numbers of the samples, whose ids are ``ids``, that are ``wanted``.
+
+    ``file`` names the wanted ids.
+
+    Raises
+    ------
+    DataError
+        No sample has some wanted id; counts these ids and names the first.
+    """
+    known = frozenset(ids)
+    missing = [name for name in wanted if name not in known]
+    if missing:
+        raise DataError(
+            f"{path} lacks {len(missing)} of the {len(wanted)} ids in {file}, the "
+            f"first is {missing[0]!r}; ids: chooses among the samples that where, "
+            "offset, every and limit leave."
+        )
+    chosen = frozenset(wanted)
+    return [number for number, name in enumerate(ids) if name in chosen]
 
 
 def meets(row: tuple[Any, ...], where: Sequence[Condition]) -> bool:

@@ -4,7 +4,7 @@ import itertools
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from torch_geometric.utils import scatter
 
 from pipeline.errors import SpecError
 from pipeline.graphs.neighbors import NeighborSpec
+from pipeline.models.fused import FusedMessage, FusedUpdate, fused_library
 from pipeline.models.layers import (
     AtomEmbedding,
     RadialBasis,
@@ -29,6 +30,7 @@ from pipeline.models.layers import (
 from pipeline.models.messages import EdgeTensors, Pairs, sum_messages
 from pipeline.models.network import Network
 from pipeline.models.output import ModelOutput
+from pipeline.native.library import Library
 
 
 @dataclass(frozen=True)
@@ -165,13 +167,14 @@ class PaiNN(Network):
             direction=edge_vec / edge_dist[:, None],
         )
         x = self.atom_emb(batch.atomic_numbers)
+        library = fused_library(x, edges)
         vec: Tensor | None = None
         for i, (message, update) in enumerate(
             zip(self.message_layers, self.update_layers, strict=True)
         ):
-            x, vec = message(x, vec, edges)
+            x, vec = message(x, vec, edges, library)
             states[f"m{i + 1}"] = x, vec
-            x, vec = update(x, vec)
+            x, vec = update(x, vec, library)
             x = self.get_submodule(f"upd_out_scalar_scale_{i}")(x)
             states[f"u{i + 1}"] = x, vec
         assert vec is not None  # there is at least one layer
@@ -207,9 +210,17 @@ class PaiNNMessage(nn.Module):
         self.x_layernorm = nn.LayerNorm(width)
 
     def forward(
-        self, x: Tensor, vec: Tensor | None, edges: EdgeTensors
+        self,
+        x: Tensor,
+        vec: Tensor | None,
+        edges: EdgeTensors,
+        library: Library | None = None,
     ) -> tuple[Tensor, Tensor]:
         """New states of all atoms; ``vec`` is None while all vectors are zero."""
+        if library is not None:
+            norm, (first, _, second) = self.x_layernorm, self.x_proj
+            weights = _weights(norm, first, second, self.rbf_proj)
+            return FusedMessage.apply(library, edges, norm.eps, x, vec, *weights)
         hidden = self.x_proj[1](self.x_proj[0](self.x_layernorm(x)))
         out_weight, out_bias = self.x_proj[2].parameters()
         filters = self.rbf_proj
@@ -222,6 +233,12 @@ class PaiNNMessage(nn.Module):
         weight = torch.cat((filters.weight, filters.bias[:, None]), dim=1)
         dx, dvec = sum_messages(y, vec, _thirds(weight, scaled), edges)
         return (x + dx) * (1 / math.sqrt(2)), dvec if vec is None else vec + dvec
+
+
+def _weights(*layers: nn.Module) -> list[Tensor]:
+    """Weight and bias, if any, of one layer after the other."""
+    both = (w for layer in layers for w in (layer.weight, layer.bias))
+    return [cast(Tensor, weight) for weight in both if weight is not None]
 
 
 def _thirds(rows: Tensor, factors: tuple[float, float, float]) -> Tensor:
@@ -242,8 +259,14 @@ class PaiNNUpdate(nn.Module):
             nn.Linear(2 * width, width), ScaledSiLU(), nn.Linear(width, 3 * width)
         )
 
-    def forward(self, x: Tensor, vec: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, vec: Tensor, library: Library | None = None
+    ) -> tuple[Tensor, Tensor]:
         """New states of all atoms; the scale factor comes after."""
+        if library is not None:
+            first, _, second = self.xvec_proj
+            weights = _weights(self.vec_proj, first, second)
+            return FusedUpdate.apply(library, x, vec, *weights)
         width = x.shape[1]
         v1, v2 = self.vec_proj(vec).split(width, dim=2)  # (N, 3, H)
         dot = (v1 * v2).sum(dim=1) * (1 / math.sqrt(width))  # (N, H)

@@ -1,6 +1,6 @@
 """``CacheSpec``: what a store is made of, read from ``cache_specs/*.yaml``."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +8,10 @@ from pydantic import Field as Key
 from pydantic import field_validator
 
 from pipeline.errors import SpecError
-from pipeline.fields import CACHEABLE_FIELDS, FIELDS
+from pipeline.fields import CACHEABLE_FIELDS, CHANNEL_FIELDS, DERIVED_FIELDS
 from pipeline.files.globs import glob_matches, is_glob
 from pipeline.files.remote import is_url, refuse_credentials
+from pipeline.spec.id_list import read_ids
 from pipeline.spec.reference_energies import read_reference_energies
 from pipeline.spec.renamed_keys import rename_keys
 from pipeline.spec.sections import (
@@ -163,6 +164,10 @@ def _resolve_split(split: SplitSpec, folder: Path, key: str) -> SplitSpec:
             )
         read_reference_energies(file)
         changes["reference_energies"] = str(file)
+    if split.ids is not None:
+        ids = expand_path(split.ids, folder, f"{key}.ids")
+        read_ids(ids, f"{key}.ids")
+        changes["ids"] = str(ids)
     return split.model_copy(update=changes)
 
 
@@ -177,11 +182,26 @@ def _check_profile(name: str, feature: FeatureSpec) -> None:
             f"features.{name}.max_relative_error is for profile compact; the error of "
             f"{feature.profile} is given, so remove the key."
         )
-    if feature.profile != "faithful" and None not in FIELDS[name].shape:
+    if feature.profile != "faithful" and name not in CHANNEL_FIELDS.values():
         raise SpecError(
             f"features.{name}: profile {feature.profile} is for features with "
             "channels; set profile: faithful."
         )
+
+
+def _check_columns(name: str, feature: FeatureSpec) -> None:
+    if name in DERIVED_FIELDS:
+        if feature.layer is not None:
+            raise SpecError(
+                f"features.{name}.layer: the field comes from forces and has no "
+                "layer; remove the key."
+            )
+        return
+    for key in ("columns", "step"):
+        if getattr(feature, key) is not None:
+            raise SpecError(
+                f"features.{name}.{key} is for force_jacobian; remove the key."
+            )
 
 
 def _check_reading(split: SplitSpec, key: str) -> None:
@@ -191,12 +211,45 @@ def _check_reading(split: SplitSpec, key: str) -> None:
         )
 
 
+def _check_features(
+    split: SplitSpec, key: str, features: Mapping[str, FeatureSpec]
+) -> None:
+    named = [] if isinstance(split.features, bool) else split.features
+    for name in named:
+        if name not in features:
+            raise SpecError(
+                f"{key}.features: {name!r} is not under features: of the spec"
+                f"{nearest(name, features)}; add it there, or remove it here."
+            )
+
+
+def _check_generated(split: SplitSpec, key: str, teacher: TeacherSpec | None) -> None:
+    if split.generate is None:
+        return
+    if split.rattle is not None:
+        raise SpecError(
+            f"{key} has rattle and generate; remove rattle, or name its sigma in "
+            f"{key}.generate with method: rattle."
+        )
+    if split.labels != "none":
+        raise SpecError(
+            f"{key}.generate: labels of the source are wrong for generated structures; "
+            f"add {key}.labels: none, and store the labelled samples in another split."
+        )
+    if teacher is None:
+        raise SpecError(
+            f"{key}.generate needs a teacher, which labels the structures; add a "
+            "teacher: section."
+        )
+
+
 def _check_choices(spec: CacheSpec) -> None:
     for name in spec.features:
-        if name not in CACHEABLE_FIELDS:
-            hint = nearest(name, CACHEABLE_FIELDS)
-            raise SpecError(f"features: unknown field {name!r}{hint}.")
+        known = (*CACHEABLE_FIELDS, *DERIVED_FIELDS)
+        if name not in known:
+            raise SpecError(f"features: unknown field {name!r}{nearest(name, known)}.")
         _check_profile(name, spec.features[name])
+        _check_columns(name, spec.features[name])
     if spec.features and spec.teacher is None:
         raise SpecError(
             "The spec has features: but no teacher: section; add the section or "
@@ -213,6 +266,8 @@ def _check_choices(spec: CacheSpec) -> None:
                 f"splits.{name}.energy is for format oc20_raw, not for "
                 f"{split.format}; remove it."
             )
+        _check_features(split, f"splits.{name}", spec.features)
+        _check_generated(split, f"splits.{name}", spec.teacher)
         if split.rattle is not None and split.labels == "all":
             raise SpecError(
                 f"splits.{name}: labels of the source are wrong for rattled copies; "

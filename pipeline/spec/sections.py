@@ -4,16 +4,21 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field as Key
-from pydantic import field_validator
+from pydantic import StrictBool, field_validator
 
 from pipeline.spec.closed_model import ClosedModel
 from pipeline.spec.formats import FORMATS
+from pipeline.spec.generate_spec import GenerateSpec
 from pipeline.spec.units_spec import UnitsSpec
 
 PER_ELEMENT, NO_REFERENCES = "per_element", "none"
 COMPACT_ERROR = 1e-3
 # Genuine relaxations of OC20 begin at 0.42, collisions of molecules stay above 0.6.
 MIN_PAIR_DISTANCE = 0.4
+DEFAULT_COLUMNS = 4
+# Truncation grows with the square of the step, rounding with its inverse. For networks
+# in single precision 0.01 Å has a relative error of about 1e-3.
+DEFAULT_STEP = 0.01
 Scalar = bool | int | float | str
 
 
@@ -102,10 +107,11 @@ class SplitSpec(ClosedModel):
     source: str | None = Key(
         None, description="Address at which the data are published (default: none)."
     )
-    features: bool = Key(
+    features: StrictBool | list[str] = Key(
         True,
-        description="Whether features are stored. If false, the split has "
-        "structures, labels, teacher energy and teacher forces.",
+        description="Features that are stored: true, all of the spec | false, none | "
+        "a list of their names. Structures, labels, teacher energy and teacher forces "
+        "are always stored (default: true).",
     )
     offset: int = Key(0, ge=0, description="Number of samples to skip at the start.")
     limit: int | None = Key(
@@ -116,6 +122,11 @@ class SplitSpec(ClosedModel):
         ge=1,
         description="Step between samples: 1 reads all samples, n reads every n-th "
         "sample.",
+    )
+    ids: str | None = Key(
+        None,
+        description="File with the ids of the samples to read, one id a line, of those "
+        "that where, offset, every and limit choose (default: all).",
     )
     energy: Literal["adsorption", "total"] | None = Key(
         None,
@@ -181,7 +192,13 @@ class SplitSpec(ClosedModel):
     )
     rattle: RattleSpec | None = Key(
         None,
-        description="Displaced copies to store instead of the samples (default: none).",
+        description="Displaced copies to store instead of the samples, without a "
+        "screen: the earlier form of generate (default: none).",
+    )
+    generate: GenerateSpec | None = Key(
+        None,
+        description="Structures to make from the samples and to store instead of "
+        "them. Needs labels: none (default: none).",
     )
 
     @field_validator("format")
@@ -228,7 +245,7 @@ class SplitSpec(ClosedModel):
     @property
     def labelled(self) -> bool:
         """Whether labels of the source are stored."""
-        return self.labels != "none" and self.rattle is None
+        return self.labels != "none" and self.rattle is None and self.generate is None
 
 
 class FeatureSpec(ClosedModel):
@@ -256,6 +273,19 @@ class FeatureSpec(ClosedModel):
     )
     dtype: Literal["float16", "float32"] | None = Key(
         None, description="Number type of faithful (default: the type of the field)."
+    )
+    columns: int | None = Key(
+        None,
+        ge=1,
+        description="Number of columns of force_jacobian of each structure "
+        f"(default: {DEFAULT_COLUMNS}). A column costs two teacher passes.",
+    )
+    step: float | None = Key(
+        None,
+        ge=1e-4,
+        le=0.1,
+        description="Displacement of an atom for force_jacobian, in Å "
+        f"(default: {DEFAULT_STEP:g}).",
     )
 
     @property

@@ -23,7 +23,6 @@ from pipeline.store.edges import EDGE_INDEX
 from pipeline.store.index import (
     COMMIT,
     DIGESTS,
-    FORMAT_VERSION,
     ROOT_KEY,
     SPLIT_KEY,
     SPLITS_KEY,
@@ -32,6 +31,7 @@ from pipeline.store.index import (
     index_chunk,
     index_columns,
     table_path,
+    version_for,
 )
 from pipeline.store.layout import BlockPlan
 from pipeline.store.ledger import digests_size, list_protected_files
@@ -108,7 +108,8 @@ def _build_and_rename(
 def _write_hierarchy(
     folder: Path, splits: Sequence[SplitPlan], attributes: dict[str, Any]
 ) -> None:
-    header = {"format_version": FORMAT_VERSION, "complete": False, **attributes}
+    version = version_for(array.path for split in splits for array in split.arrays)
+    header = {"format_version": version, "complete": False, **attributes}
     names = [split.name for split in splits]
     root = zarr.create_group(
         folder, zarr_format=3, attributes={ROOT_KEY: header, SPLITS_KEY: names}

@@ -37,6 +37,7 @@ def describe_store(path: Path | str) -> dict[str, Any]:
         "teacher_errors": {name: error.to_dict() for name, error in errors.items()},
         "teacher_warning": warn_of_unlike(errors),
         "preview": store.attributes.get("provenance", {}).get("preview", {}),
+        "teacher_passes": _teacher_passes(store),
         "left_out": {name: len(bad) for name, bad in _bad_samples(store).items()},
         "contents": store.attributes.get("provenance", {}).get("contents", {}),
         "splits": {
@@ -55,7 +56,14 @@ def describe_contents(path: Path | str) -> dict[str, Any]:
         "contents": found.get("contents", {}),
         "left_out": {name: len(bad) for name, bad in _bad_samples(store).items()},
         "preview": found.get("preview", {}),
+        "teacher_passes": _teacher_passes(store),
     }
+
+
+def _teacher_passes(store: FeatureStore) -> dict[str, dict[str, int]]:
+    """Passes of the teacher over single structures, by split and by their use."""
+    found = store.attributes.get("provenance", {}).get("teacher_passes", {})
+    return {str(name): dict(passes) for name, passes in found.items()}
 
 
 def _bad_samples(store: FeatureStore) -> dict[str, list[list[str]]]:

@@ -17,7 +17,11 @@ from pipeline.store.quantization import ERROR, SCALE, Quantization
 from pipeline.store.shard import RawLayout, ShardLayout
 
 # Stores are written in this version; those of all older ones are read.
-FORMAT_VERSION = 3
+# The newest version that is read. Stores are written in the oldest that describes them.
+FORMAT_VERSION = 4
+_PLAIN_VERSION = 3
+# Arrays that a reader of an older version would take for something else.
+_NEW_PATHS = {4: {FIELDS["force_jacobian"].path}}
 ROOT_KEY = "kd_cache"
 SPLITS_KEY = "kd_splits"
 SPLIT_KEY = "kd_split"
@@ -186,6 +190,13 @@ class SplitIndex:
         # A sample without edges owns no row, wherever it starts.
         owners = self.sample_ids[first:last][counts[first:last] > 0]
         return [str(name) for name in owners]
+
+
+def version_for(paths: Iterable[str]) -> int:
+    """Return the format version of a store with arrays at these ``paths``."""
+    present = set(paths)
+    needed = [version for version, new in _NEW_PATHS.items() if new & present]
+    return max(needed, default=_PLAIN_VERSION)
 
 
 def shard_key(trailing_axes: int, block: int) -> str:

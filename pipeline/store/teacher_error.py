@@ -11,7 +11,7 @@ import numpy.typing as npt
 from pipeline.fields import FIELDS
 from pipeline.store.layout import IntArray
 
-# So many samples give a mean to a few percent, and are read in a moment.
+# This number of samples give a mean to a few percent, and are read in a moment.
 MEASURED_SAMPLES = 2000
 # Force errors of two splits that differ by more than this factor are worth a warning.
 LARGEST_RATIO = 2.0

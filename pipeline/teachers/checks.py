@@ -17,7 +17,7 @@ import torch
 from pipeline.errors import ContractError
 from pipeline.fields import CACHEABLE_FIELDS, FIELDS, PREDICTION_FIELDS
 from pipeline.structure import Sample
-from pipeline.teachers.potential import Potential
+from pipeline.teachers.potential import Potential, SampleGraph
 
 Floats = npt.NDArray[np.float64]
 Outputs = dict[str, Floats]
@@ -30,6 +30,9 @@ _FORCE_SCALE = 0.1
 # Atoms move by at most this in finite differences (Å), whose error is larger.
 _STEP = 1e-3
 _SLOPE_TOLERANCE = 0.02
+# An atom moves by this along each axis (Å), in so many tries to keep all edges.
+_DISPLACEMENT = 0.05
+_DISPLACEMENTS = 20
 
 
 @dataclass(frozen=True)
@@ -40,12 +43,18 @@ class Subject:
     samples: Sequence[Sample]
     tolerance: float = TOLERANCE
 
-    def outputs(self, samples: Sequence[Sample] | None = None) -> Outputs:
+    def outputs(
+        self,
+        samples: Sequence[Sample] | None = None,
+        graphs: Sequence[SampleGraph] | None = None,
+    ) -> Outputs:
         """Everything the potential gives for ``samples`` in one batch, in float64.
 
         Names are those of fields, with ``@layer`` for other layers than the default.
+        ``graphs`` replace those of the samples.
         """
-        graphs = [self.potential.graph(s) for s in samples or self.samples]
+        if graphs is None:
+            graphs = [self.potential.graph(s) for s in samples or self.samples]
         found: Outputs = {}
         for fields, layers in _list_requests(self.potential):
             with torch.no_grad():
@@ -241,11 +250,38 @@ def check_gradient_forces(subject: Subject) -> float:
     return worst
 
 
+def check_displacement(subject: Subject) -> float:
+    """Compare graphs with displaced atoms with graphs made for those atoms.
+
+    One atom moves at a time, so far that forces change by more than the tolerance, and
+    only where the move does not change the edges.
+    """
+    worst = 0.0
+    for number, sample in enumerate(subject.samples):
+        random = np.random.default_rng(number)
+        graph = subject.potential.graph(sample)
+        for _ in range(_DISPLACEMENTS):
+            positions = sample.structure.positions.copy()
+            atom = int(random.integers(len(positions)))
+            positions[atom] += _DISPLACEMENT * random.choice([-1.0, 1.0], 3)
+            structure = replace(sample.structure, positions=positions)
+            moved = replace(sample, structure=structure)
+            if _has_edges_of(subject.potential, moved, graph):
+                displaced = subject.potential.with_positions(graph, positions)
+                found = subject.outputs(graphs=[displaced])
+                words = "Using with_positions instead of a new graph"
+                wanted = subject.outputs([moved])
+                worst = max(worst, subject.worst(words, found, wanted))
+                break
+    return worst
+
+
 # Names of claims are those of the checks that belong to them.
 CHECKS: Mapping[str, Callable[[Subject], float]] = {
     "declaration": check_declaration,
     "shapes": check_shapes,
     "edges": check_edges,
+    "displacement": check_displacement,
     "determinism": check_determinism,
     "batching": check_batching,
     "permutation": check_permutation,
@@ -306,6 +342,14 @@ def _turn_and_move(sample: Sample, turn: Floats, move: Floats) -> Sample:
         cell=structure.cell @ turn,
     )
     return replace(sample, structure=placed)
+
+
+def _has_edges_of(potential: Potential, sample: Sample, graph: SampleGraph) -> bool:
+    """Whether the graph of ``sample`` has the same edges as ``graph``."""
+    edges = potential.graph(sample).edges
+    return np.array_equal(edges.edge_index, graph.edges.edge_index) and np.array_equal(
+        edges.cell_offsets, graph.edges.cell_offsets
+    )
 
 
 def _renumber_atoms(sample: Sample, order: npt.NDArray[np.int64]) -> Sample:

@@ -5,6 +5,7 @@ checkpoint).
 """
 
 import contextlib
+import copy
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -127,6 +128,13 @@ class ChgNet(Potential):
         bonds = _Bonds(graph.structure, graph.edges, self._short)
         return replace(graph, extra=bonds)
 
+    def with_positions(
+        self, graph: SampleGraph, positions: npt.NDArray[np.float64]
+    ) -> SampleGraph:
+        """Return ``graph`` with other ``positions``, the same bonds and angles."""
+        moved = super().with_positions(graph, positions)
+        return replace(moved, extra=graph.extra.moved(positions))
+
     def estimate_memory(self, graph: SampleGraph) -> int:
         """Bytes of the states of edges and angles in a pass with gradients."""
         angles = len(graph.extra.angles)
@@ -247,6 +255,12 @@ class _Bonds:
         self.angles = np.column_stack(
             (edges.edge_index[1][one], bond[one], one, bond[other], other)
         )
+
+    def moved(self, positions: npt.NDArray[np.float64]) -> "_Bonds":
+        """Return the same bonds and angles for other ``positions`` (N, 3) in Å."""
+        other = copy.copy(self)
+        other.fractional = positions @ np.linalg.inv(self.lattice)
+        return other
 
 
 def _mirrors(edges: Edges) -> npt.NDArray[np.int64]:

@@ -6,9 +6,11 @@ the entry-point group ``pipeline.teachers``; ``docs/teachers.md`` shows one.
 
 from abc import ABC, abstractmethod
 from collections.abc import Container, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from pipeline.errors import DataError
@@ -159,6 +161,16 @@ class Potential(ABC):
         check_sample(sample, self.elements, self.graph_rule)
         edges = sample_edges(sample.sample_id, structure, self.graph_rule)
         return SampleGraph(structure, edges)
+
+    def with_positions(
+        self, graph: SampleGraph, positions: npt.NDArray[np.float64]
+    ) -> SampleGraph:
+        """Return ``graph`` with other ``positions`` (N, 3) in Å and the same edges.
+
+        Potentials whose ``extra`` depends on positions must compute it again, without
+        a change of edges or angles.
+        """
+        return replace(graph, structure=replace(graph.structure, positions=positions))
 
     def estimate_memory(self, graph: SampleGraph) -> int:
         """Bytes that one graph adds to the peak of a pass; 0 where atoms limit it."""

@@ -1,7 +1,7 @@
 """A trained potential in, named fields in eV and Å out; knows nothing of the store."""
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
@@ -18,6 +18,7 @@ from pipeline.graphs.neighbors import NeighborSpec, neighbor_edges
 from pipeline.parallel.devices import is_out_of_memory, run_halving_on_oom
 from pipeline.spec.sections import TeacherSpec
 from pipeline.structure import Sample, Structure
+from pipeline.teachers.jacobian import COLUMN_FIELD, DEFAULT, ColumnSpec, force_jacobian
 from pipeline.teachers.potential import FieldInfo, Potential, SampleGraph, check_sample
 from pipeline.teachers.registry import load_potential
 
@@ -30,13 +31,15 @@ Item = TypeVar("Item")
 class TeacherRunner:
     """A potential on a device, with what it takes to run it over a dataset.
 
-    ``layers`` names the layer of every field that is not taken from the default one.
+    ``layers`` names the layer of every field that is not taken from the default one,
+    ``columns`` the columns of ``force_jacobian``.
     """
 
     potential: Potential
     spec: TeacherSpec
     device: torch.device
     layers: Mapping[str, str] = field(default_factory=dict)
+    columns: ColumnSpec = DEFAULT
 
     @classmethod
     def load(
@@ -44,6 +47,7 @@ class TeacherRunner:
         spec: TeacherSpec,
         device: str = "cpu",
         layers: Mapping[str, str] | None = None,
+        columns: ColumnSpec = DEFAULT,
     ) -> "TeacherRunner":
         """The teacher of a resolved spec, ready to predict.
 
@@ -56,7 +60,8 @@ class TeacherRunner:
         """
         potential = load_potential(spec)
         potential.to(torch.device(device))
-        teacher = cls(potential, spec, torch.device(device), dict(layers or {}))
+        place = torch.device(device)
+        teacher = cls(potential, spec, place, dict(layers or {}), columns)
         teacher._check_layers()
         teacher._check_precision()
         return teacher
@@ -73,14 +78,23 @@ class TeacherRunner:
         }
         return default | chosen
 
+    @property
+    def stored_widths(self) -> dict[str, int]:
+        """Width of every field that a spec may ask for, and of its companions."""
+        columns = dict.fromkeys(("force_jacobian", COLUMN_FIELD), self.columns.count)
+        return self.widths | columns
+
     def check_fields(self, names: Sequence[str]) -> None:
         """Raise SpecError when a field of the spec is none of this teacher's."""
         for name in names:
-            if name not in self.widths:
+            if name not in self.stored_widths:
                 raise SpecError(
                     f"features: teacher {self.spec.model!r} has no {name!r}; it offers "
-                    f"{', '.join(sorted(self.widths))}{self._elsewhere(name)}."
+                    f"{', '.join(self._offered())}{self._elsewhere(name)}."
                 )
+
+    def _offered(self) -> list[str]:
+        return sorted(self.stored_widths.keys() - {COLUMN_FIELD})
 
     def _elsewhere(self, name: str) -> str:
         """Say at which layers a field exists that the default layer lacks."""
@@ -150,17 +164,25 @@ class TeacherRunner:
             fit into memory alone. Where several do not fit together, they are passed in
             parts, which may change the last bits of their numbers.
         """
+        derived = "force_jacobian" in fields
+        direct = [name for name in fields if name != "force_jacobian"]
+        arrays = self.predict_graphs(map(self._make_graph, samples), direct)
+        return arrays | force_jacobian(self, samples) if derived else arrays
+
+    def predict_graphs(
+        self, graphs: Iterable[tuple[Sample, SampleGraph]], fields: Sequence[str]
+    ) -> Arrays:
+        """Return the same for graphs that exist, such as those of displaced atoms.
+
+        Graphs of the next batch are made while the network works on this batch.
+        """
         names = (*PREDICTION_FIELDS, *fields)
         if "edge_features" in fields:
             names += EDGE_IDENTITY_FIELDS
         parts: dict[str, list[npt.NDArray[Any]]] = {name: [] for name in names}
-        # Graphs of the next batch are made while the network works on this one.
-        first = 0
-        for group in _prefetch_one(self._groups(samples)):
-            named = list(zip(samples[first : first + len(group)], group, strict=True))
-            first += len(group)
+        for group in _prefetch_one(self._groups(graphs)):
             for arrays in run_halving_on_oom(
-                lambda some: self._predict_some(some, names), named
+                lambda some: self._predict_some(some, names), group
             ):
                 for name, values in arrays.items():
                     parts[name].append(values)
@@ -185,20 +207,24 @@ class TeacherRunner:
             errors[name] = difference / scale if scale else 0.0
         return errors
 
-    def _groups(self, samples: Sequence[Sample]) -> Iterator[list[SampleGraph]]:
-        """Consecutive samples as graphs, as many as one forward pass takes."""
-        group: list[SampleGraph] = []
+    def _make_graph(self, sample: Sample) -> tuple[Sample, SampleGraph]:
+        # Potentials may make their graphs in another way than ours.
+        check_sample(sample, self.potential.elements, self.potential.graph_rule)
+        return sample, self.potential.graph(sample)
+
+    def _groups(
+        self, graphs: Iterable[tuple[Sample, SampleGraph]]
+    ) -> Iterator[list[tuple[Sample, SampleGraph]]]:
+        """Yield consecutive graphs, as many as one forward pass takes."""
+        group: list[tuple[Sample, SampleGraph]] = []
         atoms = size = 0
-        for sample in samples:
-            # Potentials may make their graphs in another way than ours.
-            check_sample(sample, self.potential.elements, self.potential.graph_rule)
-            graph = self.potential.graph(sample)
+        for sample, graph in graphs:
             need = self.potential.estimate_memory(graph)
             many = atoms + len(graph.structure) > self.spec.batch_atoms
             if group and (many or size + need > self.spec.max_batch_gib * 2**30):
                 yield group
                 group, atoms, size = [], 0, 0
-            group.append(graph)
+            group.append((sample, graph))
             atoms += len(graph.structure)
             size += need
         if group:

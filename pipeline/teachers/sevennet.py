@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -149,9 +150,13 @@ class SevenNet(Potential):
 
     def graph(self, sample: Sample) -> SampleGraph:
         """The sample with its edge vectors, (E, 3) float32 in Å."""
-        graph = super().graph(sample)
-        towards_source = structure_edge_vectors(graph.structure, graph.edges)
-        return replace(graph, extra=towards_source.astype(np.float32))
+        return _with_vectors(super().graph(sample))
+
+    def with_positions(
+        self, graph: SampleGraph, positions: npt.NDArray[np.float64]
+    ) -> SampleGraph:
+        """Return ``graph`` with other ``positions`` (N, 3) in Å and the same edges."""
+        return _with_vectors(super().with_positions(graph, positions))
 
     def estimate_memory(self, graph: SampleGraph) -> int:
         """Bytes of the messages and filters of all convolutions, measured on CPUs."""
@@ -223,6 +228,11 @@ class SevenNet(Potential):
             return self._invariants[layer].of(states[layer])
         layer = layer or list(self._vectors)[-1]
         return self._vectors[layer].of(states[layer])
+
+
+def _with_vectors(graph: SampleGraph) -> SampleGraph:
+    towards_source = structure_edge_vectors(graph.structure, graph.edges)
+    return replace(graph, extra=towards_source.astype(np.float32))
 
 
 def _available_fields(

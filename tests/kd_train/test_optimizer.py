@@ -1,11 +1,11 @@
-"""Which parameters decay."""
+"""Which parameters decay, and how gradients are clipped."""
 
 import pytest
 import torch
 from torch import nn
 
 from kd_train.config.sections import OptimizerConfig
-from kd_train.trainer.optimizer import make_optimizer, parameter_groups
+from kd_train.trainer.optimizer import clip_gradients, make_optimizer, parameter_groups
 from pipeline.models.zoo import build_model
 from tests.stores import TINY_PAINN
 
@@ -42,3 +42,19 @@ def test_every_trainable_parameter_is_in_one_group() -> None:
     expected = {id(p) for p in modules.parameters() if p.requires_grad}
     assert len(found) == len(expected)
     assert {id(p) for p in found} == expected
+
+
+@pytest.mark.parametrize("limit", [0.1, 1e6])
+def test_clipping_is_that_of_torch(limit: float) -> None:
+    modules, other = _modules(), _modules()
+    generator = torch.Generator().manual_seed(0)
+    for ours, theirs in zip(modules.parameters(), other.parameters(), strict=True):
+        ours.grad = torch.randn(ours.shape, generator=generator)
+        theirs.grad = ours.grad.clone()
+    next(modules.parameters()).grad = next(other.parameters()).grad = None
+    clip_gradients(modules.parameters(), limit)
+    torch.nn.utils.clip_grad_norm_(other.parameters(), limit)
+    for ours, theirs in zip(modules.parameters(), other.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None)
+        if ours.grad is not None and theirs.grad is not None:
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=0)

@@ -94,7 +94,8 @@ def test_which_splits_have_labels(store: FeatureStore) -> None:
 def test_samples_without_labels_do_not_change_l0(
     store: FeatureStore, tmp_path: Path
 ) -> None:
-    run = _run(store, tmp_path, "train+bare+rattled")
+    loss = {"pseudo_label_weight": 0}
+    run = _run(store, tmp_path, "train+bare+rattled", loss=loss)
     alone = _gradients(run, [3, 7])
     mixed = _gradients(run, [20, 3, 40, 7, 31])
     assert mixed[0] == pytest.approx(alone[0], rel=1e-5)
@@ -103,6 +104,21 @@ def test_samples_without_labels_do_not_change_l0(
     loss, gradients = _gradients(run, [20, 40])
     assert loss == 0
     assert not any(gradient.any() for gradient in gradients)
+
+
+@pytest.mark.parametrize(
+    ("split", "weight"),
+    [("train", 0.0), ("train+bare", 1.0), ("rattled", 1.0), ("train+energies", 0.0)],
+)
+def test_splits_that_the_spec_leaves_to_the_teacher_get_its_labels(
+    split: str, weight: float, store: FeatureStore, tmp_path: Path
+) -> None:
+    """Not samples whose labels are missing by accident; a number in the file wins."""
+    run = _run(store, tmp_path / "a", split)
+    assert run.config.loss.pseudo_label_weight == weight
+    assert run.header()["config"]["loss"]["pseudo_label_weight"] == weight
+    own = _run(store, tmp_path / "b", split, loss={"pseudo_label_weight": 0.25})
+    assert own.config.loss.pseudo_label_weight == 0.25
 
 
 def test_samples_without_forces_train_the_energy_only(
@@ -210,7 +226,7 @@ def test_nothing_to_learn_from_is_refused_and_nothing_to_validate_against_told(
     store: FeatureStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(SpecError, match=r"'bare\+rattled'.*nothing to learn from"):
-        _run(store, tmp_path, "bare+rattled")
+        _run(store, tmp_path, "bare+rattled", loss={"pseudo_label_weight": 0})
     _run(store, tmp_path, "bare+rattled", strategy="v2v+vanilla1")
     _run(
         store, tmp_path, "bare", loss={"pseudo_label_weight": 1.0}, val_split="energies"
@@ -236,7 +252,7 @@ def test_a_sweep_with_nothing_to_learn_from_is_refused_before_it_starts(
         "out": "out",
         "students": ["painn-small-demo"],
         "strategies": ["vanilla1"],
-        "settings": {"train_split": "bare"},
+        "settings": {"train_split": "bare", "loss.pseudo_label_weight": 0},
     }
     path = tmp_path / "sweep.yaml"
     path.write_text(yaml.safe_dump(document))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from kd_train.config.sections import LambdaSchedule
+from kd_train.config.sections import DistillConfig, LambdaSchedule
 from kd_train.trainer.weighting import Weighting, schedule_factor
 from pipeline.store.reader import FeatureStore
 from tests.kd_train.runs import distilling, make_run, metric_rows
@@ -53,6 +53,20 @@ def test_schedule_weighs_the_terms_of_a_run(
     losses = run.losses(run.train_samples.batch(range(4)))
     total = losses["l0"] + 0.75 * (3 * losses["n2n"] + 7 * losses["v2v"])
     assert losses["loss"].item() == pytest.approx(total.item(), rel=1e-6)
+
+
+def test_features_fade_and_other_terms_stay() -> None:
+    config = train_config(
+        strategy="n2n+vanilla2", distill={"n2n": 4.0, "vanilla2": 3.0}, steps=100
+    )
+    settings = {**config.distill.model_dump(), "schedule": "fade"}
+    distill = DistillConfig.model_validate(settings)
+    weighting = Weighting(config.model_copy(update={"distill": distill}), CPU)
+    found = [weighting.weights(step) for step in (0, 25, 50, 99)]
+    assert [float(w["n2n"]) for w in found] == [4.0, 2.0, 0.0, 0.0]
+    assert [float(w["vanilla2"]) for w in found] == [3.0] * 4
+    with pytest.raises(ValueError, match="kind fade has no key end"):
+        DistillConfig.model_validate({"schedule": {"kind": "fade", "end": 0.5}})
 
 
 def test_balance_follows_the_running_means() -> None:

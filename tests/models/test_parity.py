@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from pipeline.models.checkpoint import load_checkpoint
+from pipeline.native.library import native_kernels
 from tests.models.references import assert_close, predict, structures_in
 
 NAMES = ("painn", "painn_grad", "schnet")
@@ -36,14 +37,16 @@ def keys_of(name):
     return {"node_features": "x", "vector_features": "vec", "forces": forces}
 
 
+@pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize(
     ("precision", "dtype", "energies", "others"),
     [("f64", torch.float64, 1e-9, 1e-9), ("f32", torch.float32, 1e-4, 5e-4)],
 )
 def test_outputs_and_features(
-    reference, load, name, precision, dtype, energies, others
+    reference, load, name, precision, dtype, energies, others, native
 ):
-    output, _ = predict(load().model, structures_in(reference), dtype)
+    with native_kernels(native):
+        output, _ = predict(load().model, structures_in(reference), dtype)
     assert_close(output.energy, reference[f"{precision}/energy"], energies)
     assert_close(
         output.per_atom_energy, reference[f"{precision}/energy_atom"], energies

@@ -2,7 +2,7 @@
 
 ``tests/fixtures/stores/versionN.zip`` was written by the code of that version from the
 splits of ``toy_store`` that it knew: 1 has "val", 2 also "bonds" with its edges, 3 also
-"coded" with features as integers. A new version adds its own file, made with
+"coded" with features as integers, 4 "columns" of the force Jacobian. A new version adds its own file, made with
 
     python -c "import toy_store; toy_store.build(path, splits)"
 """
@@ -23,7 +23,12 @@ from pipeline.store.verify import verify_store
 from pipeline.store.writer import StoreWriter
 
 FOSSILS = Path(__file__).parents[1] / "fixtures" / "stores"
-VERSIONS = {1: ("val",), 2: ("val", "bonds"), 3: ("val", "bonds", "coded")}
+VERSIONS = {
+    1: ("val",),
+    2: ("val", "bonds"),
+    3: ("val", "bonds", "coded"),
+    4: ("val", "columns"),
+}
 
 
 @pytest.fixture(params=VERSIONS)

@@ -424,10 +424,10 @@ def test_only_feature_stores_are_opened(tmp_path: Path, planned: Path):
     for opener in (FeatureStore.open, StoreWriter, verify_store):
         with pytest.raises(StoreError, match="a Zarr group but not a feature store"):
             opener(planned)
-    put(kd_cache={"format_version": 4, "complete": True}, kd_splits=["train"])
+    put(kd_cache={"format_version": 5, "complete": True}, kd_splits=["train"])
     for opener in (FeatureStore.open, StoreWriter, verify_store):
         with pytest.raises(
-            StoreError, match=r"format version 4, .* reads versions up to 3; update"
+            StoreError, match=r"format version 5, .* reads versions up to 4; update"
         ):
             opener(planned)
     for header in ({"format_version": 0}, {"format_version": 1, "complete": 1}):

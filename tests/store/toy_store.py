@@ -49,6 +49,7 @@ SHAPES = {
     "tiny": (np.ones(2600, np.int64), 2048),
     "bonds": (np.random.default_rng(2).integers(1, 40, 50), 300),
     "coded": (np.random.default_rng(4).integers(1, 70, 240), 2048),
+    "columns": (np.random.default_rng(5).integers(1, 30, 20), 300),
 }
 # Those whose arrays are read back exactly.
 SPLITS = ("train", "val", "tiny", "bonds")
@@ -64,6 +65,11 @@ ARRAYS = {
         ArrayPlan("features/edge_to_node_features", "node", (12,), "int16"),
         ArrayPlan("features/turned_features", "node", (3, 8), "int16"),
         STRUCTURES[4],
+    ),
+    "columns": (
+        STRUCTURES[0],
+        ArrayPlan("teacher/force_jacobian", "node", (4, 3), "float32"),
+        ArrayPlan("teacher/force_jacobian_column", "sample", (4,), "int32"),
     ),
 }
 PROFILES: dict[str, Profile] = {"int8": "q8", "int16": "compact"}
@@ -120,6 +126,8 @@ def value_of(split: str, sample: int, array: ArrayPlan) -> np.ndarray:
         return rng.integers(1, 100, (*rows, *array.shape)).astype(np.uint8)
     if array.dtype == "int8":
         return rng.integers(-128, 128, (*rows, *array.shape)).astype(np.int8)
+    if array.dtype == "int32":
+        return rng.integers(-1, 90, (*rows, *array.shape)).astype(np.int32)
     values = rng.standard_normal((*rows, *array.shape)).astype(array.dtype)
     if array.path == "labels/energy" and sample % 7 == 0:
         values = np.array(np.nan)

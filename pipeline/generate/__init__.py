@@ -1,0 +1,1 @@
+"""Structures that the teacher labels: made from samples, screened, kept in pieces."""
