@@ -111,3 +111,25 @@ def labels_store(
     folder = tmp_path_factory.mktemp("labels")
     document = spec_document(datasets, folder / "labels.zarr")
     return build(write_spec(folder / "labels.yaml", document))
+
+
+@pytest.fixture(scope="session")
+def memorised(
+    tmp_path_factory: pytest.TempPathFactory, teacher_file: Path
+) -> "FeatureStore":
+    """Sealed store whose teacher knows the training labels: it gave them itself."""
+    from pipeline.build.label import label_splits
+    from pipeline.spec.cache_spec import load_spec
+    from tests.stores import build, spec_document, write_spec
+
+    folder = tmp_path_factory.mktemp("memorised")
+    data = write_frames(folder / "d.extxyz", collision_frames(24))
+    splits = {
+        "train": {"format": "extxyz", "path": str(data), "limit": 12},
+        "val": {"format": "extxyz", "path": str(data), "offset": 12},
+    }
+    document = spec_document(splits, folder / "first.zarr", teacher_file)
+    file, _ = label_splits(load_spec(write_spec(folder / "s.yaml", document)), folder)
+    splits["train"] = {"format": "extxyz", "path": str(file)}
+    document = spec_document(splits, folder / "s.zarr", teacher_file)
+    return build(write_spec(folder / "s.yaml", document))
