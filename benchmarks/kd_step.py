@@ -7,17 +7,9 @@ machine does hits all. A step is everything between two batches: reading the sto
 graphs (memorised after their first use, as in training), forward, backward, optimiser,
 moving average. The teacher's own forward pass over the same batch is timed beside it:
 what a step would cost on top with the teacher in the loop.
-
-    python benchmarks/kd_step.py STORE --variants [--against CHECKOUT ...]
-
-compares torch operations, native kernels and other checkouts instead. Every variant is
-a process and takes the same steps, in turn; CPU seconds of all its threads count.
 """
 
-import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,7 +26,16 @@ from kd_train.trainer.trainer import Trainer
 from pipeline.models.checkpoint import load_checkpoint
 from pipeline.store.reader import FeatureStore
 
-STRATEGIES = ("none", "n2n", "e2n", "v2v", "vanilla1", "vanilla2", "n2n+v2v", "jacobian")
+STRATEGIES = (
+    "none",
+    "n2n",
+    "e2n",
+    "v2v",
+    "vanilla1",
+    "vanilla2",
+    "n2n+v2v",
+    "jacobian",
+)
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -44,70 +45,6 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-class Variant:
-    """A process that takes steps on request, and what they took."""
-
-    def __init__(self, checkout: Path, arguments: list[str]) -> None:
-        worker = Path(__file__).with_name("kd_step_worker.py")
-        self._process = subprocess.Popen(
-            [sys.executable, str(worker), *arguments],
-            env={**os.environ, "PYTHONPATH": str(checkout)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.reads: list[float] = []
-        self.steps: list[float] = []
-        self.losses: list[float] = []
-
-    def step(self, noted: bool) -> None:
-        """Take a step and note its CPU seconds and loss."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write("\n")
-        self._process.stdin.flush()
-        read, step, loss = map(float, self._process.stdout.readline().split())
-        if noted:
-            self.reads.append(read)
-            self.steps.append(step)
-        self.losses.append(loss)
-
-    def end(self) -> None:
-        """Let the process end."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-
-def compare_variants(
-    arguments: list[str], checkouts: tuple[Path, ...], rounds: int, warm_up: int = 8
-) -> None:
-    """Print CPU time and losses of all variants."""
-    own = Path(__file__).resolve().parents[1]
-    variants = {str(path): Variant(path, arguments) for path in checkouts}
-    variants["torch"] = Variant(own, arguments)
-    variants["native"] = Variant(own, [*arguments, "native_kernels=true"])
-    for number in range(-warm_up, rounds):
-        for variant in variants.values():
-            variant.step(noted=number >= 0)
-    for variant in variants.values():
-        variant.end()
-    first = next(iter(variants.values()))
-    click.echo(f"{'variant':24} {'read':>7} {'step':>7} {'÷ first':>8} {'loss':>9}")
-    for name, one in variants.items():
-        steps = [statistics.median(v.steps) for v in (one, first)]
-        ratio = statistics.median(
-            a / b for a, b in zip(one.steps, first.steps, strict=True)
-        )
-        apart = max(
-            abs(a / b - 1) for a, b in zip(one.losses, first.losses, strict=True)
-        )
-        read = 1e3 * statistics.median(one.reads)
-        click.echo(
-            f"{name[-24:]:24} {read:7.2f} {1e3 * steps[0]:7.2f} {ratio:8.3f} {apart:9.1e}"
-        )
-
-
 @click.command()
 @click.argument("store", type=click.Path(path_type=Path))
 @click.option("--student", default="painn-small", show_default=True)
@@ -115,9 +52,6 @@ def compare_variants(
 @click.option("--batch-size", default=32, show_default=True)
 @click.option("--rounds", default=40, show_default=True)
 @click.option("--threads", default=1, show_default=True)
-@click.option("--variants", is_flag=True, help="Compare torch and native kernels.")
-@click.option("--strategy", default="none", help="Strategy of the variants.")
-@click.option("--against", type=click.Path(path_type=Path), multiple=True)
 def main(
     store: Path,
     student: str,
@@ -125,14 +59,7 @@ def main(
     batch_size: int,
     rounds: int,
     threads: int,
-    variants: bool,
-    strategy: str,
-    against: tuple[Path, ...],
 ) -> None:
-    if variants or against:
-        counts = (str(batch_size), str(threads))
-        compare_variants([str(store), student, strategy, *counts], against, rounds)
-        return
     torch.set_num_threads(threads)
     opened = FeatureStore.open(store)
     flags = {"student.preset": student, "batch_size": batch_size}

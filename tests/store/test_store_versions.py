@@ -2,7 +2,8 @@
 
 ``tests/fixtures/stores/versionN.zip`` was written by the code of that version from the
 splits of ``toy_store`` that it knew: 1 has "val", 2 also "bonds" with its edges, 3 also
-"coded" with features as integers, 4 "columns" of the force Jacobian. A new version adds its own file, made with
+"coded" with features as integers, 4 "columns" of the force Jacobian. A new version adds
+its own file, made with
 
     python -c "import toy_store; toy_store.build(path, splits)"
 """

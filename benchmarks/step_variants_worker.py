@@ -1,6 +1,6 @@
 """Steps of one student on request, for comparisons between processes.
 
-    python kd_step_worker.py STORE STUDENT STRATEGY BATCH_SIZE THREADS KEY=VALUE ...
+    python step_variants_worker.py STORE STUDENT STRATEGY BATCH THREADS KEY=VALUE ...
 
 Each line on stdin asks for one step. The answer on stdout is a line with CPU seconds
 of reading the batch, CPU seconds of the step, and its loss. The package is whatever
