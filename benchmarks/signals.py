@@ -75,12 +75,13 @@ _MOLECULE = {
     "jacobian k=4": _jacobian(4),
     "modes x8 + vanilla2": _copies("modes8", strategy="vanilla2"),
     "modes x8 + vanilla2 + jacobian": _copies("modes8", strategy="vanilla2+jacobian"),
+    "modes x54 + vanilla2": _copies("modes54", strategy="vanilla2"),
+    "modes x54 + vanilla2 + jacobian": _copies("modes54", strategy="vanilla2+jacobian"),
 }
 _ETHANOL = {
     **_MOLECULE,
     "walk x8": _copies("walk8"),
     "jacobian k=27": _jacobian(27),
-    "modes x54 + vanilla2": _copies("modes54", strategy="vanilla2"),
     "modes x54 + jacobian": _copies("modes54", strategy="jacobian"),
     "rattle x26": _copies("rattle26"),
     "rattle x54": _copies("rattle54"),
