@@ -97,8 +97,15 @@ _PERIODIC = {
     "plain": Row(),
     "rattle x8": _copies("rattle8"),
     "md x8": _copies("md8"),
+    "modes x8": _copies("modes8"),
     "jacobian k=4": _jacobian(4),
+    "modes x8 + vanilla2 + jacobian": _copies("modes8", strategy="vanilla2+jacobian"),
 }
+# A crystal has far more neighbours than a molecule; these settings bound the price.
+_BULK = (
+    "batch_size=4",
+    "student.hyperparameters={cutoff: 5.0, max_neighbors: 30}",
+)
 STUDIES = {
     "ethanol": Study(_ETHANOL, ("test",), 6000),
     "ethanol-gradient": Study(
@@ -109,9 +116,8 @@ STUDIES = {
     ),
     "acac": Study(_MOLECULE, ("test", "hot"), 6000),
     "3bpa": Study(_MOLECULE, ("test", "hot"), 6000),
-    "silicon": Study(_PERIODIC, ("test",), 3000),
-    "molybdenum": Study(_PERIODIC, ("test",), 3000),
-    "oc20": Study(_PERIODIC, ("test",), 3000),
+    "silicon": Study(_PERIODIC, ("test",), 2000, _BULK),
+    "molybdenum": Study(_PERIODIC, ("test",), 2000, _BULK),
 }
 
 
