@@ -70,7 +70,8 @@ def cell_errors(atoms: Atoms, calculator: Calculator, seed: int) -> dict[str, fl
     energy = _energy(atoms, calculator)
     found = {}
     for name, other, factor in _choices(atoms, seed):
-        found[name] = _MEV * abs(_energy(other, calculator) / factor - energy)
+        change = abs(_energy(other, calculator) / factor - energy)
+        found[name] = _MEV * largest(0.0, change)
     return found
 
 

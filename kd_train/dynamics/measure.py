@@ -54,6 +54,12 @@ class Measured:
         return tuple(r for r in self.replicas if r.reason is not None)
 
     @property
+    def earliest_failure(self) -> float | None:
+        """Time of the first failure in ps, of all replicas; None without a failure."""
+        times = [r.failed_after for r in self.replicas if r.failed_after is not None]
+        return min(times, default=None)
+
+    @property
     def ms_per_step(self) -> float | None:
         """Mean time of a step in ms; None if no replica took two steps."""
         steps = sum(r.timed_steps for r in self.replicas)

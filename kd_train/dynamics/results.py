@@ -1,9 +1,11 @@
 """Results of ``kd-eval --dynamics``: verdicts, table, and ``dynamics.json``."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from kd_train.dynamics.measure import Measured, describe_replica
 from kd_train.dynamics.rdf import Distribution
@@ -31,7 +33,7 @@ class Results:
 
     def student_metrics(self) -> dict[str, float | None]:
         """Return all metrics of the student by name."""
-        found = self.student.metrics(self.spec.ensemble == "nve")
+        found = self.student.metrics(self._nve)
         found["rdf_difference"] = self.rdf_difference
         return {name: found[name] for name in METRICS}
 
@@ -49,7 +51,11 @@ class Results:
         """Return the table, failures of replicas, and the faults."""
         rows = [["", *(m.name for m in self._measured), "threshold"]]
         rows += self._metric_rows()
-        rows.append(["simulated time in a day [ns]", *self._speeds(), ""])
+        for title, values in (
+            ("earliest failure [ps]", [m.earliest_failure for m in self._measured]),
+            ("simulated time in a day [ns]", [m.ns_per_day for m in self._measured]),
+        ):
+            rows.append([title, *map(_number, values), ""])
         lines = [self._title(), "", *_align(rows)]
         failures = [line for m in self._measured for line in _failures(m)]
         for part in (failures, self.faults()):
@@ -64,23 +70,31 @@ class Results:
             "spec": self.spec.model_dump(),
             "formula": self.student.atoms.get_chemical_formula(),
             "atoms": len(self.student.atoms),
-            "student": self._describe(self.student)
-            | {"metrics": self.student_metrics()},
-            "teacher": None if self.teacher is None else self._describe(self.teacher),
+            "student": self._describe(self.student, self.student_metrics()),
+            "teacher": None
+            if self.teacher is None
+            else self._describe(self.teacher, self.teacher.metrics(self._nve)),
             "rdf": self._rdf(),
             "exceeded": self.faults(),
         }
 
     @property
+    def _nve(self) -> bool:
+        return self.spec.ensemble == "nve"
+
+    @property
     def _measured(self) -> Sequence[Measured]:
         return [m for m in (self.student, self.teacher) if m is not None]
 
-    def _describe(self, measured: Measured) -> dict[str, Any]:
-        nve = self.spec.ensemble == "nve"
+    def _describe(
+        self, measured: Measured, metrics: dict[str, float | None]
+    ) -> dict[str, Any]:
+        nve = self._nve
         n_atoms = len(measured.atoms)
         return {
-            "metrics": measured.metrics(nve),
-            "cell_errors": measured.cell_errors,
+            "metrics": _plain(metrics),
+            "cell_errors": _plain(measured.cell_errors),
+            "earliest_failure": measured.earliest_failure,
             "ns_per_day": measured.ns_per_day,
             "replicas": [describe_replica(r, n_atoms, nve) for r in measured.replicas],
         }
@@ -109,14 +123,11 @@ class Results:
         limits = self.spec.thresholds.model_dump()
         columns = [self.student_metrics()]
         if self.teacher is not None:
-            columns.append(self.teacher.metrics(self.spec.ensemble == "nve"))
+            columns.append(self.teacher.metrics(self._nve))
         for name, (title, unit) in METRICS.items():
             values = [_number(column.get(name)) for column in columns]
             limit = "" if limits[name] is None else f"{limits[name]:g}"
             yield [f"{title} [{unit}]" if unit else title, *values, limit]
-
-    def _speeds(self) -> list[str]:
-        return [_number(m.ns_per_day) for m in self._measured]
 
 
 def _judge(name: str, value: float | None, limit: float | None) -> str | None:
@@ -140,6 +151,14 @@ def _failures(measured: Measured) -> list[str]:
         f"{replica.failed_after:.4g} ps: {replica.reason}."
         for replica in measured.failed
     ]
+
+
+def _plain(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Return ``metrics`` with null for infinity, which JSON does not have."""
+    return {
+        name: value if value is not None and np.isfinite(value) else None
+        for name, value in metrics.items()
+    }
 
 
 def _number(value: float | None) -> str:

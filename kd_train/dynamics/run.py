@@ -83,7 +83,7 @@ def measure_all(
 
     Each replica is kept in ``out/replicas``, which loses those of an earlier call.
     """
-    _remove_earlier(out / _REPLICAS)
+    _remove_earlier(out)
     steps = spec.replicas * (spec.equilibration + spec.n_steps)
     with tqdm(
         None, "dynamics", steps * len(potentials), unit="step", disable=None
@@ -175,16 +175,17 @@ def _trajectory_rdf(spec: DynamicsSpec, start: Atoms) -> Distribution | None:
     return radial_distribution(frames, spec.rdf.r_max, spec.rdf.bins)
 
 
-def _remove_earlier(folder: Path) -> None:
-    """Remove replicas of an earlier call, so that none is taken for a new one."""
+def _remove_earlier(out: Path) -> None:
+    """Remove results of an earlier call, so that none is taken for a new one."""
     earlier = [
         path
         for name in ("student", "teacher")
         for suffix in ("npz", "extxyz")
-        for path in folder.glob(f"{name}-*.{suffix}")
+        for path in (out / _REPLICAS).glob(f"{name}-*.{suffix}")
     ]
+    earlier += [path for path in [out / RESULTS] if path.exists()]
     if earlier:
-        log.warning("%s: replicas of an earlier call are replaced", folder)
+        log.warning("%s: results of an earlier call are replaced", out)
     for path in earlier:
         path.unlink()
 

@@ -187,6 +187,11 @@ class DynamicsSpec(ClosedModel):
             raise ValueError("set either steps or duration")
         if self.n_steps < 2:
             raise ValueError("duration must be at least two time steps")
+        if self.every > self.n_steps:
+            raise ValueError(
+                f"every is {self.every}, more than the {self.n_steps} steps of a "
+                "replica"
+            )
         for name in _ONLY_NVE:
             wanted = getattr(self.thresholds, name) is not None
             if wanted and self.ensemble != "nve":

@@ -229,7 +229,7 @@ def test_what_fails_a_replica() -> None:
         return no_forces(a)
 
     assert "apart" in reason(inwards, every=1, failure={"heat": None})
-    assert "temperature is" in reason(inwards, every=1000)
+    assert "temperature is" in reason(inwards, every=200)
 
     def hole(a: Atoms) -> np.ndarray:
         return np.full((3, 3), np.nan if a.positions[0, 0] != 0 else 0.0)

@@ -37,7 +37,7 @@ def dynamics_file(folder: Path, **changes: Any) -> Path:
     """A file for methanol at 300 K; ``changes`` are top-level keys."""
     write(folder / "methanol.xyz", molecule("CH3OH"), format="xyz")
     # Forces of untrained students do not hold a molecule together.
-    document = {
+    document: dict[str, Any] = {
         "structure": "methanol.xyz",
         "temperature": 300,
         "timestep": 0.25,
@@ -81,7 +81,7 @@ def test_a_conservative_student_passes_and_a_direct_one_does_not(
         0.25e-6 * 86_400_000 / found["student"]["metrics"]["ms_per_step"]
     )
     again = evaluated(run, file, "--json")
-    assert "replicas of an earlier call are replaced" in again.stderr
+    assert "results of an earlier call are replaced" in again.stderr
     told = json.loads(again.stdout)
     for key in ("drift", "work_error", "step_error"):
         assert told["student"]["metrics"][key] == found["student"]["metrics"][key]
@@ -127,7 +127,11 @@ def test_failed_replicas_are_told(conservative: Path, tmp_path: Path) -> None:
     assert "Threshold failed_replicas: 2 replicas failed, more than 1." in lines
     assert any(text.startswith("Threshold drift: there is no") for text in lines)
     found = json.loads((tmp_path / "out" / "dynamics.json").read_text())
-    assert all(r["reason"] for r in found["student"]["replicas"])
+    replicas = found["student"]["replicas"]
+    assert all(r["reason"] for r in replicas)
+    assert found["student"]["earliest_failure"] == min(
+        r["failed_after"] for r in replicas
+    )
 
 
 @pytest.mark.filterwarnings("ignore:.*neighbours within:UserWarning")
@@ -138,7 +142,7 @@ def test_crystals_from_other_files(tmp_path: Path) -> None:
     normalizer = replace(teacher_normalizer(), energy_std=1.0, force_std=1.0)
     save_model(path, "painn", model, normalizer, {})
     write(tmp_path / "POSCAR.vasp", bulk("C", "diamond", a=3.6, cubic=True))
-    file = dynamics_file(tmp_path, structure="POSCAR.vasp", steps=4)
+    file = dynamics_file(tmp_path, structure="POSCAR.vasp", steps=10)
     done = evaluated(path, file, "--out", tmp_path / "out")
     assert "Warning: 100 % of 8 atoms have more than 20 neighbours" in done.stderr
     found = json.loads((tmp_path / "out" / "dynamics.json").read_text())
@@ -153,7 +157,7 @@ def test_a_student_without_a_list_of_elements_warns(
 
     bare = tmp_path / "bare.safetensors"
     save_model(bare, "painn", build_model("painn", TINY_PAINN), Normalizer(), {})
-    done = evaluated(bare, dynamics_file(tmp_path, steps=4), "--out", tmp_path / "out")
+    done = evaluated(bare, dynamics_file(tmp_path, steps=10), "--out", tmp_path / "out")
     assert "Warning: The model file does not list the elements" in done.stderr
 
 
@@ -180,6 +184,7 @@ def test_refusals(finished: Path, conservative: Path, tmp_path: Path) -> None:
         ({"temperature": 0}, "temperature: Input should be greater than 0, found 0"),
         ({"temperature": -5}, "temperature: Input should be greater than 0, found -5"),
         ({"duration": 1.0}, "set either steps or duration"),
+        ({"every": 41}, "every is 41, more than the 40 steps of a replica"),
         ({"steps": None}, "set either steps or duration"),
         ({"structure": "absent.xyz"}, "absent.xyz does not exist"),
         ({"structure": "odd.cif"}, "odd.cif cannot be read by ASE"),
