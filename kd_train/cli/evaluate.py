@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kd_train.cli.dynamics import default_folder, evaluate_dynamics
 from pipeline.console import (
     FILE,
     HELP,
@@ -41,9 +42,15 @@ MEASURED_SECONDS = 1.0
     "--data",
     "--store",
     "data",
-    required=True,
     type=PLACE,
-    help="Data to evaluate on: a store, or a file or folder of a dataset.",
+    help="Data to evaluate on: a store, or a file or folder of a dataset. Default: "
+    "none, for --dynamics.",
+)
+@click.option(
+    "--dynamics",
+    type=FILE,
+    help="File that describes molecular dynamics to judge the student by, in place of "
+    "--data. Exit code 1 if a threshold in it is exceeded. Default: none.",
 )
 @click.option(
     "--split",
@@ -91,7 +98,8 @@ MEASURED_SECONDS = 1.0
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
-    help="Folder for the results. Default: the results are only printed.",
+    help="Folder for the results. Default: the results are only printed; of --dynamics "
+    "RUN/dynamics/NAME, by the name of its file.",
 )
 @click.option(
     "--batch-size",
@@ -122,7 +130,8 @@ MEASURED_SECONDS = 1.0
 @one_sentence_errors
 def eval_main(
     run: Path,
-    data: str,
+    data: str | None,
+    dynamics: Path | None,
     splits: tuple[str, ...],
     format: str | None,
     energy: str | None,
@@ -141,15 +150,16 @@ def eval_main(
     any_element: bool,
     as_json: bool,
 ) -> None:
-    """Metrics of a finished student on a store or a dataset.
+    """Metrics of a finished student on a store or a dataset, or in dynamics.
 
     RUN is a run folder, its student.safetensors, or a released checkpoint.
     """
-    if out is not None and (out / "config.yaml").exists():
-        raise SpecError(
-            f"--out {out} is a run folder, whose own results would be overwritten; "
-            "name another one."
-        )
+    _refuse_run_folder(out)
+    if dynamics is not None:
+        folder = out or default_folder(run, _run_folder(run), dynamics)
+        evaluate_dynamics(run, dynamics, folder, device, threads, any_element, as_json)
+        return
+    data = _require_data(data)
     import torch
 
     from kd_train.evaluation.load_student import known_elements, load_student
@@ -165,8 +175,8 @@ def eval_main(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    if (folder := out or _run_folder(run)) is not None:
-        log_to_file(folder / "eval.log", logging.WARNING)
+    if (logs := out or _run_folder(run)) is not None:
+        log_to_file(logs / "eval.log", logging.WARNING)
     place = choose_device(device)
     student = load_student(run, place)
     selection = {"limit": limit, "every": every}
@@ -208,6 +218,20 @@ def eval_main(
     if rate is not None:
         write_throughput(rate, about, run)
     click.echo(json.dumps(card.to_dict(), indent=2) if as_json else card.to_text())
+
+
+def _refuse_run_folder(out: Path | None) -> None:
+    if out is not None and (out / "config.yaml").exists():
+        raise SpecError(
+            f"--out {out} is a run folder, whose own results would be overwritten; "
+            "name another one."
+        )
+
+
+def _require_data(data: str | None) -> str:
+    if data is None:
+        raise SpecError("There is nothing to evaluate on; name --data or --dynamics.")
+    return data
 
 
 def _run_folder(run: Path) -> Path | None:

@@ -1,0 +1,1 @@
+"""Molecular dynamics that shows whether a potential can be run, for ``kd-eval``."""
