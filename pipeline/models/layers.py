@@ -1,7 +1,6 @@
 """Building blocks that several models share: bases, activations, geometry."""
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -172,28 +171,3 @@ def envelope_exponent(envelope: dict[str, object]) -> int:
             '{"name": "polynomial", "exponent": 5}.'
         )
     return exponent
-
-
-def with_position_gradient(
-    energy_of: Callable[[Tensor], tuple[Tensor, ...]],
-    positions: Tensor,
-    *,
-    create_graph: bool,
-) -> tuple[tuple[Tensor, ...], Tensor]:
-    """Results of ``energy_of(positions)`` and forces, minus the first one's gradient.
-
-    Works under ``torch.no_grad`` too; then the outputs carry no graph.
-    """
-    tracked = torch.is_grad_enabled()
-    with torch.enable_grad():
-        positions = positions.detach().requires_grad_()
-        outputs = energy_of(positions)
-        (gradient,) = torch.autograd.grad(
-            outputs[0].sum(),
-            positions,
-            create_graph=create_graph and tracked,
-            retain_graph=tracked,
-        )
-    if not tracked:
-        outputs = tuple(output.detach() for output in outputs)
-    return outputs, -gradient

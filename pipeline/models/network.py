@@ -33,6 +33,15 @@ class Network(nn.Module):
         """Outputs in network units; ``layers`` names the layer of some features."""
         raise NotImplementedError
 
+    def predict_energies(
+        self, batch: Data, layers: Mapping[str, str] | None = None
+    ) -> ModelOutput:
+        """Outputs without forces, differentiable by ``positions`` and ``cell``.
+
+        `pipeline.models.derivatives.predict_gradients` differentiates their energy.
+        """
+        raise NotImplementedError
+
     def node_states(self, batch: Data) -> dict[str, Tensor]:
         """``node_features`` (N, C) at every one of ``layers``, in order of depth.
 

@@ -64,6 +64,10 @@ class Normalizer:
         """Physical forces in eV/Å of network forces; any shape, dtype kept."""
         return forces * self.force_std
 
+    def denormalize_virial(self, virial: Tensor) -> Tensor:
+        """Virials in eV of network virials (B, 3, 3), by the scale of the energy."""
+        return virial * self.energy_std
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form that :meth:`from_dict` reads."""
         return {**asdict(self), "element_references": list(self.element_references)}

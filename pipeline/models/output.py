@@ -12,9 +12,9 @@ class ModelOutput:
     ``energy`` (B,), ``forces`` (N, 3) or None, ``per_atom_energy`` (N,),
     ``node_features`` (N, C), ``vector_features`` (N, 3, C) or None; of models with edge
     states ``edge_features`` (E, C) on the batch's edges and ``edge_to_node_features``
-    (N, C), their sums over the edges into each atom. Models whose forces are the gradient
-    of their energy have ``virial`` (B, 3, 3): minus the derivative of the energy with
-    respect to a symmetric strain. Values become eV and eV/Å through
+    (N, C), their sums over the edges into each atom. Models whose forces are the
+    gradient of their energy have ``virial`` (B, 3, 3): minus the derivative of the
+    energy with respect to a symmetric strain. Values become eV and eV/Å through
     :class:`~pipeline.models.normalizer.Normalizer`.
     """
 

@@ -14,6 +14,7 @@ from torch_geometric.utils import scatter
 
 from pipeline.errors import SpecError
 from pipeline.graphs.neighbors import NeighborSpec
+from pipeline.models.derivatives import differentiate
 from pipeline.models.fused import FusedMessage, FusedUpdate, fused_library
 from pipeline.models.fused_edges import fused_edges
 from pipeline.models.layers import (
@@ -26,7 +27,6 @@ from pipeline.models.layers import (
     full_precision,
     reset_linear,
     vector_norm,
-    with_position_gradient,
 )
 from pipeline.models.messages import EdgeTensors, Pairs, sum_messages
 from pipeline.models.network import Network
@@ -126,21 +126,29 @@ class PaiNN(Network):
         ``layers`` takes scalar or vector states from another layer: ``m<k>`` after
         message layer k, ``u<k>`` after update layer k, counted from 1.
         """
-        forces: Tensor | None = None
+        regress = self.options.regress_forces
+        if regress and not self.options.direct_forces:
+            return differentiate(self, batch, layers or {})
+        output, x, vec = self._predict(batch, layers or {})
+        if regress:
+            with full_precision(x):
+                output = replace(output, forces=self.out_forces(x, vec))
+        return output if torch.is_grad_enabled() else output.detached()
+
+    def predict_energies(
+        self, batch: Data, layers: Mapping[str, str] | None = None
+    ) -> ModelOutput:
+        """Outputs without forces, differentiable by ``positions`` and ``cell``."""
+        return self._predict(batch, layers or {})[0]
+
+    def _predict(
+        self, batch: Data, layers: Mapping[str, str]
+    ) -> tuple[ModelOutput, Tensor, Tensor]:
+        """Outputs without forces, final scalar and vector states."""
         states: dict[str, tuple[Tensor, Tensor]] = {}
-        if not self.options.regress_forces or self.options.direct_forces:
-            energy, per_atom, x, vec = self._energy(batch, batch.positions, states)
-            if self.options.regress_forces:
-                with full_precision(x):
-                    forces = self.out_forces(x, vec)
-        else:
-            (energy, per_atom, x, vec), forces = with_position_gradient(
-                lambda positions: self._energy(batch, positions, states),
-                batch.positions,
-                create_graph=self.training,
-            )
-        output = ModelOutput(energy, forces, per_atom, x, vec)
-        return _with_layers(output, states, layers or {})
+        energy, per_atom, x, vec = self._energy(batch, batch.positions, states)
+        output = ModelOutput(energy, None, per_atom, x, vec)
+        return _with_layers(output, states, layers), x, vec
 
     def node_states(self, batch: Data) -> dict[str, Tensor]:
         """Scalar states (N, H) after all layers, without forces."""
@@ -200,8 +208,7 @@ def _with_layers(
         field: states[layer][field == "vector_features"]
         for field, layer in layers.items()
     }
-    output = replace(output, **changes)
-    return output if torch.is_grad_enabled() else output.detached()
+    return replace(output, **changes)
 
 
 class PaiNNMessage(nn.Module):

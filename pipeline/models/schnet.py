@@ -11,6 +11,7 @@ from torch_geometric.utils import scatter
 
 from pipeline.errors import SpecError
 from pipeline.graphs.neighbors import NeighborSpec
+from pipeline.models.derivatives import differentiate
 from pipeline.models.layers import (
     GaussianSmearing,
     ShiftedSoftplus,
@@ -18,7 +19,6 @@ from pipeline.models.layers import (
     edge_vectors,
     full_precision,
     reset_linear,
-    with_position_gradient,
 )
 from pipeline.models.messages import Pairs
 from pipeline.models.network import Network
@@ -95,20 +95,20 @@ class SchNet(Network):
 
         ``layers`` takes the state from another layer: ``i<k>`` after interaction k.
         """
-        forces: Tensor | None = None
-        states: dict[str, Tensor] = {}
         if self.options.regress_forces:
-            (energy, per_atom, h), forces = with_position_gradient(
-                lambda positions: self._energy(batch, positions, states),
-                batch.positions,
-                create_graph=self.training,
-            )
-        else:
-            energy, per_atom, h = self._energy(batch, batch.positions, states)
+            return differentiate(self, batch, layers or {})
+        output = self.predict_energies(batch, layers)
+        return output if torch.is_grad_enabled() else output.detached()
+
+    def predict_energies(
+        self, batch: Data, layers: Mapping[str, str] | None = None
+    ) -> ModelOutput:
+        """Outputs without forces, differentiable by ``positions`` and ``cell``."""
+        states: dict[str, Tensor] = {}
+        energy, per_atom, h = self._energy(batch, batch.positions, states)
         if layers:
             h = states[layers["node_features"]]
-        output = ModelOutput(energy, forces, per_atom, h, vector_features=None)
-        return output if torch.is_grad_enabled() else output.detached()
+        return ModelOutput(energy, None, per_atom, h, vector_features=None)
 
     def node_states(self, batch: Data) -> dict[str, Tensor]:
         """States (N, H) after all interactions, without forces."""

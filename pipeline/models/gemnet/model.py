@@ -11,6 +11,7 @@ from torch_geometric.data import Data
 from torch_geometric.utils import scatter
 
 from pipeline.graphs.neighbors import Edges
+from pipeline.models.derivatives import differentiate
 from pipeline.models.gemnet.blocks import (
     Bases,
     EdgeEmbedding,
@@ -32,7 +33,7 @@ from pipeline.models.gemnet.options import GemNetOCOptions
 from pipeline.models.gemnet.shared import SharedBases
 from pipeline.models.gemnet.slots import Slots
 from pipeline.models.gemnet.tables import Tables, make_tables
-from pipeline.models.layers import AtomEmbedding, with_position_gradient
+from pipeline.models.layers import AtomEmbedding
 from pipeline.models.output import ModelOutput
 
 States = tuple[Tensor, Tensor | None]
@@ -114,30 +115,26 @@ class GemNetOC(SharedBases):
         self, batch: Data, layers: Mapping[str, str] | None = None
     ) -> ModelOutput:
         """Outputs in network units; ``layers`` names the layer of some features."""
-        layers = layers or {}
-        tables = make_tables(batch, self.options)
-        if self.direct or not self.options.regress_forces:
-            return self._predict(batch, batch.positions, tables, layers)
-        found: list[ModelOutput] = []
+        regress = self.options.regress_forces
+        if regress and not self.direct:
+            return differentiate(self, batch, layers or {})
+        return self._predict(batch, layers or {}, with_forces=regress)
 
-        def energy_of(positions: Tensor) -> tuple[Tensor, ...]:
-            found.append(self._predict(batch, positions, tables, layers))
-            return (found[0].energy,)
-
-        _, forces = with_position_gradient(
-            energy_of, batch.positions, create_graph=self.training
-        )
-        output = replace(found[0], forces=forces)
-        return output if torch.is_grad_enabled() else output.detached()
+    def predict_energies(
+        self, batch: Data, layers: Mapping[str, str] | None = None
+    ) -> ModelOutput:
+        """Outputs without forces, differentiable by ``positions`` and ``cell``."""
+        return self._predict(batch, layers or {}, with_forces=False)
 
     def _predict(
         self,
         batch: Data,
-        positions: Tensor,
-        tables: Tables,
         layers: Mapping[str, str],
+        *,
+        with_forces: bool,
     ) -> ModelOutput:
-        """Outputs for ``positions`` (N, 3); forces only where they are direct."""
+        """Outputs with forces of the head, if they are wanted."""
+        tables, positions = make_tables(batch, self.options), batch.positions
         geometry = edge_geometry(batch, positions)
         wanted = set(layers.values())
         states = self._states(batch, positions, tables, geometry, wanted)
@@ -148,7 +145,7 @@ class GemNetOC(SharedBases):
             per_atom, batch.batch, dim=0, dim_size=batch.num_graphs, reduce=reduce
         )
         forces = None
-        if edge is not None and self.options.regress_forces:
+        if with_forces and edge is not None:
             forces = self._forces(edge, geometry, tables)
         output = ModelOutput(energy, forces, per_atom, node, None)
         return _with_features(output, states, layers, geometry, tables.main.slots)
