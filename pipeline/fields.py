@@ -50,9 +50,21 @@ _TABLE = (
     Field("pbc", "structures", "sample", (3,), "uint8", "1", "periodic directions"),
     Field("energy", "labels", "sample", (), "float64", "eV", "reference energy"),
     Field("forces", "labels", "node", (3,), "float32", "eV/Å", "reference forces"),
+    Field(
+        "virial",
+        "labels",
+        "sample",
+        (3, 3),
+        "float64",
+        "eV",
+        "reference virial: minus volume times stress, symmetric",
+    ),
     Field("teacher_energy", "teacher", "sample", (), "float64", "eV", "of the teacher"),
     Field(
         "teacher_forces", "teacher", "node", (3,), "float32", "eV/Å", "of the teacher"
+    ),
+    Field(
+        "teacher_virial", "teacher", "sample", (3, 3), "float64", "eV", "of the teacher"
     ),
     Field(
         "per_atom_energy",
@@ -139,7 +151,8 @@ _TABLE = (
 
 FIELDS: dict[str, Field] = {field.name: field for field in _TABLE}
 STRUCTURE_FIELDS = tuple(f.name for f in _TABLE if f.group == "structures")
-LABEL_FIELDS = tuple(f.name for f in _TABLE if f.group == "labels")
+# Labels and predictions that every split has; virials are where there are some.
+LABEL_FIELDS = ("energy", "forces")
 PREDICTION_FIELDS = ("teacher_energy", "teacher_forces")
 FEATURE_FIELDS = tuple(f.name for f in _TABLE if f.group == "features")
 # They say which edge a row of edge features belongs to and are stored with them.

@@ -1,10 +1,14 @@
 """One atomistic structure with its labels, and the hash that identifies it."""
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+
+# The virial of a sample without this label; shared, so nobody may write to it.
+NO_VIRIAL: npt.NDArray[np.float64] = np.full((3, 3), np.nan)
+NO_VIRIAL.flags.writeable = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -40,13 +44,16 @@ class Structure:
 class Sample:
     """A structure under its id, with reference labels where the source has them.
 
-    ``energy`` in eV, ``forces`` (N, 3) float32 in eV/Å; missing labels are NaN.
+    ``energy`` in eV, ``forces`` (N, 3) float32 in eV/Å, ``virial`` (3, 3) float64 in eV
+    and symmetric: minus volume times stress, which is positive in tension. Missing
+    labels are NaN.
     """
 
     sample_id: str
     structure: Structure
     energy: float
     forces: npt.NDArray[np.float32]
+    virial: npt.NDArray[np.float64] = field(default_factory=lambda: NO_VIRIAL)
 
     @classmethod
     def without_labels(cls, sample_id: str, structure: Structure) -> "Sample":

@@ -80,6 +80,15 @@ MEASURED_SECONDS = 1.0
     "negative. Default: none.",
 )
 @click.option(
+    "--virial-key",
+    help="Name of the virial in a dataset; none reads neither virial nor stress. "
+    "Default: virial or virials.",
+)
+@click.option(
+    "--stress-key",
+    help="Name of the stress in a dataset, positive in tension. Default: stress.",
+)
+@click.option(
     "--units",
     help="Units of a dataset: energy=kcal/mol,length=Å,forces=… Default: eV and Å.",
 )
@@ -138,6 +147,8 @@ def eval_main(
     energy_key: str | None,
     forces_key: str | None,
     gradient_key: str | None,
+    virial_key: str | None,
+    stress_key: str | None,
     units: str | None,
     limit: int | None,
     every: int,
@@ -184,6 +195,8 @@ def eval_main(
         "energy_key": energy_key,
         "forces_key": forces_key,
         "gradient_key": gradient_key,
+        "virial_key": virial_key,
+        "stress_key": stress_key,
         "units": units,
     }
     elements = known_elements(student, "--any-element", any_element)
@@ -301,7 +314,11 @@ def _read_options(chosen: dict[str, Any]) -> "ReadOptions":
         units = parse_units(chosen["units"]) if chosen["units"] else Units()
     except ValueError as error:
         raise SpecError(f"--units: {error}.") from None
-    return ReadOptions(keys["energy"], keys["forces"], keys["gradient"], units)
+    return ReadOptions(
+        *(keys["energy"], keys["forces"], keys["gradient"], units),
+        virial_key=chosen["virial_key"],
+        stress_key=chosen["stress_key"],
+    )
 
 
 @click.command(context_settings=HELP)

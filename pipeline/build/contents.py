@@ -10,7 +10,7 @@ import numpy.typing as npt
 from ase.data import chemical_symbols
 
 from pipeline.datasets import Dataset
-from pipeline.datasets.labels import is_like, is_per_atom
+from pipeline.datasets.labels import NO_KEY, is_like, is_per_atom
 from pipeline.errors import DataError
 from pipeline.spec.sections import SplitSpec
 from pipeline.structure import Sample
@@ -18,8 +18,12 @@ from pipeline.structure import Sample
 log = logging.getLogger("pipeline.build.contents")
 
 # Keys of a split that name where a label is, in the order in which they are advised.
-LABEL_KEYS = {"energy": ("energy_key",), "forces": ("forces_key", "gradient_key")}
-_ONE = {"energy": "an energy", "forces": "forces"}
+LABEL_KEYS = {
+    "energy": ("energy_key",),
+    "forces": ("forces_key", "gradient_key"),
+    "virial": ("virial_key", "stress_key"),
+}
+_ONE = {"energy": "an energy", "forces": "forces", "virial": "a virial"}
 _NAMED = 3
 
 
@@ -36,9 +40,9 @@ class Gap:
 class Contents:
     """Counts of a split's samples, in the order of its dataset.
 
-    ``energy`` and ``forces`` are samples with that label, ``periodic`` those that are
-    periodic along any axis, ``elements`` atomic numbers. ``gaps`` holds the first
-    sample without each label that is not everywhere.
+    ``energy``, ``forces`` and ``virial`` are samples with that label, ``periodic``
+    those that are periodic along any axis, ``elements`` atomic numbers. ``gaps`` holds
+    the first sample without each label that is not everywhere.
     """
 
     frames: int = 0
@@ -47,6 +51,7 @@ class Contents:
     periodic: int = 0
     elements: frozenset[int] = frozenset()
     gaps: Mapping[str, Gap] = field(default_factory=dict)
+    virial: int = 0
 
     @classmethod
     def of(cls, samples: Sequence[Sample], first: int = 0) -> "Contents":
@@ -54,6 +59,7 @@ class Contents:
         has = {
             "energy": [bool(np.isfinite(s.energy)) for s in samples],
             "forces": [bool(np.isfinite(s.forces).all()) for s in samples],
+            "virial": [bool(np.isfinite(s.virial).all()) for s in samples],
         }
         numbers = [s.structure.atomic_numbers for s in samples]
         return cls(
@@ -67,6 +73,7 @@ class Contents:
                 for label, found in has.items()
                 if not all(found)
             },
+            sum(has["virial"]),
         )
 
     def __add__(self, other: "Contents") -> "Contents":
@@ -78,6 +85,7 @@ class Contents:
             self.periodic + other.periodic,
             self.elements | other.elements,
             {**other.gaps, **self.gaps},
+            self.virial + other.virial,
         )
 
     def named(self, dataset: Dataset) -> "Contents":
@@ -94,15 +102,18 @@ class Contents:
 
     @property
     def labelled(self) -> dict[str, int]:
-        """Samples with an energy, and samples with the forces of all their atoms."""
-        return {"energy": self.energy, "forces": self.forces}
+        """Samples with an energy, with the forces of all their atoms, with a virial.
+
+        Without any virial it has no entry, as in stores of earlier versions.
+        """
+        known = {"energy": self.energy, "forces": self.forces}
+        return known | ({"virial": self.virial} if self.virial else {})
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form."""
         return {
             "frames": self.frames,
-            "energy": self.energy,
-            "forces": self.forces,
+            **self.labelled,
             "periodic": self.periodic,
             "elements": [chemical_symbols[number] for number in sorted(self.elements)],
             "gaps": {
@@ -112,6 +123,7 @@ class Contents:
                     "names": list(gap.names),
                 }
                 for label, gap in sorted(self.gaps.items())
+                if label in self.labelled
             },
         }
 
@@ -123,12 +135,16 @@ class Contents:
             for label, gap in document["gaps"].items()
         }
         elements = frozenset(map(chemical_symbols.index, document["elements"]))
-        counts = {k: int(document[k]) for k in ("frames", *LABEL_KEYS, "periodic")}
+        names = ("frames", "energy", "forces", "periodic")
+        counts = {name: int(document[name]) for name in names}
+        counts["virial"] = int(document.get("virial", 0))
         return cls(**counts, elements=elements, gaps=gaps)
 
 
 def check_labels(split: str, keys: SplitSpec, contents: Contents) -> None:
     """Warn of each label that some samples of a split lack; names what they have.
+
+    Virials are missed only if a key of the split names them.
 
     Raises
     ------
@@ -136,7 +152,10 @@ def check_labels(split: str, keys: SplitSpec, contents: Contents) -> None:
         No sample has a label whose name the split gives with one of its ``keys``.
     """
     for label, gap in contents.gaps.items():
-        count = contents.labelled[label]
+        named = [getattr(keys, key) for key in LABEL_KEYS[label]]
+        if label == "virial" and all(name in (None, NO_KEY) for name in named):
+            continue
+        count = contents.labelled.get(label, 0)
         advice = _advice(split, label, gap, whole=count == 0)
         for key in LABEL_KEYS[label]:
             name = getattr(keys, key)

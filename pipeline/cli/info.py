@@ -18,7 +18,8 @@ _USES = {
     "generation": "generation",
     "force_jacobian": "force_jacobian",
 }
-_COLUMNS = ("split", "frames", "energy", "forces", "periodic", "elements", "left out")
+_COUNTS = ("frames", "energy", "forces", "virial")
+_COLUMNS = ("periodic", "elements", "left out")
 
 
 def render_description(description: dict[str, Any]) -> str:
@@ -146,16 +147,19 @@ def _format_labels(split: dict[str, Any]) -> str:
         return ""
     if not any(known.values()):
         return "; the source has no labels"
-    return f"; {known['energy']} samples have energies, {known['forces']} have forces"
+    text = f"; {known['energy']} samples have energies, {known['forces']} have forces"
+    virials = known.get("virial", 0)
+    return f"{text}, {virials} have virials" if virials else text
 
 
 def contents_table(
     contents: Mapping[str, Mapping[str, Any]], left_out: Mapping[str, int]
 ) -> list[str]:
     """Lines of a table with a row for each split, of contents as `to_dict` gives."""
-    rows: list[tuple[str, ...]] = [_COLUMNS]
+    shown = [key for key in _COUNTS if any(key in found for found in contents.values())]
+    rows: list[tuple[str, ...]] = [("split", *shown, *_COLUMNS)]
     for name, found in contents.items():
-        counts = [str(found[key]) for key in ("frames", "energy", "forces")]
+        counts = [str(found.get(key, 0)) for key in shown]
         elements = " ".join(found["elements"])
         rows.append(
             (name, *counts, _periodic(found), elements, str(left_out.get(name, 0)))
@@ -163,7 +167,7 @@ def contents_table(
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(
-            cell.rjust(width) if 0 < place < 4 else cell.ljust(width)
+            cell.rjust(width) if 0 < place <= len(shown) else cell.ljust(width)
             for place, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows

@@ -122,4 +122,6 @@ def read_options(split: SplitSpec) -> ReadOptions:
         units=split.units.names,
         where=split.conditions,
         keep_bad=split.on_bad_sample == "skip",
+        virial_key=split.virial_key,
+        stress_key=split.stress_key,
     )

@@ -8,10 +8,9 @@ from typing import Any
 
 from pipeline.datasets.labels import ReadOptions
 from pipeline.errors import DataError
-from pipeline.spec.units import Units
+from pipeline.spec.units import KINDS, Units
 
 log = logging.getLogger("pipeline.datasets")
-_PARTS = ("energy", "length", "forces")
 
 
 def reconcile_units(path: Path, stated: Units, split: Units, source: str) -> Units:
@@ -34,7 +33,7 @@ def reconcile_units(path: Path, stated: Units, split: Units, source: str) -> Uni
     if stated == Units():
         return stated
     factors = {}
-    for part in _PARTS:
+    for part in KINDS:
         if (name := getattr(stated, part)) is not None:
             try:
                 factors[part] = getattr(Units(**{part: name}).factors, part)
@@ -57,7 +56,7 @@ def reconcile_units(path: Path, stated: Units, split: Units, source: str) -> Uni
         source,
         ", ".join(
             f"{part} is in {name}"
-            for part in _PARTS
+            for part in KINDS
             if (name := getattr(stated, part)) is not None
         ),
     )
@@ -68,7 +67,8 @@ def metadata_units(path: Path, metadata: Any, options: ReadOptions) -> Units:
     """Units in the metadata of an ASE database, as schnetpack and nablaDFT write them.
 
     They are those of values in ``data``, where the split takes its labels from there,
-    and of lengths. Energies and forces that ASE itself keeps are in eV and eV/Å.
+    and of lengths. Energies, forces and stresses
+    that ASE itself keeps are in eV, eV/Å and eV/Å³.
 
     Raises
     ------
@@ -84,10 +84,14 @@ def metadata_units(path: Path, metadata: Any, options: ReadOptions) -> Units:
         energy=_text(path, named, energy),
         length=_text(path, metadata, "_distance_unit"),
         forces=_text(path, named, forces),
+        stress=_text(path, named, options.stress_key),
     )
     if forces is None and stated != Units():
         stated = replace(stated, forces="eV/Å")
-    return reconcile_units(path, stated, options.units, "its metadata")
+    found = reconcile_units(path, stated, options.units, "its metadata")
+    if stated == Units() or options.stress_key is not None:
+        return found
+    return replace(found, stress="eV/Å³")
 
 
 def _text(path: Path, units: Mapping[str, Any], key: str | None) -> str | None:

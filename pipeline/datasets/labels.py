@@ -3,15 +3,16 @@
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.datasets.samples import Fields, make_sample
+from pipeline.datasets.virials import StrainLabel, has_components, sample_virial
 from pipeline.errors import DataError, SpecError
-from pipeline.spec.units import Units
+from pipeline.spec.units import Factors, Units
 from pipeline.structure import Sample
 
 if TYPE_CHECKING:
@@ -24,14 +25,21 @@ Scalar = bool | int | float | str
 Condition = tuple[str, tuple[Scalar, ...]]
 # Parts of names that are like a label's, and whole names: those of OC20's LMDBs, of
 # quantum chemistry and of MD17.
-_STEMS = {"energy": ("energ", "etot", "toten"), "forces": ("forc", "grad")}
+_STEMS = {
+    "energy": ("energ", "etot", "toten"),
+    "forces": ("forc", "grad"),
+    "virial": ("virial", "stress"),
+}
 _WHOLE = {
     "energy": {"y", "y_init", "y_relaxed", "e", "u", "u0", "scf"},
     "forces": {"f", "fx", "fy", "fz", "de_dr", "dedr"},
+    "virial": set[str](),
 }
-_OTHERS = ("virial", "stress")
 _PER_ATOM = re.compile(r"per[_-]?atom|/atom", re.I)
 _NAMED = 8
+# What `virial_key` says if neither stresses nor virials are to be read.
+NO_KEY = "none"
+_VIRIALS, _STRESSES = ("virial", "virials"), ("stress",)
 # Labels under two names are the same if they agree as single precision does.
 _SINGLE = 1e-5
 
@@ -42,7 +50,9 @@ class ReadOptions:
 
     ``gradient_key`` names the gradient of the energy: forces are its negative.
     ``where`` are conditions that a frame must meet. With ``keep_bad`` a frame that
-    cannot be read is listed, and refused when it is asked for.
+    cannot be read is listed, and refused when it is asked for. If one of ``virial_key``
+    and ``stress_key`` is given, only what it names is read; a ``virial_key`` of
+    ``none`` names nothing.
 
     Raises
     ------
@@ -56,6 +66,8 @@ class ReadOptions:
     units: Units = field(default_factory=Units)
     where: tuple[Condition, ...] = ()
     keep_bad: bool = False
+    virial_key: str | None = None
+    stress_key: str | None = None
 
     def __post_init__(self) -> None:
         if self.energy_key is not None and is_per_atom(self.energy_key):
@@ -131,12 +143,18 @@ def record_sample(
         length_factor=factors.length,
         forces_factor=sign * factors.forces,
     )
-    return make_sample(sample_id, fields, where)
+    sample = make_sample(sample_id, fields, where)
+    virial, stress = _strain_labels(record, options, factors)
+    if virial is None and stress is None:
+        return sample
+    found = sample_virial(sample.structure, virial, stress, where)
+    return replace(sample, virial=found)
 
 
 def label_like(record: Record, options: ReadOptions) -> list[str]:
     """Names in ``record`` that look like labels, other than those in use, sorted."""
-    used = {found[0] for found in _labels(record, options) if found is not None}
+    labels = (*_labels(record, options), *_find_strain_labels(record, options))
+    used = {found[0] for found in labels if found is not None}
     return sorted(
         name for name in record.properties if name not in used and is_label_like(name)
     )
@@ -144,12 +162,11 @@ def label_like(record: Record, options: ReadOptions) -> list[str]:
 
 def is_label_like(name: str) -> bool:
     """Whether ``name`` looks like that of an energy, forces, a virial or a stress."""
-    others = any(stem in name.lower() for stem in _OTHERS)
-    return others or any(is_like(name, label) for label in _STEMS)
+    return any(is_like(name, label) for label in _STEMS)
 
 
 def is_like(name: str, label: str) -> bool:
-    """Whether ``name`` looks like that of ``label``, which is energy or forces."""
+    """Whether ``name`` looks like that of ``label``: energy, forces or virial."""
     # Values inside others have dots before their names.
     word = name.lower().rpartition("data.")[2]
     return word in _WHOLE[label] or any(stem in word for stem in _STEMS[label])
@@ -165,14 +182,17 @@ def report_missing_labels(
     dataset: "Dataset",
     no_energy: npt.NDArray[np.bool_],
     no_forces: npt.NDArray[np.bool_],
+    no_virial: npt.NDArray[np.bool_],
 ) -> None:
     """Log how many samples have no energy or no forces, and the names they do have.
+
+    Virials are missed only if the split names them.
 
     Parameters
     ----------
     where
         The split or file, as it begins the sentence.
-    no_energy, no_forces
+    no_energy, no_forces, no_virial
         (n,), one for each sample of ``dataset``.
 
     Raises
@@ -186,6 +206,12 @@ def report_missing_labels(
     if options.gradient_key is not None:
         key = ("gradient_key", options.gradient_key)
     _report(where, dataset, "forces", key, no_forces)
+    for option, chosen in (
+        ("virial_key", options.virial_key),
+        ("stress_key", options.stress_key),
+    ):
+        if chosen is not None and chosen != NO_KEY:
+            _report(where, dataset, "virial", (option, chosen), no_virial)
 
 
 def warn_of_missing_labels(
@@ -196,12 +222,16 @@ def warn_of_missing_labels(
     With ``only_named`` samples count that have other names like labels: structures
     without any are as they should be where labels are made.
     """
-    missing = np.zeros((2, len(dataset)), np.bool_)
+    missing = np.zeros((3, len(dataset)), np.bool_)
     for index in range(len(dataset)):
         if only_named and not dataset.label_names(index):
             continue
         sample = dataset[index]
-        missing[:, index] = np.isnan(sample.energy), np.isnan(sample.forces).all()
+        missing[:, index] = (
+            np.isnan(sample.energy),
+            np.isnan(sample.forces).all(),
+            np.isnan(sample.virial).any(),
+        )
     report_missing_labels(where, dataset, *missing)
 
 
@@ -249,6 +279,40 @@ def _labels(
     return _first(record.properties, energies), _first(record.properties, forces)
 
 
+def _find_strain_labels(
+    record: Record, options: ReadOptions
+) -> tuple[tuple[str, Any] | None, tuple[str, Any] | None]:
+    """Name and value of the virial and of the stress.
+
+    Under names that no split gives, only six or nine numbers are one: files also have
+    virials of single atoms there, or the trace.
+    """
+    properties = record.properties
+    named = options.virial_key, options.stress_key
+    if named != (None, None):
+        virial, stress = (
+            None if key in (None, NO_KEY) else _first(properties, (str(key),))
+            for key in named
+        )
+        return virial, stress
+    virial, stress = (_first(properties, names) for names in (_VIRIALS, _STRESSES))
+    return (
+        virial if virial is not None and has_components(virial[1]) else None,
+        stress if stress is not None and has_components(stress[1]) else None,
+    )
+
+
+def _strain_labels(
+    record: Record, options: ReadOptions, factors: Factors
+) -> tuple[StrainLabel | None, StrainLabel | None]:
+    """The virial and the stress of a record, with their factors to eV and eV/Å³."""
+    virial, stress = _find_strain_labels(record, options)
+    return (
+        None if virial is None else StrainLabel(*virial, factors.energy),
+        None if stress is None else StrainLabel(*stress, factors.stress),
+    )
+
+
 def _searches(
     record: Record, options: ReadOptions
 ) -> list[tuple[tuple[str, ...], str]]:
@@ -258,6 +322,8 @@ def _searches(
         found.append((record.energy_names, "energy_key"))
     if options.forces_key is None and options.gradient_key is None:
         found.append((record.forces_names, "forces_key"))
+    if options.virial_key is None and options.stress_key is None:
+        found += [(_VIRIALS, "virial_key"), (_STRESSES, "stress_key")]
     return found
 
 

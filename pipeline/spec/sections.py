@@ -145,9 +145,19 @@ class SplitSpec(ClosedModel):
         "forces_key. Forces are the negative gradient (default: "
         "none).",
     )
+    virial_key: str | None = Key(
+        None,
+        description="Name of the virial in the files, in the unit of energies; none "
+        "reads neither virial nor stress (default: virial or virials).",
+    )
+    stress_key: str | None = Key(
+        None,
+        description="Name of the stress in the files, positive in tension "
+        "(default: stress).",
+    )
     units: UnitsSpec = Key(
         default_factory=UnitsSpec,
-        description="Units of the files: {energy, length, forces}.",
+        description="Units of the files: {energy, length, forces, stress}.",
     )
     where: dict[str, Scalar | list[Scalar]] = Key(
         default_factory=dict,

@@ -1,5 +1,6 @@
-"""Units of energies, lengths and forces, by the names that people write."""
+"""Units of energies, lengths, forces and stresses, by the names that people write."""
 
+import re
 import unicodedata
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,6 +16,12 @@ _ENERGIES = {
     "kJ/mol": ase_units.kJ / ase_units.mol,
 }
 _LENGTHS = {"Å": 1.0, "nm": 10.0, "pm": 0.01, "Bohr": ase_units.Bohr}
+_PRESSURES = {
+    "GPa": ase_units.GPa,
+    "MPa": 1e-3 * ase_units.GPa,
+    "kbar": 1e3 * ase_units.bar,
+    "bar": ase_units.bar,
+}
 _ALIASES = {
     "electronvolt": "eV",
     "ha": "Hartree",
@@ -31,13 +38,18 @@ _ALIASES = {
 }
 
 
+_CUBE = re.compile(r"(.+?)(?:\^|\*\*)?3")
+KINDS = ("energy", "length", "forces", "stress")
+
+
 @dataclass(frozen=True)
 class Factors:
-    """What values of a file are multiplied with to be in eV, Å and eV/Å."""
+    """What values of a file are multiplied with to be in eV, Å, eV/Å and eV/Å³."""
 
     energy: float = 1.0
     length: float = 1.0
     forces: float = 1.0
+    stress: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -47,19 +59,24 @@ class Units:
     energy: str | None = None
     length: str | None = None
     forces: str | None = None
+    stress: str | None = None
 
     def over(self, others: "Units") -> "Units":
         """These units, and those of ``others`` where these say nothing.
 
-        A unit of forces follows from energy and length if one of these is named here.
+        Units of forces and stress follow from energy and length if one of these is
+        named here.
         """
         own = self.energy is not None or self.length is not None
         forces = self.forces if own else self.forces or others.forces
-        return Units(self.energy or others.energy, self.length or others.length, forces)
+        stress = self.stress if own else self.stress or others.stress
+        return Units(
+            self.energy or others.energy, self.length or others.length, forces, stress
+        )
 
     @property
     def factors(self) -> Factors:
-        """Factors to eV, Å and eV/Å; what is not named is in these already.
+        """Factors to eV, Å, eV/Å and eV/Å³; what is not named is in these already.
 
         Raises
         ------
@@ -80,8 +97,10 @@ def parse_units(text: str) -> Units:
     named: dict[str, str] = {}
     for part in text.split(","):
         kind, _, unit = (word.strip() for word in part.partition("="))
-        if kind not in ("energy", "length", "forces") or not unit or kind in named:
-            raise ValueError(f"{part!r} must be energy=…, length=… or forces=…")
+        if kind not in KINDS or not unit or kind in named:
+            raise ValueError(
+                f"{part!r} must be energy=…, length=…, forces=… or stress=…"
+            )
         named[kind] = unit
     units = Units(**named)
     _ = units.factors
@@ -92,9 +111,12 @@ def parse_units(text: str) -> Units:
 def _factors(units: Units) -> Factors:
     energy = energy_factor(units.energy or "eV")
     length = length_factor(units.length or "Å")
-    if units.forces is None:
-        return Factors(energy, length, energy / length)
-    return Factors(energy, length, forces_factor(units.forces))
+    forces, stress = energy / length, energy / length**3
+    if units.forces is not None:
+        forces = forces_factor(units.forces)
+    if units.stress is not None:
+        stress = stress_factor(units.stress)
+    return Factors(energy, length, forces, stress)
 
 
 def energy_factor(name: str) -> float:
@@ -119,6 +141,24 @@ def forces_factor(name: str) -> float:
     if not slash:
         raise ValueError(f"{name!r} must be energy/length, such as Hartree/Bohr")
     return energy_factor(energy) / length_factor(length)
+
+
+def stress_factor(name: str) -> float:
+    """Units of eV/Å³ in one unit of stress, such as ``GPa`` or ``Hartree/Bohr³``.
+
+    Raises
+    ------
+    ValueError
+        It is neither a known pressure nor a known energy, a slash and a known length
+        with its power of three.
+    """
+    energy, slash, volume = unicodedata.normalize("NFKC", name).rpartition("/")
+    if not slash:
+        return _factor(name, _PRESSURES, "stress")
+    match = _CUBE.fullmatch(volume.strip())
+    if match is None:
+        raise ValueError(f"{name!r} must be energy/length³, such as eV/Å³, or GPa")
+    return energy_factor(energy) / length_factor(match.group(1)) ** 3
 
 
 def _factor(name: str, known: dict[str, float], kind: str) -> float:

@@ -22,7 +22,13 @@ class UnitsSpec(ClosedModel):
         description="Unit of forces, such as Hartree/Bohr (default: energy / length).",
     )
 
-    @field_validator("energy", "length", "forces")
+    stress: str | None = Key(
+        None,
+        description="Unit of stresses: eV/Å³, Hartree/Bohr³, GPa, MPa, kbar, bar "
+        "(default: energy / length³).",
+    )
+
+    @field_validator("energy", "length", "forces", "stress")
     @classmethod
     def _known(cls, value: str | None, info: ValidationInfo) -> str | None:
         if value is not None and info.field_name is not None:
@@ -32,4 +38,4 @@ class UnitsSpec(ClosedModel):
     @property
     def names(self) -> Units:
         """The same, as readers take them."""
-        return Units(self.energy, self.length, self.forces)
+        return Units(self.energy, self.length, self.forces, self.stress)

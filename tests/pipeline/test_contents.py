@@ -151,15 +151,19 @@ def test_counts_of_parts_are_those_of_all() -> None:
             np.zeros(2, np.int8),
             np.zeros(2, np.bool_),
         )
-        return Sample(name, structure, energy, np.full((2, 3), energy, np.float32))
+        forces = np.full((2, 3), energy, np.float32)
+        virial = np.full((3, 3), 1.0 if number == 8 else np.nan)
+        return Sample(name, structure, energy, forces, virial)
 
     samples = [sample("a", 1, 1), sample("b", 2, 8), sample("c", np.nan, 6)]
     whole = Contents.of(samples)
     parts = [Contents.of(samples[i : i + 1], i) for i in range(3)]
     assert parts[0] + parts[1] + parts[2] == whole
-    assert whole.labelled == {"energy": 2, "forces": 2}
+    assert whole.labelled == {"energy": 2, "forces": 2, "virial": 1}
     assert whole.gaps["energy"] == Gap(2)
     assert Contents.from_dict(json.loads(json.dumps(whole.to_dict()))) == whole
+    # Stores of earlier versions say nothing of virials.
+    assert "virial" not in json.dumps(Contents.of(samples[:1]).to_dict())
 
 
 def test_structures_in_two_splits_are_counted_and_named(tmp_path: Path) -> None:

@@ -216,9 +216,12 @@ def test_stress_of_six_numbers_damages_nothing(tmp_path: Path) -> None:
     """B4: ASE's reader refuses the whole file."""
     path = tmp_path / "s.xyz"
     path.write_text(_text(f'{SPECIES_POS} energy=-1 stress="1 2 3 4 5 6" virial=7'))
-    dataset = open_dataset("extxyz", str(path))
+    options = ReadOptions(virial_key="none")
+    dataset = open_dataset("extxyz", str(path), options=options)
     assert dataset[0].energy == -1
     assert dataset.label_names(0) == ["stress", "virial"]
+    with pytest.raises(DataError, match="no periodic cell with a volume"):
+        open_dataset("extxyz", str(path))
 
 
 @pytest.mark.parametrize(
