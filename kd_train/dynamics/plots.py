@@ -6,6 +6,8 @@ from kd_train.dynamics.measure import Measured
 from kd_train.dynamics.results import Results
 from kd_train.report.figures import GRID, new_figure, render_files, style
 
+# More lines than this have no legend, because colours repeat.
+_FEW_REPLICAS = 10
 _STUDENT, _REFERENCE = "#d55e00", "#4d4d4d"
 
 
@@ -41,6 +43,8 @@ def _replica_lines(axes: Any, measured: Measured) -> None:
         if replica.reason is not None and len(total):
             color = axes.lines[-1].get_color()
             axes.plot(replica.time[-1:], total[-1:], "x", color=color)
+    if 1 < len(measured.replicas) <= _FEW_REPLICAS:
+        axes.legend(title="replica", fontsize=7, title_fontsize=7)
     axes.set_title(measured.name)
     axes.set_xlabel("time [ps]")
     axes.set_ylabel("total energy − start [meV/atom]")

@@ -139,8 +139,6 @@ def _judge(name: str, value: float | None, limit: float | None) -> str | None:
         return f"Threshold {name}: there is no {title}, because no replica got so far."
     if value <= limit:
         return None
-    if name == "failed_replicas":
-        return f"Threshold {name}: {value:.0f} replicas failed, more than {limit}."
     shown = f"{_number(value)} {unit}".rstrip()
     return f"Threshold {name}: the {title} is {shown}, more than {limit:g}."
 

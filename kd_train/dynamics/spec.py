@@ -13,11 +13,11 @@ from pipeline.spec.yaml_model import ClosedModel, expand_path, read_yaml, valida
 METRICS: Mapping[str, tuple[str, str]] = {
     "drift": ("drift of the total energy", "meV/atom/ps"),
     "energy_range": ("range of the total energy", "meV/atom"),
-    "work_error": ("energy against work, small random steps", "meV"),
-    "step_error": ("energy against work, steps of the dynamics", "meV"),
+    "work_error": ("error of energy against work, random steps", "meV"),
+    "step_error": ("error of energy against work, dynamics", "meV"),
     "order_error": ("dependence on the order of atoms", "meV"),
     "cell_error": ("dependence on the choice of cell", "meV"),
-    "failed_replicas": ("failed replicas", ""),
+    "failed_replicas": ("number of failed replicas", ""),
     "rdf_difference": ("difference of radial distributions", ""),
     "ms_per_step": ("time of a step", "ms"),
 }
