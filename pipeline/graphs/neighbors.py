@@ -47,7 +47,7 @@ class ExtraGraph:
 
     name: str
     cutoff: float
-    max_neighbors: int
+    max_neighbors: int | None
     tags: tuple[int, ...] | None = None
 
 
@@ -55,22 +55,22 @@ class ExtraGraph:
 class NeighborSpec:
     """How a model wants its edges built.
 
-    ``cutoff`` in Å, inclusive. ``max_neighbors`` nearest sources are kept per target;
-    without ``strict``, also those hardly farther than the first one beyond the limit.
-    ``symmetric`` replaces every edge that points down the atom order by the mirror of
-    one that points up. ``periodic = False`` takes molecules only: structures with a
-    periodic direction are refused.
+    ``cutoff`` in Å, inclusive. ``max_neighbors`` nearest sources are kept per target,
+    all of them if it is None; without ``strict``, also those hardly farther than the
+    first one beyond the limit. ``symmetric`` replaces every edge that points down the
+    atom order by the mirror of one that points up. ``periodic = False`` takes molecules
+    only: structures with a periodic direction are refused.
 
     A model of several graphs has ``extra_graphs``. All are cut out of the ``base``
     graph (cutoff, limit), by default the main graph before it is made symmetric.
     """
 
     cutoff: float
-    max_neighbors: int
+    max_neighbors: int | None
     symmetric: bool
     periodic: bool = True
     strict: bool = True
-    base: tuple[float, int] | None = None
+    base: tuple[float, int | None] | None = None
     extra_graphs: tuple[ExtraGraph, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -309,6 +309,8 @@ def _lowest_height(vectors: _Floats) -> float:
 
 def _count_crowded(pairs: _Pairs, rule: NeighborSpec) -> int:
     """Atoms with more sources within the cutoff of the main graph than its limit."""
+    if rule.max_neighbors is None:
+        return 0
     targets = pairs.target
     if rule.base is not None:
         targets = targets[pairs.distance <= rule.cutoff]
@@ -316,7 +318,10 @@ def _count_crowded(pairs: _Pairs, rule: NeighborSpec) -> int:
 
 
 def _cut(
-    base: _Pairs, whole: tuple[float, int], wanted: tuple[float, int], strict: bool
+    base: _Pairs,
+    whole: tuple[float, int | None],
+    wanted: tuple[float, int | None],
+    strict: bool,
 ) -> _Pairs:
     """Return ``base``, whose rule is ``whole``, under the smaller rule ``wanted``."""
     cutoff, limit = wanted
@@ -327,8 +332,12 @@ def _cut(
     return _limit_neighbors(base, base.distance, limit, strict)
 
 
-def _limit_neighbors(pairs: _Pairs, value: _Floats, limit: int, strict: bool) -> _Pairs:
+def _limit_neighbors(
+    pairs: _Pairs, value: _Floats, limit: int | None, strict: bool
+) -> _Pairs:
     """The pairs with the ``limit`` smallest values of each target."""
+    if limit is None:
+        return pairs
     degree = np.bincount(pairs.target)
     if not len(value) or degree.max() <= limit:
         return pairs

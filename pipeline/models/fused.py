@@ -222,6 +222,8 @@ def _pieces(edges: EdgeTensors, channels: int) -> list[EdgeTensors]:
 
 def _filters(edges: EdgeTensors, weight: Tensor, bias: Tensor) -> Tensor:
     """Filters (P, 3H); the last column of the basis is the bias's."""
+    if edges.smooth:
+        bias = edges.basis[:, -1:] * bias
     return torch.addmm(bias, edges.basis[:, :-1], weight.t())
 
 

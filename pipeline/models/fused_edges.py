@@ -13,9 +13,12 @@ from pipeline.native.library import Library, wanted_library
 
 
 def fused_edges(
-    batch: Data, positions: Tensor, radial_basis: RadialBasis
+    batch: Data, positions: Tensor, radial_basis: RadialBasis, *, smooth: bool = False
 ) -> EdgeTensors | None:
-    """Edges of ``batch``; None if they are to be built of torch operations."""
+    """Edges of ``batch``; None if they are to be built of torch operations.
+
+    If ``smooth``, the last column of the basis is the envelope, else ones.
+    """
     if positions.requires_grad or batch.get("recorded"):
         return None
     centres, cell, offsets = radial_basis.rbf.offset, batch.cell, batch.cell_offsets
@@ -35,8 +38,8 @@ def fused_edges(
         *(batch.batch, torch.finfo(positions.dtype).tiny),
         *(pairs.source, pairs.target, length, direction),
     )
-    basis = _basis(library, length, radial_basis)
-    return EdgeTensors(pairs, basis, direction)
+    basis = _basis(library, length, radial_basis, smooth=smooth)
+    return EdgeTensors(pairs, basis, direction, smooth)
 
 
 def _find_pairs(
@@ -54,8 +57,10 @@ def _find_pairs(
     return None if mirrored < 0 else (edge[: mirrored + alone], mirrored)
 
 
-def _basis(library: Library, length: Tensor, radial_basis: RadialBasis) -> Tensor:
-    """Basis (P, K) of lengths (P,) with a last column of ones."""
+def _basis(
+    library: Library, length: Tensor, radial_basis: RadialBasis, *, smooth: bool
+) -> Tensor:
+    """Basis (P, K) of lengths (P,) with a last column of ones or the envelope."""
     centres, cutoff = radial_basis.rbf.offset, radial_basis.cutoff
     count, size = len(length), len(centres)
     exponents, basis = length.new_empty(count, size), length.new_empty(count, size + 1)
@@ -64,7 +69,7 @@ def _basis(library: Library, length: Tensor, radial_basis: RadialBasis) -> Tenso
         *(radial_basis.rbf.deviation(), length, centres, exponents),
     )
     library.call(
-        *("envelop", count, size, radial_basis.exponent, float(cutoff), NEGLIGIBLE),
-        *(length, exponents.exp_(), basis),
+        *("envelop", count, size, radial_basis.exponent, int(smooth)),
+        *(float(cutoff), NEGLIGIBLE, length, exponents.exp_(), basis),
     )
     return basis

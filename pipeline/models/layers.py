@@ -91,8 +91,11 @@ class RadialBasis(nn.Module):
 
     def forward(self, distance: Tensor) -> Tensor:
         """Basis (E, K) of distances (E,) in Å."""
-        x = distance / self.cutoff
-        return polynomial_envelope(x, self.exponent)[:, None] * self.rbf(x)
+        return self.envelope(distance)[:, None] * self.rbf(distance / self.cutoff)
+
+    def envelope(self, distance: Tensor) -> Tensor:
+        """Envelope (E,) of distances (E,) in Å."""
+        return polynomial_envelope(distance / self.cutoff, self.exponent)
 
 
 class AtomEmbedding(nn.Module):

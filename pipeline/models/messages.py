@@ -7,7 +7,7 @@ pass computes them again instead of storing them.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -108,13 +108,15 @@ def _sum_dtype(x: Tensor) -> torch.dtype:
 class EdgeTensors:
     """Edges as PaiNN's messages need them, a row for each pair.
 
-    Radial ``basis`` (P, K + 1) with a last column of ones for the bias, ``direction``
-    (P, 3) unit vectors from target to source of the pairs' first edges.
+    Radial ``basis`` (P, K + 1) with a last column for the bias: ones, or the envelope
+    if ``smooth``. ``direction`` (P, 3) are unit vectors from target to source of the
+    pairs' first edges.
     """
 
     pairs: Pairs
     basis: Tensor
     direction: Tensor
+    smooth: bool = False
 
     def blocks(self, channels: int) -> Iterator["EdgeTensors"]:
         """Consecutive pieces whose (P, channels) tensors fit into a block."""
@@ -123,11 +125,13 @@ class EdgeTensors:
         size = max(block_bytes // row_bytes, _SMALLEST_BLOCK)
         for start in range(0, len(self.pairs), size):
             part = slice(start, start + size)
-            yield EdgeTensors(self.pairs[part], self.basis[part], self.direction[part])
+            basis, direction = self.basis[part], self.direction[part]
+            yield EdgeTensors(self.pairs[part], basis, direction, self.smooth)
 
     def to(self, dtype: torch.dtype) -> "EdgeTensors":
         """The same edges with real numbers of ``dtype``."""
-        return EdgeTensors(self.pairs, self.basis.to(dtype), self.direction.to(dtype))
+        basis, direction = self.basis.to(dtype), self.direction.to(dtype)
+        return replace(self, basis=basis, direction=direction)
 
 
 def sum_messages(

@@ -38,6 +38,10 @@ from pipeline.native.library import Library
 class PaiNNOptions:
     """Hyperparameters under the names that released checkpoints use; cutoff in Å.
 
+    ``max_neighbors`` is None if an atom sees all neighbours within the cutoff. With
+    ``smooth``, the bias of the filters fades out towards the cutoff as the basis does;
+    without it, as in the original, neighbours at the cutoff send a message.
+
     ``scale_factors`` of the layers, in order, are what a fresh model begins with;
     layers beyond them have 1. They are state, and in no file's hyperparameters.
     """
@@ -46,7 +50,7 @@ class PaiNNOptions:
     num_layers: int = 6
     num_rbf: int = 128
     cutoff: float = 12.0
-    max_neighbors: int = 50
+    max_neighbors: int | None = 50
     rbf: dict[str, Any] = field(default_factory=lambda: {"name": "gaussian"})
     envelope: dict[str, Any] = field(
         default_factory=lambda: {"name": "polynomial", "exponent": 5}
@@ -55,6 +59,7 @@ class PaiNNOptions:
     direct_forces: bool = True
     use_pbc: bool = True
     num_elements: int = 83
+    smooth: bool = False
     scale_factors: list[float] = field(default_factory=list)
 
 
@@ -166,7 +171,8 @@ class PaiNN(Network):
 
         Notes the states of all layers in ``states``.
         """
-        edges = fused_edges(batch, positions, self.radial_basis)
+        smooth = self.options.smooth
+        edges = fused_edges(batch, positions, self.radial_basis, smooth=smooth)
         edges = self._edges(batch, positions) if edges is None else edges
         x = self.atom_emb(batch.atomic_numbers)
         library = fused_library(x, edges)
@@ -191,10 +197,13 @@ class PaiNN(Network):
         edge_vec = edge_vectors(batch, positions)[pairs.edge]  # (P, 3)
         edge_dist = vector_norm(edge_vec)
         rbf = self.radial_basis(edge_dist)  # (P, K)
+        smooth = self.options.smooth
+        last = self.radial_basis.envelope(edge_dist) if smooth else rbf.new_ones(1)
         return EdgeTensors(
             pairs,
-            basis=torch.cat((rbf, torch.ones_like(rbf[:, :1])), dim=1),
+            basis=torch.cat((rbf, last[:, None].expand_as(rbf[:, :1])), dim=1),
             direction=edge_vec / edge_dist[:, None],
+            smooth=smooth,
         )
 
 

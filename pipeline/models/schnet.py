@@ -31,7 +31,7 @@ _NUM_EMBEDDINGS = 100  # indexed by the atomic number itself, row 0 unused
 class SchNetOptions:
     """Hyperparameters under the names that released checkpoints use; cutoff in Å.
 
-    ``max_neighbors`` is fixed in the released code and ours to set.
+    ``max_neighbors`` is fixed in the released code and ours to set; None is no limit.
     """
 
     hidden_channels: int = 128
@@ -39,7 +39,7 @@ class SchNetOptions:
     num_interactions: int = 6
     num_gaussians: int = 50
     cutoff: float = 10.0
-    max_neighbors: int = 50
+    max_neighbors: int | None = 50
     readout: str = "add"
     regress_forces: bool = True
     use_pbc: bool = True

@@ -94,8 +94,12 @@ _GEMNET_OC: dict[str, Any] = {
 # without the last two; on COLL there are none.
 _PAINN_OC20_FACTORS = [1.03644, 0.89514, 0.89348, 0.88993, 0.88861, 0.88223]
 
+# What makes the energy of a student continuous, for molecular dynamics.
+_CONTINUOUS: dict[str, Any] = {"cutoff": 5.0, "max_neighbors": None}
+_PAINN_MD: dict[str, Any] = {**_CONTINUOUS, "smooth": True, "direct_forces": False}
+
 # Sizes of the distillation paper: for molecules (COLL) and, "-oc20", for catalysts;
-# "-demo" are sizes that two CPU cores train in minutes.
+# "-demo" are sizes that two CPU cores train in minutes. "-md" are for dynamics.
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "painn-big": ("painn", {"hidden_channels": 256, "num_layers": 6}),
     "painn-small": ("painn", {"hidden_channels": 128, "num_layers": 4}),
@@ -191,6 +195,29 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_interactions": 5,
             "num_gaussians": 200,
             "cutoff": 6.0,
+        },
+    ),
+    "painn-md": (
+        "painn",
+        {"hidden_channels": 256, "num_layers": 6, **_PAINN_MD},
+    ),
+    "painn-small-md": (
+        "painn",
+        {"hidden_channels": 128, "num_layers": 4, **_PAINN_MD},
+    ),
+    "schnet-md": ("schnet", _CONTINUOUS),
+    "painn-small-demo-md": (
+        "painn",
+        {"hidden_channels": 32, "num_layers": 3, "num_rbf": 32, **_PAINN_MD},
+    ),
+    "schnet-demo-md": (
+        "schnet",
+        {
+            "hidden_channels": 64,
+            "num_filters": 64,
+            "num_interactions": 3,
+            "num_gaussians": 32,
+            **_CONTINUOUS,
         },
     ),
 }

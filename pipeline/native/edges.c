@@ -100,10 +100,10 @@ void gaussian_exponents(index_t P, index_t K, double cutoff, double width,
     }
 }
 
-/* Write `basis` (P, K + 1): Gaussians (P, K) under the envelope, then a column of ones.
- * Gaussians of at most `negligible` become zero. */
-void envelop(index_t P, index_t K, index_t power, double cutoff, double negligible,
-             const REAL *restrict length, const REAL *restrict gaussians,
+/* Write `basis` (P, K + 1): Gaussians (P, K) under the envelope, then a column of
+ * ones, or the envelope if `smooth`. Gaussians of at most `negligible` become zero. */
+void envelop(index_t P, index_t K, index_t power, index_t smooth, double cutoff,
+             double negligible, const REAL *restrict length, const REAL *restrict gaussians,
              REAL *restrict basis)
 {
     const REAL unit = cutoff, smallest = negligible, one = 1;
@@ -117,6 +117,6 @@ void envelop(index_t P, index_t K, index_t power, double cutoff, double negligib
         value = x < one ? 1 + value * (a + x * (b + x * c)) : 0;
         for (index_t k = 0; k < K; k++)
             basis[k] = gaussians[k] > smallest ? value * gaussians[k] : 0;
-        basis[K] = 1;
+        basis[K] = smooth ? value : one;
     }
 }

@@ -20,6 +20,16 @@ def test_same_edges_as_exhaustive_search(random_structure, seed):
     assert as_tuples(edges) == sorted(exhaustive(structure, cutoff))
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_no_limit_is_a_limit_that_no_atom_meets(random_structure, symmetric):
+    structure = random_structure(4)
+    wanted = neighbor_edges(structure, NeighborSpec(7.0, UNLIMITED, symmetric))
+    found = neighbor_edges(structure, NeighborSpec(7.0, None, symmetric))
+    assert len(found) > 100
+    assert as_tuples(found) == as_tuples(wanted)
+    assert found.crowded == 0
+
+
 @pytest.mark.parametrize("seed", range(30, 50))
 def test_same_edges_as_matscipy(random_structure, seed):
     neighbours = pytest.importorskip("matscipy.neighbours")

@@ -177,4 +177,9 @@ def test_sizes_of_the_paper_without_a_recipe_are_told(
         "gemnet-oc-small",
         "gemnet-oc-oc20",
         "gemnet-oc-small-oc20",
+        "painn-md",
+        "painn-small-md",
+        "painn-small-demo-md",
+        "schnet-md",
+        "schnet-demo-md",
     }

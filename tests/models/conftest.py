@@ -73,6 +73,17 @@ VARIANTS = {
             "direct_forces": False,
         },
     ),
+    "painn-smooth": (
+        "painn",
+        {
+            "hidden_channels": 14,
+            "num_layers": 2,
+            "num_rbf": 11,
+            "cutoff": 4.0,
+            "direct_forces": False,
+            "smooth": True,
+        },
+    ),
     "schnet": (
         "schnet",
         {

@@ -18,9 +18,9 @@ def _compiler():
         pytest.skip("there is no C compiler")
 
 
-@pytest.fixture
-def model():
-    return build_model("painn", SIZES).double()
+@pytest.fixture(params=[False, True], ids=["original", "smooth"])
+def model(request):
+    return build_model("painn", SIZES | {"smooth": request.param}).double()
 
 
 def single_edges(edges):
@@ -35,8 +35,10 @@ def single_edges(edges):
 
 
 def assert_same_edges(model, batch):
+    smooth = model.options.smooth
     with native_kernels(True):
-        fused = fused_edges(batch, batch.positions, model.radial_basis)
+        fused = fused_edges(batch, batch.positions, model.radial_basis, smooth=smooth)
+    assert fused.smooth == smooth
     plain = model._edges(batch, batch.positions)
     assert fused.pairs.mirrored == plain.pairs.mirrored
     assert len(fused.pairs) == len(plain.pairs)
@@ -44,7 +46,7 @@ def assert_same_edges(model, batch):
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("limit", [3, 50])
+@pytest.mark.parametrize("limit", [3, 50, None])
 def test_edges_are_those_of_torch(model, molecules, atom, batch_of, symmetric, limit):
     rule = dataclasses.replace(
         model.graph_rule, symmetric=symmetric, max_neighbors=limit

@@ -112,6 +112,17 @@ def test_the_base_graph_is_the_largest_of_all():
     assert rule.base == (4.0, 1000)
 
 
+def test_without_a_limit_no_graph_has_any():
+    switches = dict.fromkeys(
+        ("quad_interaction", "edge_atom_interaction", "atom_interaction"), True
+    )
+    rule = rule_of(**switches, max_neighbors=None, cutoff_aint=9.0)
+    assert (rule.max_neighbors, rule.base) == (None, (9.0, None))
+    assert {graph.max_neighbors for graph in rule.extra_graphs} == {None}
+    with pytest.raises(SpecError, match=r"max_neighbors_aint is 1000, but max_neigh"):
+        rule_of(**switches, max_neighbors=None, max_neighbors_aint=1000)
+
+
 def test_quadruplets_alone_are_cut_out_of_the_main_graph():
     rule = rule_of(quad_interaction=True, cutoff_qint=3.0, qint_tags=[2])
     assert rule.base is None

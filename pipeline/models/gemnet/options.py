@@ -21,7 +21,8 @@ class GemNetOCOptions:
     """Sizes default to the OC20 base model, switches to what released code assumes.
 
     Cutoffs in Å. Cutoffs and limits of a side graph left at None follow the main graph;
-    those of the pair interaction the largest of the others.
+    those of the pair interaction the largest of the others. If ``max_neighbors`` is
+    None, no graph has a limit.
     """
 
     num_spherical: int = 7
@@ -49,7 +50,7 @@ class GemNetOCOptions:
     cutoff_qint: float | None = None
     cutoff_aeaint: float | None = None
     cutoff_aint: float | None = None
-    max_neighbors: int = 50
+    max_neighbors: int | None = 50
     max_neighbors_qint: int | None = None
     max_neighbors_aeaint: int | None = None
     max_neighbors_aint: int | None = None
@@ -80,6 +81,8 @@ class GemNetOCOptions:
             name = value.get("name") if isinstance(value, dict) else value
             if name != wanted:
                 raise SpecError(f"gemnet_oc.{key} is {name!r}; supported is {wanted}.")
+        if self.max_neighbors is None:
+            self._check_no_limits()
         largest, _ = self.base_graph
         whole = "cutoff_aint" if self.has_base_graph else "cutoff"
         # Keys of interactions that are off do not count.
@@ -95,6 +98,16 @@ class GemNetOCOptions:
                     "Å, the cutoff of the graph that contains it."
                 )
 
+    def _check_no_limits(self) -> None:
+        """Refuse limits of side graphs that are cut out of a graph without a limit."""
+        for name in ("qint", "aeaint", "aint"):
+            limit = getattr(self, f"max_neighbors_{name}")
+            if limit is not None:
+                raise SpecError(
+                    f"gemnet_oc.max_neighbors_{name} is {limit}, but max_neighbors is "
+                    "null, so no graph has a limit; set both to null or to numbers."
+                )
+
     @property
     def has_base_graph(self) -> bool:
         """Whether the other graphs are cut out of one graph over all atoms."""
@@ -105,18 +118,18 @@ class GemNetOCOptions:
         )
 
     @property
-    def atom_edge_graph(self) -> tuple[float, int]:
+    def atom_edge_graph(self) -> tuple[float, int | None]:
         """Cutoff and limit of the graph between atoms and edges."""
         used = self.atom_edge_interaction or self.edge_atom_interaction
         return self._side("aeaint") if used else self._main
 
     @property
-    def quad_graph(self) -> tuple[float, int]:
+    def quad_graph(self) -> tuple[float, int | None]:
         """Cutoff and limit of the middle edges of quadruplets."""
         return self._side("qint") if self.quad_interaction else self._main
 
     @property
-    def base_graph(self) -> tuple[float, int]:
+    def base_graph(self) -> tuple[float, int | None]:
         """Cutoff and limit of the graph that all others are cut out of."""
         if not self.has_base_graph:
             return self._main
@@ -125,7 +138,8 @@ class GemNetOCOptions:
         if cutoff is None or not self.atom_interaction:
             cutoff = max(graph[0] for graph in graphs)
         if limit is None or not self.atom_interaction:
-            limit = max(graph[1] for graph in graphs)
+            limits = [graph[1] for graph in graphs if graph[1] is not None]
+            limit = max(limits, default=None)
         return cutoff, limit
 
     @property
@@ -150,10 +164,10 @@ class GemNetOCOptions:
         )
 
     @property
-    def _main(self) -> tuple[float, int]:
+    def _main(self) -> tuple[float, int | None]:
         return self.cutoff, self.max_neighbors
 
-    def _side(self, name: str) -> tuple[float, int]:
+    def _side(self, name: str) -> tuple[float, int | None]:
         cutoff = getattr(self, f"cutoff_{name}")
         limit = getattr(self, f"max_neighbors_{name}")
         return (
