@@ -154,6 +154,7 @@ STRUCTURE_FIELDS = tuple(f.name for f in _TABLE if f.group == "structures")
 # Labels and predictions that every split has; virials are where there are some.
 LABEL_FIELDS = ("energy", "forces")
 PREDICTION_FIELDS = ("teacher_energy", "teacher_forces")
+TEACHER_VIRIAL = "teacher_virial"
 FEATURE_FIELDS = tuple(f.name for f in _TABLE if f.group == "features")
 # They say which edge a row of edge features belongs to and are stored with them.
 EDGE_IDENTITY_FIELDS = ("edge_index", "cell_offsets")

@@ -11,7 +11,7 @@ from pipeline.build.contents import check_labels, warn_repeated, warn_shared
 from pipeline.build.fill import BlockCallback, count_blocks, fill_blocks
 from pipeline.build.filter_samples import find_bad_samples, warn_of_bad_samples
 from pipeline.build.generated import count_teacher_passes, make_structures
-from pipeline.build.inputs import BuildInputs
+from pipeline.build.inputs import BuildInputs, planned_paths
 from pipeline.build.plan import plan_split, store_attributes, warn_undetermined
 from pipeline.build.preflight import preview
 from pipeline.build.scan import Scan
@@ -69,7 +69,8 @@ def make_build_plan(
     SpecError, DataError, CheckpointError
         Anything that would make the build fail later and can be known now.
     """
-    new = before is not None or is_free(Path(spec.store.path))
+    path = Path(spec.store.path)
+    new = before is not None or is_free(path)
     old = {} if before is None else before.splits
     with processes(workers) as run:
         source = BuildInputs.open(spec, device, run)
@@ -95,6 +96,7 @@ def make_build_plan(
             scans[name],
             source.teacher,
             calibrations.get(name, {}),
+            None if new else planned_paths(path, name),
         )
         for name, dataset in source.datasets.items()
     }
@@ -103,7 +105,7 @@ def make_build_plan(
     if bad:
         attributes["provenance"]["bad_samples"] = bad
     if source.teacher is not None:
-        attributes["provenance"]["teacher_passes"] = count_teacher_passes(source)
+        attributes["provenance"]["teacher_passes"] = count_teacher_passes(source, plans)
     if new and source.teacher is not None:
         attributes["provenance"]["preview"] = {
             name: preview(name, dataset, source.teacher, source.fields(name))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.build.scan_cache import ScanCache
 from pipeline.datasets import Dataset
+from pipeline.fields import FIELDS, TEACHER_VIRIAL
 from pipeline.files.atomic import is_free
 from pipeline.generate.dataset import GeneratedDataset
 from pipeline.generate.run import (
@@ -22,6 +23,7 @@ from pipeline.spec.cache_spec import CacheSpec
 from pipeline.store.backends import LocalBackend
 from pipeline.store.index import ROOT_KEY
 from pipeline.store.metadata import read_root
+from pipeline.store.plan import SplitPlan
 from pipeline.teachers.runner import TeacherRunner
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("pipeline.build.generated")
 # A change of the methods that gives other structures needs another number.
 _VERSION = 1
+_VIRIAL = FIELDS[TEACHER_VIRIAL].path
 
 
 def wrap_generated(
@@ -96,8 +99,10 @@ def make_structures(
             make_pieces(name, dataset, missing[name], source.teacher, run, tally.add)
 
 
-def count_teacher_passes(source: "BuildInputs") -> dict[str, dict[str, int]]:
-    """Return the teacher passes over single structures that each split costs.
+def count_teacher_passes(
+    source: "BuildInputs", plans: Mapping[str, SplitPlan]
+) -> dict[str, dict[str, int]]:
+    """Return the teacher passes over single structures that each planned split costs.
 
     ``labels`` of its samples, ``generation`` of its structures, ``force_jacobian`` of
     its columns. Draws that were refused count in ``generation``.
@@ -107,7 +112,9 @@ def count_teacher_passes(source: "BuildInputs") -> dict[str, dict[str, int]]:
     found = {}
     for name, dataset in source.datasets.items():
         fields = source.fields(name)
-        known = name in generated and not fields
+        stored = {array.path for array in plans[name].arrays}
+        # Generation keeps energies and forces.
+        known = name in generated and not fields and _VIRIAL not in stored
         columns = source.teacher.columns.count if "force_jacobian" in fields else 0
         made = count_passes(generated[name])["passes"] if name in generated else 0
         found[name] = {

@@ -16,7 +16,7 @@ from pipeline.build.scan import CountEdges, Hashes, Scan, sample_hash, scan_data
 from pipeline.build.scan_cache import ScanCache
 from pipeline.datasets import Dataset, open_split
 from pipeline.errors import DataError
-from pipeline.fields import FIELDS
+from pipeline.fields import FIELDS, TEACHER_VIRIAL
 from pipeline.files.atomic import is_free
 from pipeline.models.normalizer import Normalizer
 from pipeline.parallel.ordered_map import OrderedMap, ignore_items
@@ -169,7 +169,8 @@ class BuildInputs:
             wanted = index.fields.keys() - known
             arrays: Arrays = {}
             if wanted:
-                fields = [f for f in self.fields(split) if FIELDS[f].path in wanted]
+                names = (*self.fields(split), TEACHER_VIRIAL)
+                fields = [name for name in names if FIELDS[name].path in wanted]
                 computed = self._arrays(index, positions, fields)
                 arrays = {path: computed[path] for path in wanted}
             adopted = None if before is None else ReusedShards(before, known, link=True)
@@ -250,6 +251,12 @@ def _header(store: Path) -> dict[str, Any]:
     return dict(read_root(LocalBackend(store))[ROOT_KEY]) if not is_free(store) else {}
 
 
+def planned_paths(store: Path, split: str) -> set[str] | None:
+    """Paths of the arrays that the store is planned with; None if it does not say."""
+    arrays = _header(store).get("arrays", {}).get(split)
+    return None if arrays is None else {str(path) for path, *_ in arrays}
+
+
 def _left_out(header: Mapping[str, Any]) -> dict[str, list[tuple[str, str]]]:
     """By planned split, id and reason of the samples that it was planned without."""
     bad = header.get("provenance", {}).get("bad_samples", {})
@@ -266,8 +273,8 @@ def _known_scans(
     planned, statistics = header.get("splits", {}), header.get("label_statistics", {})
     known = {}
     for name in datasets.keys() & planned.keys() & statistics.keys():
-        content = planned[name]["content"]
-        found = sidecar.scan(name, content, len(datasets[name]))
+        content, virials = planned[name]["content"], planned[name].get("virials")
+        found = sidecar.scan(name, content, virials, len(datasets[name]))
         if found is not None:
             labels = Normalizer.from_dict(statistics[name])
             known[name] = Scan(
@@ -277,6 +284,7 @@ def _known_scans(
                 labels,
                 found.contents,
                 None,
+                virials_sha256=virials,
             )
     return known
 
@@ -316,4 +324,5 @@ def _source_arrays(samples: Sequence[Sample]) -> Arrays:
         "pbc": np.stack([s.pbc for s in structures]).astype(np.uint8),
         "energy": np.array([sample.energy for sample in samples]),
         "forces": np.concatenate([sample.forces for sample in samples]),
+        "virial": np.stack([sample.virial for sample in samples]),
     }

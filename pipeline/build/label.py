@@ -1,4 +1,4 @@
-"""Writes a spec's structures again with the teacher's energies and forces as labels."""
+"""Writes a spec's structures again with the teacher's results as labels."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -9,6 +9,7 @@ from ase.data import chemical_symbols
 from pipeline.build.filter_samples import Demands, sound_samples
 from pipeline.datasets import open_split, warn_of_missing_labels
 from pipeline.errors import SpecError
+from pipeline.fields import TEACHER_VIRIAL
 from pipeline.files.atomic import write_atomically
 from pipeline.spec.cache_spec import CacheSpec
 from pipeline.structure import Sample
@@ -25,6 +26,9 @@ def label_splits(
     report: Callable[[str, int], None] = lambda split, samples: None,
 ) -> list[Path]:
     """Files ``<split>.extxyz`` of all splits, with the teacher's labels in eV and Å.
+
+    Energies and forces; of teachers with virials also these, and of structures with
+    three periodic directions the stress, positive in tension.
 
     Ids, tags and fixed atoms are kept; labels that the source has are left out. A
     warning names what looks like a label but is none by the keys of the split.
@@ -49,7 +53,9 @@ def label_splits(
         for begin in range(0, len(dataset), _SAMPLES):
             chosen = range(begin, min(begin + _SAMPLES, len(dataset)))
             samples = [dataset[number] for number in chosen]
-            frames += _label_samples(samples, teacher.predict(samples, ()))
+            frames += _label_samples(
+                samples, teacher.predict(samples, teacher.virial_fields)
+            )
             report(name, len(samples))
         files.append(folder / f"{name}.extxyz")
         write_atomically(files[-1], "".join(frames).encode())
@@ -59,10 +65,13 @@ def label_splits(
 def _label_samples(samples: list[Sample], labels: Arrays) -> Iterable[str]:
     ends = np.cumsum([len(sample.structure) for sample in samples])[:-1]
     forces = np.split(labels["teacher_forces"], ends)
-    return map(_frame, samples, labels["teacher_energy"].tolist(), forces)
+    virials = labels.get(TEACHER_VIRIAL, [None] * len(samples))
+    return map(_frame, samples, labels["teacher_energy"].tolist(), forces, virials)
 
 
-def _frame(sample: Sample, energy: float, forces: np.ndarray) -> str:
+def _frame(
+    sample: Sample, energy: float, forces: np.ndarray, virial: np.ndarray | None
+) -> str:
     """One frame of extended XYZ; numbers with all of their digits."""
     structure = sample.structure
     pbc = " ".join("T" if flag else "F" for flag in structure.pbc)
@@ -70,7 +79,7 @@ def _frame(sample: Sample, energy: float, forces: np.ndarray) -> str:
     name = sample.sample_id.replace('"', '\\"')
     header = (
         f'Lattice="{cell}" pbc="{pbc}" sample_id="{name}" '
-        f"energy={energy!r} "
+        f"energy={energy!r} {_strain_words(sample, virial)}"
         "Properties=species:S:1:pos:R:3:forces:R:3:tags:I:1:fixed:I:1"
     )
     rows = [
@@ -87,3 +96,16 @@ def _frame(sample: Sample, energy: float, forces: np.ndarray) -> str:
         )
     ]
     return "\n".join((str(len(rows)), header, *rows)) + "\n"
+
+
+def _strain_words(sample: Sample, virial: np.ndarray | None) -> str:
+    """Virial and stress as words of a header, each with a blank after it."""
+    if virial is None:
+        return ""
+    words = {"virial": virial}
+    if sample.structure.pbc.all():
+        words["stress"] = -virial / abs(np.linalg.det(sample.structure.cell))
+    return "".join(
+        f'{name}="{" ".join(map(repr, values.ravel().tolist()))}" '
+        for name, values in words.items()
+    )

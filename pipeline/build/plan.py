@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType
@@ -22,6 +22,7 @@ from pipeline.fields import (
     LABEL_FIELDS,
     PREDICTION_FIELDS,
     STRUCTURE_FIELDS,
+    TEACHER_VIRIAL,
 )
 from pipeline.models.elements import list_symbols
 from pipeline.spec.cache_spec import CacheSpec, read_reference_energies
@@ -48,11 +49,13 @@ def plan_split(
     scan: Scan,
     teacher: TeacherRunner | None,
     calibrations: Mapping[str, Calibration] = MappingProxyType({}),
+    planned: Container[str] | None = None,
 ) -> SplitPlan:
     """Blocks and arrays of split ``name``.
 
     ``calibrations`` of the fields that are not stored faithfully may be missing where
-    the plan is only compared with that of a store that is there.
+    the plan is only compared with that of a store that is there. ``planned`` are the
+    paths of its arrays: it may lack virials, as stores of earlier versions do.
 
     Raises
     ------
@@ -78,7 +81,13 @@ def plan_split(
         sample_ids=[dataset.sample_ids[int(i)] for i in blocks.order],
         checksums=scan.structure_hashes[blocks.order],
         blocks=blocks,
-        arrays=_array_plans(spec, spec.splits[name], teacher, calibrations),
+        arrays=_array_plans(
+            spec,
+            spec.splits[name],
+            teacher,
+            calibrations,
+            _virial_fields(scan, teacher, planned),
+        ),
     )
     if blocks.edges is not None:
         _log_edge_size(plan, blocks.edges.rows_per_block)
@@ -151,6 +160,7 @@ def _array_plans(
     split: SplitSpec,
     teacher: TeacherRunner | None,
     calibrations: Mapping[str, Calibration],
+    virials: Sequence[str],
 ) -> tuple[ArrayPlan, ...]:
     names: list[str] = [*STRUCTURE_FIELDS, *LABEL_FIELDS]
     wanted: dict[str, FeatureSpec] = {}
@@ -162,6 +172,7 @@ def _array_plans(
             names += EDGE_IDENTITY_FIELDS
         names += [other for n in wanted for other in COMPANION_FIELDS.get(n, ())]
         widths = teacher.stored_widths
+    names += virials
     return tuple(
         ArrayPlan(
             path=FIELDS[name].path,
@@ -173,6 +184,20 @@ def _array_plans(
         )
         for name in names
     )
+
+
+def _virial_fields(
+    scan: Scan, teacher: TeacherRunner | None, planned: Container[str] | None
+) -> list[str]:
+    """Virials that a split stores: labels if there are some, and the teacher's.
+
+    The teacher's only beside periodic structures: that of a molecule is the sum of
+    positions times forces, which the store has.
+    """
+    found = ["virial"] if scan.contents.virial else []
+    if teacher is not None and teacher.potential.has_virial and scan.contents.periodic:
+        found.append(TEACHER_VIRIAL)
+    return [n for n in found if planned is None or FIELDS[n].path in planned]
 
 
 def stored_dtype(name: str, feature: FeatureSpec | None) -> str:
@@ -217,6 +242,7 @@ def store_attributes(
                 "features": s.features,
                 "content": scans[name].content_sha256,
                 "reference_energies": _references(s.reference_energies),
+                **_virial_identity(scans[name], plans[name]),
             }
             for name, s in spec.splits.items()
         },
@@ -242,6 +268,12 @@ def store_attributes(
             "software": {n: version(n) for n in ("kd-train", "torch", "zarr", "vesin")},
         },
     }
+
+
+def _virial_identity(scan: Scan, plan: SplitPlan) -> dict[str, str | None]:
+    """The hash of the virials of a split that stores them."""
+    stored = any(array.path == FIELDS["virial"].path for array in plan.arrays)
+    return {"virials": scan.virials_sha256} if stored else {}
 
 
 def array_identity(array: ArrayPlan) -> list[Any]:

@@ -17,6 +17,7 @@ from pipeline.fields import (
     LABEL_FIELDS,
     PREDICTION_FIELDS,
     STRUCTURE_FIELDS,
+    TEACHER_VIRIAL,
 )
 from pipeline.spec.cache_spec import CacheSpec
 from pipeline.spec.renamed_keys import rename_keys
@@ -130,7 +131,7 @@ def _saved_columns(features: Mapping[str, Any]) -> ColumnSpec:
 def _differences(
     split: SplitReader, position: int, teacher: TeacherRunner
 ) -> list[Difference]:
-    known = (*CACHEABLE_FIELDS, *DERIVED_FIELDS)
+    known = (TEACHER_VIRIAL, *CACHEABLE_FIELDS, *DERIVED_FIELDS)
     fields = [name for name in known if FIELDS[name].path in split.arrays]
     names = [*PREDICTION_FIELDS, *fields]
     paths = {name: FIELDS[name].path for name in names}

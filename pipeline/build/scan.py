@@ -28,8 +28,9 @@ class Scan:
     """What one pass over a dataset tells, all in its own order.
 
     ``structure_hashes`` (n,) of the structures, ``content_sha256`` over ids,
-    structures and labels, ``sample_hashes`` (n,) of the same of each sample, ``labels``
-    their statistics, ``contents`` counts of what the samples have, ``n_edges`` (n,)
+    structures, energies and forces, ``virials_sha256`` over virials where there are
+    some, ``sample_hashes`` (n,) of all of these of each sample, ``labels`` their
+    statistics, ``contents`` counts of what the samples have, ``n_edges`` (n,)
     where they were counted.
     """
 
@@ -41,13 +42,15 @@ class Scan:
     n_edges: IntArray | None
     # Elements whose reference energies the compositions leave open.
     undetermined: tuple[int, ...] = ()
+    virials_sha256: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class _ScanPart:
-    """What a pass tells of some samples; ``content`` is what is hashed of them."""
+    """What a pass tells of some samples; what is hashed of them, and their virials."""
 
     content: bytes
+    virials: bytes
     structure_hashes: Hashes
     sample_hashes: Hashes
     labels: LabelSums
@@ -72,7 +75,8 @@ def scan_dataset(
     DataError
         A sample cannot be read or its edges not be counted; names it.
     """
-    content = hashlib.sha256()
+    # Apart, so that virials can be added to stores of earlier versions.
+    content, virials = hashlib.sha256(), hashlib.sha256()
     labels = LabelSums()
     contents = Contents()
     columns: list[tuple[Hashes, Hashes, IntArray]] = []
@@ -81,6 +85,7 @@ def scan_dataset(
     scan = partial(_scan_part, dataset, count_edges)
     for part in run(scan, split_pieces(range(len(dataset)), FOLD)):
         content.update(part.content)
+        virials.update(part.virials)
         labels.merge(part.labels)
         contents += part.contents
         columns.append((part.structure_hashes, part.sample_hashes, part.n_edges))
@@ -96,12 +101,13 @@ def scan_dataset(
         contents.named(dataset),
         None if count_edges is None else n_edges,
         labels.undetermined,
+        virials.hexdigest() if contents.virial else None,
     )
 
 
 def sample_hash(sample: Sample) -> int:
     """64-bit hash of all that is stored of ``sample``: id, structure and labels."""
-    return _hash(_content(sample, sample.structure.checksum))
+    return _hash(_content(sample, sample.structure.checksum) + _virial(sample))
 
 
 def _scan_part(
@@ -112,6 +118,7 @@ def _scan_part(
         _require_cell(sample)
     checksums = [sample.structure.checksum for sample in samples]
     contents = [_content(*pair) for pair in zip(samples, checksums, strict=True)]
+    virials = [_virial(sample) for sample in samples]
     labels = LabelSums()
     labels.add(samples)
     counts = (
@@ -119,8 +126,15 @@ def _scan_part(
     )
     return _ScanPart(
         b"".join(contents),
+        b"".join(
+            number.to_bytes(8, "little") + virial
+            for number, virial in zip(indices, virials, strict=True)
+            if virial
+        ),
         np.array(checksums, np.uint64),
-        np.array([_hash(content) for content in contents], np.uint64),
+        np.array(
+            [_hash(c + v) for c, v in zip(contents, virials, strict=True)], np.uint64
+        ),
         labels,
         Contents.of(samples, indices.start),
         np.array(counts, np.int64),
@@ -145,10 +159,13 @@ def _content(sample: Sample, checksum: int) -> bytes:
             structure.fixed.tobytes(),
             np.float64(sample.energy).tobytes(),
             np.ascontiguousarray(sample.forces).tobytes(),
-            # Nothing where there is none: digests of earlier versions stay.
-            b"" if np.isnan(sample.virial).any() else sample.virial.tobytes(),
         )
     )
+
+
+def _virial(sample: Sample) -> bytes:
+    """The label's numbers; nothing if there are none, as in earlier versions."""
+    return b"" if np.isnan(sample.virial).any() else sample.virial.tobytes()
 
 
 def _hash(content: bytes) -> int:

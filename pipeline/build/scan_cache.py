@@ -76,14 +76,18 @@ class ScanCache:
         """Return what identifies the samples of an opened split."""
         return self._keys[name]
 
-    def scan(self, name: str, content_sha256: str, n_samples: int) -> CachedScan | None:
+    def scan(
+        self, name: str, content_sha256: str, virials_sha256: str | None, n_samples: int
+    ) -> CachedScan | None:
         """What is kept of a pass over the content of an opened split.
 
         None where those kept are not of its files as they are now, or not of this
-        ``content_sha256``.
+        ``content_sha256`` and ``virials_sha256``.
         """
         found = self._read(f"{name}.scan", self._keys[name])
         if found is None or str(found.get("content")) != content_sha256:
+            return None
+        if str(found.get("virials", "")) != (virials_sha256 or ""):
             return None
         none = np.zeros(0)
         checksums, hashes = found.get("checksums", none), found.get("hashes", none)
@@ -98,6 +102,7 @@ class ScanCache:
         """Keep what a pass over the content of an opened split found."""
         columns = {
             "content": np.array(scan.content_sha256),
+            "virials": np.array(scan.virials_sha256 or ""),
             "checksums": scan.structure_hashes,
             "hashes": scan.sample_hashes,
             "contents": np.array(json.dumps(scan.contents.to_dict())),

@@ -103,6 +103,7 @@ class BuiltinPotential(Potential):
             permutation=not model.graph_rule.symmetric,
             gradient_forces=scaled_alike and not direct,
         )
+        self.has_virial = not direct
         self._device = torch.device("cpu")
 
     @property
@@ -147,6 +148,9 @@ class BuiltinPotential(Potential):
             "teacher_forces": forces,
             "per_atom_energy": atoms,
         }
+        if output.virial is not None:
+            virial = self.normalizer.denormalize_virial(output.virial.double())
+            values["teacher_virial"] = virial
         hidden = {n: getattr(output, n) for n in fields if n not in values}
         return values | hidden
 

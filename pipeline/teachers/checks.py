@@ -6,81 +6,27 @@ Fields are compared at their default layer and at every other one they offer.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from pipeline.errors import ContractError
-from pipeline.fields import CACHEABLE_FIELDS, FIELDS, PREDICTION_FIELDS
+from pipeline.fields import (
+    CACHEABLE_FIELDS,
+    FIELDS,
+    TEACHER_VIRIAL,
+)
 from pipeline.structure import Sample
 from pipeline.teachers.potential import Potential, SampleGraph
+from pipeline.teachers.slopes import check_gradient_forces, check_virial
+from pipeline.teachers.subject import Floats, Subject, turn_and_move
 
-Floats = npt.NDArray[np.float64]
-Outputs = dict[str, Floats]
-# Deviations allowed by default, relative to the root mean square of a field.
-TOLERANCE = 1e-3
-# Energies may deviate by the tolerance times this, per atom (eV).
-_ENERGY_SCALE = 0.1
-# Forces of relaxed structures are compared to this instead of to themselves (eV/Å).
-_FORCE_SCALE = 0.1
-# Atoms move by at most this in finite differences (Å), whose error is larger.
-_STEP = 1e-3
-_SLOPE_TOLERANCE = 0.02
 # An atom moves by this along each axis (Å), in so many tries to keep all edges.
 _DISPLACEMENT = 0.05
 _DISPLACEMENTS = 20
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A potential and the samples that it is tried on; ``tolerance`` is relative."""
-
-    potential: Potential
-    samples: Sequence[Sample]
-    tolerance: float = TOLERANCE
-
-    def outputs(
-        self,
-        samples: Sequence[Sample] | None = None,
-        graphs: Sequence[SampleGraph] | None = None,
-    ) -> Outputs:
-        """Everything the potential gives for ``samples`` in one batch, in float64.
-
-        Names are those of fields, with ``@layer`` for other layers than the default.
-        ``graphs`` replace those of the samples.
-        """
-        if graphs is None:
-            graphs = [self.potential.graph(s) for s in samples or self.samples]
-        found: Outputs = {}
-        for fields, layers in _list_requests(self.potential):
-            with torch.no_grad():
-                values = self.potential.forward(graphs, fields, layers)
-            for name in (*PREDICTION_FIELDS, *fields):
-                key = f"{name}@{layers[name]}" if name in layers else name
-                if name not in values:
-                    raise ContractError(f"The potential returned no {key}.")
-                found[key] = values[name].detach().cpu().double().numpy()
-        return found
-
-    def worst(self, what: str, found: Outputs, wanted: Outputs) -> float:
-        """Largest deviation of ``found``; ContractError, telling ``what``, if large."""
-        deviations = {k: _deviation(k, found[k], wanted[k], self) for k in wanted}
-        name = max(deviations, key=lambda key: deviations[key])
-        if not deviations[name] <= self.tolerance:
-            raise ContractError(
-                f"{what} changes {name} by {deviations[name]:.2g} of its scale, more "
-                f"than {self.tolerance:g}."
-            )
-        return deviations[name]
-
-    @property
-    def n_atoms(self) -> npt.NDArray[np.int64]:
-        """Atoms of every sample."""
-        return np.array([len(sample.structure) for sample in self.samples])
 
 
 def check_potential(subject: Subject) -> Iterator[tuple[str, float]]:
@@ -93,6 +39,8 @@ def check_potential(subject: Subject) -> Iterator[tuple[str, float]]:
     """
     guarantees = asdict(subject.potential.guarantees)
     for name, check in CHECKS.items():
+        if name == "virial" and not subject.potential.has_virial:
+            continue
         if guarantees.get(name, True):
             yield name, check(subject)
 
@@ -192,7 +140,7 @@ def check_permutation(subject: Subject) -> float:
 def check_translation(subject: Subject) -> float:
     """Moving a structure changes nothing."""
     moved = [
-        _turn_and_move(sample, np.eye(3), np.array([3.1, -2.3, 1.7]))
+        turn_and_move(sample, np.eye(3), np.array([3.1, -2.3, 1.7]))
         for sample in subject.samples
     ]
     return subject.worst("Moving", subject.outputs(moved), subject.outputs())
@@ -224,30 +172,6 @@ def check_sum_of_atoms(subject: Subject) -> float:
     ]
     wanted = {"teacher_energy": np.array(totals)}
     return subject.worst("Summing over atoms", outputs, wanted)
-
-
-def check_gradient_forces(subject: Subject) -> float:
-    """Forces are the slope of the energy, by central differences along them."""
-    worst = 0.0
-    for sample in subject.samples:
-        forces = subject.outputs([sample])["teacher_forces"]
-        direction = forces / max(float(np.abs(forces).max()), 1e-12)
-        ahead, behind = (
-            _turn_and_move(sample, np.eye(3), sign * _STEP * direction)
-            for sign in (1, -1)
-        )
-        energies = subject.outputs([ahead, behind])["teacher_energy"]
-        slope = float(energies[0] - energies[1]) / (2 * _STEP)
-        wanted = -float((forces * direction).sum())
-        scale = max(abs(wanted), _FORCE_SCALE * len(forces))
-        deviation = abs(slope - wanted) / scale
-        if not deviation <= _SLOPE_TOLERANCE:
-            raise ContractError(
-                f"Along its forces the energy of sample {sample.sample_id!r} changes "
-                f"by {slope:.4g} eV/Å, not by {wanted:.4g} as forces say."
-            )
-        worst = max(worst, deviation)
-    return worst
 
 
 def check_displacement(subject: Subject) -> float:
@@ -290,58 +214,21 @@ CHECKS: Mapping[str, Callable[[Subject], float]] = {
     "reflections": check_reflections,
     "sum_of_atoms": check_sum_of_atoms,
     "gradient_forces": check_gradient_forces,
+    "virial": check_virial,
 }
 
 
-def _list_requests(
-    potential: Potential,
-) -> list[tuple[tuple[str, ...], dict[str, str]]]:
-    """Fields and layers of every forward pass that is needed to see them all."""
-    available_fields = potential.available_fields
-    default = tuple(
-        name for name, offer in available_fields.items() if offer.width is not None
-    )
-    names = dict.fromkeys(
-        layer for offer in available_fields.values() for layer in offer.layers
-    )
-    askings: list[tuple[tuple[str, ...], dict[str, str]]] = [(default, {})]
-    for layer in names:
-        fields = tuple(
-            name for name, offer in available_fields.items() if layer in offer.layers
-        )
-        askings.append((fields, dict.fromkeys(fields, layer)))
-    return askings
-
-
-def _deviation(key: str, found: Floats, wanted: Floats, subject: Subject) -> float:
-    """Largest difference in units of the field's scale."""
-    difference = float(np.abs(found - wanted).max(initial=0.0))
-    if key == "teacher_energy":
-        return difference / (_ENERGY_SCALE * float(subject.n_atoms.min()))
-    scale = float(np.sqrt(np.mean(np.square(wanted)))) if wanted.size else 0.0
-    floor = _FORCE_SCALE if key == "teacher_forces" else 1e-12
-    return difference / max(scale, floor)
-
-
 def _check_turn(subject: Subject, what: str, turn: Floats) -> float:
-    turned = [_turn_and_move(sample, turn, np.zeros(3)) for sample in subject.samples]
+    turned = [turn_and_move(sample, turn, np.zeros(3)) for sample in subject.samples]
     wanted = subject.outputs()
     for key, values in wanted.items():
         if key.startswith("vector_features"):
             wanted[key] = np.einsum("nxc,xy->nyc", values, turn)
         elif key == "teacher_forces":
             wanted[key] = values @ turn
+        elif key == TEACHER_VIRIAL:
+            wanted[key] = turn.T @ values @ turn
     return subject.worst(what, subject.outputs(turned), wanted)
-
-
-def _turn_and_move(sample: Sample, turn: Floats, move: Floats) -> Sample:
-    structure = sample.structure
-    placed = replace(
-        structure,
-        positions=structure.positions @ turn + move,
-        cell=structure.cell @ turn,
-    )
-    return replace(sample, structure=placed)
 
 
 def _has_edges_of(potential: Potential, sample: Sample, graph: SampleGraph) -> bool:

@@ -97,6 +97,7 @@ class ChgNet(Potential):
         )
         self.elements = range(1, self.model.atom_embedding.embedding.num_embeddings + 1)
         self.provenance = {"package": f"chgnet {version('chgnet')}", "file": file}
+        self.has_virial = True
         self._device = torch.device("cpu")
 
     def _list_fields(self) -> dict[str, FieldInfo]:
@@ -152,9 +153,12 @@ class ChgNet(Potential):
         with torch.enable_grad(), capture_outputs(self._modules()) as states:
             energy = self.model(crystals, task="e")["e"]
             # They give energies per atom.
-            slopes = torch.autograd.grad(
-                (energy * batch.n_atoms).sum(), [c.atom_frac_coord for c in crystals]
+            places = [crystal.atom_frac_coord for crystal in crystals]
+            lattices = [crystal.lattice for crystal in crystals]
+            found = torch.autograd.grad(
+                (energy * batch.n_atoms).sum(), [*places, *lattices]
             )
+        slopes, by_lattice = found[: len(graphs)], found[len(graphs) :]
         atoms = states["energies"].detach().reshape(-1).double()
         forces = [
             -slope @ torch.from_numpy(graph.extra.to_cartesian).to(slope)
@@ -167,6 +171,7 @@ class ChgNet(Potential):
             "teacher_energy": batch.sum_atoms(atoms + references[batch.atomic_numbers]),
             "teacher_forces": torch.cat(forces),
             "per_atom_energy": atoms,
+            "teacher_virial": torch.stack(list(map(_virial, lattices, by_lattice))),
         }
         for name in fields:
             if name not in values:
@@ -225,8 +230,17 @@ class ChgNet(Potential):
             undirected2directed=integers(bonds.edge_of_bond),
             bond_graph=integers(bonds.angles),
             bond_graph_cutoff=self._short,
-            lattice=numbers(bonds.lattice),
+            lattice=numbers(bonds.lattice).requires_grad_(True),
         )
+
+
+def _virial(lattice: Tensor, slope: Tensor) -> Tensor:
+    """Minus dE/dε, (3, 3), of dE/dL with rows of L as vectors: a strain makes it L·ε.
+
+    Fractional coordinates stay, so atoms move along.
+    """
+    by_strain = lattice.detach().double().mT @ slope.double()
+    return -(by_strain + by_strain.mT) / 2
 
 
 class _Bonds:

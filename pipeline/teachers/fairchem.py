@@ -90,6 +90,8 @@ class Fairchem(Potential):
             sum_of_atoms="per_atom_energy" in self.available_fields,
             gradient_forces=not backbone.regress_config.direct_forces,
         )
+        properties = {task.property for task in unit.dataset_to_tasks[options["task"]]}
+        self.has_virial = "stress" in properties
         self.provenance = {
             "package": f"fairchem-core {version('fairchem-core')}",
             "file": path.name,
@@ -130,6 +132,10 @@ class Fairchem(Potential):
             "teacher_energy": output["energy"].detach().double(),
             "teacher_forces": output["forces"],
         }
+        if self.has_virial:
+            values["teacher_virial"] = torch.stack(
+                _virials(graphs, output["forces"], output["stress"])
+            )
         if "per_atom_energy" in fields:
             atoms = energies["head0"].detach().reshape(-1)
             values["per_atom_energy"] = atoms * self.normalizer.energy_std
@@ -163,6 +169,27 @@ class Fairchem(Potential):
             tags=torch.from_numpy(structure.tags.astype(np.int64)),
             dataset=self._options["task"],
         )
+
+
+def _virials(
+    graphs: Sequence[SampleGraph], forces: Tensor, stresses: Tensor
+) -> list[Tensor]:
+    """Virials (3, 3) in eV of stresses in eV/Å³, or of forces where nothing repeats.
+
+    A molecule has no volume, and its virial is the sum of positions times forces.
+    """
+    found, row = [], 0
+    for graph, stress in zip(graphs, stresses.detach().double(), strict=True):
+        structure = graph.structure
+        rows = slice(row, row := row + len(structure))
+        if structure.pbc.any():
+            volume = float(abs(np.linalg.det(structure.cell)))
+            virial = -volume * stress.reshape(3, 3)
+        else:
+            positions = torch.from_numpy(structure.positions).to(stress)
+            virial = positions.mT @ forces[rows].detach().to(stress)
+        found.append((virial + virial.mT) / 2)
+    return found
 
 
 def _energy_blocks(model: Any) -> list[nn.Module]:

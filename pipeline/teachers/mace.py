@@ -106,6 +106,7 @@ class Mace(Potential):
         )
         self.elements = set(model.atomic_numbers.tolist())
         self.normalizer = _normalizer(model, head)
+        self.has_virial = True
         self.provenance = {
             "package": f"mace-torch {version('mace-torch')}",
             "file": file,
@@ -131,7 +132,7 @@ class Mace(Potential):
         """Fields in eV and Å; hidden states after the product of a layer."""
         data = self._input(graphs)
         with torch.enable_grad(), capture_outputs(self._blocks) as states:
-            output = self.model(data, compute_force=True)
+            output = self.model(data, compute_force=True, compute_virials=True)
         atoms = output["node_energy"].detach().double()
         references = torch.tensor(
             self.normalizer.element_references, dtype=atoms.dtype, device=atoms.device
@@ -141,6 +142,7 @@ class Mace(Potential):
             "teacher_energy": energy,
             "teacher_forces": output["forces"],
             "per_atom_energy": atoms - references[data["atomic_numbers"]],
+            "teacher_virial": output["virials"].detach().double(),
         }
         for name in fields:
             if name not in values:

@@ -107,8 +107,9 @@ class Potential(ABC):
     ``available_fields`` says by field name what it can give beside energies and forces,
     ``graph_rule`` how its edges are found (its ``cutoff`` in Å), ``elements`` the
     atomic numbers it knows, ``normalizer`` the scale of its energies and forces (what
-    students work in), ``precisions`` the matrix precisions it can run with and
-    ``provenance`` (JSON-able) where it comes from.
+    students work in), ``has_virial`` whether it gives virials, ``precisions`` the
+    matrix precisions it can run with and ``provenance`` (JSON-able) where it comes
+    from.
     """
 
     available_fields: Mapping[str, FieldInfo]
@@ -116,6 +117,7 @@ class Potential(ABC):
     elements: Container[int]
     normalizer: Normalizer = Normalizer()
     guarantees: Guarantees = Guarantees()
+    has_virial: bool = False
     precisions: tuple[Precision, ...] = PLAIN_PRECISIONS
     provenance: Mapping[str, Any] = {}
 
@@ -139,6 +141,10 @@ class Potential(ABC):
         layers: Mapping[str, str],
     ) -> Mapping[str, torch.Tensor]:
         """``teacher_energy``, ``teacher_forces`` and ``fields`` of a batch.
+
+        With ``has_virial`` also ``teacher_virial`` (B, 3, 3) float64 in eV, in each
+        pass: minus the derivative of the energy with respect to a symmetric strain,
+        -V times the stress. It must be finite for molecules.
 
         Rows run over the graphs in their order: ``teacher_energy`` (B,) in eV,
         ``teacher_forces`` (N, 3) in eV/Å, ``per_atom_energy`` (N,) in eV without the

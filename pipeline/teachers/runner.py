@@ -13,7 +13,12 @@ import numpy.typing as npt
 import torch
 
 from pipeline.errors import DataError, SpecError
-from pipeline.fields import EDGE_IDENTITY_FIELDS, FIELDS, PREDICTION_FIELDS
+from pipeline.fields import (
+    EDGE_IDENTITY_FIELDS,
+    FIELDS,
+    PREDICTION_FIELDS,
+    TEACHER_VIRIAL,
+)
 from pipeline.graphs.neighbors import NeighborSpec, neighbor_edges
 from pipeline.parallel.devices import is_out_of_memory, run_halving_on_oom
 from pipeline.spec.sections import TeacherSpec
@@ -24,6 +29,10 @@ from pipeline.teachers.registry import load_potential
 
 log = logging.getLogger("pipeline.teachers.runner")
 Arrays = dict[str, npt.NDArray[Any]]
+# What a potential gives without being asked for it.
+_UNASKED = (*PREDICTION_FIELDS, TEACHER_VIRIAL, *EDGE_IDENTITY_FIELDS)
+# What is not rounded to single precision.
+_OF_SAMPLES = ("teacher_energy", TEACHER_VIRIAL)
 Item = TypeVar("Item")
 
 
@@ -83,6 +92,11 @@ class TeacherRunner:
         """Width of every field that a spec may ask for, and of its companions."""
         columns = dict.fromkeys(("force_jacobian", COLUMN_FIELD), self.columns.count)
         return self.widths | columns
+
+    @property
+    def virial_fields(self) -> tuple[str, ...]:
+        """The field of virials if this teacher has them, to be asked for in a pass."""
+        return (TEACHER_VIRIAL,) if self.potential.has_virial else ()
 
     def check_fields(self, names: Sequence[str]) -> None:
         """Raise SpecError when a field of the spec is none of this teacher's."""
@@ -153,7 +167,8 @@ class TeacherRunner:
         """Energies, forces and ``fields`` of ``samples``, in their order.
 
         Node fields come concatenated over samples, (ΣN, ...); ``teacher_energy`` is
-        (len(samples),) float64 in eV, ``teacher_forces`` (ΣN, 3) in eV/Å.
+        (len(samples),) float64 in eV, ``teacher_forces`` (ΣN, 3) in eV/Å. Of teachers
+        with virials, ``teacher_virial`` (len(samples), 3, 3) in eV may be asked for.
         ``edge_features`` (ΣE, C) bring ``edge_index`` (ΣE, 2) and ``cell_offsets``
         (ΣE, 3), edges sorted by (target, source, shift) within each sample.
 
@@ -249,9 +264,7 @@ class TeacherRunner:
         self, group: Sequence[SampleGraph], names: Sequence[str]
     ) -> Arrays:
         layers = {name: self.layers[name] for name in names if name in self.layers}
-        wanted = [
-            n for n in names if n not in (*PREDICTION_FIELDS, *EDGE_IDENTITY_FIELDS)
-        ]
+        wanted = [name for name in names if name not in _UNASKED]
         with torch.no_grad(), _set_precision(self.spec.precision, self.device):
             values = self.potential.forward(group, wanted, layers)
         identity = {
@@ -263,7 +276,7 @@ class TeacherRunner:
             if name in identity:
                 arrays[name] = identity[name]  # the writer checks that they fit
                 continue
-            single = values[name] if name == "teacher_energy" else values[name].float()
+            single = values[name] if name in _OF_SAMPLES else values[name].float()
             arrays[name] = single.detach().cpu().numpy()
         return arrays
 

@@ -30,6 +30,8 @@ from pipeline.teachers.trust import NUMPY_ARRAYS, check_options, refuse_code
 OPTIONS = {"pretrained": "7net-0", "modal": None}
 # A pass with gradients keeps each number of a convolution about so often, as float32.
 _KEPT = 2.5
+# Their order of six components: xx yy zz xy yz zx.
+_VOIGT = [[0, 3, 5], [3, 1, 4], [5, 4, 2]]
 
 
 def load(spec: TeacherSpec) -> "SevenNet":
@@ -135,6 +137,7 @@ class SevenNet(Potential):
         self.elements = set(self.model.type_map)
         has_parity = any("o" in text for text in irreps.values())
         self.guarantees = Guarantees(reflections=has_parity)
+        self.has_virial = True
         self.provenance = {"package": f"sevenn {version('sevenn')}", "file": file}
         self._device = torch.device("cpu")
 
@@ -194,6 +197,8 @@ class SevenNet(Potential):
             "teacher_energy": energy,
             "teacher_forces": output[key.PRED_FORCE],
             "per_atom_energy": atoms - references[batch.atomic_numbers],
+            # Their stress is minus the usual one; with a volume of one, a virial.
+            "teacher_virial": output[key.PRED_STRESS].double()[:, _VOIGT],
         }
         for name in fields:
             if name not in values:
@@ -211,7 +216,7 @@ class SevenNet(Potential):
             key.ATOMIC_NUMBERS: batch.atomic_numbers,
             key.EDGE_IDX: batch.edge_index.flip(0),
             key.EDGE_VEC: torch.from_numpy(towards_source).to(self._device),
-            # Stress comes along in any case; a volume of one makes no difference.
+            # A volume of one, so that their stress is a virial.
             key.CELL_VOLUME: torch.ones(len(graphs), device=self._device),
             key.NUM_ATOMS: batch.n_atoms,
             key.BATCH: batch.batch,

@@ -47,7 +47,7 @@ def test_equals_its_ase_calculator(samples: object) -> None:
     chosen = samples()  # type: ignore[operator]
     calculator = CHGNetCalculator(use_device="cpu", return_site_energies=True)
     teacher = TeacherRunner.load(TeacherSpec(model="chgnet"))
-    found = teacher.predict(chosen, FIELDS)
+    found = teacher.predict(chosen, (*FIELDS, "teacher_virial"))
     references = np.array(teacher.potential.normalizer.element_references)
     row = 0
     for number, sample in enumerate(chosen):
@@ -58,6 +58,9 @@ def test_equals_its_ase_calculator(samples: object) -> None:
         assert energy == pytest.approx(atoms.get_potential_energy(), abs=1e-4)
         forces = atoms.get_forces()
         assert np.allclose(found["teacher_forces"][rows], forces, atol=2e-3)
+        if atoms.pbc.all():
+            virial = -atoms.get_volume() * atoms.get_stress(voigt=False)
+            assert np.allclose(found["teacher_virial"][number], virial, atol=2e-3)
         each = found["per_atom_energy"][rows] + references[atoms.numbers]
         assert np.allclose(each, calculator.results["energies"], atol=1e-4)
 

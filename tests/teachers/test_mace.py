@@ -95,6 +95,9 @@ def test_equals_its_ase_calculator(mace_file: Path, head: str) -> None:
         forces = atoms.get_forces()
         assert np.abs(forces).max() > 1e-3
         assert np.allclose(found["teacher_forces"][rows], forces, atol=1e-5)
+        if atoms.pbc.all():
+            virial = -atoms.get_volume() * atoms.get_stress(voigt=False)
+            assert np.allclose(found["teacher_virial"][number], virial, atol=1e-4)
         # Their descriptors: the scalars of all layers, side by side.
         descriptors = calculator.get_descriptors(atoms, invariants_only=True)
         features = found["node_features"][rows].numpy()
@@ -106,7 +109,7 @@ def test_keeps_the_contract(mace_file: Path) -> None:
     assert isinstance(potential, Mace)
     assert potential.available_fields["vector_features"].layers == {"block1": 8}
     kept = dict(check_potential(Subject(potential, made_samples())))
-    assert {"reflections", "sum_of_atoms", "gradient_forces"} <= kept.keys()
+    assert {"reflections", "sum_of_atoms", "gradient_forces", "virial"} <= kept.keys()
 
 
 def test_store_is_sound(mace_file: Path, tmp_path: Path) -> None:

@@ -46,7 +46,7 @@ def test_equals_its_ase_calculator(samples: object) -> None:
     chosen = samples()  # type: ignore[operator]
     calculator = SevenNetCalculator("7net-0", device="cpu")
     teacher = TeacherRunner.load(TeacherSpec(model="sevennet"))
-    found = teacher.predict(chosen, ("per_atom_energy",))
+    found = teacher.predict(chosen, ("per_atom_energy", "teacher_virial"))
     references = np.array(teacher.potential.normalizer.element_references)
     row = 0
     for number, sample in enumerate(chosen):
@@ -57,6 +57,9 @@ def test_equals_its_ase_calculator(samples: object) -> None:
         assert energy == pytest.approx(atoms.get_potential_energy(), abs=1e-4)
         forces = atoms.get_forces()
         assert np.allclose(found["teacher_forces"][rows], forces, atol=1e-4)
+        if atoms.pbc.all():
+            virial = -atoms.get_volume() * atoms.get_stress(voigt=False)
+            assert np.allclose(found["teacher_virial"][number], virial, atol=1e-3)
         each = found["per_atom_energy"][rows] + references[atoms.numbers]
         assert np.allclose(each, atoms.get_potential_energies(), atol=1e-4)
 
@@ -66,7 +69,7 @@ def test_keeps_the_contract(samples: object) -> None:
     potential = load_potential(TeacherSpec(model="sevennet"))
     kept = dict(check_potential(Subject(potential, samples())))  # type: ignore[operator]
     assert "reflections" not in kept  # made for rotations only
-    assert {"rotation", "sum_of_atoms", "gradient_forces"} <= kept.keys()
+    assert {"rotation", "sum_of_atoms", "gradient_forces", "virial"} <= kept.keys()
 
 
 def test_features_are_those_that_e3nn_names() -> None:
