@@ -106,7 +106,15 @@ def test_results_are_printed_as_json(
 
     planned = _json(cache_main, "plan", small_spec, "--out", tmp_path / "p.zarr")
     blocks = {name: split.n_blocks for name, split in small_store.splits.items()}
-    assert planned == {"store": str(tmp_path / "p.zarr"), "blocks": blocks}
+    passes = {
+        name: {"labels": len(split), "force_jacobian": 0, "generation": 0}
+        for name, split in small_store.splits.items()
+    }
+    assert planned == {
+        "store": str(tmp_path / "p.zarr"),
+        "blocks": blocks,
+        "teacher_passes": passes,
+    }
     assert _json(cache_main, "build", small_spec) == {"store": store, "sealed": True}
     checked = _json(cache_main, "verify", store)
     assert checked == {"store": store, "problems": []}
