@@ -16,7 +16,7 @@ from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch_geometric.data import Data
 
-from kd_train.evaluation.load_student import predict
+from kd_train.evaluation.load_student import predict_consistently
 from pipeline.errors import CheckpointError
 from pipeline.files.atomic import write_atomically
 from pipeline.graphs.batch import collate
@@ -29,7 +29,6 @@ from pipeline.structure import Structure
 EXPORTABLE = ("painn", "schnet")
 HEADER = "kd_train.json"
 INPUTS = ("atomic_numbers", "positions", "edge_index", "shifts", "natoms")
-OUTPUTS = ("energy", "forces")
 # Largest deviation from the model, relative to the largest number of its kind.
 TOLERANCE = 1e-4
 
@@ -53,7 +52,9 @@ class TensorModel(nn.Module):
         shifts: Tensor,
         natoms: Tensor,
     ) -> tuple[Tensor, ...]:
-        """Return energies (B,) float64 in eV and, if the model has them, forces (N, 3).
+        """Return energies (B,) float64 in eV, and forces (N, 3) and virials (B, 3, 3).
+
+        Forces are left out if the model has none, virials (eV) if forces are direct.
 
         ``atomic_numbers`` (N,) int64, ``positions`` (N, 3) float32 in Å, ``edge_index``
         (2, E) int64 from source to target, ``shifts`` (E, 3) float32 in Å, what the
@@ -77,8 +78,7 @@ class TensorModel(nn.Module):
             num_graphs=samples,
             recorded=True,
         )
-        energy, forces = predict(self.student, data)
-        return (energy,) if forces is None else (energy, forces)
+        return tuple(predict_consistently(self.student, data).present().values())
 
 
 def tensor_inputs(batch: Data) -> tuple[Tensor, ...]:
@@ -99,7 +99,8 @@ def export_student(student: LoadedModel, path: Path) -> dict[str, float]:
 
     The numbers of atoms, edges and samples are variable. The program is read again and
     compared with the model on two batches of other sizes, one of them periodic if the
-    model is. Returns the largest deviations of energies (eV) and of forces (eV/Å).
+    model is. Returns the largest deviations of energies (eV), forces (eV/Å) and, if
+    forces are gradients, virials (eV).
 
     Raises
     ------
@@ -144,13 +145,13 @@ def compare_program(student: LoadedModel, content: bytes) -> dict[str, float]:
         They are more than rounding.
     """
     program = torch.export.load(io.BytesIO(content)).module()
-    worst = dict.fromkeys(OUTPUTS, 0.0)
+    worst = dict.fromkeys(("energy", "forces"), 0.0)
     cell = student.model.graph_rule.periodic
     for natoms, periodic in (([8], cell), ([3, 12, 5, 2, 6, 10, 4], False)):
         batch = _example(student, natoms, periodic)
-        results = program(*tensor_inputs(batch)), predict(student, batch)
-        for name, found, wanted in zip(OUTPUTS, *results, strict=False):
-            assert wanted is not None
+        results = program(*tensor_inputs(batch))
+        expected = predict_consistently(student, batch).present()
+        for found, (name, wanted) in zip(results, expected.items(), strict=True):
             deviation = float((found - wanted).abs().max())
             if not deviation <= TOLERANCE * float(wanted.abs().max().clamp(min=1.0)):
                 raise CheckpointError(
@@ -158,19 +159,20 @@ def compare_program(student: LoadedModel, content: bytes) -> dict[str, float]:
                     f"{len(natoms)} samples: its {name} deviates by up to "
                     f"{deviation:.2g}; no file was written."
                 )
-            worst[name] = max(worst[name], deviation)
+            worst[name] = max(worst.get(name, 0.0), deviation)
     return worst
 
 
 def _header(student: LoadedModel) -> str:
     """Describe the program for its users, as JSON."""
     rule = student.model.graph_rule
+    example = _example(student, [2], periodic=False)
     known = trained_elements(student.normalizer, student.provenance)
     return json.dumps(
         {
             "model": student.name,
             "inputs": INPUTS,
-            "outputs": OUTPUTS,
+            "outputs": list(predict_consistently(student, example).present()),
             "hyperparameters": student.model.hyperparameters,
             "normalizer": student.normalizer.to_dict(),
             "elements": None if known is None else sorted(known),

@@ -4,6 +4,7 @@ Nothing of training is imported here, so that a student can be used without it.
 """
 
 from collections.abc import Container, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,13 @@ from torch_geometric.data import Data
 
 from pipeline.errors import CheckpointError
 from pipeline.models.checkpoint import LoadedModel, load_checkpoint
+from pipeline.models.derivatives import predict_gradients
 from pipeline.models.elements import (
     TRAINING_DATA,
     trained_elements,
     usable_elements,
 )
+from pipeline.models.output import ModelOutput
 
 STUDENT_FILE = "student.safetensors"
 # Parts of a composition, per atom, that count as zero.
@@ -80,6 +83,66 @@ def predict(student: LoadedModel, batch: Data) -> tuple[Tensor, Tensor | None]:
         if output.forces is None:
             return energy, None
         return energy, normalizer.denormalize_forces(output.forces)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Results for a batch of B structures with N atoms, in eV and Å.
+
+    ``energy`` (B,) float64 and its parts ``energies`` (N,) float64, ``forces`` (N, 3)
+    or None, ``virial`` (B, 3, 3) or None: minus the volume times the stress.
+    """
+
+    energy: Tensor
+    energies: Tensor
+    forces: Tensor | None
+    virial: Tensor | None
+
+    def present(self) -> dict[str, Tensor]:
+        """Return energy and, if they exist, forces and virial by name."""
+        values = {name: getattr(self, name) for name in ("energy", "forces", "virial")}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def predict_consistently(
+    student: LoadedModel, batch: Data, *, gradient: bool = False
+) -> Prediction:
+    """Predict in such a way that gradient forces are the gradient of the energy.
+
+    Forces that are gradients and virials have the scale of the energy. Forces of a head
+    have their own scale and no virial; with ``gradient``, the head is left out.
+    """
+    normalizer = student.normalizer
+    with torch.no_grad():
+        model = student.model
+        output = predict_gradients(model, batch) if gradient else model(batch)
+        numbers, index = batch.atomic_numbers, batch.batch
+        energy = normalizer.denormalize_energy(output.energy, numbers, index)
+        forces = output.forces
+        if forces is not None and output.virial is None:
+            forces = normalizer.denormalize_forces(forces)
+        elif forces is not None:
+            forces = forces * normalizer.energy_std
+        virial = output.virial
+        if virial is not None:
+            virial = normalizer.denormalize_virial(virial)
+        return Prediction(energy, _shares(student, output, batch), forces, virial)
+
+
+def _shares(student: LoadedModel, output: ModelOutput, batch: Data) -> Tensor:
+    """Return the parts (N,) of atoms in the energies, in eV; their sums are energies.
+
+    Atoms share the mean energy of the normaliser equally.
+    """
+    normalizer, settings = student.normalizer, student.model.hyperparameters
+    natoms = batch.natoms[batch.batch].double()  # (N,)
+    shares = output.per_atom_energy.double() * normalizer.energy_std
+    if settings.get("readout") == "mean" or settings.get("extensive") is False:
+        shares = shares / natoms
+    references = torch.tensor(
+        normalizer.element_references, dtype=torch.float64, device=shares.device
+    )
+    return shares + references[batch.atomic_numbers] + normalizer.energy_mean / natoms
 
 
 def reference_energies(student: LoadedModel) -> dict[str, float]:

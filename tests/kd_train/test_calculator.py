@@ -214,7 +214,6 @@ def test_what_cannot_be_calculated_is_told(schnet: Path, tmp_path: Path) -> None
 
     refused(molecule("CH3NO2"), "held no N")
     refused(Atoms("Fm2", [[0, 0, 0], [0, 0, 1.5]]), "atomic number 100")
-    refused(Atoms("H"), "No atom has a neighbour within 5.0 Å")
     refused(Atoms("H2", [[0, 0, 0], [0, 0, np.nan]]), "positions")
     refused(Atoms("H2", [[0, 0, 0], [0, 0, np.inf]]), "positions with numbers that")
     refused(Atoms("H2", [[0, 0, 0], [0, 0, 1]], pbc=True), "cell")

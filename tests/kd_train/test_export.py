@@ -20,7 +20,7 @@ from kd_train.evaluation.export import (
     export_student,
     tensor_inputs,
 )
-from kd_train.evaluation.load_student import load_student, predict
+from kd_train.evaluation.load_student import load_student, predict_consistently
 from pipeline.errors import CheckpointError
 from pipeline.graphs.batch import collate
 from pipeline.graphs.neighbors import neighbor_edges
@@ -99,8 +99,14 @@ def test_a_program_computes_what_the_model_does(kind: str, tmp_path: Path) -> No
     edges = [neighbor_edges(s, student.model.graph_rule) for s in samples]
     batch = collate(samples, edges)
     found, header = _run_elsewhere(program, tensor_inputs(batch), tmp_path)
-    energy, forces = predict(student, batch)
+    expected = predict_consistently(student, batch)
+    energy, forces, virial = expected.energy, expected.forces, expected.virial
     assert forces is not None
+    assert (virial is not None) == (kind == "schnet") == (len(found) == 3)
+    if virial is not None:
+        torch.testing.assert_close(found[2], virial, rtol=1e-4, atol=1e-4)
+        assert virial.abs().amax(dim=(1, 2)).min() > 1e-3
+    assert header["outputs"] == ["energy", "forces", "virial"][: len(found)]
     torch.testing.assert_close(found[0], energy, rtol=0, atol=1e-4)
     torch.testing.assert_close(found[1], forces, rtol=1e-4, atol=1e-5)
     assert float(forces.abs().max()) > 1e-3
