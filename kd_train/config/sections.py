@@ -101,7 +101,7 @@ class ScheduleConfig(ClosedModel):
 
 
 class LossConfig(ClosedModel):
-    """L0 = energy_weight * MAE(E) + force_weight * force error over free atoms."""
+    """L0: weights times MAE(E), the force error of free atoms, and that of virials."""
 
     earlier_keys: ClassVar[Mapping[str, str]] = {
         "force_error": "force_loss",
@@ -110,6 +110,13 @@ class LossConfig(ClosedModel):
 
     energy_weight: float = Key(1.0, ge=0)
     force_weight: float = Key(100.0, ge=0)
+    virial_weight: float | None = Key(
+        None,
+        ge=0,
+        description="Weight of the virial error per atom in L0 and vanilla1 (default: "
+        "10 if the training split has virials and the student's forces are the "
+        "gradient of its energy; else 0).",
+    )
     force_loss: Literal["l2", "mae"] = Key(
         "l2",
         description="Force error in the loss (default: l2); l2 is the mean of "

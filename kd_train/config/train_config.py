@@ -209,13 +209,17 @@ def strategy_name(text: str) -> str:
     return "+".join(STRATEGY_ALIASES.get(name, name) for name in text.split("+"))
 
 
+_DEFAULTS = TrainConfig().model_dump(mode="json")
+
+
 def saved_settings(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return the configuration of an earlier run with the keys of today.
 
     Of a key that the earlier version lacked, the default is what that version did.
     """
     renamed = rename_keys(TrainConfig, settings, where, warn=False)
-    return _completed(renamed, TrainConfig().model_dump(mode="json"))
+    earlier = _completed({"loss": {"virial_weight": 0.0}}, _DEFAULTS)
+    return _completed(renamed, earlier)
 
 
 def _completed(values: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

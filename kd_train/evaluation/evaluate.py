@@ -12,7 +12,7 @@ from torch_geometric.data import Data
 
 from kd_train.config.sections import LossConfig
 from kd_train.distributed import ALONE, World, interleave
-from kd_train.evaluation.metrics import METRICS, MetricSums
+from kd_train.evaluation.metrics import SUMMED, MetricSums
 from kd_train.loader.prefetch import move_to_device
 from kd_train.loader.sampler import ordered_batches
 from kd_train.loader.split import Split
@@ -51,7 +51,8 @@ def evaluate(
     was_training = model.training
     model.eval()
     term = OutputError("l0", reference_labels, normalizer, weights)
-    rows = [torch.zeros(0, _WIDTH, dtype=torch.float64)]
+    width = 2 + 2 * len(term.part_weights) + 2 * len(SUMMED)
+    rows = [torch.zeros(0, width, dtype=torch.float64)]
     predictions = [_no_results()]
     with torch.no_grad():
         for batch in batches:
@@ -67,6 +68,9 @@ def evaluate(
                 batch.batch,
                 batch.fixed,
             )
+            sums.add_virials(
+                results["virial"], results["virial_label"], results["volume"]
+            )
             parts = [term.totals(output, batch).double(), term.counts(batch)]
             sizes = torch.tensor([batch.num_graphs, batch.num_nodes]).double()
             row = torch.cat([sizes, *(part.cpu() for part in parts), sums.row()])
@@ -79,24 +83,25 @@ def evaluate(
     return _gather_results(torch.cat(rows), joint, term.part_weights, world)
 
 
-# Samples, atoms; two totals and two counts of the loss; sums and counts of metrics.
-_WIDTH = 2 + 4 + 2 * len(METRICS)
-
-
 def _gather_results(
     rows: Tensor,
     results: dict[str, Tensor],
     part_weights: tuple[float, ...],
     world: World,
 ) -> Evaluation:
-    """Join the rows (n, W) and results of all processes in the order of batches."""
+    """Join the rows (n, W) and results of all processes in the order of batches.
+
+    A row has samples, atoms, totals and counts of the parts of the loss, then sums and
+    counts of metrics.
+    """
+    count = len(part_weights)
     parts = world.all_gather(rows)
     sums = MetricSums()
-    total = torch.zeros(4, dtype=torch.float64)
+    total = torch.zeros(2 * count, dtype=torch.float64)
     for row in interleave([list(part) for part in parts]):
-        total = total + row[2:6]
-        sums.add_row(row[6:])
-    loss = float(joint_mean(part_weights, total[:2], total[2:]))
+        total = total + row[2 : 2 + 2 * count]
+        sums.add_row(row[2 + 2 * count :])
+    loss = float(joint_mean(part_weights, total[:count], total[count:]))
     predictions = {}
     for name, values in results.items():
         column = 1 if name in _PER_ATOM else 0
@@ -105,11 +110,16 @@ def _gather_results(
             for value, part in zip(world.all_gather(values), parts, strict=True)
         ]
         predictions[name] = torch.cat([values[:0], *interleave(pieces)]).numpy()
-    known = bool(total[2:].any())
+    if not np.isfinite(predictions["virial_label"]).any():
+        for name in _OF_VIRIALS:
+            del predictions[name]
+    known = bool(total[count:].any())
     return Evaluation(sums.result(), loss if known else float("nan"), predictions)
 
 
 _PER_ATOM = ("forces", "forces_label", "fixed")
+# Predictions that are there only if samples have virials.
+_OF_VIRIALS = ("virial", "virial_label", "volume")
 
 
 def _results(output: Any, batch: Data, normalizer: Normalizer) -> dict[str, Tensor]:
@@ -123,6 +133,25 @@ def _results(output: Any, batch: Data, normalizer: Normalizer) -> dict[str, Tens
         "forces_label": batch.forces,
         "fixed": batch.fixed,
         "n_atoms": batch.natoms,
+        **_virials(output, batch, normalizer),
+    }
+
+
+def _virials(output: Any, batch: Data, normalizer: Normalizer) -> dict[str, Tensor]:
+    """Virials (B, 3, 3) float64 in eV, NaN if unknown, and volumes (B,) in Å³.
+
+    The volume is 0 with fewer than three periodic directions.
+    """
+    cells = batch.cell.double()
+    unknown = torch.full_like(cells, float("nan"))
+    virial = unknown
+    if output.virial is not None:
+        virial = normalizer.denormalize_virial(output.virial.double())
+    periodic = batch.pbc.reshape(-1, 3).bool().all(dim=1)
+    return {
+        "virial": virial,
+        "virial_label": batch.get("virial", unknown),
+        "volume": torch.where(periodic, torch.linalg.det(cells).abs(), 0.0),
     }
 
 
@@ -135,6 +164,9 @@ def _no_results() -> dict[str, Tensor]:
         "forces_label": torch.zeros(0, 3),
         "fixed": torch.zeros(0, dtype=torch.bool),
         "n_atoms": torch.zeros(0, dtype=torch.int64),
+        "virial": torch.zeros(0, 3, 3, dtype=torch.float64),
+        "virial_label": torch.zeros(0, 3, 3, dtype=torch.float64),
+        "volume": torch.zeros(0, dtype=torch.float64),
     }
 
 
@@ -144,6 +176,9 @@ def teacher_metrics(split: Split) -> dict[str, float] | None:
     paths = {name: FIELDS[name].path for name in names}
     if paths["teacher_energy"] not in split.arrays:
         return None
+    stress = {name: FIELDS[name].path for name in ("virial", "teacher_virial")}
+    if all(path in split.arrays for path in stress.values()):
+        paths |= stress | {name: FIELDS[name].path for name in ("cell", "pbc")}
     sums = MetricSums()
     for positions in ordered_batches(len(split), 1024):
         arrays = split.read(positions, tuple(paths.values()))
@@ -157,4 +192,12 @@ def teacher_metrics(split: Split) -> dict[str, float] | None:
             torch.from_numpy(batch),
             values["fixed"].bool(),
         )
+        if "virial" in values:
+            periodic = values["pbc"].bool().all(dim=1)
+            volume = torch.linalg.det(values["cell"]).abs()
+            sums.add_virials(
+                values["teacher_virial"],
+                values["virial"],
+                torch.where(periodic, volume, 0.0),
+            )
     return sums.result()

@@ -35,7 +35,8 @@ def evaluate_student(
     -------
     dict
         By split: ``energy_mae`` (meV), ``forces_mae`` (meV/Å), ``forces_cos`` and
-        ``efwt`` (%). A metric is NaN if no sample has its label.
+        ``efwt`` (%), and ``stress_mae`` (meV/Å³) if samples have a virial and three
+        periodic directions. A metric is NaN if no sample has its label.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""OC20's four metrics as sums and counts, so that batches and ranks add up exactly."""
+"""OC20's four metrics and that of stress, as sums and counts that add up exactly."""
 
 import math
 from dataclasses import dataclass, field
@@ -10,6 +10,11 @@ from torch_geometric.utils import scatter
 ENERGY_THRESHOLD = 0.02  # eV
 FORCE_THRESHOLD = 0.03  # eV/Å, largest component
 METRICS = ("energy_mae", "forces_mae", "forces_cos", "efwt")
+# It is there only if samples have it.
+STRESS = "stress_mae"
+SUMMED = (*METRICS, STRESS)
+# Components of a symmetric tensor, by their rows and columns: xx yy zz yz xz xy.
+_ROWS, _COLUMNS = [0, 1, 2, 1, 0, 0], [0, 1, 2, 2, 2, 1]
 
 
 @dataclass
@@ -19,8 +24,8 @@ class MetricSums:
     Metrics that need a missing energy or missing forces skip the sample.
     """
 
-    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(METRICS, 0.0))
-    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(METRICS, 0))
+    sums: dict[str, float] = field(default_factory=lambda: dict.fromkeys(SUMMED, 0.0))
+    counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(SUMMED, 0))
 
     def add(
         self,
@@ -47,12 +52,22 @@ class MetricSums:
         within = (energy_error < ENERGY_THRESHOLD) & (largest < FORCE_THRESHOLD)
         self._put("efwt", within[known & (free > 0)].double())
 
+    def add_virials(self, virial: Tensor, label: Tensor, volume: Tensor) -> None:
+        """Take in virials (B, 3, 3) in eV of cells with ``volume`` (B,) in Å³.
+
+        Samples without label, or with a volume of 0 for fewer than three periodic
+        directions, do not count.
+        """
+        error = (virial - label).abs().double()[:, _ROWS, _COLUMNS]
+        known = error.isfinite().all(dim=1) & (volume > 0)
+        self._put(STRESS, (error[known] / volume[known, None]).flatten())
+
     def _put(self, name: str, values: Tensor) -> None:
         self.sums[name] += float(values.double().sum())
         self.counts[name] += values.numel()
 
     def row(self) -> Tensor:
-        """Return sums, then counts, as a row (8,) float64 for :meth:`add_row`."""
+        """Return sums, then counts, as a row (10,) float64 for :meth:`add_row`."""
         values = [*self.sums.values(), *self.counts.values()]
         return torch.tensor(values, dtype=torch.float64)
 
@@ -60,7 +75,7 @@ class MetricSums:
         """Take in what another one has summed."""
         values = row.tolist()
         for name, total, count in zip(
-            METRICS, values[: len(METRICS)], values[len(METRICS) :], strict=True
+            SUMMED, values[: len(SUMMED)], values[len(SUMMED) :], strict=True
         ):
             self.sums[name] += total
             self.counts[name] += int(count)
@@ -68,14 +83,16 @@ class MetricSums:
     def result(self) -> dict[str, float]:
         """Return energy_mae (meV), forces_mae (meV/Å), forces_cos and efwt (%).
 
-        A metric is NaN if no sample has its label.
+        A metric is NaN if no sample has its label. If some have virials, also
+        stress_mae (meV/Å³), over the six components.
         """
-        factor = {"energy_mae": 1e3, "forces_mae": 1e3, "efwt": 100.0}
+        factor = {"energy_mae": 1e3, "forces_mae": 1e3, "efwt": 100.0, STRESS: 1e3}
         return {
             name: factor.get(name, 1.0) * total / self.counts[name]
             if self.counts[name]
             else float("nan")
             for name, total in self.sums.items()
+            if name != STRESS or self.counts[name]
         }
 
 

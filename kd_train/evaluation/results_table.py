@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from kd_train.evaluation.load_student import STUDENT_FILE
-from kd_train.evaluation.metrics import METRICS, without_nan
+from kd_train.evaluation.metrics import METRICS, STRESS, without_nan
 from kd_train.evaluation.score import Score, mean_over
 from kd_train.evaluation.throughput import Throughput
 from pipeline.files.atomic import write_atomically
@@ -19,8 +19,10 @@ from pipeline.models.checkpoint import LoadedModel
 
 _HEADER = ("split", "model", "samples", "E MAE", "F MAE", "F cos", "EFwT")
 _UNITS = ("", "", "", "[meV]", "[meV/Å]", "", "[%]")
-_DIGITS = {"energy_mae": 1, "forces_mae": 2, "forces_cos": 3, "efwt": 2}
+_STRESS_TITLE, _STRESS_UNIT = "S MAE", "[meV/Å³]"
+_DIGITS = {"energy_mae": 1, "forces_mae": 2, "forces_cos": 3, "efwt": 2, STRESS: 2}
 MEAN = "mean"
+_NONE = "–"
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,11 @@ class Scorecard:
             rows.append(_row(MEAN, "student", "", self.mean))
             if self.teacher_mean is not None:
                 rows.append(_row("", "teacher", "", self.teacher_mean))
-        lines = [_align([_HEADER, _UNITS, *rows])]
+        header: list[tuple[str, ...]] = [_HEADER, _UNITS]
+        if any(len(row) > len(_HEADER) for row in rows):
+            header = [(*_HEADER, _STRESS_TITLE), (*_UNITS, _STRESS_UNIT)]
+            rows = [row + (_NONE,) * (len(header[0]) - len(row)) for row in rows]
+        lines = [_align([*header, *rows])]
         if self.throughput is not None:
             lines.append(f"{self.throughput}.")
         return "\n".join(lines)
@@ -92,6 +98,7 @@ class Scorecard:
         arrays: dict[str, Any] = {
             name: np.concatenate([score.predictions[name] for score in self.scores])
             for name in self.scores[0].predictions
+            if all(name in score.predictions for score in self.scores)
         }
         counts = [len(score.predictions["energy"]) for score in self.scores]
         names = np.array([score.name for score in self.scores])
@@ -145,12 +152,13 @@ def _numbers(score: Score) -> dict[str, Any]:
 def _row(
     name: str, model: str, count: str, metrics: Mapping[str, float]
 ) -> tuple[str, ...]:
-    cells = [_cell(metrics[key], _DIGITS[key]) for key in METRICS]
+    names = (*METRICS, *(name for name in (STRESS,) if name in metrics))
+    cells = [_cell(metrics[key], _DIGITS[key]) for key in names]
     return (name, model, count, *cells)
 
 
 def _cell(value: float, digits: int) -> str:
-    return "–" if math.isnan(value) else f"{value:.{digits}f}"
+    return _NONE if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def _align(rows: Sequence[Sequence[str]]) -> str:

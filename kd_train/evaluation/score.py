@@ -21,7 +21,7 @@ from kd_train.evaluation.load_student import (
     unlisted_elements_warning,
     untrained_elements,
 )
-from kd_train.evaluation.metrics import METRICS
+from kd_train.evaluation.metrics import METRICS, STRESS
 from kd_train.evaluation.throughput import POOL, unbatch_structures
 from kd_train.loader.data import CachedSamples
 from kd_train.loader.datafiles import DatasetSamples
@@ -238,7 +238,11 @@ def mean_over(rows: Iterable[Mapping[str, float] | None]) -> dict[str, float] | 
     present = [row for row in rows if row is not None]
     if not present:
         return None
-    return {name: _mean([row[name] for row in present]) for name in METRICS}
+    stress = [STRESS] if any(STRESS in row for row in present) else []
+    return {
+        name: _mean([row.get(name, math.nan) for row in present])
+        for name in (*METRICS, *stress)
+    }
 
 
 def _mean(values: list[float]) -> float:

@@ -16,6 +16,8 @@ from pipeline.store.reader import ArrayInfo
 _FILL = {
     FIELDS["force_jacobian"].path: 0,
     FIELDS["force_jacobian_column"].path: -1,
+    FIELDS["virial"].path: np.nan,
+    FIELDS["teacher_virial"].path: np.nan,
 }
 
 
@@ -24,7 +26,8 @@ class ConcatSplit:
 
     Every array in ``wanted`` that one split has must be the same kind in all splits.
     Other arrays are visible if they are the same kind in all splits. Splits without
-    columns of the force Jacobian have no column for each sample.
+    columns of the force Jacobian have no column for each sample, and splits without
+    virials have missing ones.
 
     Raises
     ------

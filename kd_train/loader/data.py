@@ -17,6 +17,7 @@ from pipeline.fields import (
     FIELDS,
     LABEL_FIELDS,
     STRUCTURE_FIELDS,
+    TEACHER_VIRIAL,
 )
 from pipeline.graphs.batch import collate
 from pipeline.graphs.neighbors import Edges, NeighborSpec, sample_edges
@@ -51,8 +52,16 @@ class CachedSamples:
         self.split = split
         self.rule = rule
         self.elements = elements
-        self.fields = (*STRUCTURE_FIELDS, *LABEL_FIELDS, *fields)
-        self._paths = read_paths(fields)
+        virials = [
+            name
+            for name, needed in (
+                ("virial", "energy"),
+                (TEACHER_VIRIAL, "teacher_energy"),
+            )
+            if needed in (*LABEL_FIELDS, *fields) and FIELDS[name].path in split.arrays
+        ]
+        self.fields = (*STRUCTURE_FIELDS, *LABEL_FIELDS, *virials, *fields)
+        self._paths = read_paths([*virials, *fields])
         self.encodings = {
             name: encoding
             for name in fields
@@ -74,7 +83,9 @@ class CachedSamples:
         """Read samples at ``positions`` as one graph, see ``pipeline.graphs.batch``.
 
         Adds ``energy`` (B,) float64 in eV, ``forces`` (N, 3) float32 in eV/Å and every
-        asked field as it is stored, see ``decode_batch``. With ``edge_features`` (E, C)
+        asked field as it is stored, see ``decode_batch``. Splits with virials add
+        ``virial``, and next to ``teacher_energy`` also ``teacher_virial``, (B, 3, 3)
+        float64 in eV. With ``edge_features`` (E, C)
         come their edges ``teacher_edge_index`` (2, E) int64, source first,
         ``teacher_cell_offsets`` (E, 3) int8, and ``edge_mismatch``, the id of the first
         sample whose edges differ from the model's own graph, empty if all agree.

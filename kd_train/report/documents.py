@@ -20,12 +20,16 @@ Metric = Annotated[float, BeforeValidator(lambda x: math.nan if x is None else x
 
 
 class Metrics(Document):
-    """Metrics in meV, meV/Å, cosine and %, NaN if the split lacks the labels."""
+    """Metrics in meV, meV/Å, cosine, % and meV/Å³, NaN if the split lacks the labels.
+
+    Runs without virials do not have the last one.
+    """
 
     energy_mae: Metric
     forces_mae: Metric
     forces_cos: Metric
     efwt: Metric
+    stress_mae: Metric = math.nan
 
 
 class SplitTraining(Document):

@@ -7,7 +7,7 @@ from dataclasses import fields
 from math import isfinite, nan
 
 from kd_train.report.basis import BASIS_COLUMNS, basis_digits
-from kd_train.report.tables import COLUMNS, Column, Group, Row, Spread, Table
+from kd_train.report.tables import Column, Group, Row, Spread, Table
 
 _LATEX = {
     "\\": r"\textbackslash{}",
@@ -35,7 +35,7 @@ def text_table(table: Table) -> str:
     rows = table.rows
     columns = [["", "  model", *(f"  {row.label}" for row in rows)]]
     columns.append(["", "seeds", *map(_seeds, rows)])
-    for column in COLUMNS:
+    for column in table.columns:
         unit = f"[{column.unit}]" if column.unit else ""
         values = [row.values[column.name] for row in rows]
         columns.append([column.title, unit, *_align(values, column.decimals)])
@@ -85,7 +85,7 @@ def csv_table(table: Table) -> str:
     """Format the table as CSV with all digits; missing values are empty."""
     buffer = io.StringIO()
     header = ["student", "strategy", "settings", "seeds", "steps", "val_split"]
-    for column in COLUMNS:
+    for column in table.columns:
         header += [column.name, f"{column.name}_sd"]
         if table.has_gaps:
             header += [f"{column.name}_gap_closed", f"{column.name}_gap_closed_sd"]
@@ -96,7 +96,7 @@ def csv_table(table: Table) -> str:
         steps = "" if row.steps is None else row.steps
         cells = [row.student, row.strategy, row.settings, _seeds(row)]
         cells += [str(steps), row.split or table.val_split]
-        for column in COLUMNS:
+        for column in table.columns:
             cells += _digits(row.values[column.name])
             if table.has_gaps:
                 cells += _digits(row.gaps[column.name] if row.gaps else Spread(nan))
@@ -110,10 +110,10 @@ def latex_table(table: Table) -> str:
 
     The best mean of a student is bold. Footnotes are comments at the end.
     """
-    width = 2 + len(COLUMNS) * (1 + table.has_gaps)
-    head = list(_latex_head(table.has_gaps))
+    width = 2 + len(table.columns) * (1 + table.has_gaps)
+    head = list(_latex_head(table))
     groups = [
-        (group.title, [_latex_cells(row, table.has_gaps) for row in group.rows])
+        (group.title, [_latex_cells(row, table) for row in group.rows])
         for group in table.groups
     ]
     lines = _tabular(f"l{'r' * (width - 1)}", head, groups)
@@ -168,27 +168,27 @@ def format_mean_sd(spread: Spread, decimals: int) -> str:
     return " ± ".join(part for part in spread.parts(decimals) if part)
 
 
-def _latex_head(has_gaps: bool) -> Iterator[str]:
+def _latex_head(table: Table) -> Iterator[str]:
     """Yield two header lines: names of metrics, then units."""
     titles, units = ["", "seeds"], ["", ""]
-    for column in COLUMNS:
+    for column in table.columns:
         titles.append(escape_latex(column.title))
         # Brackets at the start of a line would be an argument of the break before.
         units.append(f"{{[{escape_latex(column.unit)}]}}" if column.unit else "")
-        if has_gaps:
+        if table.has_gaps:
             titles.append("gap")
             units.append("{[\\%]}")
     yield _latex_row(titles)
     yield _latex_row(units)
 
 
-def _latex_cells(row: Row, has_gaps: bool) -> Iterator[str]:
+def _latex_cells(row: Row, table: Table) -> Iterator[str]:
     yield r"\quad " + escape_latex(row.label)
     yield _seeds(row)
-    for column in COLUMNS:
+    for column in table.columns:
         text = _latex_number(format_mean_sd(row.values[column.name], column.decimals))
         yield rf"\textbf{{{text}}}" if column.name in row.best else text
-        if has_gaps:
+        if table.has_gaps:
             yield _latex_number(gap_text(row, column))
 
 

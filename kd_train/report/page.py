@@ -12,7 +12,7 @@ from kd_train.report.grouping import Cohort
 from kd_train.report.layouts import basis_groups, format_mean_sd, gap_text
 from kd_train.report.runs import FinishedRun, SkippedRun
 from kd_train.report.summary import training_command
-from kd_train.report.tables import COLUMNS, TEACHER, Row, Table
+from kd_train.report.tables import TEACHER, Row, Table
 
 WITHOUT_RESULTS = "Runs without results"
 NOT_COMPARABLE = "Finished runs that are not comparable with the other runs"
@@ -127,31 +127,31 @@ def _bases(table: Table) -> list[str]:
 
 def _html_table(table: Table) -> str:
     head = ["<th>model</th><th>seeds</th>"]
-    for column in COLUMNS:
+    for column in table.columns:
         head.append(f"<th>{column.title}<br><small>{column.unit}</small></th>")
         if table.has_gaps:
             head.append("<th>gap<br><small>% closed</small></th>")
-    width = 2 + len(COLUMNS) * (1 + table.has_gaps)
+    width = 2 + len(table.columns) * (1 + table.has_gaps)
     body = []
     for group in table.groups:
         title = escape(group.title)
         body.append(f'<tr class="title"><th colspan="{width}">{title}</th></tr>\n')
-        body += [_html_row(row, table.has_gaps) for row in group.rows]
+        body += [_html_row(row, table) for row in group.rows]
     return (
         f"<table><thead><tr>{''.join(head)}</tr></thead>\n"
         f"<tbody>{''.join(body)}</tbody></table>"
     )
 
 
-def _html_row(row: Row, has_gaps: bool) -> str:
+def _html_row(row: Row, table: Table) -> str:
     """Format one row, with a student's best value of a metric in bold."""
     cells = [f"<td>{escape(row.label)}</td><td>{row.seeds or ''}</td>"]
-    for column in COLUMNS:
+    for column in table.columns:
         text = format_mean_sd(row.values[column.name], column.decimals)
         if column.name in row.best:
             text = f"<b>{text}</b>"
         cells.append(f"<td>{text}</td>")
-        if has_gaps:
+        if table.has_gaps:
             cells.append(f'<td class="gap">{gap_text(row, column)}</td>')
     kind = ' class="teacher"' if row.strategy == TEACHER else ""
     return f"<tr{kind}>{''.join(cells)}</tr>\n"

@@ -1,8 +1,10 @@
 """Parity plots: predictions of exported students against the reference."""
 
 from collections.abc import Sequence
+from math import isfinite
 from typing import Any
 
+import ase.units
 import numpy as np
 import numpy.typing as npt
 
@@ -19,12 +21,16 @@ from kd_train.report.grouping import Cohort, Variant
 
 _COLUMNS = 4
 _MAX_COMPONENTS = 300_000
+# GPa in one meV/Å³.
+GPA = 1e-3 / ase.units.GPa
 
 Array = npt.NDArray[Any]
 
 
 def parity_files(cohorts: Sequence[Cohort]) -> dict[str, bytes]:
-    """Draw energy errors and force components against the reference, by table row.
+    """Draw energy errors, forces and stresses against the reference, by table row.
+
+    Stresses only if a run has them.
 
     Energies are shown as errors, because a spread of hundreds of eV between
     compositions would hide errors of meV. The run of the lowest seed is drawn.
@@ -32,44 +38,53 @@ def parity_files(cohorts: Sequence[Cohort]) -> dict[str, bytes]:
     chosen = row_styles(cohorts)
     lines = [len(range(0, len(cohort.variants), _COLUMNS)) for cohort in cohorts]
     n_columns = min(max(len(cohort.variants) for cohort in cohorts), _COLUMNS)
+    runs = [variant.runs[0] for cohort in cohorts for variant in cohort.variants]
+    height = 3 if any(isfinite(r.summary.metrics.stress_mae) for r in runs) else 2
     with style():
         # Two columns' width at least, so that labels fit on a report of one run.
-        size = max(1.95 * n_columns + 0.8, 4.6), 4.6 * sum(lines) + 0.2
+        size = max(1.95 * n_columns + 0.8, 4.6), 2.3 * height * sum(lines) + 0.2
         figure = new_figure(*size)
-        grid = figure.subplots(2 * sum(lines), n_columns, squeeze=False)
+        grid = figure.subplots(height * sum(lines), n_columns, squeeze=False)
         for cohort, count in zip(cohorts, lines, strict=True):
-            panels, grid = grid[: 2 * count], grid[2 * count :]
-            _parity_rows(panels, cohort, chosen)
+            panels, grid = grid[: height * count], grid[height * count :]
+            _parity_rows(panels, height, cohort, chosen)
         return render_files(figure, "parity")
 
 
-def _parity_rows(grid: Array, cohort: Cohort, chosen: dict[str, RowStyle]) -> None:
-    """Fill the panels of one student, all energies and all forces on one scale."""
+def _parity_rows(
+    grid: Array, height: int, cohort: Cohort, chosen: dict[str, RowStyle]
+) -> None:
+    """Fill the panels of one student, each quantity on one scale, ``height`` a row."""
     data = {v.label: v.runs[0].predictions() for v in cohort.variants}
     energy_limit = _limit(
         [1e3 * _energy_error(found) for found in data.values()], 99.0, 1.0
     )
     force_limit = _limit([found["forces_label"] for found in data.values()], 99.9, 0.1)
+    stresses = {label: _stresses(found) for label, found in data.items()}
+    stress_limit = _limit([label for label, _ in stresses.values()], 99.9, 1.0)
     width = grid.shape[1]
-    for i in range(width * (len(grid) // 2)):
-        line, column = 2 * (i // width), i % width
-        pair = grid[line, column], grid[line + 1, column]
+    for i in range(width * (len(grid) // height)):
+        line, column = height * (i // width), i % width
+        panels = tuple(grid[line : line + height, column])
         if i >= len(cohort.variants):
-            pair[0].remove()
-            pair[1].remove()
+            for axes in panels:
+                axes.remove()
             continue
         variant = cohort.variants[i]
         found, color = data[variant.label], chosen[variant.label].strategy_color
-        _energy_panel(pair[0], found, energy_limit, color)
-        _force_panel(pair[1], found, force_limit, color)
-        _describe(pair, cohort.student, variant, first=column == 0)
+        _energy_panel(panels[0], found, energy_limit, color)
+        forces = found["forces_label"], found["forces"]
+        _density_panel(panels[1], *forces, force_limit, color)
+        if height == 3:
+            _density_panel(panels[2], *stresses[variant.label], stress_limit, color)
+        _describe(panels, cohort.student, variant, first=column == 0)
 
 
 def _describe(
-    pair: tuple[Any, Any], student: str, variant: Variant, *, first: bool
+    panels: tuple[Any, ...], student: str, variant: Variant, *, first: bool
 ) -> None:
-    """Write titles, labels and errors of the panels above and below."""
-    above, below = pair
+    """Write titles, labels and errors of the panels of energies, forces, stresses."""
+    above, below = panels[:2]
     summary = variant.runs[0].summary
     above.set_title(f"{student}\n{variant.label}, seed {summary.seed}")
     _corner(above, f"MAE {summary.metrics.energy_mae:.1f} meV")
@@ -79,7 +94,13 @@ def _describe(
     if first:
         above.set_ylabel("energy error [meV]")
         below.set_ylabel("predicted force [eV/Å]")
-    for axes in pair:
+    if len(panels) == 3:
+        error = summary.metrics.stress_mae
+        _corner(panels[2], f"MAE {error:.2f} meV/Å³\n({GPA * error:.3f} GPa)")
+        panels[2].set_xlabel("reference stress [meV/Å³]")
+        if first:
+            panels[2].set_ylabel("predicted stress [meV/Å³]")
+    for axes in panels:
         axes.tick_params(labelleft=first)
         axes.set_box_aspect(1)
 
@@ -104,11 +125,12 @@ def _energy_panel(axes: Any, found: dict[str, Array], limit: float, color: str) 
     axes.grid(**GRID)
 
 
-def _force_panel(axes: Any, found: dict[str, Array], limit: float, color: str) -> None:
-    """Draw the density of force components, logarithmic, with the diagonal."""
+def _density_panel(
+    axes: Any, label: Array, predicted: Array, limit: float, color: str
+) -> None:
+    """Draw the density of components, logarithmic, with the diagonal."""
     from matplotlib.colors import LinearSegmentedColormap, LogNorm
 
-    label, predicted = found["forces_label"], found["forces"]
     inside = (np.abs(label) <= limit) & (np.abs(predicted) <= limit)
     label, predicted = label[inside], predicted[inside]
     if len(label) > _MAX_COMPONENTS:
@@ -132,6 +154,21 @@ def _force_panel(axes: Any, found: dict[str, Array], limit: float, color: str) -
     axes.plot([-limit, limit], [-limit, limit], color="black", linewidth=0.7)
     axes.set(xlim=(-limit, limit), ylim=(-limit, limit))
     axes.locator_params(nbins=5)
+
+
+def _stresses(found: dict[str, Array]) -> tuple[Array, Array]:
+    """Components of reference and prediction in meV/Å³, of samples that have both."""
+    if "volume" not in found:
+        return np.zeros(0), np.zeros(0)
+    known = np.isfinite(found["virial_label"] + found["virial"]).all(axis=(1, 2))
+    known &= found["volume"] > 0
+    rows, columns = np.triu_indices(3)
+    factor = -1e3 / found["volume"][known, None]
+    label, predicted = (
+        (found[name][known][:, rows, columns] * factor).reshape(-1)
+        for name in ("virial_label", "virial")
+    )
+    return label, predicted
 
 
 def _energy_error(found: dict[str, Array]) -> Array:

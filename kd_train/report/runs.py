@@ -29,6 +29,7 @@ from pipeline.errors import SpecError
 from pipeline.spec.yaml_model import read_yaml, validate
 
 _PREDICTIONS = ("energy", "energy_label", "forces", "forces_label", "n_atoms")
+_VIRIALS = ("virial", "virial_label", "volume")
 _ZIP_ERRORS = (zipfile.BadZipFile, zlib.error, NotImplementedError)
 _LONGEST_REASON = 300
 
@@ -92,6 +93,7 @@ class FinishedRun:
             with np.load(content, allow_pickle=False) as file:
                 found = {name: file[name] for name in _PREDICTIONS}
                 fixed = file.get("fixed")
+                found |= {name: file[name] for name in _VIRIALS if name in file}
         except (OSError, TypeError, ValueError, KeyError, EOFError, *_ZIP_ERRORS):
             raise self._damaged("predictions.npz") from None
         for name in ("forces", "forces_label"):

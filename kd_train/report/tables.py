@@ -5,8 +5,10 @@ Layout of Tables 1 and 8 of arXiv:2306.14818; how it is written is in ``layouts`
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite, nan
+
+import ase.units
 
 from kd_train.evaluation.metrics import gap_closed
 from kd_train.report.basis import MISSING, Basis, find_basis
@@ -38,6 +40,8 @@ COLUMNS = (
     Column("forces_cos", "force cos", "", 3, False),
     Column("efwt", "EFwT", "%", 2, False),
 )
+STRESS_COLUMN = Column("stress_mae", "stress MAE", "meV/Å³", 2, True)
+ALL_COLUMNS = (*COLUMNS, STRESS_COLUMN)
 
 
 @dataclass(frozen=True)
@@ -109,6 +113,12 @@ class Table:
         """Rows of all groups."""
         return tuple(row for group in self.groups for row in group.rows)
 
+    @property
+    def columns(self) -> tuple[Column, ...]:
+        """Metrics that the table shows: that of stress only if a row has it."""
+        values = [row.values[STRESS_COLUMN.name].mean for row in self.rows]
+        return ALL_COLUMNS if any(map(isfinite, values)) else COLUMNS
+
 
 def make_table(cohorts: Sequence[Cohort]) -> Table:
     """Make the table: means over seeds, gaps closed against the seed's baseline."""
@@ -137,7 +147,11 @@ def make_table(cohorts: Sequence[Cohort]) -> Table:
     title = f"Baselines and teacher {where}" if goal else f"Baselines {where}"
     groups = (Group(title, tuple(plain)), *pairs) if plain else tuple(pairs)
     general = _general_notes(groups, has_teacher=goal is not None)
-    return Table(groups, (*general, *notes), goal is not None, first.val_split)
+    table = Table(groups, (*general, *notes), goal is not None, first.val_split)
+    if STRESS_COLUMN not in table.columns:
+        return table
+    unit = f"1 meV/Å³ is {1e-3 / ase.units.GPa:.4f} GPa."
+    return replace(table, notes=(*table.notes, unit))
 
 
 def _general_notes(groups: Sequence[Group], *, has_teacher: bool) -> list[str]:
@@ -201,7 +215,9 @@ def _rows(
 
 
 def _values(metrics: Sequence[Metrics]) -> dict[str, Spread]:
-    return {c.name: Spread.of([getattr(m, c.name) for m in metrics]) for c in COLUMNS}
+    return {
+        c.name: Spread.of([getattr(m, c.name) for m in metrics]) for c in ALL_COLUMNS
+    }
 
 
 def _best_columns(
@@ -209,7 +225,7 @@ def _best_columns(
 ) -> frozenset[str]:
     """Return metrics on which no row has a better mean and some have a worse one."""
     best = []
-    for column in COLUMNS:
+    for column in ALL_COLUMNS:
         mean = own[column.name].mean
         others = [row[column.name].mean for row in rows]
         beaten = any(column.better(mean, other) for other in others)
@@ -227,7 +243,7 @@ def _comparable_columns(cohort: Cohort, notes: list[str]) -> set[str]:
         notes.append(f"{_no_baseline(cohort)}, so the table shows no gap.")
         return set()
     found = set()
-    for column in COLUMNS:
+    for column in ALL_COLUMNS:
         goal = getattr(teacher, column.name)
         plain = [getattr(run.summary.metrics, column.name) for run in baselines]
         if all(column.better(goal, value) for value in plain):
@@ -274,7 +290,7 @@ def _gaps(
             f"have a baseline with the same settings, {rest}."
         )
     gaps = {}
-    for column in COLUMNS:
+    for column in ALL_COLUMNS:
         values = [
             gap_closed(
                 getattr(plain.summary.metrics, column.name),

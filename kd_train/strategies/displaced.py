@@ -77,7 +77,7 @@ def split_copies(
 def _divide(
     output: ModelOutput, graphs: int, atoms: int, edges: int
 ) -> tuple[ModelOutput, ModelOutput]:
-    ends = {"energy": graphs, "edge_features": edges}
+    ends = {"energy": graphs, "virial": graphs, "edge_features": edges}
     parts: list[dict[str, Tensor]] = [{}, {}]
     for field in fields(output):
         values = getattr(output, field.name)

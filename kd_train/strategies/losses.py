@@ -55,28 +55,37 @@ class Labels:
 
     ``energy`` (B,) float64 in eV, ``forces`` (N, 3) float32 in eV/Å, ``energy_weight``
     (B,) and ``force_weight`` (N,) float32. Fixed atoms have no force weight.
+    ``virial`` (B, 3, 3) float64 in eV with ``virial_weight`` (B,) float32, both None
+    if no split of the run has virials.
     """
 
     energy: Tensor
     forces: Tensor
     energy_weight: Tensor
     force_weight: Tensor
+    virial: Tensor | None = None
+    virial_weight: Tensor | None = None
 
 
 def reference_labels(batch: Data) -> Labels:
-    """Return the dataset's energies and forces, with weight 1 if a label exists."""
-    return _known(batch.energy, batch.forces, batch.fixed)
+    """Return the dataset's labels, with weight 1 if a label exists."""
+    return _known(batch.energy, batch.forces, batch.fixed, batch.get("virial"))
 
 
 def teacher_labels(batch: Data) -> Labels:
-    """Return the teacher's energies and forces, with weight 1 if a label exists."""
-    return _known(batch.teacher_energy, batch.teacher_forces, batch.fixed)
+    """Return the teacher's labels, with weight 1 if a label exists."""
+    return _known(
+        batch.teacher_energy,
+        batch.teacher_forces,
+        batch.fixed,
+        batch.get("teacher_virial"),
+    )
 
 
 def complete_labels(batch: Data, weight: float) -> Labels:
     """Fill missing labels of the dataset with pseudo-labels of weight ``weight``.
 
-    Energies are completed by sample, forces by atom.
+    Energies and virials are completed by sample, forces by atom.
     """
     own, other = reference_labels(batch), teacher_labels(batch)
     has_energy = own.energy.isfinite()
@@ -86,20 +95,42 @@ def complete_labels(batch: Data, weight: float) -> Labels:
         torch.where(has_forces[:, None], own.forces, other.forces),
         torch.where(has_energy, own.energy_weight, weight * other.energy_weight),
         torch.where(has_forces, own.force_weight, weight * other.force_weight),
+        *_complete_virial(own, other, weight),
     )
 
 
-def _known(energy: Tensor, forces: Tensor, fixed: Tensor) -> Labels:
+def _complete_virial(
+    own: Labels, other: Labels, weight: float
+) -> tuple[Tensor | None, Tensor | None]:
+    """Virials and weights of ``own``, and of ``other`` where ``own`` has none."""
+    if other.virial is None or other.virial_weight is None:
+        return own.virial, own.virial_weight
+    if own.virial is None or own.virial_weight is None:
+        return other.virial, weight * other.virial_weight
+    known = own.virial_weight > 0
+    return (
+        torch.where(known[:, None, None], own.virial, other.virial),
+        torch.where(known, own.virial_weight, weight * other.virial_weight),
+    )
+
+
+def _known(
+    energy: Tensor, forces: Tensor, fixed: Tensor, virial: Tensor | None
+) -> Labels:
     usable = ~fixed & forces.isfinite().all(dim=1)
-    return Labels(energy, forces, energy.isfinite().float(), usable.float())
+    known = None if virial is None else virial.isfinite().all(dim=2).all(dim=1).float()
+    return Labels(
+        energy, forces, energy.isfinite().float(), usable.float(), virial, known
+    )
 
 
 class OutputError:
-    """α_E·mean|ΔE| + α_F·force error over free atoms: L0, its validation and Eq. 7.
+    """α_E·mean|ΔE| + α_F·force error + α_W·mean‖ΔW‖/N: L0, its validation and Eq. 7.
 
     ``labels`` takes targets and weights from a batch; errors are weighted means in the
     network's units. The force error is the mean of ‖ΔF‖₂, or with ``force_loss: mae``
-    that of the components' |ΔF|.
+    that of the components' |ΔF|. The part of virials, a mean of Frobenius norms per
+    atom in the scale of energies, is there only if its weight is not 0.
     """
 
     def __init__(
@@ -110,7 +141,11 @@ class OutputError:
         config: LossConfig,
     ) -> None:
         self.name = name
+        self.part_weights: tuple[float, ...]
         self.part_weights = (config.energy_weight, config.force_weight)
+        self._has_virial = bool(config.virial_weight)
+        if config.virial_weight:
+            self.part_weights += (config.virial_weight,)
         self._labels = labels
         self._normalizer = normalizer
         by_length = config.force_loss == "l2"
@@ -118,28 +153,43 @@ class OutputError:
         self._errors_per_atom = 1 if by_length else 3
 
     def counts(self, batch: Data) -> Tensor:
-        """Return the summed weights of energies and of force errors, shape (2,)."""
+        """Return the summed weights of the errors of every part, shape (P,)."""
         labels = self._labels(batch)
         energies = labels.energy_weight.double().sum()
         atoms = labels.force_weight.double().sum()
-        return torch.stack([energies, self._errors_per_atom * atoms])
+        found = [energies, self._errors_per_atom * atoms]
+        if self._has_virial:
+            weight = labels.virial_weight
+            found.append(
+                torch.zeros_like(energies) if weight is None else weight.double().sum()
+            )
+        return torch.stack(found)
 
     def totals(self, output: ModelOutput, batch: Data) -> Tensor:
-        """Return the weighted sums of energy and force errors, shape (2,)."""
+        """Return the weighted sums of the errors of every part, shape (P,)."""
         labels = self._labels(batch)
         energy = self._normalizer.normalize_energy(
             labels.energy, batch.atomic_numbers, batch.batch
         )
         forces = self._normalizer.normalize_forces(labels.forces)
         assert output.forces is not None
-        return torch.stack(
-            [
-                energy_total(
-                    output.energy, energy.to(output.energy.dtype), labels.energy_weight
-                ),
-                self._force_total(output.forces, forces, labels.force_weight),
-            ]
-        )
+        found = [
+            energy_total(
+                output.energy, energy.to(output.energy.dtype), labels.energy_weight
+            ),
+            self._force_total(output.forces, forces, labels.force_weight),
+        ]
+        if self._has_virial:
+            found.append(self._virial_total(output, labels, batch))
+        return torch.stack(found)
+
+    def _virial_total(self, output: ModelOutput, labels: Labels, batch: Data) -> Tensor:
+        if labels.virial is None or labels.virial_weight is None:
+            return torch.zeros_like(output.energy.sum())
+        assert output.virial is not None
+        label = (labels.virial / self._normalizer.energy_std).to(output.virial.dtype)
+        per_atom = labels.virial_weight / batch.natoms
+        return virial_total(output.virial, label, per_atom)
 
 
 def energy_total(prediction: Tensor, label: Tensor, weight: Tensor) -> Tensor:
@@ -160,6 +210,15 @@ def force_l2_total(prediction: Tensor, label: Tensor, weight: Tensor) -> Tensor:
     difference = torch.where(weight[:, None] > 0, prediction - label, 1.0)
     norm = torch.linalg.vector_norm(difference, dim=1)
     return (weight * torch.where(weight > 0, norm, 0)).sum()
+
+
+def virial_total(prediction: Tensor, label: Tensor, weight: Tensor) -> Tensor:
+    """Return Σ w·‖ΔW‖, of Frobenius norms, over samples of (B, 3, 3) tensors.
+
+    Labels without ``weight`` (B,) may be NaN.
+    """
+    rows = prediction.flatten(1), label.flatten(1)
+    return force_l2_total(*rows, weight)
 
 
 def force_mae_total(prediction: Tensor, label: Tensor, weight: Tensor) -> Tensor:

@@ -9,7 +9,10 @@ from pipeline.models.output import ModelOutput
 
 
 class Vanilla1(Strategy):
-    """α_E·MAE(E_s, E_t) + α_F·mean‖F_s − F_t‖₂ over free atoms (Eq. 7)."""
+    """α_E·MAE(E_s, E_t) + α_F·mean‖F_s − F_t‖₂ over free atoms (Eq. 7).
+
+    With virials of the teacher also α_W·mean‖W_s − W_t‖/N.
+    """
 
     name = "vanilla1"
     fields = ("teacher_energy", "teacher_forces")
@@ -23,9 +26,9 @@ class Vanilla1(Strategy):
         self.part_weights = self._error.part_weights
 
     def counts(self, batch: Data) -> Tensor:
-        """Return the number of samples and of force errors, shape (2,)."""
+        """Return the number of errors of every part, shape (P,)."""
         return self._error.counts(batch)
 
     def totals(self, output: ModelOutput, batch: Data) -> Tensor:
-        """Return energy and force errors on the student's normalised scale, (2,)."""
+        """Return the errors of every part on the student's normalised scale, (P,)."""
         return self._error.totals(output, batch)

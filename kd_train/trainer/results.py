@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,7 @@ def write_results(
         predictions = {
             name: np.concatenate([r.predictions[name] for r in results])
             for name in results[0].predictions
+            if all(name in r.predictions for r in results)
         }
         np.savez_compressed(buffer, allow_pickle=False, **predictions)
         write_atomically(folder / _PREDICTIONS, buffer.getvalue())
@@ -101,7 +103,8 @@ def drop_results(folder: Path) -> None:
 
 def plain_mean(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Average metrics over splits with equal weights, NaN if a split has no value."""
+    names = dict.fromkeys(name for split in metrics for name in split)
     return {
-        name: sum(split[name] for split in metrics) / len(metrics)
-        for name in metrics[0]
+        name: sum(split.get(name, math.nan) for split in metrics) / len(metrics)
+        for name in names
     }

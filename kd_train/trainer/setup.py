@@ -41,6 +41,11 @@ from kd_train.trainer.untrained import (
     labelled_splits,
     require_trained_outputs,
 )
+from kd_train.trainer.virials import (
+    has_direct_forces,
+    require_virials,
+    with_virial_weight,
+)
 from pipeline.datasets.label_statistics import KIND_DIFFERENCE
 from pipeline.errors import SpecError
 from pipeline.fields import FIELDS, PREDICTION_FIELDS
@@ -95,6 +100,7 @@ def make_learner(config: TrainConfig, store: FeatureStore) -> Learner:
     torch.manual_seed(config.seed)
     student = build_model(name, hyperparameters)
     _require_forces(student)
+    require_virials(config, split, student)
     normalizer = run_normalizer(config, store)
     setting = Setting(
         student_name=config.student.name,
@@ -168,11 +174,6 @@ def supervised_labels(config: LossConfig) -> Callable[[Data], Labels]:
     return partial(complete_labels, weight=config.pseudo_label_weight)
 
 
-def has_direct_forces(student: Network) -> bool:
-    """Return whether a separate head predicts forces, not the energy's gradient."""
-    return bool(student.hyperparameters.get("direct_forces", False))
-
-
 def _require_forces(student: Network) -> None:
     """Refuse a student that neither L0 nor its validation could be computed of."""
     if not student.hyperparameters.get("regress_forces", True):
@@ -209,6 +210,7 @@ def resolve_config(
     chosen = apply_recipe(config, _teacher_model(store), processes)
     chosen = _with_plugin_weights(chosen)
     chosen = _with_pseudo_label_weight(chosen, store)
+    chosen = with_virial_weight(chosen, split)
     if config.recipe == "auto":
         _warn_of_recipe(chosen, split)
     return chosen

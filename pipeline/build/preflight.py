@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from pipeline.datasets import Dataset
 from pipeline.datasets.label_statistics import KIND_DIFFERENCE
-from pipeline.fields import PREDICTION_FIELDS
+from pipeline.fields import PREDICTION_FIELDS, TEACHER_VIRIAL
 from pipeline.graphs.neighbors import limit_warning
 from pipeline.structure import Sample
 from pipeline.teachers.runner import Arrays, TeacherRunner
@@ -85,7 +85,8 @@ def preview(
     """
     chosen = np.linspace(0, len(dataset) - 1, min(SAMPLES, len(dataset)), dtype=int)
     samples = [dataset[int(i)] for i in chosen]
-    given = teacher.predict(samples, ())
+    given = teacher.predict(samples, teacher.virial_fields)
+    _report_virials(split, samples, given)
     forces = match_forces(samples, given)
     found: dict[str, Any] = {
         "energy_difference": _energy_difference(split, samples, given),
@@ -106,6 +107,38 @@ def preview(
         )
     _report_limit(split, samples, teacher)
     return found
+
+
+def match_virials(samples: Sequence[Sample], given: Arrays) -> tuple[int, float] | None:
+    """Return how many samples have a virial, and its cosine with the teacher's.
+
+    Over all components together; None if there is nothing to compare, or stresses
+    nearly vanish, as in relaxed structures.
+    """
+    if TEACHER_VIRIAL not in given:
+        return None
+    labels = np.stack([sample.virial for sample in samples])
+    known = np.isfinite(labels).all(axis=(1, 2))
+    sizes = np.array([len(sample.structure) for sample in samples])[known]
+    pair = [
+        side[known] / sizes[:, None, None] for side in (labels, given[TEACHER_VIRIAL])
+    ]
+    if not known.any() or min(float(np.abs(side).max()) for side in pair) < _RELAXED:
+        return None
+    first, second = (side.reshape(-1) for side in pair)
+    norms = np.linalg.norm(first) * np.linalg.norm(second)
+    return int(known.sum()), float(first @ second) / float(norms)
+
+
+def _report_virials(split: str, samples: Sequence[Sample], given: Arrays) -> None:
+    found = match_virials(samples, given)
+    if found is not None and found[1] <= -LEAST_COSINE:
+        log.warning(
+            "splits.%s: the virials of labels and teacher have cosine %.2f on %d "
+            "samples; the labels may have the opposite sign, since stress must be "
+            "positive in tension and virial is minus volume times stress",
+            *(split, found[1], found[0]),
+        )
 
 
 def match_forces(samples: Sequence[Sample], given: Arrays) -> ForceMatch | None:

@@ -55,7 +55,7 @@ class Subject:
         return found
 
     def worst(self, what: str, found: Outputs, wanted: Outputs) -> float:
-        """Largest deviation of ``found``; raises ContractError if it is large."""
+        """Largest deviation of ``found``; ContractError, by ``what``, if too large."""
         deviations = {k: _deviation(k, found[k], wanted[k], self) for k in wanted}
         name = max(deviations, key=lambda key: deviations[key])
         if not deviations[name] <= self.tolerance:

@@ -1,5 +1,6 @@
 """Virials in stores: where they are kept, their numbers, and stores without them."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from ase.io import write
 from pipeline.build import plan
 from pipeline.build.build import build_store
 from pipeline.build.convert import convert_store, make_conversion
+from pipeline.build.label import label_splits
 from pipeline.build.recompute import spot_check
 from pipeline.cli.main import main
 from pipeline.datasets import open_dataset
@@ -202,6 +204,32 @@ def test_the_teacher_is_asked_again_and_copies_keep_virials(tmp_path: Path) -> N
     for path in ("labels/virial", "teacher/virial"):
         one, other = _read(store, path)[path], _read(copy, path)[path]
         assert np.array_equal(one, other, equal_nan=True)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_planning_warns_of_the_opposite_sign(
+    tmp_path: Path, sign: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Labels of the teacher itself, once with the sign of compression."""
+    document = crystal_document(tmp_path)
+    spec = load_spec(write_spec(tmp_path / "spec.yaml", document))
+    (file,) = label_splits(spec, tmp_path)
+    dataset = open_dataset("extxyz", str(file))
+    header = iter([sign * dataset[i].virial for i in range(len(dataset))])
+    lines = [
+        re.sub(r'(virial|stress)="[^"]*" ', "", line).replace(
+            "energy=",
+            f'virial="{" ".join(map(str, next(header).ravel()))}" energy=',
+        )
+        if "Lattice" in line
+        else line
+        for line in file.read_text().splitlines()
+    ]
+    file.write_text("\n".join(lines) + "\n")
+    document["splits"]["train"]["path"] = str(file)
+    _build(tmp_path, document)
+    warned = "virials of labels and teacher have cosine -1.00 on 8 samples"
+    assert (warned in caplog.text) == (sign < 0)
 
 
 def test_generated_copies_have_the_teachers_virial(tmp_path: Path) -> None:
