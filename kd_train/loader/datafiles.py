@@ -38,8 +38,9 @@ class DatasetSamples:
     def batch(self, positions: Positions) -> Data:
         """Read samples at ``positions`` as one graph, see ``pipeline.graphs.batch``.
 
-        Adds ``energy`` (B,) float64 in eV, ``forces`` (N, 3) float32 in eV/Å and
-        ``virial`` (B, 3, 3) float64 in eV, NaN if the source has no label.
+        Adds ``energy`` (B,) float64 in eV and ``forces`` (N, 3) float32 in eV/Å, NaN
+        if the source has no label, and ``virial`` (B, 3, 3) float64 in eV if a sample
+        has this label.
 
         Raises
         ------
@@ -55,7 +56,9 @@ class DatasetSamples:
         data = collate([sample.structure for sample in samples], edges)
         data.energy = torch.tensor([s.energy for s in samples], dtype=torch.float64)
         data.forces = torch.from_numpy(np.concatenate([s.forces for s in samples]))
-        data.virial = torch.from_numpy(np.stack([s.virial for s in samples]))
+        virials = np.stack([sample.virial for sample in samples])
+        if np.isfinite(virials).any():
+            data.virial = torch.from_numpy(virials)
         return data
 
 
