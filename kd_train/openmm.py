@@ -33,7 +33,7 @@ _ANGSTROMS_PER_NM = 10.0
 class StudentFactory(MLPotentialImplFactory):
     """Factory of the entry point ``kd-train``."""
 
-    def createImpl(  # noqa: N802
+    def createImpl(
         self, name: str, *, model: str | Path | StudentPotential, **options: Any
     ) -> "StudentImpl":
         """Return the implementation of the student ``model``.
@@ -52,16 +52,16 @@ class StudentImpl(MLPotentialImpl):
     def __init__(self, potential: StudentPotential) -> None:
         self.potential = potential
 
-    def getMLLongRange(self) -> bool:  # noqa: N802
+    def getMLLongRange(self) -> bool:
         """Return False: students see neighbours within their cutoff."""
         return False
 
-    def addForces(  # noqa: N802
+    def addForces(
         self,
         topology: Any,
         system: Any,
         atoms: Iterable[int] | None,
-        forceGroup: int,  # noqa: N803
+        forceGroup: int,
         **args: Any,
     ) -> None:
         """Add the student to ``system``, for all particles or those in ``atoms``.
