@@ -164,11 +164,18 @@ def _choices(run: FinishedRun) -> dict[str, Any]:
     if run.strategies:
         chosen["target_ratio="] = settings["distill.target_ratio"]
         chosen["λ schedule "] = _schedule(settings)
-    chosen["pseudo_label_weight="] = settings["loss.pseudo_label_weight"] or None
+    chosen["pseudo_label_weight="] = _chosen_pseudo_weight(run)
     chosen["on "] = settings["train_split"]
     for key, value in _bound(run).items():
         chosen[f"{key}="] = "none" if value is None else value
     return chosen
+
+
+def _chosen_pseudo_weight(run: FinishedRun) -> float | None:
+    """Return the weight of pseudo-labels, None if it is the default of the splits."""
+    weight: float = run.settings["loss.pseudo_label_weight"] or 0.0
+    needed = run.summary.training is not None and _labelled_splits(run) != _splits(run)
+    return None if weight == float(needed) else weight
 
 
 def _schedule(settings: dict[str, Any]) -> str | None:
