@@ -30,7 +30,7 @@ INPUT = """<simulation verbosity='quiet'>
   <prng><seed>8</seed></prng>
   <ffdirect name='kd'>
     <pes>custom</pes>
-    <pes_path>{pes}</pes_path>
+    <pes_path>kd_pes.py</pes_path>
     <parameters>{{{parameters}}}</parameters>
   </ffdirect>
   <system>
@@ -67,10 +67,9 @@ def run(
         "from kd_train.ipi import StudentDriver\n\n"
         '__DRIVER_NAME__ = "kd"\n__DRIVER_CLASS__ = "StudentDriver"\n'
     )
-    options = {"model": model, "template": folder / "start.extxyz"}
+    options = {"model": model, "template": "start.extxyz"}
     options |= {"device": "cpu", "forces": "gradient"}
     text = INPUT.format(
-        pes=pes,
         parameters=", ".join(f"{k}: {v}" for k, v in options.items()),
         steps=steps,
         beads=beads,
