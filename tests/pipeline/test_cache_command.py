@@ -60,9 +60,10 @@ def test_builds_tells_and_writes_a_receipt(
     arguments = ["build", spec, "--device", "cpu", "--receipt", receipt]
     done = run_command(main, arguments)
     assert done.exit_code == 0
-    head, row, _, last = done.stdout.splitlines()
+    head, row, _, passes, last = done.stdout.splitlines()
     assert head.split()[:4] == ["split", "frames", "energy", "forces"]
     assert row.split() == ["train", *"555", "none", *"HCO", "0"]
+    assert passes == "teacher passes of train: 5 for labels and features"
     assert last == f"{tmp_path / 's.zarr'}: complete and sealed."
     store = FeatureStore.open(tmp_path / "s.zarr")
     kept = json.loads(receipt.read_text())
