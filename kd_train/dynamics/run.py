@@ -129,8 +129,11 @@ def load_potential(
     SpecError
         The model predicts no forces.
     """
+    forces = spec.forces if name == "student" else "model"
     exact, running = (
-        StudentCalculator(model, device=device, dtype=dtype, any_element=any_element)
+        StudentCalculator(
+            model, device=device, dtype=dtype, forces=forces, any_element=any_element
+        )
         for dtype in ("float64", spec.dtype)
     )
     if "forces" not in exact.implemented_properties:

@@ -167,6 +167,11 @@ class DynamicsSpec(ClosedModel):
         "float32",
         description="Precision of the dynamics: float32 | float64 (default: float32).",
     )
+    forces: Literal["model", "gradient"] = Key(
+        "model",
+        description="Forces of the student: model (as it predicts them) | gradient (of "
+        "its energy, also if it has a force head) (default: model).",
+    )
     walk: WalkSpec = Key(default_factory=WalkSpec)
     rdf: RdfSpec = Key(default_factory=RdfSpec)
     failure: FailureSpec = Key(default_factory=FailureSpec)

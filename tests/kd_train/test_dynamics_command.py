@@ -89,6 +89,15 @@ def test_a_conservative_student_passes_and_a_direct_one_does_not(
         assert told["student"]["metrics"][key] == found["student"]["metrics"][key]
 
 
+def test_gradients_of_a_direct_student_are_conservative(
+    finished: Path, tmp_path: Path
+) -> None:
+    limits = {"work_error": 0.01}
+    file = dynamics_file(tmp_path, thresholds=limits, forces="gradient")
+    done = evaluated(finished, file, "--out", tmp_path / "gradient")
+    assert done.exit_code == 0, done.output
+
+
 def test_a_teacher_and_a_trajectory_as_reference(
     finished: Path, conservative: Path, tmp_path: Path
 ) -> None:
