@@ -1,4 +1,4 @@
-"""``kd-eval`` and ``kd-export``. Heavy imports happen inside the commands."""
+"""``kd-eval``. Heavy imports happen inside the command."""
 
 import json
 import logging
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kd_train.cli.dynamics import default_folder, evaluate_dynamics
+from kd_train.cli.engine import ENGINES, evaluate_engines
 from pipeline.console import (
     FILE,
     HELP,
@@ -16,7 +17,6 @@ from pipeline.console import (
     device_option,
     json_option,
     one_sentence_errors,
-    print_result,
     threads_option,
     version_option,
 )
@@ -127,6 +127,27 @@ MEASURED_SECONDS = 1.0
     is_flag=True,
     help="Measurement of samples per second, in addition. Default: none.",
 )
+@click.option(
+    "--engine",
+    "engines",
+    type=click.Choice(ENGINES),
+    multiple=True,
+    help="Program whose dynamics --throughput measures, on the first structure of "
+    "--data; may be repeated. Default: none.",
+)
+@click.option(
+    "--repeat",
+    "repeats",
+    type=click.IntRange(min=1),
+    multiple=True,
+    help="Number of cells along each axis for --engine; may be repeated. Default: 1 "
+    "and 2; 1 of molecules.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(("float32", "float64")),
+    help="Precision for --engine. Default: float64.",
+)
 @device_option
 @threads_option
 @click.option(
@@ -156,6 +177,9 @@ def eval_main(
     batch_size: int | None,
     batch_atoms: int,
     throughput: bool,
+    engines: tuple[str, ...],
+    repeats: tuple[int, ...],
+    dtype: str | None,
     device: str | None,
     threads: int | None,
     any_element: bool,
@@ -171,6 +195,11 @@ def eval_main(
         evaluate_dynamics(run, dynamics, folder, device, threads, any_element, as_json)
         return
     data = _require_data(data)
+    if engines or repeats or dtype:
+        settings = (engines, repeats, dtype, out or _run_folder(run))
+        place = (device, threads, any_element, as_json)
+        evaluate_engines(run, data, *settings, *place)
+        return
     import torch
 
     from kd_train.evaluation.load_student import known_elements, load_student
@@ -319,33 +348,3 @@ def _read_options(chosen: dict[str, Any]) -> "ReadOptions":
         virial_key=chosen["virial_key"],
         stress_key=chosen["stress_key"],
     )
-
-
-@click.command(context_settings=HELP)
-@version_option
-@click.argument("run", type=PATH)
-@click.option(
-    "--out",
-    required=True,
-    type=FILE,
-    help="File for the program, usually *.pt2.",
-)
-@click.option(
-    "--device",
-    default="cpu",
-    show_default=True,
-    help="Device that the program runs on: cpu, cuda or cuda:1.",
-)
-@json_option
-@one_sentence_errors
-def export_main(run: Path, out: Path, device: str, as_json: bool) -> None:
-    """Write the student in RUN as a program that torch runs without this package."""
-    from kd_train.evaluation.export import export_student
-    from kd_train.evaluation.load_student import load_student
-
-    worst = export_student(load_student(run, choose_device(device)), out)
-    text = (
-        f"{out}: largest deviation from the model on batches of other sizes "
-        f"{worst['energy']:.2g} eV and {worst['forces']:.2g} eV/Å"
-    )
-    print_result({"path": str(out), "largest_deviation": worst}, text, as_json)

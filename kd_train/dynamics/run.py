@@ -56,7 +56,7 @@ def run_dynamics(
     """
     path = Path(spec.structure)
     start = read_start(path, spec.index, spec.failure.close or MIN_PAIR_DISTANCE)
-    with _warnings_logged():
+    with warnings_logged():
         student = load_potential("student", run, spec, device, any_element)
         check_start(student, start, path, any_element)
         reference = _trajectory_rdf(spec, start)
@@ -194,7 +194,7 @@ def _remove_earlier(out: Path) -> None:
 
 
 @contextmanager
-def _warnings_logged() -> Iterator[None]:
+def warnings_logged() -> Iterator[None]:
     """Log warnings of calculators as other warnings of a command."""
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:

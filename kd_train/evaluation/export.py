@@ -125,7 +125,7 @@ def export_program(student: LoadedModel) -> ExportedProgram:
     """Export ``student`` as a program on its device."""
     # Equal sizes would be taken for one: the numbers of samples, atoms and edges here
     # differ from each other and from the 2 and 3 of other axes.
-    inputs = tensor_inputs(_example(student, [4, 7, 5, 6, 9], periodic=False))
+    inputs = tensor_inputs(example_batch(student, [4, 7, 5, 6, 9], periodic=False))
     # Recorded first, since torch.export itself takes no gradients.
     record = make_fx(
         TensorModel(student), tracing_mode="symbolic", _allow_non_fake_inputs=True
@@ -148,7 +148,7 @@ def compare_program(student: LoadedModel, content: bytes) -> dict[str, float]:
     worst = dict.fromkeys(("energy", "forces"), 0.0)
     cell = student.model.graph_rule.periodic
     for natoms, periodic in (([8], cell), ([3, 12, 5, 2, 6, 10, 4], False)):
-        batch = _example(student, natoms, periodic)
+        batch = example_batch(student, natoms, periodic)
         results = program(*tensor_inputs(batch))
         expected = predict_consistently(student, batch).present()
         for found, (name, wanted) in zip(results, expected.items(), strict=True):
@@ -166,7 +166,7 @@ def compare_program(student: LoadedModel, content: bytes) -> dict[str, float]:
 def _header(student: LoadedModel) -> str:
     """Describe the program for its users, as JSON."""
     rule = student.model.graph_rule
-    example = _example(student, [2], periodic=False)
+    example = example_batch(student, [2], periodic=False)
     known = trained_elements(student.normalizer, student.provenance)
     return json.dumps(
         {
@@ -189,8 +189,16 @@ def _header(student: LoadedModel) -> str:
     )
 
 
-def _example(student: LoadedModel, natoms: Sequence[int], periodic: bool) -> Data:
-    """Make a batch of artificial structures with elements of the student."""
+def example_batch(
+    student: LoadedModel,
+    natoms: Sequence[int],
+    periodic: bool,
+    dtype: torch.dtype = torch.float32,
+) -> Data:
+    """Make a batch of artificial structures with elements of the student.
+
+    ``natoms`` (B,) are the numbers of atoms; real numbers have ``dtype``.
+    """
     known = sorted(
         trained_elements(student.normalizer, student.provenance) or {1, 6, 8}
     )
@@ -199,7 +207,7 @@ def _example(student: LoadedModel, natoms: Sequence[int], periodic: bool) -> Dat
     rule = student.model.graph_rule
     edges = [sample_edges("made up", s, rule) for s in structures]
     device = next(student.model.parameters()).device
-    return collate(structures, edges).to(device)
+    return collate(structures, edges, dtype).to(device)
 
 
 def _structure(

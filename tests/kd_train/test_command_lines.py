@@ -10,7 +10,8 @@ from typing import Any
 import click
 import pytest
 
-from kd_train.cli.evaluate import eval_main, export_main
+from kd_train.cli.evaluate import eval_main
+from kd_train.cli.export import export_main
 from kd_train.cli.report import cka_main, report_main
 from kd_train.cli.train import main as train_main
 from kd_train.sweep.cli import main as sweep_main

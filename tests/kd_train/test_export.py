@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from kd_train.cli.evaluate import export_main
+from kd_train.cli.export import export_main
 from kd_train.evaluation.export import (
     HEADER,
     compare_program,
