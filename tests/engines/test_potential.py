@@ -27,7 +27,9 @@ def test_energies_are_the_calculators(
 ) -> None:
     atoms = request.getfixturevalue(name)
     result = evaluate(potential, atoms)
-    atoms.calc = StudentCalculator(student, device="cpu", dtype="float64")
+    atoms.calc = StudentCalculator(
+        student, device="cpu", dtype="float64", forces="gradient"
+    )
     assert result.energy == pytest.approx(atoms.get_potential_energy(), abs=1e-9)
 
 
