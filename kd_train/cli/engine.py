@@ -1,6 +1,7 @@
 """``kd-eval --throughput --engine``. Heavy imports happen inside."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
@@ -22,17 +23,20 @@ _TAKEN = frozenset(
 )
 
 
+@dataclass(frozen=True)
+class EngineOptions:
+    """Options of ``kd-eval --engine``: programs, cells along each axis, and place."""
+
+    engines: tuple[str, ...]
+    repeats: tuple[int, ...]
+    dtype: str | None
+    device: str | None
+    threads: int | None
+    any_element: bool
+
+
 def evaluate_engines(
-    run: Path,
-    structure: str,
-    engines: tuple[str, ...],
-    repeats: tuple[int, ...],
-    dtype: str | None,
-    out: Path | None,
-    device: str | None,
-    threads: int | None,
-    any_element: bool,
-    as_json: bool,
+    run: Path, structure: str, out: Path | None, options: EngineOptions, as_json: bool
 ) -> None:
     """Measure dynamics in MD programs, print a table, and write it to ``out``."""
     _refuse_other_options()
@@ -43,14 +47,17 @@ def evaluate_engines(
     from kd_train.engine_speed import TimedPotential, measure_engines, to_text
     from pipeline.spec.sections import MIN_PAIR_DISTANCE
 
-    if threads is not None:
-        torch.set_num_threads(threads)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     atoms = read_start(Path(structure), 0, MIN_PAIR_DISTANCE)
-    cells = sorted(set(repeats or _repeats(atoms.pbc.all())))
-    chosen = list(dict.fromkeys(engines))
+    cells = sorted(set(options.repeats or _repeats(atoms.pbc.all())))
+    chosen = list(dict.fromkeys(options.engines))
     with warnings_logged():
         potential = TimedPotential(
-            run, device=device, dtype=dtype or "float64", any_element=any_element
+            run,
+            device=options.device,
+            dtype=options.dtype or "float64",
+            any_element=options.any_element,
         )
         speeds = list(
             measure_engines(potential, atoms, chosen, cells, TIMESTEP, MEASURED_SECONDS)

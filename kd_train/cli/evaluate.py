@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kd_train.cli.dynamics import default_folder, evaluate_dynamics
-from kd_train.cli.engine import ENGINES, evaluate_engines
+from kd_train.cli.engine import ENGINES, EngineOptions, evaluate_engines
 from pipeline.console import (
     FILE,
     HELP,
@@ -196,9 +196,8 @@ def eval_main(
         return
     data = _require_data(data)
     if engines or repeats or dtype:
-        settings = (engines, repeats, dtype, out or _run_folder(run))
-        place = (device, threads, any_element, as_json)
-        evaluate_engines(run, data, *settings, *place)
+        options = EngineOptions(engines, repeats, dtype, device, threads, any_element)
+        evaluate_engines(run, data, out or _run_folder(run), options, as_json)
         return
     import torch
 
