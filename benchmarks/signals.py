@@ -97,9 +97,7 @@ _PERIODIC = {
     "plain": Row(),
     "rattle x8": _copies("rattle8"),
     "md x8": _copies("md8"),
-    "modes x8": _copies("modes8"),
     "jacobian k=4": _jacobian(4),
-    "modes x8 + vanilla2 + jacobian": _copies("modes8", strategy="vanilla2+jacobian"),
 }
 # A crystal has far more neighbours than a molecule; these settings bound the price.
 _BULK = (
@@ -117,7 +115,6 @@ STUDIES = {
     "acac": Study(_MOLECULE, ("test", "hot"), 6000),
     "3bpa": Study(_MOLECULE, ("test", "hot"), 6000),
     "silicon": Study(_PERIODIC, ("test",), 2000, _BULK),
-    "molybdenum": Study(_PERIODIC, ("test",), 2000, _BULK),
 }
 
 
